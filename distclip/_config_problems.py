@@ -1,0 +1,146 @@
+"""What is wrong with a configuration: collected, worded and raised all at once."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import reprlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from distclip.errors import ConfigurationError
+
+Path = tuple[str | int, ...]
+"""Keys and indices that lead to a value, from the top level of the configuration."""
+
+
+class Problems:
+    """A list of faults, one line each, with the key path of each."""
+
+    def __init__(self) -> None:
+        self._lines: list[str] = []
+
+    def add(self, path: Path, message: str) -> None:
+        """Note one fault."""
+        where = render(path)
+        self._lines.append(f"{where}: {message}" if where else message)
+
+    def add_validation(
+        self, path: Path, value: object, error: ValidationError, known: Iterable[str] = ()
+    ) -> None:
+        """Note what pydantic found in ``value``, which stands at ``path``.
+
+        ``known`` are the keys that ``value`` may have, where it is a mapping of fixed keys.
+        """
+        # The branches of a union come as separate faults at locations that are no keys: joined.
+        found: dict[Path, list[ErrorDetails]] = {}
+        for fault in error.errors(include_url=False):
+            location = _within(value, fault["loc"])
+            if fault["type"] == "missing":
+                self.add((*path, *location, *fault["loc"][-1:]), "missing")
+            elif fault["type"] == "extra_forbidden":
+                whose = render((path + location)[:-1])
+                self.add_unknown(path + location, _at(value, location), known, whose)
+            else:
+                found.setdefault(location, []).append(fault)
+        for location, faults in found.items():
+            culprit = _at(value, location)
+            sentence = " or ".join(dict.fromkeys(map(_sentence, faults)))
+            hint = "".join(_nearest_literal(culprit, fault) for fault in faults)
+            self.add(path + location, f"{sentence}, got {shown(culprit)}{hint}")
+
+    def add_unknown(self, path: Path, value: object, known: Iterable[str], whose: str) -> None:
+        """Note the key at the end of ``path``, which is none of the ``known`` ones of ``whose``."""
+        known = list(known)
+        takes = ", ".join(known) if known else "no arguments"
+        hint = did_you_mean(str(path[-1]), known)
+        separator = " " if hint else "; "
+        self.add(path, f"unknown key (value {shown(value)}){hint}{separator}{whose} takes {takes}")
+
+    def __bool__(self) -> bool:
+        return bool(self._lines)
+
+    def raise_if_any(self, source: str) -> None:
+        """Raise one ``ConfigurationError`` with all lines, naming the ``source``."""
+        if len(self._lines) == 1:
+            raise ConfigurationError(f"{source}: {self._lines[0]}")
+        if self._lines:
+            lines = "".join(f"\n  {line}" for line in self._lines)
+            raise ConfigurationError(f"{source}: {len(self._lines)} problems{lines}")
+
+
+def render(path: Path) -> str:
+    """``("policy", 1, "unit_dims", "*.bias")`` as ``policy[1].unit_dims["*.bias"]``."""
+    text = ""
+    for part in path:
+        if isinstance(part, int):
+            text += f"[{part}]"
+        elif part.isidentifier():
+            text += f".{part}" if text else part
+        else:
+            text += f'["{part}"]'
+    return text
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """``, did you mean 'x'?`` with the nearest of the ``known`` names, or nothing."""
+    nearest = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f", did you mean {nearest[0]!r}?" if nearest else ""
+
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 60
+
+
+def shown(value: object) -> str:
+    """A ``repr`` that stays on one line, whatever the file holds."""
+    return _short.repr(value)
+
+
+_WORDS = {
+    "model_type": "should be a mapping of keys to values",
+    "sequence_str": "should be a list",
+}
+"""pydantic's own words, where they speak of Python classes to the writer of a file."""
+
+_CLASSES = {"Sequence": "a list", "Mapping": "a mapping of keys to values"}
+
+
+def _sentence(fault: ErrorDetails) -> str:
+    if fault["loc"][-1:] == ("[key]",):
+        return "keys must be strings (quote them)"
+    if fault["type"] == "is_instance_of":
+        name = fault["ctx"]["class"]
+        return f"should be {_CLASSES.get(name, name)}"
+    message = _WORDS.get(fault["type"], fault["msg"])
+    return message.removeprefix("Value error, ").removeprefix("Input ")
+
+
+def _within(value: object, location: Sequence[str | int]) -> Path:
+    """The part of pydantic's location that really leads into ``value``."""
+    kept: list[str | int] = []
+    for part in location:
+        if isinstance(value, Mapping) and part in value:
+            value = value[part]
+        elif isinstance(value, (list, tuple)) and isinstance(part, int) and part < len(value):
+            value = value[part]
+        else:
+            break
+        kept.append(part)
+    return tuple(kept)
+
+
+def _at(value: Any, location: Path) -> object:
+    for part in location:
+        value = value[part]
+    return value
+
+
+def _nearest_literal(value: object, fault: ErrorDetails) -> str:
+    """The nearest of the words that were expected, where one of a few words was."""
+    if fault["type"] != "literal_error":
+        return ""
+    return did_you_mean(str(value), re.findall(r"'([^']*)'", fault["ctx"]["expected"]))

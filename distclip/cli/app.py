@@ -1,0 +1,68 @@
+"""The application that the commands hang on, and its entry point."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from distclip.cli import config, report, run
+from distclip.errors import DistclipError
+
+app = typer.Typer(
+    name="distclip",
+    help="Gradient clipping that means the same thing on one process and on a thousand ranks.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command(name="run", context_settings=run.CONTEXT)(run.run)
+app.add_typer(config.app, name="config")
+app.command(name="report")(report.report)
+# A further command is one line here and one file beside this one.
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        try:
+            typer.echo(f"distclip {importlib.metadata.version('distclip')}")
+        except importlib.metadata.PackageNotFoundError:
+            typer.echo("distclip, not installed: running from its source folder")
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+    local_rank: Annotated[
+        str | None, typer.Option("--local_rank", "--local-rank", hidden=True)
+    ] = None,
+) -> None:
+    # The deepspeed launcher puts --local_rank=N before the arguments of the program it starts.
+    # It is meant for the user's script, which gets it.
+    run.from_launcher(context, local_rank)
+
+
+def main() -> None:
+    """Run one command; the entry point of ``distclip`` and ``python -m distclip``."""
+    excepthook = sys.excepthook
+    try:
+        app()
+    except DistclipError as error:
+        rank = f" [rank {os.environ['RANK']}]" if "RANK" in os.environ else ""
+        typer.echo(f"distclip{rank}: {error}", err=True)
+        sys.exit(2)
+    except SystemExit as error:
+        if error.code not in (None, 0) or not run.pending:
+            raise
+    finally:
+        sys.excepthook = excepthook  # typer puts its own in place
+    # Out here the user's script runs below nothing of ours that would catch what it raises.
+    if run.pending:
+        run.pending.pop()()

@@ -1,0 +1,52 @@
+"""``distclip config``: the schema of a configuration, and a check of one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from distclip import config
+from distclip.policies import ByName, Chain, Policy
+
+app = typer.Typer(help="Check a configuration; show its schema.", no_args_is_help=True)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of a configuration, for editors and other programs."""
+    typer.echo(json.dumps(config.json_schema(), indent=2))
+
+
+@app.command()
+def check(
+    file: Annotated[Path, typer.Argument(help="YAML or JSON.", show_default=False)],
+) -> None:
+    """Check a configuration file and print what it means, all defaults filled in."""
+    loaded = config.load(file)
+    typer.echo(f"{file} is valid, digest {config.digest(loaded)}")
+    typer.echo("\n".join(["policy:", *_lines(loaded.policy, "  ")]))
+    typer.echo(f"on_nonfinite: {loaded.on_nonfinite}")
+    typer.echo(f"norms: {'true' if loaded.norms else 'false'}")
+    if loaded.log is not None:
+        log = ", ".join(f"{key}: {value}" for key, value in loaded.log.model_dump().items())
+        typer.echo(f"log: {log}")
+
+
+def _lines(policy: Policy | None, indent: str) -> list[str]:
+    """A policy, and the policies that it is made of, a line each."""
+    if policy is None:
+        return [f"{indent}left alone"]
+    if isinstance(policy, Chain):
+        parts = [line for part in policy.policies for line in _lines(part, indent + "  ")]
+        return [f"{indent}one after another:", *parts]
+    if isinstance(policy, ByName):
+        lines = [f"{indent}by name, the first match wins:"]
+        for pattern, part in (*policy.mapping, ("all others", policy.default)):
+            name = pattern if pattern == "all others" else f'"{pattern}"'
+            first, *rest = _lines(part, indent + "    ")
+            lines += [f"{indent}  {name}: {first.strip()}", *rest]
+        return lines
+    return [f"{indent}{policy!r}"]

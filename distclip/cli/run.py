@@ -1,0 +1,109 @@
+"""``distclip run``: a training script under a clipping policy, without a change to the script."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from distclip import config as configuration
+from distclip.cli.script import Script
+from distclip.errors import ConfigurationError, DistclipError
+from distclip.integrations import hooks
+
+ENVIRONMENT = "DISTCLIP_CONFIG"
+
+CONTEXT = {"allow_interspersed_args": False}
+"""The first argument that is no option is the script; all that follows belongs to the script."""
+
+pending: list[Callable[[], None]] = []
+"""What :func:`run` prepared, for the entry point to start once the command line is done."""
+
+
+def from_launcher(context: typer.Context, local_rank: str | None) -> None:
+    """Keep the rank that a launcher wrote before the name of the command."""
+    context.obj = [] if local_rank is None else [f"--local_rank={local_rank}"]
+
+
+def run(
+    context: typer.Context,
+    script: Annotated[str, typer.Argument(help="Script, or module with -m.", show_default=False)],
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="ARGS", help="Passed to it as they are.")
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", "-c", help=f"YAML or JSON; otherwise ${ENVIRONMENT}."),
+    ] = None,
+    cpu: Annotated[
+        bool, typer.Option("--cpu", help="Real gloo ranks on CPU under accelerate launch.")
+    ] = False,
+    module: Annotated[bool, typer.Option("-m", help="Run a module, as python -m does.")] = False,
+) -> None:
+    """Run a training script under a clipping policy, alone or under any launcher.
+
+    accelerate launch ... -m distclip run --config policy.yaml train.py --lr 0.1
+    """
+    path = _path(config)
+    loaded = configuration.load(path)
+    program = Script(script, [*context.obj, *(arguments or ())], module=module)
+    program.check()
+    # Absolute, for a script that changes its directory and for processes that it starts.
+    os.environ[ENVIRONMENT] = str(path.absolute())
+    _prepare_cpu(cpu)
+    hooks.install(loaded)
+
+    def start() -> None:
+        code = program.run()
+        if code in (None, 0):
+            _warn_if_idle()
+        sys.exit(code)
+
+    pending.append(start)
+
+
+def _path(option: Path | None) -> Path:
+    if option is not None:
+        return option
+    if os.environ.get(ENVIRONMENT):
+        return Path(os.environ[ENVIRONMENT])
+    raise ConfigurationError(
+        f"run: no configuration; give --config policy.yaml before the script, or set "
+        f"{ENVIRONMENT}=policy.yaml in the environment"
+    )
+
+
+def _prepare_cpu(cpu: bool) -> None:
+    from distclip.integrations import accelerate_cpu
+
+    try:
+        accelerate_cpu.install(cpu=cpu)
+    except ImportError as error:
+        raise DistclipError(
+            f"run: --cpu gives ranks to Accelerate, which cannot be imported ({error}); "
+            f"pip install 'distclip[accelerate]', or leave --cpu away for a script that "
+            f"initialises its own process group"
+        ) from None
+
+
+def _warn_if_idle() -> None:
+    """Say so if the script came to its end and nothing was ever clipped."""
+    if hooks.activated or os.environ.get("RANK", "0") != "0":
+        return
+    seen = [name for name, module in hooks.INTEGRATIONS.items() if module in sys.modules]
+    if seen:
+        why = f"{' and '.join(seen)} was imported, but no optimizer was prepared with it"
+    else:
+        why = (
+            "the script uses no framework that distclip takes up by itself "
+            f"({', '.join(hooks.INTEGRATIONS)})"
+        )
+    typer.echo(
+        f"distclip: warning: nothing was clipped: {why}. For a plain torch loop add "
+        f"`distclip.from_config(os.environ[{ENVIRONMENT!r}], model).attach(optimizer)`",
+        err=True,
+    )

@@ -1,0 +1,255 @@
+"""GradClipper, the one who walks the street."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal, TypeAlias, get_args
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.optim import Optimizer
+
+from distclip._version import __version__
+from distclip.application.stepping import StepHandle
+from distclip.errors import ConfigurationError, RankMismatchError, StateError
+from distclip.handshake import Notes, compare
+from distclip.layouts import names as naming
+from distclip.layouts import plan as plans
+from distclip.layouts.detect import detect
+from distclip.layouts.names import Target
+from distclip.passes import compile_passes, report_order
+from distclip.policies import ParameterInfo, Policy
+from distclip.policies._compose import stages
+from distclip.report import ClipReport
+from distclip.statistics import collectives
+from distclip.walk import Program, States, walk
+
+OnNonfinite: TypeAlias = Literal["error", "skip", "zero", "pass"]
+Sink: TypeAlias = Callable[[int, ClipReport], None]
+
+
+class GradClipper:
+    """Clips the gradients of a model, whatever its sharding, by any policy.
+
+    ::
+
+        clipper = distclip.GradClipper(model, policies.agc(0.01))
+        loss.backward()
+        report = clipper.clip_()          # or once: clipper.attach(optimizer)
+        optimizer.step()
+
+    In a distributed run every rank builds it at the same point: the ranks compare parameters,
+    policy and configuration once. A step then costs one all-reduce, or none where nothing is
+    sharded.
+
+    Args:
+        target: module, list of modules (pipeline stages, model parts), parameters, or
+            (name, parameter) pairs. Parameters keep their sharding; nothing is gathered.
+        policy: what to do; see :mod:`distclip.policies`.
+        optimizer: for policies that need its parameter groups; ``attach`` gives it too.
+        on_nonfinite: ``"error"`` (raise on all ranks, gradients untouched; reads one flag on the
+            host per step), ``"skip"`` (the whole update is dropped), ``"zero"`` (the non-finite
+            parameters' gradients become 0), ``"pass"`` (as torch).
+        process_group: the ranks that hold this model together; all ranks by default.
+        sinks: called after every step as ``sink(step, report)``, with steps counted from 0.
+        norms: False: do not measure what only the report would show. With ``on_nonfinite="pass"``
+            a policy that needs nothing from other ranks then communicates nothing.
+
+    Raises:
+        ConfigurationError: an argument that cannot be meant.
+        UnsupportedGradientError: a sharding that distclip cannot read.
+        RankMismatchError: ranks that disagree, on every rank.
+        ProcessGroupError: a closed group, or one without this rank.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        policy: Policy,
+        *,
+        optimizer: Optimizer | None = None,
+        on_nonfinite: OnNonfinite = "error",
+        process_group: ProcessGroup | None = None,
+        sinks: Sequence[Sink] = (),
+        norms: bool = True,
+    ) -> None:
+        if not isinstance(policy, Policy):
+            raise ConfigurationError(
+                f"policy must be a policy such as policies.global_norm(1.0), got {policy!r}"
+            )
+        if on_nonfinite not in get_args(OnNonfinite):
+            raise ConfigurationError(
+                f"on_nonfinite must be one of {', '.join(map(repr, get_args(OnNonfinite)))}, got "
+                f"{on_nonfinite!r}"
+            )
+        self.policy = policy
+        self.on_nonfinite = on_nonfinite
+        self.sinks = tuple(sinks)
+        self._norms = norms
+        self._named = naming.named_parameters(target)
+        naming.refuse_meta(self._named)
+        self._plan = self._compare_notes(process_group, naming.is_list_of_modules(target))
+        wide = any(entry.dtype in ("float64", "complex128") for entry in self._plan.entries)
+        self._dtype = torch.float64 if wide else torch.float32
+        self._step = 0
+        self._states: States = {}
+        self._program = self._compile(optimizer)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the parameters, in the order of every per-parameter statistic."""
+        return tuple(entry.name for entry in self._plan.entries)
+
+    def clip_(self) -> ClipReport:
+        """Measure and clip the gradients that are there now, in place. Call it on every rank.
+
+        Between ``backward`` (with synchronisation) and ``optimizer.step()``. Parameters without a
+        gradient count as 0. Where the report says ``skipped``, nothing was changed and the caller
+        leaves out the optimizer's step.
+
+        Raises:
+            NonFiniteGradientError: under ``on_nonfinite="error"``.
+            UnsupportedGradientError: a sparse gradient, or a ``Partial`` that cannot be reduced.
+            ProcessGroupError: the process group has been closed.
+        """
+        return self._clip(self.on_nonfinite, None)
+
+    def attach(self, optimizer: Optimizer) -> StepHandle:
+        """Clip before every ``optimizer.step()`` from now on.
+
+        A step that the policy, or ``on_nonfinite="skip"``, drops leaves momentum, weight decay and
+        step counters as they are. Works under ``torch.amp.GradScaler``, with fused optimizers too:
+        norms are of the unscaled gradients, and a step that the scaler drops is left to it.
+
+        Args:
+            optimizer: the torch optimizer that steps this model's parameters.
+
+        Returns:
+            A handle; ``handle.remove()`` undoes it.
+        """
+        self._program = self._compile(optimizer)
+        return StepHandle(optimizer, self.clip_before_step)
+
+    def clip_before_step(
+        self, loss_scale: Tensor | None = None, found_inf: Tensor | None = None
+    ) -> ClipReport | None:
+        """As :meth:`clip_`, for gradients that a gradient scaler still has a hand in.
+
+        Args:
+            loss_scale: 0-dim; the gradients are this many times too large and stay so.
+            found_inf: 0-dim or ``(1,)``, > 0 where the scaler found NaN or inf: it drops such a
+                step itself, as a part of finding its scale, so it is no error here.
+        """
+        mode = self.on_nonfinite
+        if found_inf is not None and mode == "error":
+            mode = "skip"
+        return self._clip(mode, loss_scale)
+
+    def state_dict(self) -> dict[str, object]:
+        """Plain values and tensors: the policy, its state by stage and name, the step count."""
+        return {
+            "version": 1,
+            "policy": repr(self.policy),
+            "step": self._step,
+            "states": {path: dict(state) for path, state in self._states.items() if state},
+        }
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        """Load what :meth:`state_dict` gave, on any number of ranks.
+
+        Raises:
+            StateError: the state of another policy.
+        """
+        if state.get("policy") != repr(self.policy):
+            raise StateError(
+                f"this state belongs to {state.get('policy')}, but the clipper's policy is "
+                f"{self.policy!r}; build the clipper with the policy that was saved"
+            )
+        step = state.get("step")
+        if not isinstance(step, int):
+            raise StateError(f"the state's 'step' must be an integer, got {step!r}")
+        states = state.get("states")
+        if not isinstance(states, dict) or not set(states) <= set(self._states):
+            raise StateError("the state's 'states' do not fit the stages of this clipper's policy")
+        self._step = step
+        for path, saved in states.items():
+            device = self._plan.device
+            self._states[path] = {key: value.to(device) for key, value in saved.items()}
+
+    def _clip(self, mode: str, loss_scale: Tensor | None) -> ClipReport:
+        if self._plan.group is not None:
+            collectives.check_open(self._plan.group)
+        with torch.no_grad():
+            walked = walk(self._program, self._states, on_nonfinite=mode, loss_scale=loss_scale)
+            self._states = walked.states
+            report = ClipReport.of(
+                self.names,
+                self._program.shown,
+                self._dtype,
+                raw=walked.raw,
+                after=walked.after,
+                coefficients=walked.coefficients,
+                smallest=walked.smallest,
+                clipped=walked.clipped,
+                threshold=walked.threshold,
+                skipped=walked.skipped,
+                nonfinite=walked.nonfinite,
+            )
+        step, self._step = self._step, self._step + 1
+        for sink in self.sinks:
+            sink(step, report)
+        return report
+
+    def _compare_notes(
+        self, process_group: ProcessGroup | None, stages_allowed: bool
+    ) -> plans.Plan:
+        """The one conversation between the ranks: do all of them mean the same model and policy?"""
+        described = [detect(name, parameter) for name, parameter in self._named]
+        device = self._named[0][1].device if self._named else torch.device("cpu")
+        group = collectives.default_group(process_group)
+        device = collectives.device_for(group, device)
+        if group is None or dist.get_world_size(group) == 1:
+            return plans.local_plan(described, device)
+        table = tuple(entry for entry, _ in described)
+        ranks = collectives.ranks_of(group)
+        mine = Notes(__version__, self._configuration(), table)
+        digests = collectives.gather(mine.digest(), group)
+        notes = [mine] * len(ranks)
+        if any(digest != digests[0] for digest in digests):
+            notes = collectives.gather(mine, group)
+            compare(notes, ranks)
+        tables = [each.table for each in notes]
+        plans.check_tables(tables, ranks, stages=stages_allowed)
+        if not plans.needs_reduction(tables):
+            return plans.local_plan(described, device)
+        rank = collectives.rank_in(group)
+        return plans.merged_plan(described, tables, rank, ranks, device, group)
+
+    def _configuration(self) -> str:
+        return f"policy={self.policy!r}, on_nonfinite={self.on_nonfinite!r}, norms={self._norms}"
+
+    def _compile(self, optimizer: Optimizer | None) -> Program:
+        groups: dict[int, int] = {}
+        if optimizer is not None:
+            for number, group in enumerate(optimizer.param_groups):
+                groups.update({id(parameter): number for parameter in group["params"]})
+        by_name = {name: groups.get(id(parameter)) for name, parameter in self._named}
+        parameters = [
+            ParameterInfo(entry.name, entry.shape, by_name.get(entry.name))
+            for entry in self._plan.entries
+        ]
+        passes = compile_passes(
+            self.policy,
+            parameters,
+            self._plan.entries,
+            distributed=self._plan.group is not None,
+            norms=self._norms,
+            watch_nonfinite=self.on_nonfinite != "pass",
+        )
+        for stage in stages(self.policy, parameters):
+            if stage.path not in self._states:
+                infos = [parameters[member] for member in stage.members]
+                self._states[stage.path] = stage.policy.init(infos)
+        return Program.of(self._plan, parameters, passes, report_order(self.policy, parameters))

@@ -1,0 +1,193 @@
+"""Typed, strict configuration from YAML, JSON or a mapping.
+
+::
+
+    policy: {name: agc, clip_factor: 0.01}   # a list is a chain in that order; a policy without
+                                             # required arguments may be just its name: measure
+    by_name:                                 # optional: other policies for some parameters, the
+      "*.bias": null                         # first match wins, null leaves alone;
+      "embed*": {name: value, clip_value: 0.1}   # `policy` is then for all the others
+    on_nonfinite: skip                       # error (default) | skip | zero | pass
+    log: {jsonl: runs/clip.jsonl, every: 10, per_parameter: true}
+    norms: true                              # false: do not measure what only a report would show
+
+A file with the key ``gradient_clip_norm`` and none of the above, such as the
+``hyperparams_config.json`` of a training project, means ``global_norm`` with that threshold; its
+other keys are not ours and are ignored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from distclip import _config_schema, policies
+from distclip._config_files import read
+from distclip._config_policies import build
+from distclip._config_problems import Problems, shown
+from distclip.policies import Policy
+
+OnNonfinite = Literal["error", "skip", "zero", "pass"]
+
+HYPERPARAMETER = "gradient_clip_norm"
+"""The key of a hyperparameter file that is read as ``global_norm``."""
+
+
+class LogConfig(BaseModel):
+    """Where the report of each step is written."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    jsonl: Annotated[str, Field(min_length=1)] = Field(
+        description="File that gets one JSON object a line; relative to the working directory. "
+        "Only the main rank writes; an existing file is appended to."
+    )
+    every: Annotated[int, Field(ge=1)] = Field(
+        default=1, description="Write every n-th step: reading a report waits for the device."
+    )
+    per_parameter: bool = Field(
+        default=False, description="Write each parameter's norm and coefficient too."
+    )
+
+
+@dataclass(frozen=True)
+class Config:
+    """A checked configuration; ``policy`` is built and ready for ``GradClipper``.
+
+    ``on_nonfinite`` is what becomes of NaN and inf gradients, ``log`` where reports are written
+    (None: nowhere), and ``norms=False`` allows not to measure what only a report would show.
+    """
+
+    policy: Policy
+    on_nonfinite: OnNonfinite = "error"
+    log: LogConfig | None = None
+    norms: bool = True
+
+
+class _Document(BaseModel):
+    """Gradient clipping by distclip."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    policy: Any = Field(
+        default=None, description="The policy of all parameters that by_name does not match."
+    )
+    by_name: dict[str, Any] | None = Field(
+        default=None,
+        description="Name pattern (*, ?, [...]) -> policy, or null to leave the parameters that "
+        "match alone. The first match wins.",
+    )
+    on_nonfinite: OnNonfinite = Field(
+        default="error",
+        description="What to do about NaN and inf gradients: error raises on all ranks; skip "
+        "leaves parameters and optimizer as they are; zero zeroes the gradients concerned; pass "
+        "does as torch does.",
+    )
+    log: LogConfig | None = None
+    norms: bool = Field(
+        default=True, description="false: do not measure what only a report would show."
+    )
+    schema_: str | None = Field(
+        default=None, alias="$schema", description="For editors; ignored by distclip."
+    )
+
+
+def load(
+    source: str | os.PathLike[str] | Mapping[str, Any], *, name: str = "configuration"
+) -> Config:
+    """Read and check a configuration.
+
+    Args:
+        source: path of a YAML or JSON file, or a mapping of the same form.
+        name: what error messages call a mapping (a file is called by its path).
+
+    Raises:
+        ConfigurationError: every problem found, a line each, with its key path.
+    """
+    if isinstance(source, Mapping):
+        return _checked(source, name)
+    return _checked(read(source), os.fspath(source))
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema (draft 2020-12) of a configuration, with every policy registered by now.
+
+    It describes the form above, not the hyperparameter files that :func:`load` takes as well.
+    """
+    return _config_schema.complete(_Document.model_json_schema())
+
+
+def digest(config: Config) -> str:
+    """A short text that is the same on two ranks if they clip alike.
+
+    ``log`` does not count: it changes no gradient, and paths may differ between machines.
+    """
+    text = repr((config.policy, config.on_nonfinite, config.norms))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _checked(raw: Mapping[Any, Any], source: str) -> Config:
+    problems = Problems()
+    if HYPERPARAMETER in raw:
+        raw = _from_hyperparameters(raw, problems)
+        problems.raise_if_any(source)
+    document = _document(raw, problems)
+    policy = _policy(raw, problems)
+    problems.raise_if_any(source)
+    # With a problem noted neither is used; without one both are there.
+    assert document is not None and policy is not None
+    return Config(policy, document.on_nonfinite, document.log, document.norms)
+
+
+def _from_hyperparameters(raw: Mapping[Any, Any], problems: Problems) -> Mapping[Any, Any]:
+    max_norm = raw[HYPERPARAMETER]
+    own = [key for key in _Document.model_fields if key in raw]
+    if own:
+        problems.add(
+            (HYPERPARAMETER,),
+            f"alone it means global_norm({max_norm!r}), but {', '.join(own)} stands beside it; "
+            f"remove {HYPERPARAMETER}, and write "
+            f"policy: {{name: global_norm, max_norm: {max_norm!r}}} if that is meant",
+        )
+    elif isinstance(max_norm, bool) or not isinstance(max_norm, (int, float)) or not max_norm > 0:
+        # 0 is a threshold as good as any other in a policy; here it mostly means "off", and would
+        # set every gradient to zero.
+        problems.add(
+            (HYPERPARAMETER,),
+            f"must be a number > 0, got {shown(max_norm)}; to clip nothing use a configuration "
+            f"of its own with policy: measure",
+        )
+    return {"policy": {"name": policies.GlobalNorm.name, "max_norm": max_norm}}
+
+
+def _document(raw: Mapping[Any, Any], problems: Problems) -> _Document | None:
+    known = [field.alias or key for key, field in _Document.model_fields.items()]
+    own = {key: value for key, value in raw.items() if key in known}
+    for key in raw:
+        if key not in own:
+            takes = [name for name in known if name != "$schema"]
+            problems.add_unknown((str(key),), raw[key], takes, "a configuration")
+    try:
+        return _Document.model_validate(own)
+    except ValidationError as error:
+        problems.add_validation((), own, error, known=LogConfig.model_fields)
+        return None
+
+
+def _policy(raw: Mapping[Any, Any], problems: Problems) -> Policy | None:
+    spec, by_name = raw.get("policy"), raw.get("by_name")
+    if spec is None and not by_name:
+        problems.add(("policy",), "missing; write for instance {name: global_norm, max_norm: 1.0}")
+    default = None if spec is None else build(spec, ("policy",), problems)
+    if not by_name or not isinstance(by_name, Mapping):
+        return default
+    mapping = {
+        pattern: None if part is None else build(part, ("by_name", str(pattern)), problems)
+        for pattern, part in by_name.items()
+    }
+    return policies.by_name(mapping, default=default)

@@ -1,0 +1,56 @@
+"""Every exception that distclip raises on purpose.
+
+The tree::
+
+    Exception
+    └── DistclipError
+        ├── ConfigurationError (ValueError)     a policy, threshold or configuration file that cannot be meant
+        ├── UnsupportedGradientError (TypeError) a gradient or parameter that cannot be clipped correctly
+        ├── RankMismatchError (RuntimeError)     the ranks do not agree on what is to be clipped, or how
+        ├── ProcessGroupError (RuntimeError)     a process group that is closed, or that misses this rank
+        ├── StateError (ValueError)              a state dict of another policy or another model
+        └── NonFiniteGradientError (FloatingPointError, RuntimeError)  NaN or inf under on_nonfinite="error"
+
+Each message says what is wrong, where, and how to mend it. All of them are raised before a
+gradient changes, and alike on all ranks wherever all ranks can know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class DistclipError(Exception):
+    """Base class: ``except DistclipError`` catches everything that distclip raises on purpose."""
+
+
+class ConfigurationError(DistclipError, ValueError):
+    """A threshold, policy or configuration key that cannot be meant as it stands."""
+
+
+class UnsupportedGradientError(DistclipError, TypeError):
+    """A gradient or parameter (sparse, meta, an irreducible ``Partial``) that cannot be clipped."""
+
+
+class RankMismatchError(DistclipError, RuntimeError):
+    """The ranks do not agree on parameters, policy or configuration."""
+
+
+class ProcessGroupError(DistclipError, RuntimeError):
+    """The process group is closed, or this rank is not a member of it."""
+
+
+class StateError(DistclipError, ValueError):
+    """A state dict that belongs to another policy or another model."""
+
+
+class NonFiniteGradientError(DistclipError, FloatingPointError, RuntimeError):
+    """NaN or inf gradients under ``on_nonfinite="error"``; gradients are left as they were.
+
+    ``parameters`` holds the names of the parameters concerned, the same on every rank.
+    Also a ``RuntimeError``, as ``torch.nn.utils.clip_grad_norm_(error_if_nonfinite=True)`` raises.
+    """
+
+    def __init__(self, message: str, parameters: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.parameters = tuple(parameters)

@@ -1,0 +1,46 @@
+"""What the ranks tell each other once, so that a mistake is an error and not a hang."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from distclip.errors import RankMismatchError
+from distclip.layouts.piece import Entry
+
+
+@dataclass(frozen=True, slots=True)
+class Notes:
+    """One rank's view: version, policy and options in words, and the table of parameters."""
+
+    version: str
+    configuration: str
+    table: tuple[Entry, ...]
+
+    def digest(self) -> bytes:
+        """A short fingerprint: where all ranks have the same, nothing else needs comparing."""
+        return hashlib.sha256(
+            repr((self.version, self.configuration, self.table)).encode()
+        ).digest()
+
+
+def compare(notes: Sequence[Notes], ranks: Sequence[int]) -> None:
+    """Refuse ranks that run another version, policy or option; tables are compared elsewhere.
+
+    Raises:
+        RankMismatchError: names the ranks and the difference.
+    """
+    for what in ("version", "configuration"):
+        groups: dict[str, list[int]] = {}
+        for rank, note in zip(ranks, notes, strict=True):
+            groups.setdefault(getattr(note, what), []).append(rank)
+        if len(groups) > 1:
+            listed = "; ".join(
+                f"rank{'s' if len(members) > 1 else ''} {', '.join(map(str, members))}: {value}"
+                for value, members in groups.items()
+            )
+            raise RankMismatchError(
+                f"the ranks have different distclip {what}s: {listed}. Give every rank the same "
+                f"{what}"
+            )

@@ -1,0 +1,1 @@
+"""One file per framework, each the only importer of that framework."""

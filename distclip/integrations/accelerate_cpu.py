@@ -1,0 +1,387 @@
+"""Real gloo ranks for an ``accelerate launch`` on a machine without GPUs.
+
+Left to itself, Accelerate picks no communication backend without an accelerator device: FSDP2 then
+trains N unsynchronised copies without a word, FSDP1 and DDP likewise believe that they are alone
+(accelerate 1.15, ``PartialState._prepare_backend`` and ``AcceleratorState.__init__``). This module
+gives each rank the backend it lacks, and then *verifies* that the distribution is really there.
+
+It acts only when asked, by one of
+
+* ``distclip run --cpu``,
+* ``DISTCLIP_CPU=1`` in the environment (``DISTCLIP_CPU=0`` forbids it),
+* ``use_cpu: true`` in the YAML of ``accelerate launch`` (or ``ACCELERATE_USE_CPU=true``), a statement
+  that Accelerate itself does not pass on to the ranks of a multi-process launch.
+
+Call order in a rank: :func:`install` before the user's script, :func:`verify` after
+``Accelerator.prepare``; where the mode was not asked for, :func:`check_ranks`.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Iterable, Mapping, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+from distclip.errors import ConfigurationError, DistclipError
+
+__all__ = ["check_ranks", "install", "requested", "verify"]
+
+_logger = logging.getLogger(__name__)
+
+_SWITCH = "DISTCLIP_CPU"
+_TRUE = frozenset({"1", "true", "yes", "on", "y", "t"})
+_FALSE = frozenset({"", "0", "false", "no", "off", "n", "f"})
+
+# Programs behind which the arguments of a launch stand, as they appear in a command line.
+_LAUNCH_PROGRAMS = frozenset(
+    {"accelerate", "accelerate_cli.py", "accelerate.commands.accelerate_cli"}
+)
+_LAUNCH_ONLY_PROGRAMS = frozenset({"accelerate-launch", "accelerate.commands.launch"})
+
+# What FSDP cannot do with parameters on CPU. Both settings only say how the *initial* weights
+# reach the ranks; without them each rank keeps the ones that it made or loaded itself.
+_GPU_ONLY = ("FSDP_CPU_RAM_EFFICIENT_LOADING", "FSDP_SYNC_MODULE_STATES")
+
+
+def requested(environ: Mapping[str, str] | None = None) -> bool:
+    """Whether this process was asked to be a CPU rank.
+
+    Args:
+        environ: the environment of the rank; ``os.environ`` when None.
+
+    Raises:
+        ConfigurationError: ``DISTCLIP_CPU`` is neither a yes nor a no.
+    """
+    environ = os.environ if environ is None else environ
+    if _SWITCH in environ:
+        return _flag(environ, _SWITCH)
+    if environ.get("ACCELERATE_USE_CPU", "").strip().lower() in _TRUE:
+        return True
+    launch = _launch() if _is_launched_rank(environ) else None
+    return launch is not None and launch.use_cpu
+
+
+def install(*, cpu: bool = False) -> bool:
+    """Make this process a CPU rank, if that was asked for; returns whether it was.
+
+    To be called before an ``Accelerator`` or a ``PartialState`` exists. Hides CUDA devices from
+    this process, names CPU as Accelerate's device, and has Accelerate initialise gloo. A second
+    call does nothing.
+
+    Args:
+        cpu: True is the explicit request of ``distclip run --cpu``; it is also left in
+            ``DISTCLIP_CPU``, so that child processes and :func:`requested` agree.
+
+    Raises:
+        DistclipError: Accelerate's state exists already, or this Accelerate has no
+            ``PartialState._prepare_backend``.
+    """
+    if cpu:
+        os.environ[_SWITCH] = "1"
+    if not requested(os.environ):
+        return False
+    os.environ[_SWITCH] = "1"
+    _patch_backend()
+    _set_environment(os.environ)
+    return True
+
+
+def verify(accelerator: Any, *prepared: Any) -> None:
+    """Refuse to go on unless the ranks, and the distribution of the models, are really there.
+
+    Call it on every rank after ``Accelerator.prepare``. Issues no collective; every rank comes to
+    the same verdict.
+
+    Args:
+        accelerator: the ``accelerate.Accelerator`` of this rank.
+        prepared: what ``prepare`` returned. Without it DDP cannot be checked: there the
+            accelerator itself remembers only the model inside the wrapper.
+
+    Raises:
+        DistclipError: says what is missing, where, and the mend.
+    """
+    world_size = _world_size(os.environ)
+    _verify_world(accelerator, world_size)
+    if str(accelerator.device.type) != "cpu":
+        raise DistclipError(
+            f"CPU mode: the accelerator's device is {accelerator.device}, not cpu. An Accelerator or "
+            "PartialState was made before distclip took over, or the script chose a device. Start "
+            "the script with `distclip run --cpu`, and leave the device to Accelerate."
+        )
+    if world_size > 1 or _flag(os.environ, "ACCELERATE_USE_FSDP"):
+        _verify_models(accelerator, prepared)
+
+
+def check_ranks(accelerator: Any) -> None:
+    """Refuse a launch of several ranks in which Accelerate trains each one alone.
+
+    For runs in which the CPU mode was not asked for; on machines with a working accelerator device
+    it passes.
+
+    Raises:
+        DistclipError: says what was launched, what became of it, and to pass ``--cpu``.
+    """
+    environ = os.environ
+    world_size = _world_size(environ)
+    if world_size > 1 and accelerator.num_processes == 1:
+        engine = _engine(environ)
+        raise DistclipError(
+            f"{world_size} processes were launched for {engine} (WORLD_SIZE={world_size}), but "
+            "Accelerate found no device to communicate with and believes to be alone "
+            f"(num_processes=1, device {accelerator.device}): each process would train its own "
+            "copy, without synchronisation. To train on CPU with real gloo ranks pass --cpu "
+            "(`accelerate launch ... -m distclip run --cpu ...`), set DISTCLIP_CPU=1, or say "
+            "`use_cpu: true` in the YAML. If this machine should have GPUs, see why "
+            "torch.cuda.is_available() is False."
+        )
+    _check_spawned(accelerator)
+
+
+# ---- the request -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """What the command line and the YAML of ``accelerate launch`` say."""
+
+    use_cpu: bool
+    num_processes: int
+    distributed_type: str
+    config_file: str
+
+
+def _flag(environ: Mapping[str, str], name: str) -> bool:
+    value = environ.get(name, "").strip().lower()
+    if value in _TRUE:
+        return True
+    if value in _FALSE:
+        return False
+    raise ConfigurationError(f"{name}={environ[name]!r} is neither a yes nor a no: set 1 or 0.")
+
+
+def _is_launched_rank(environ: Mapping[str, str]) -> bool:
+    # Set by every branch of `accelerate launch`: it spares other programs the look at the parent.
+    return "ACCELERATE_MIXED_PRECISION" in environ
+
+
+@functools.lru_cache(maxsize=1)
+def _launch() -> _Launch | None:
+    """Read the launch that started this process; None when it cannot be known.
+
+    ``use_cpu`` of the YAML reaches no environment variable of the ranks (only Accelerate's
+    single-process launcher exports it), so it is read where the launcher read it. Whatever goes
+    wrong here means "not asked": :func:`check_ranks` then says what to do.
+    """
+    try:
+        import psutil
+
+        launcher = psutil.Process(os.getppid())
+        arguments = _launch_arguments(launcher.cmdline())
+        return None if arguments is None else _read_launch(arguments, launcher.cwd())
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - another program's arguments and files
+        _logger.debug("the accelerate launch command could not be read: %r", error)
+        return None
+
+
+def _launch_arguments(command: list[str]) -> list[str] | None:
+    """The arguments of ``accelerate launch`` in a process's command line, None if it is not one."""
+    for index, word in enumerate(command):
+        program = os.path.basename(word).removesuffix(".exe")
+        if program in _LAUNCH_ONLY_PROGRAMS:
+            return command[index + 1 :]
+        if program in _LAUNCH_PROGRAMS and command[index + 1 : index + 2] == ["launch"]:
+            return command[index + 2 :]
+    return None
+
+
+def _read_launch(arguments: list[str], folder: str) -> _Launch | None:
+    from accelerate.commands.config.config_args import default_config_file, load_config_from_file
+    from accelerate.commands.launch import launch_command_parser
+
+    # Accelerate's own parser: it knows where the options end and the user's script begins.
+    options = launch_command_parser().parse_args(arguments)
+    path = os.path.join(folder, options.config_file or default_config_file)
+    config = load_config_from_file(path) if os.path.isfile(path) else None
+    distributed_type = getattr(config, "distributed_type", "NO")
+    return _Launch(
+        use_cpu=bool(options.cpu or getattr(config, "use_cpu", False)),
+        num_processes=int(options.num_processes or getattr(config, "num_processes", 1) or 1),
+        distributed_type=str(getattr(distributed_type, "value", distributed_type)),
+        config_file=path if config is not None else "",
+    )
+
+
+# ---- the rank --------------------------------------------------------------------------------
+
+
+def _set_environment(environ: MutableMapping[str, str]) -> None:
+    environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    if "LOCAL_RANK" in environ:  # without it: one process, or MPI, which Accelerate serves itself
+        # Accelerate's own switch means "plain DDP" and would drop FSDP and DeepSpeed in silence.
+        environ["ACCELERATE_USE_CPU"] = "false"
+    # FSDP2 chooses the device of its default mesh by what torch sees, not by what Accelerate says.
+    environ["CUDA_VISIBLE_DEVICES"] = ""
+    # Set in any case: FSDP may also come later, by a plugin that the script passes.
+    changed = [name for name in _GPU_ONLY if environ.get(name, "").lower() == "true"]
+    environ.update(dict.fromkeys(_GPU_ONLY, "false"))
+    if environ.get("FSDP_VERSION") == "2" and "FSDP_SYNC_MODULE_STATES" in changed:
+        changed.remove("FSDP_SYNC_MODULE_STATES")  # the launcher's default, read by FSDP1 alone
+    if changed and environ.get("RANK", "0") == "0":
+        _logger.warning(
+            "CPU mode: %s cannot be true on CPU and is set to false; seed all ranks alike, or load "
+            "the same checkpoint on each.",
+            " and ".join(changed),
+        )
+
+
+def _patch_backend() -> None:
+    """Have ``PartialState`` choose gloo, and the type from which FSDP and DeepSpeed are taken up."""
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+
+    original = getattr(PartialState, "_prepare_backend", None)
+    if original is None:
+        import accelerate
+
+        raise DistclipError(
+            "CPU mode needs accelerate's PartialState._prepare_backend, which accelerate "
+            f"{accelerate.__version__} does not have: install a version that distclip supports "
+            "(see `distclip doctor`)."
+        )
+    if getattr(original, "_distclip_cpu", False):
+        return
+    if PartialState._shared_state != {}:
+        raise DistclipError(
+            "CPU mode came too late: an Accelerator or PartialState exists already in this process. "
+            "Start the script with `distclip run --cpu`, or call install() before the first one."
+        )
+
+    @functools.wraps(original)
+    def prepare_backend(self: Any, *args: Any, **kwargs: Any) -> tuple[str | None, Any]:
+        environ = os.environ
+        if int(environ.get("LOCAL_RANK", "-1")) == -1:  # no launcher: one process, or MPI
+            backend, kind = original(self, *args, **kwargs)
+            return backend, kind
+        sharded = _flag(environ, "ACCELERATE_USE_FSDP") or _flag(
+            environ, "ACCELERATE_USE_DEEPSPEED"
+        )
+        # Accelerate upgrades to FSDP only from a multi-GPU type. Plain DDP must not have that type:
+        # it would be given device_ids, which DistributedDataParallel refuses for CPU modules.
+        return "gloo", DistributedType.MULTI_GPU if sharded else DistributedType.MULTI_CPU
+
+    prepare_backend._distclip_cpu = True  # type: ignore[attr-defined]
+    PartialState._prepare_backend = prepare_backend
+
+
+# ---- the verdict -----------------------------------------------------------------------------
+
+
+def _world_size(environ: Mapping[str, str]) -> int:
+    return int(environ.get("WORLD_SIZE", "1") or 1)
+
+
+def _engine(environ: Mapping[str, str]) -> str:
+    """Which engine the launch names, in the words of its user."""
+    if _flag(environ, "ACCELERATE_USE_DEEPSPEED"):
+        return "DeepSpeed"
+    if _flag(environ, "ACCELERATE_USE_FSDP"):
+        return f"FSDP{environ.get('FSDP_VERSION', '1')}"
+    return "DDP"
+
+
+def _verify_world(accelerator: Any, world_size: int) -> None:
+    import torch.distributed as dist
+
+    _check_spawned(accelerator)
+    if world_size == 1:
+        return
+    seen = dist.get_world_size() if dist.is_available() and dist.is_initialized() else None
+    if seen == world_size == accelerator.num_processes:
+        return
+    found = "no process group" if seen is None else f"a process group of {seen}"
+    raise DistclipError(
+        f"CPU mode: {world_size} ranks were launched (WORLD_SIZE={world_size}), but this process has "
+        f"{found} and accelerator.num_processes={accelerator.num_processes}. Pass no cpu=True and "
+        "no process group of your own to Accelerator, and make no Accelerator before `distclip "
+        "run --cpu` has started the script."
+    )
+
+
+def _check_spawned(accelerator: Any) -> None:
+    """A MULTI_CPU launch without MPI starts a single process, whatever num_processes says."""
+    if accelerator.num_processes > 1 or not _is_launched_rank(os.environ):
+        return
+    launch = _launch()
+    if launch is None or launch.num_processes <= 1 or _world_size(os.environ) > 1:
+        return
+    where = f" in {launch.config_file}" if launch.config_file else ""
+    raise DistclipError(
+        f"accelerate launch was asked for {launch.num_processes} processes{where}, but started one: "
+        f"for distributed_type {launch.distributed_type} (and with its own --cpu) it relies on "
+        "an MPI launcher. Write `distributed_type: MULTI_GPU` (or FSDP) with `use_cpu: true` in the "
+        "YAML, as configs/accelerate/ddp_cpu.yaml does, or pass --cpu to `distclip run` rather "
+        "than to `accelerate launch`."
+    )
+
+
+def _verify_models(accelerator: Any, prepared: Iterable[Any]) -> None:
+    engine = _engine(os.environ)
+    distributed_type = str(getattr(accelerator.distributed_type, "value", ""))
+    expected = {"FSDP1": "FSDP", "FSDP2": "FSDP", "DeepSpeed": "DEEPSPEED", "DDP": "MULTI_CPU"}
+    if distributed_type != expected[engine]:
+        raise DistclipError(
+            f"CPU mode: {engine} was asked for, but Accelerate runs as {distributed_type or 'NO'}. "
+            "Usual cause: the script passes cpu=True to Accelerator, or makes a PartialState "
+            "before the Accelerator that gets its FSDP plugin. Remove that."
+        )
+    for model in _trained(accelerator, engine, prepared):
+        fault = _fault(engine, accelerator, model)
+        if fault is not None:
+            raise DistclipError(
+                f"CPU mode: {type(model).__name__} is not distributed by {engine}: {fault}. Hand "
+                "the model and its optimizer to one call of Accelerator.prepare."
+            )
+
+
+def _trained(accelerator: Any, engine: str, prepared: Iterable[Any]) -> list[Any]:
+    """The prepared models that are to be trained."""
+    import torch
+
+    models = [item for item in prepared if isinstance(item, torch.nn.Module)]
+    if not models and engine != "DDP":
+        models = list(accelerator._models)
+    return [m for m in models if any(p.requires_grad for p in m.parameters())]
+
+
+def _fault(engine: str, accelerator: Any, model: Any) -> str | None:
+    """What is wrong with the distribution of one prepared model; None if nothing is."""
+    if engine == "FSDP2":
+        return _fsdp2_fault(accelerator, model.named_parameters())
+    if engine == "FSDP1":
+        from torch.distributed.fsdp import FullyShardedDataParallel
+
+        wrapped = any(isinstance(m, FullyShardedDataParallel) for m in model.modules())
+        return None if wrapped else "no module of it is wrapped in FullyShardedDataParallel"
+    if engine == "DDP":
+        from torch.nn.parallel import DistributedDataParallel
+
+        wrapped = any(isinstance(m, DistributedDataParallel) for m in model.modules())
+        return None if wrapped else "it is not wrapped in DistributedDataParallel"
+    return None  # DeepSpeed's engine builds its own groups and refuses what it cannot do
+
+
+def _fsdp2_fault(accelerator: Any, named_parameters: Iterable[tuple[str, Any]]) -> str | None:
+    from torch.distributed.tensor import DTensor
+
+    trained = [(name, p) for name, p in named_parameters if p.requires_grad]
+    plain = [name for name, p in trained if not isinstance(p, DTensor)]
+    ignored = getattr(accelerator.state.fsdp_plugin, "ignored_modules", None)
+    if not plain or (ignored is not None and len(plain) < len(trained)):
+        return None
+    return (
+        f"{len(plain)} of {len(trained)} trained parameters are plain tensors, the first "
+        f"{plain[0]!r}"
+    )

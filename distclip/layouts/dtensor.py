@@ -1,0 +1,274 @@
+"""The DTensor layout: FSDP2, HSDP, tensor and expert parallelism, any placements on any mesh."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, TypeAlias, cast
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
+
+from distclip.errors import UnsupportedGradientError
+from distclip.layouts import plain
+from distclip.layouts.piece import Box, Described, Entry, Holder, Piece, held
+
+Span: TypeAlias = tuple[int, int]
+"""``start, stop`` along one dim of the logical tensor."""
+
+
+def describe(name: str, parameter: DTensor, hold: Holder | None = None) -> Described:
+    """Entry and local pieces of a DTensor parameter, held weakly unless ``hold`` is given.
+
+    A rank outside of the mesh has no piece. Replicated mesh dims count at coordinate 0.
+
+    Raises:
+        UnsupportedGradientError: placements that leave no well-defined pieces.
+    """
+    mesh, placements = parameter.device_mesh, tuple(parameter.placements)
+    shape = tuple(parameter.shape)
+    _check_placements(name, placements)
+    split = {
+        dim
+        for size, placement in zip(mesh.shape, placements, strict=True)
+        if (dim := shard_dim(placement)) is not None and size > 1
+    }
+    entry = Entry(
+        name,
+        shape,
+        str(parameter.dtype).removeprefix("torch."),
+        tuple(sorted(split)),
+        tuple(mesh.mesh.flatten().tolist()),
+        f"{tuple(mesh.shape)} {' '.join(map(str, placements))}",
+    )
+    coordinate = mesh.get_coordinate()
+    if coordinate is None:
+        return entry, ()
+    owned = all(
+        shard_dim(placement) is not None or coordinate[dim] == 0
+        for dim, placement in enumerate(placements)
+    )
+    spans = local_spans(shape, tuple(mesh.shape), coordinate, placements)
+    local_shape = tuple(sum(stop - start for start, stop in dim) for dim in spans)
+    if local_shape != tuple(parameter.to_local().shape):
+        raise UnsupportedGradientError(
+            f"{name!r}: placements {placements} on a mesh of shape {tuple(mesh.shape)} give this "
+            f"rank a shard of shape {local_shape}, but it holds "
+            f"{tuple(parameter.to_local().shape)}; distclip cannot tell which elements these are"
+        )
+    hold = held(parameter) if hold is None else hold
+    gradient = partial(local_gradient, name, hold)
+    weight = partial(local_weight, hold)
+    return entry, [
+        Piece(
+            0,
+            box,
+            1.0 if owned else 0.0,
+            gradient if whole else partial(_cut_gradient, gradient, local),
+            weight if whole else partial(_cut, weight, local),
+            parameter.requires_grad,
+        )
+        for box, local, whole in _boxes(spans)
+    ]
+
+
+def shard_dim(placement: Placement) -> int | None:
+    """The tensor dim that a placement cuts, or None for a replica."""
+    if isinstance(placement, Replicate):
+        return None
+    return cast(int, cast(Any, placement).dim)
+
+
+def _check_placements(name: str, placements: Sequence[Placement]) -> None:
+    for placement in placements:
+        if isinstance(placement, Partial):
+            raise UnsupportedGradientError(
+                f"{name!r} is itself a Partial DTensor ({tuple(placements)}): its value is spread "
+                f"over ranks as unreduced terms; redistribute it to Shard or Replicate first"
+            )
+        if not isinstance(placement, Replicate) and not hasattr(placement, "dim"):
+            raise UnsupportedGradientError(
+                f"{name!r} has a placement that distclip does not know: {placement!r}"
+            )
+
+
+def local_spans(
+    shape: Sequence[int],
+    mesh_shape: Sequence[int],
+    coordinate: Sequence[int],
+    placements: Sequence[Placement],
+) -> list[list[Span]]:
+    """Per tensor dim, the spans of the logical tensor that lie at ``coordinate``.
+
+    Shardings apply from left to right, each to what the one before it left, as DTensor defines.
+    """
+    spans: list[list[Span]] = [[(0, extent)] for extent in shape]
+    for size, position, placement in zip(mesh_shape, coordinate, placements, strict=True):
+        dim = shard_dim(placement)
+        if dim is None:
+            continue
+        factor = getattr(placement, "split_factor", None)
+        if factor is None or not type(placement).__name__.startswith("_Strided"):
+            spans[dim] = _chunk(spans[dim], size, position)
+        else:  # FSDP2 over TP: each of the inner mesh's chunks was cut again
+            inner = [_chunk(spans[dim], int(factor), i) for i in range(int(factor))]
+            spans[dim] = _merge(
+                itertools.chain.from_iterable(_chunk(part, size, position) for part in inner)
+            )
+    return spans
+
+
+def _chunk(spans: Sequence[Span], chunks: int, position: int) -> list[Span]:
+    """What ``torch.chunk`` gives at ``position``, of indices listed as spans; empty past the end."""
+    total = sum(stop - start for start, stop in spans)
+    size = -(-total // chunks)
+    low, high = min(position * size, total), min((position + 1) * size, total)
+    taken, seen = [], 0
+    for start, stop in spans:
+        first, last = max(low - seen, 0), min(high - seen, stop - start)
+        if first < last:
+            taken.append((start + first, start + last))
+        seen += stop - start
+    return taken
+
+
+def _merge(spans: itertools.chain[Span]) -> list[Span]:
+    merged: list[Span] = []
+    for start, stop in spans:
+        if merged and merged[-1][1] == start:
+            merged[-1] = (merged[-1][0], stop)
+        else:
+            merged.append((start, stop))
+    return merged
+
+
+def _boxes(spans: Sequence[Sequence[Span]]) -> list[tuple[Box, Box, bool]]:
+    """Each local box as ``(in the logical tensor, in the local tensor, is it all of it)``.
+
+    One box in every usual case; several where a strided sharding leaves gaps. None if empty.
+    """
+    located: list[list[tuple[Span, int]]] = []
+    for dim in spans:
+        here, offset = [], 0
+        for start, stop in dim:
+            here.append(((start, stop), offset))
+            offset += stop - start
+        located.append(here)
+    combinations = list(itertools.product(*located))
+    boxes = []
+    for combination in combinations:
+        extents = tuple(stop - start for (start, stop), _ in combination)
+        boxes.append(
+            (
+                Box(tuple(start for (start, _), _ in combination), extents),
+                Box(tuple(offset for _, offset in combination), extents),
+                len(combinations) == 1,
+            )
+        )
+    return boxes
+
+
+def _cut(fetch: partial[Tensor], local: Box) -> Tensor:
+    tensor = fetch()
+    for dim, (offset, extent) in enumerate(zip(local.offsets, local.extents, strict=True)):
+        tensor = tensor.narrow(dim, offset, extent)
+    return tensor
+
+
+def _cut_gradient(fetch: partial[Tensor | None], local: Box) -> Tensor | None:
+    gradient = fetch()
+    return None if gradient is None else _cut(partial(_itself, gradient), local)
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def local_weight(hold: Holder) -> Tensor:
+    """This rank's shard of the weights."""
+    return local_part(cast(DTensor, hold())).detach()
+
+
+def local_part(tensor: DTensor) -> Tensor:
+    """The shard itself, without an autograd node, and waited for if still on its way."""
+    local: Tensor = tensor._local_tensor
+    wait = getattr(local, "wait", None)  # an AsyncCollectiveTensor
+    return cast(Tensor, wait()) if wait is not None else local
+
+
+def local_gradient(name: str, hold: Holder) -> Tensor | None:
+    """This rank's shard of the gradient, in the parameter's own placements; None if there is none.
+
+    A gradient that autograd left in other placements (``Partial`` under tensor parallelism) is
+    redistributed, which is a collective over the parameter's mesh, and ``parameter.grad`` is
+    replaced by the result: the same tensor, now fully reduced.
+
+    Raises:
+        UnsupportedGradientError: a plain, sparse or meta gradient, or one that cannot be reduced.
+    """
+    parameter = cast(DTensor, hold())
+    gradient = parameter.grad
+    if gradient is None:
+        return None
+    if not isinstance(gradient, DTensor):
+        raise UnsupportedGradientError(
+            f"{name!r} is a DTensor but its gradient is a plain tensor of shape "
+            f"{tuple(gradient.shape)}: whether that is a shard or the whole cannot be told; "
+            f"assign a DTensor gradient with the parameter's placements"
+        )
+    # FSDP2 gives the gradient the parameter's own spec object: then one comparison does.
+    if gradient._spec is not parameter._spec and (
+        tuple(gradient.placements) != tuple(parameter.placements)
+        or gradient.device_mesh != parameter.device_mesh
+    ):
+        gradient = aligned(name, gradient, parameter)
+        parameter.grad = gradient
+    return plain.check_dense(name, local_part(gradient))
+
+
+def aligned(name: str, gradient: DTensor, parameter: DTensor) -> DTensor:
+    """``gradient`` in the parameter's placements."""
+    if gradient.device_mesh != parameter.device_mesh:
+        raise UnsupportedGradientError(
+            f"the gradient of {name!r} lives on another device mesh ({gradient.device_mesh}) than "
+            f"the parameter ({parameter.device_mesh}); redistribute it before clipping"
+        )
+    reduced(name, gradient)
+    with torch.no_grad():
+        return gradient.detach().redistribute(placements=parameter.placements)
+
+
+def reduced(name: str, tensor: DTensor) -> None:
+    """Refuse ``Partial`` placements that no reduction turns into the tensor's value."""
+    for placement in tensor.placements:
+        if isinstance(placement, Partial) and (
+            type(placement) is not Partial or placement.reduce_op not in ("sum", "avg")
+        ):
+            raise UnsupportedGradientError(
+                f"the gradient of {name!r} is {placement!r}: unreduced terms that distclip cannot "
+                f"add up (only Partial sum and avg can be reduced); redistribute it yourself"
+            )
+
+
+def describe_tensor(name: str, tensor: DTensor) -> Described:
+    """Entry and pieces of a DTensor that is measured itself (``get_total_norm``)."""
+    if any(isinstance(placement, Partial) for placement in tensor.placements):
+        reduced(name, tensor)
+        placements = [
+            Replicate() if isinstance(placement, Partial) else placement
+            for placement in tensor.placements
+        ]
+        with torch.no_grad():
+            tensor = tensor.detach().redistribute(placements=placements)
+    entry, pieces = describe(name, tensor, hold=partial(_itself, tensor))
+    check = partial(plain.check_dense, name)
+    return entry, [
+        Piece(0, piece.box, piece.share, partial(_checked, check, piece), piece.weight)
+        for piece in pieces
+    ]
+
+
+def _checked(check: partial[Tensor], piece: Piece) -> Tensor:
+    return check(piece.weight())

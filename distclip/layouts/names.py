@@ -1,0 +1,128 @@
+"""From what the user hands over to named parameters: clean names, each parameter once."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import TypeAlias, cast
+
+import torch
+from torch import Tensor, nn
+
+from distclip.errors import ConfigurationError
+
+WRAPPER_PREFIXES = ("_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module")
+"""Path parts that FSDP1, torch.compile and activation checkpointing put into names."""
+
+Target: TypeAlias = (
+    nn.Module | Sequence[nn.Module] | Tensor | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
+)
+"""A module, modules (pipeline stages, model parts), parameters, or (name, parameter) pairs."""
+
+Named: TypeAlias = list[tuple[str, Tensor]]
+
+
+def clean(name: str) -> str:
+    """``name`` without the path parts that wrappers add (``module.`` only in front: DDP)."""
+    parts = [part for part in name.split(".") if part not in WRAPPER_PREFIXES]
+    while len(parts) > 1 and parts[0] == "module":
+        parts = parts[1:]
+    return ".".join(parts)
+
+
+def named_parameters(target: Target) -> Named:
+    """``(clean name, parameter)`` pairs; a tied or repeated parameter once, by its first name.
+
+    Parameters that come without names are called by their position: ``"0"``, ``"1"``.
+
+    Raises:
+        ConfigurationError: the target is none of the accepted kinds, or two different parameters
+            have one name.
+    """
+    pairs: Named = []
+    seen: set[int] = set()
+    for name, parameter in _pairs(target):
+        if id(parameter) not in seen:
+            seen.add(id(parameter))
+            pairs.append((clean(name), parameter))
+    counts = Counter(name for name, _ in pairs)
+    repeated = [name for name, count in counts.items() if count > 1]
+    if repeated:
+        raise ConfigurationError(
+            f"two different parameters are called {repeated[0]!r}; give (name, parameter) pairs "
+            f"with distinct names, so that statistics and state can be told apart"
+        )
+    return pairs
+
+
+def is_list_of_modules(target: Target) -> bool:
+    """Whether the target is a list of modules (pipeline stages, model parts)."""
+    return isinstance(target, (list, tuple)) and any(isinstance(x, nn.Module) for x in target)
+
+
+def _pairs(target: Target) -> Named:
+    if isinstance(target, nn.Module):
+        return list(target.named_parameters())
+    if isinstance(target, Tensor):
+        return [("0", target)]
+    if not isinstance(target, Iterable):
+        raise _not_a_target(target)
+    items: list[object] = list(cast(Iterable[object], target))
+    if items and all(isinstance(item, nn.Module) for item in items):
+        return _of_modules(cast(list[nn.Module], items))
+    pairs: Named = []
+    for position, item in enumerate(items):
+        if isinstance(item, Tensor):
+            pairs.append((str(position), item))
+        elif (
+            isinstance(item, tuple)
+            and len(item) == 2
+            and isinstance(item[0], str)
+            and isinstance(item[1], Tensor)
+        ):
+            pairs.append((item[0], item[1]))
+        elif isinstance(item, dict) and "params" in item:
+            raise ConfigurationError(
+                "optimizer parameter groups are not a target; give the module, its parameters or "
+                "(name, parameter) pairs, and the optimizer as GradClipper(..., optimizer=...)"
+            )
+        else:
+            raise _not_a_target(item)
+    return pairs
+
+
+def _of_modules(modules: Sequence[nn.Module]) -> Named:
+    """Model parts keep their own names unless those clash; then the part's number goes in front."""
+    parts = [[(clean(name), p) for name, p in module.named_parameters()] for module in modules]
+    owners: dict[str, int] = {}
+    clash = any(
+        owners.setdefault(name, id(parameter)) != id(parameter)
+        for part in parts
+        for name, parameter in part
+    )
+    return [
+        (f"{number}.{name}" if clash else name, parameter)
+        for number, part in enumerate(parts)
+        for name, parameter in part
+    ]
+
+
+def _not_a_target(item: object) -> ConfigurationError:
+    return ConfigurationError(
+        f"expected a module, a list of modules, parameters or (name, parameter) pairs, got "
+        f"{type(item).__module__}.{type(item).__qualname__}"
+    )
+
+
+def refuse_meta(named: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Refuse parameters without storage.
+
+    Raises:
+        ConfigurationError: names the first parameter on the meta device.
+    """
+    for name, parameter in named:
+        if parameter.is_meta:
+            raise ConfigurationError(
+                f"parameter {name!r} is on the meta device: materialise the model (to_empty, then "
+                f"initialise) before building a GradClipper"
+            )

@@ -1,0 +1,81 @@
+"""The vocabulary of layouts: logical parameters, and the pieces of them that lie on this rank."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeAlias, cast
+
+from torch import Tensor
+
+Fetch: TypeAlias = Callable[[], Tensor | None]
+
+Holder: TypeAlias = Callable[[], Tensor]
+"""Gives a parameter that somebody else keeps alive (a weak reference), so that a plan that is kept
+does not keep a model in memory."""
+
+
+def held(parameter: Tensor) -> Holder:
+    """A weak hold on ``parameter``."""
+    return cast(Holder, weakref.ref(parameter))
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """An axis-aligned box of a logical tensor: ``offsets[d] : offsets[d] + extents[d]``."""
+
+    offsets: tuple[int, ...]
+    extents: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One logical parameter, as all ranks know it.
+
+    Attributes:
+        name: clean name, without wrapper prefixes.
+        shape: logical shape.
+        dtype: name of the parameter's dtype, such as ``"float32"``.
+        split_dims: dims along which the tensor is cut across ranks (a unit that extends along one
+            of them is not whole on any rank).
+        ranks: global ranks of the device mesh, in mesh order; None for a plain tensor.
+        layout: the sharding in words, for messages and for comparing ranks.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    split_dims: tuple[int, ...] = ()
+    ranks: tuple[int, ...] | None = None
+    layout: str = "plain"
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One local piece of one logical parameter.
+
+    Attributes:
+        index: row of its :class:`Entry` in the plan's table.
+        box: where the piece lies in the logical tensor.
+        share: the part of its sums that counts towards the reduced total. Of identical replicas
+            one has 1 and the others 0, so that one sum over one group counts every element once.
+        gradient: gives the local gradient, of shape ``box.extents``, or None.
+        weight: gives the local weights, of shape ``box.extents``.
+        trainable: whether the parameter requires a gradient.
+    """
+
+    index: int
+    box: Box
+    share: float
+    gradient: Fetch
+    weight: Callable[[], Tensor]
+    trainable: bool = True
+
+    def numbered(self, index: int, share: float) -> Piece:
+        """The same piece under another table row, its share multiplied."""
+        return replace(self, index=index, share=self.share * share)
+
+
+Described: TypeAlias = tuple[Entry, Sequence[Piece]]
+"""What a layout says of one parameter; the pieces' ``index`` is still 0."""

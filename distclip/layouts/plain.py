@@ -1,0 +1,57 @@
+"""The plain layout: a whole tensor on this rank (single process, or a DDP replica)."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from distclip.errors import UnsupportedGradientError
+from distclip.layouts.piece import Box, Described, Entry, Holder, Piece, held
+
+
+def describe(name: str, parameter: Tensor) -> Described:
+    """A plain parameter is one piece that covers it; replicas are sorted out by the plan."""
+    shape = tuple(parameter.shape)
+    entry = Entry(name, shape, str(parameter.dtype).removeprefix("torch."))
+    hold = held(parameter)
+    piece = Piece(
+        index=0,
+        box=Box((0,) * len(shape), shape),
+        share=1.0,
+        gradient=partial(gradient_of, name, hold),
+        weight=partial(weight_of, hold),
+        trainable=parameter.requires_grad,
+    )
+    return entry, (piece,)
+
+
+def weight_of(hold: Holder) -> Tensor:
+    """The parameter's values."""
+    return hold().detach()
+
+
+def gradient_of(name: str, hold: Holder) -> Tensor | None:
+    """The parameter's ``.grad`` if it can be measured, None if there is none.
+
+    Raises:
+        UnsupportedGradientError: a sparse or meta gradient.
+    """
+    gradient = hold().grad
+    return None if gradient is None else check_dense(name, gradient)
+
+
+def check_dense(name: str, tensor: Tensor) -> Tensor:
+    """``tensor`` itself, or a refusal by name."""
+    if tensor.layout is not torch.strided:
+        raise UnsupportedGradientError(
+            f"the gradient of {name!r} is sparse ({tensor.layout}); distclip measures dense "
+            f"gradients only: build the embedding with sparse=False"
+        )
+    if tensor.is_meta:
+        raise UnsupportedGradientError(
+            f"the gradient of {name!r} is on the meta device and has no values; materialise the "
+            f"model (to_empty, then initialise) before clipping"
+        )
+    return tensor

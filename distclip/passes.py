@@ -1,0 +1,174 @@
+"""Compiling a policy: which passes over the gradients it takes, known before the first step.
+
+Norm algebra: after a scaling by c every norm is c times what it was, so any number of scaling
+stages shares one measuring and one scaling pass. A clamp at the head of a pass is measured along
+with it. Only a stage that reads the norm of something clamped *after* a scaling needs a new pass.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from distclip.layouts.piece import Entry
+from distclip.policies import ParameterInfo, Policy, UnitPolicy
+from distclip.policies._compose import Stage, stages
+from distclip.statistics.measurement import Request
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One measuring and one acting pass.
+
+    Attributes:
+        stages: the stages that decide by it, in order.
+        request: what is measured.
+        local_units: parameter -> the unit policies that decide on its units before the reduction.
+        late_clamps: position of a clamping stage -> its parameters that were scaled before it (the
+            others are clamped at the head of the pass, and measured so).
+    """
+
+    stages: tuple[Stage, ...]
+    request: Request
+    local_units: dict[int, tuple[UnitPolicy, ...]]
+    late_clamps: dict[int, tuple[int, ...]]
+
+
+@dataclass
+class _Draft:
+    """A pass while its stages are collected. Keys and members are table rows."""
+
+    stages: list[Stage] = field(default_factory=list)
+    bounds: dict[int, float] = field(default_factory=dict)
+    unit_dims: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    acted: Counter[int] = field(default_factory=Counter)
+    unknown: set[int] = field(default_factory=set)
+    unit_prefix: dict[int, list[UnitPolicy]] = field(default_factory=dict)
+    unit_later: set[int] = field(default_factory=set)
+    late_clamps: dict[int, tuple[int, ...]] = field(default_factory=dict)
+
+
+def report_order(policy: Policy, parameters: Sequence[ParameterInfo]) -> float:
+    """Order of the norms in the report: that of the first policy that has one, else 2."""
+    for stage in stages(policy, parameters):
+        for order in sorted(stage.policy.needs.gradient_norms):
+            return order
+    return 2.0
+
+
+def compile_passes(
+    policy: Policy,
+    parameters: Sequence[ParameterInfo],
+    entries: Sequence[Entry],
+    *,
+    distributed: bool,
+    norms: bool,
+    watch_nonfinite: bool,
+) -> tuple[Pass, ...]:
+    """The passes of ``policy`` over ``parameters``.
+
+    Args:
+        policy: plain or composed.
+        parameters: one info per entry, in the same order.
+        entries: the plan's table.
+        distributed: whether statistics are summed over ranks.
+        norms: whether the report's norms are wanted.
+        watch_nonfinite: whether non-finite gradients have to be noticed on all ranks.
+    """
+    drafts = [_Draft()]
+    for stage in stages(policy, parameters):
+        if stage.members:
+            if _needs_new_pass(stage, parameters, drafts[-1]):
+                drafts.append(_Draft())
+            _add(stage, parameters, drafts[-1])
+    shown = report_order(policy, parameters)
+    result = []
+    for position, draft in enumerate(drafts):
+        first, last = position == 0, position == len(drafts) - 1
+        wanted = (first and (norms or watch_nonfinite)) or (last and norms)
+        result.append(
+            _finished(draft, parameters, entries, distributed, shown if wanted else None, first)
+        )
+    return tuple(result)
+
+
+def _unit_dims(stage: Stage, parameters: Sequence[ParameterInfo], member: int) -> tuple[int, ...]:
+    policy = stage.policy
+    return policy.unit_dims(parameters[member]) if isinstance(policy, UnitPolicy) else ()
+
+
+def _needs_new_pass(stage: Stage, parameters: Sequence[ParameterInfo], draft: _Draft) -> bool:
+    if stage.policy.needs.gradient_norms and not draft.unknown.isdisjoint(stage.members):
+        return True
+    return any(
+        dims and draft.unit_dims.get(member, dims) != dims
+        for member in stage.members
+        if (dims := _unit_dims(stage, parameters, member))
+    )
+
+
+def _add(stage: Stage, parameters: Sequence[ParameterInfo], draft: _Draft) -> None:
+    draft.stages.append(stage)
+    bound = stage.policy.bound
+    if bound is not None:
+        late = tuple(member for member in stage.members if draft.acted[member])
+        draft.unknown.update(late)
+        draft.late_clamps[len(draft.stages) - 1] = late
+        for member in set(stage.members) - set(late):
+            draft.bounds[member] = min(bound, draft.bounds.get(member, bound))
+        return
+    for member in stage.members:
+        dims = _unit_dims(stage, parameters, member)
+        if dims and isinstance(stage.policy, UnitPolicy):
+            draft.unit_dims[member] = dims
+            prefix = draft.unit_prefix.setdefault(member, [])
+            if draft.acted[member] == len(prefix):
+                prefix.append(stage.policy)
+            else:
+                draft.unit_later.add(member)
+        draft.acted[member] += 1
+
+
+def _finished(
+    draft: _Draft,
+    parameters: Sequence[ParameterInfo],
+    entries: Sequence[Entry],
+    distributed: bool,
+    shown: float | None,
+    first: bool,
+) -> Pass:
+    local = {
+        member: tuple(prefix)
+        for member, prefix in draft.unit_prefix.items()
+        if distributed
+        and prefix
+        and member not in draft.unit_later
+        and set(entries[member].split_dims) <= set(draft.unit_dims[member])
+    }
+    orders: dict[float, None] = {} if shown is None else {shown: None}
+    weight_orders: dict[float, None] = {}
+    weighted: set[int] = set()
+    reads = False
+    for stage in draft.stages:
+        plain = [m for m in stage.members if not _unit_dims(stage, parameters, m)]
+        if not plain:
+            reads = reads or any(m not in local for m in stage.members)
+            continue
+        orders.update(dict.fromkeys(sorted(stage.policy.needs.gradient_norms)))
+        reads = reads or bool(stage.policy.needs.gradient_norms)
+        if stage.policy.needs.weight_norms:
+            weight_orders.update(dict.fromkeys(sorted(stage.policy.needs.weight_norms)))
+            weighted.update(plain)
+    request = Request(
+        orders=tuple(orders),
+        weight_orders=tuple(weight_orders),
+        weighted=frozenset(weighted),
+        unit_dims=dict(draft.unit_dims),
+        decided_locally=frozenset(local),
+        bounds=dict(draft.bounds),
+        raw_orders=(shown,) if shown is not None and first and draft.bounds else (),
+        reduced=reads or shown is not None,
+    )
+    return Pass(tuple(draft.stages), request, local, dict(draft.late_clamps))
+

@@ -1,0 +1,37 @@
+"""Clipping policies: whole-tensor statistics in, actions out.
+
+Every policy is a frozen dataclass that is checked when it is built. ``chain`` puts policies one
+after another, ``by_name`` side by side.
+"""
+
+from distclip.policies._agc import AGC as AGC
+from distclip.policies._agc import agc as agc
+from distclip.policies._block_rms import BlockRMS as BlockRMS
+from distclip.policies._block_rms import block_rms as block_rms
+from distclip.policies._compose import ByName as ByName
+from distclip.policies._compose import Chain as Chain
+from distclip.policies._compose import by_name as by_name
+from distclip.policies._compose import chain as chain
+from distclip.policies._dreamer_agc import DreamerAGC as DreamerAGC
+from distclip.policies._dreamer_agc import dreamer_agc as dreamer_agc
+from distclip.policies._global_norm import GlobalNorm as GlobalNorm
+from distclip.policies._global_norm import global_norm as global_norm
+from distclip.policies._group_norm import GroupNorm as GroupNorm
+from distclip.policies._group_norm import group_norm as group_norm
+from distclip.policies._measure import Measure as Measure
+from distclip.policies._measure import measure as measure
+from distclip.policies._parameter_norm import ParameterNorm as ParameterNorm
+from distclip.policies._parameter_norm import parameter_norm as parameter_norm
+from distclip.policies._protocol import Action as Action
+from distclip.policies._protocol import Clamp as Clamp
+from distclip.policies._protocol import Needs as Needs
+from distclip.policies._protocol import ParameterInfo as ParameterInfo
+from distclip.policies._protocol import Policy as Policy
+from distclip.policies._protocol import Scale as Scale
+from distclip.policies._protocol import Skip as Skip
+from distclip.policies._protocol import State as State
+from distclip.policies._protocol import Statistics as Statistics
+from distclip.policies._protocol import UnitPolicy as UnitPolicy
+from distclip.policies._registry import register as register
+from distclip.policies._value import Value as Value
+from distclip.policies._value import value as value

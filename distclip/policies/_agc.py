@@ -1,0 +1,103 @@
+"""Adaptive gradient clipping (AGC) as in NFNet."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from distclip.errors import ConfigurationError
+from distclip.policies import _checks
+from distclip.policies._protocol import Needs, ParameterInfo, UnitPolicy
+
+GRADIENT_FLOOR = 1e-6
+"""Floor of the gradient norm in the division, as timm and the NFNet code have it."""
+
+
+@dataclass(frozen=True)
+class AGC(UnitPolicy):
+    """Adaptive gradient clipping: each unit's gradient against the same unit's weight.
+
+    With ``m_u = clip_factor * max(||w_u||, eps)``: where ``||g_u|| > m_u``,
+    ``g_u *= m_u / max(||g_u||, 1e-6)``. Brock et al. 2021 (arXiv 2102.06171, equation 3).
+
+    A unit is an output row: index over dim 0, reduced over all other dims (as timm; torch's layout
+    is output first). A vector or scalar is one unit. The authors exclude only the final linear
+    layer: ``by_name({"head.weight": None}, default=agc(0.01))``.
+
+    Args:
+        clip_factor: lambda, > 0 and finite.
+        eps: floor of the weight norm, > 0: without it zero-initialised weights never train.
+        unit: ``"row"``, or ``"tensor"`` for one unit per parameter.
+        unit_dims: name pattern -> dims that index the units of the parameters that match, first
+            match wins; stacked experts ``[E, out, in]``: ``{"*.experts.*": (0, 1)}``.
+
+    Raises:
+        ConfigurationError: ``clip_factor <= 0``, ``eps <= 0``, an unknown unit, dims that a
+            matching parameter does not have.
+    """
+
+    clip_factor: float = 0.01
+    eps: float = 1e-3
+    unit: Literal["row", "tensor"] = "row"
+    unit_dims_by_name: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    name: ClassVar[str] = "agc"
+
+    def __init__(
+        self,
+        clip_factor: float = 0.01,
+        eps: float = 1e-3,
+        unit: Literal["row", "tensor"] = "row",
+        unit_dims: Mapping[str, Sequence[int]] | None = None,
+    ) -> None:
+        if unit not in ("row", "tensor"):
+            raise ConfigurationError(f'agc: unit must be "row" or "tensor", got {unit!r}')
+        set_ = object.__setattr__
+        set_(self, "clip_factor", _checks.positive(self.name, "clip_factor", clip_factor))
+        set_(self, "eps", _checks.positive(self.name, "eps", eps))
+        set_(self, "unit", unit)
+        items = tuple((name, _dims(name, dims)) for name, dims in (unit_dims or {}).items())
+        set_(self, "unit_dims_by_name", items)
+
+    @property
+    def needs(self) -> Needs:
+        return Needs.of(gradients=[2.0], weights=[2.0])
+
+    @property
+    def threshold(self) -> float | None:
+        return self.clip_factor
+
+    def unit_dims(self, parameter: ParameterInfo) -> tuple[int, ...]:
+        ndim = len(parameter.shape)
+        for pattern, dims in self.unit_dims_by_name:
+            if fnmatch.fnmatchcase(parameter.name, pattern):
+                if any(not -ndim <= dim < ndim for dim in dims):
+                    raise ConfigurationError(
+                        f"agc: unit_dims[{pattern!r}] = {list(dims)} does not fit parameter "
+                        f"{parameter.name!r} of shape {list(parameter.shape)}"
+                    )
+                return tuple(sorted({dim % ndim for dim in dims}))
+        return (0,) if self.unit == "row" and ndim > 1 else ()
+
+    def unit_coefficients(self, gradient_norms: Tensor, weight_norms: Tensor) -> Tensor:
+        limit = torch.clamp(weight_norms, min=self.eps) * self.clip_factor
+        shrunk = limit / torch.clamp(gradient_norms, min=GRADIENT_FLOOR)
+        # A NaN gradient is not ">" anything, but it must not pass as "within the limit" either.
+        return torch.where(gradient_norms <= limit, 1.0, shrunk)
+
+
+def _dims(pattern: str, dims: Sequence[int]) -> tuple[int, ...]:
+    if isinstance(dims, (str, bytes)) or not all(
+        isinstance(dim, int) and not isinstance(dim, bool) for dim in dims
+    ):
+        raise ConfigurationError(
+            f"agc: unit_dims[{pattern!r}] must be a list of dims such as [0, 1], got {dims!r}"
+        )
+    return tuple(dims)
+
+
+agc = AGC

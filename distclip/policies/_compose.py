@@ -1,0 +1,132 @@
+"""Policies made of policies: one after another (``chain``), side by side (``by_name``)."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from distclip.errors import ConfigurationError
+from distclip.policies._protocol import Action, ParameterInfo, Policy, State, Statistics
+
+
+class Composite(Policy):
+    """Base of the two: it decides nothing itself, it is taken apart into stages."""
+
+    def update(self, statistics: Statistics, state: State) -> tuple[Sequence[Action], State]:
+        raise TypeError(f"{self.name} is taken apart into stages (policies.stages) and never run")
+
+
+@dataclass(frozen=True)
+class Chain(Composite):
+    """Policies one after another; each sees the gradients as the one before left them.
+
+    After a scaling by c every norm is c times what it was, so a chain of scaling policies costs
+    one measuring pass and one scaling pass, whatever its length. Only what follows a ``value``
+    that itself follows a scaling has to be measured again.
+
+    Args:
+        policies: at least one policy.
+    """
+
+    policies: tuple[Policy, ...]
+    name: ClassVar[str] = "chain"
+
+    def __init__(self, *policies: Policy) -> None:
+        if not policies:
+            raise ConfigurationError("chain: give at least one policy")
+        for policy in policies:
+            _check_policy("chain", policy)
+        object.__setattr__(self, "policies", policies)
+
+
+@dataclass(frozen=True)
+class ByName(Composite):
+    """Different policies for different parameters.
+
+    Args:
+        mapping: name pattern (``fnmatch``: ``*``, ``?``, ``[...]``, case-sensitive) -> policy, or
+            None to leave the parameters that match alone. The first match wins.
+        default: for parameters that no pattern matches; None leaves them alone.
+
+    A norm policy in here takes the norm over the parameters that it is responsible for. Every
+    parameter, also one left alone, is measured for the report.
+    """
+
+    mapping: tuple[tuple[str, Policy | None], ...]
+    default: Policy | None
+    name: ClassVar[str] = "by_name"
+
+    def __init__(
+        self, mapping: Mapping[str, Policy | None], default: Policy | None = None
+    ) -> None:
+        for pattern, policy in mapping.items():
+            if policy is not None:
+                _check_policy(f"by_name[{pattern!r}]", policy)
+        if default is not None:
+            _check_policy("by_name default", default)
+        object.__setattr__(self, "mapping", tuple(mapping.items()))
+        object.__setattr__(self, "default", default)
+
+    def pattern_of(self, name: str) -> str | None:
+        """The first pattern that matches, or None (the default's turn)."""
+        for pattern, _ in self.mapping:
+            if fnmatch.fnmatchcase(name, pattern):
+                return pattern
+        return None
+
+
+def _check_policy(where: str, policy: object) -> None:
+    if not isinstance(policy, Policy):
+        raise ConfigurationError(
+            f"{where}: expected a policy such as policies.global_norm(1.0), got {policy!r}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One plain policy of a composition, and the parameters that it is responsible for.
+
+    ``path`` names it within the composition (``""``, ``"1"``, ``"*.bias/0"``) and keys its state;
+    ``members`` are indices into the table of parameters.
+    """
+
+    path: str
+    policy: Policy
+    members: tuple[int, ...]
+
+
+def stages(policy: Policy, parameters: Sequence[ParameterInfo]) -> tuple[Stage, ...]:
+    """Take a composition apart into plain policies in the order in which they act.
+
+    Exact, because the parts of a ``by_name`` are responsible for disjoint sets of parameters.
+    """
+    return tuple(_stages(policy, parameters, tuple(range(len(parameters))), ""))
+
+
+def _stages(
+    policy: Policy, parameters: Sequence[ParameterInfo], members: tuple[int, ...], path: str
+) -> Iterator[Stage]:
+    if isinstance(policy, Chain):
+        for position, part in enumerate(policy.policies):
+            yield from _stages(part, parameters, members, _join(path, str(position)))
+    elif isinstance(policy, ByName):
+        shares: dict[str | None, list[int]] = {pattern: [] for pattern, _ in policy.mapping}
+        shares[None] = []
+        for member in members:
+            shares[policy.pattern_of(parameters[member].name)].append(member)
+        for pattern, part in (*policy.mapping, (None, policy.default)):
+            if part is not None:
+                label = "default" if pattern is None else pattern
+                yield from _stages(part, parameters, tuple(shares[pattern]), _join(path, label))
+    else:
+        yield Stage(path, policy, members)
+
+
+def _join(path: str, part: str) -> str:
+    return f"{path}/{part}" if path else part
+
+
+chain = Chain
+by_name = ByName

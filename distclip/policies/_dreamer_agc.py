@@ -1,0 +1,48 @@
+"""Adaptive gradient clipping as in DreamerV3."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from distclip.policies import _checks
+from distclip.policies._protocol import Action, Needs, Policy, Scale, State, Statistics
+
+
+@dataclass(frozen=True)
+class DreamerAGC(Policy):
+    """DreamerV3's AGC: each tensor's gradient norm against its weight norm.
+
+    ``g / max(1, ||g|| / (clip * max(pmin, ||p||)))`` per parameter, every parameter, from the
+    current weights. Hafner et al. (arXiv 2301.04104), ``embodied/jax/opt.py: clip_by_agc``.
+
+    Args:
+        clip: largest ratio of gradient norm to weight norm; finite, > 0.
+        pmin: floor of the weight norm; finite, > 0.
+
+    Raises:
+        ConfigurationError: an argument that is not finite and > 0.
+    """
+
+    clip: float = 0.3
+    pmin: float = 1e-3
+    name: ClassVar[str] = "dreamer_agc"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "clip", _checks.positive(self.name, "clip", self.clip))
+        object.__setattr__(self, "pmin", _checks.positive(self.name, "pmin", self.pmin))
+
+    @property
+    def needs(self) -> Needs:
+        return Needs.of(gradients=[2.0], weights=[2.0])
+
+    def update(self, statistics: Statistics, state: State) -> tuple[Sequence[Action], State]:
+        upper = torch.clamp(statistics.weight_norms(2.0), min=self.pmin) * self.clip
+        ratio = statistics.gradient_norms(2.0) / upper
+        return (Scale(1.0 / torch.clamp(ratio, min=1.0), self.clip),), state
+
+
+dreamer_agc = DreamerAGC

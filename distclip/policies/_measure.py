@@ -1,0 +1,35 @@
+"""Measure only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from distclip.policies import _checks
+from distclip.policies._protocol import Action, Needs, Policy, State, Statistics
+
+
+@dataclass(frozen=True)
+class Measure(Policy):
+    """Measure every norm, change nothing.
+
+    Args:
+        norm_type: order p of the norms in the report; p > 0 or inf.
+    """
+
+    norm_type: float = 2.0
+    name: ClassVar[str] = "measure"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "norm_type", _checks.norm_order(self.name, self.norm_type))
+
+    @property
+    def needs(self) -> Needs:
+        return Needs.of(gradients=[self.norm_type])
+
+    def update(self, statistics: Statistics, state: State) -> tuple[Sequence[Action], State]:
+        return (), state
+
+
+measure = Measure

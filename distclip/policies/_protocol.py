@@ -1,0 +1,184 @@
+"""What a policy is given, what it gives back, and the two base classes.
+
+A policy is mathematics only: whole-tensor statistics in, actions out. It never sees a rank, a
+shard or a gradient, so the same policy is right under every sharding. Everything is float64 on
+the statistics' device; nothing here may read a value on the host.
+"""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, TypeAlias
+
+import torch
+from torch import Tensor
+
+State: TypeAlias = dict[str, Tensor]
+"""A policy's memory: tensors of fixed size, independent of the number of ranks."""
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterInfo:
+    """One logical (unsharded) parameter.
+
+    ``shape`` is the logical shape; ``group`` the index of its optimizer parameter group, or None
+    when no optimizer is known.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    group: int | None = None
+
+    @property
+    def numel(self) -> int:
+        """Number of elements of the logical parameter."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """The statistics that a policy reads, by norm order ``p`` (``math.inf`` for the maximum)."""
+
+    gradient_norms: frozenset[float] = frozenset()
+    weight_norms: frozenset[float] = frozenset()
+
+    @classmethod
+    def of(cls, *, gradients: Sequence[float] = (), weights: Sequence[float] = ()) -> Needs:
+        """Build from plain sequences of orders."""
+        return cls(frozenset(map(float, gradients)), frozenset(map(float, weights)))
+
+
+def combine_norms(norms: Tensor, norm_type: float) -> Tensor:
+    """The p-norm of a whole from the p-norms of its disjoint parts.
+
+    Scaled by the largest part, so nothing overflows or underflows on the way.
+
+    Args:
+        norms: float64, shape ``(parts,)``.
+        norm_type: the order p > 0, or ``math.inf``.
+
+    Returns:
+        0-dim float64 tensor; 0 for no parts; NaN and inf pass through.
+    """
+    if norms.numel() == 0:
+        return norms.new_zeros(())
+    largest = norms.max()
+    if math.isinf(norm_type):
+        return largest
+    unit = torch.where((largest > 0) & torch.isfinite(largest), largest, 1.0)
+    return torch.linalg.vector_norm(norms / unit, norm_type) * unit
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """Whole-tensor statistics of the parameters that one policy is responsible for.
+
+    All tensors are float64 of shape ``(len(parameters),)``, in the order of ``parameters``. A
+    parameter without a gradient has norm 0.
+    """
+
+    parameters: Sequence[ParameterInfo]
+    gradients: Mapping[float, Tensor]
+    weights: Mapping[float, Tensor] = field(default_factory=dict)
+
+    def gradient_norms(self, norm_type: float = 2.0) -> Tensor:
+        """p-norm of each gradient; ``norm_type`` must be among the policy's ``needs``."""
+        return self.gradients[norm_type]
+
+    def weight_norms(self, norm_type: float = 2.0) -> Tensor:
+        """p-norm of each weight; ``norm_type`` must be among the policy's ``needs``."""
+        return self.weights[norm_type]
+
+    def total_norm(self, norm_type: float = 2.0) -> Tensor:
+        """p-norm of all the gradients together, 0-dim float64."""
+        return combine_norms(self.gradients[norm_type], norm_type)
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """Multiply each gradient by its coefficient.
+
+    ``coefficients``: float64, shape ``(len(parameters),)``, or 0-dim for one that serves all.
+    ``threshold``: 0-dim, what the report shows; None where there is no single number.
+    """
+
+    coefficients: Tensor
+    threshold: Tensor | float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Clamp:
+    """Clamp every element to ``[-bound, bound]``; NaN stays NaN. ``bound`` is the policy's own
+    ``bound``, a plain number known before the step, so that a chain knows its passes."""
+
+    bound: float
+
+
+@dataclass(frozen=True, slots=True)
+class Skip:
+    """Where ``flag`` (0-dim bool) is true, this whole update is skipped on every rank."""
+
+    flag: Tensor
+
+
+Action: TypeAlias = Scale | Clamp | Skip
+
+
+class Policy(abc.ABC):
+    """A pure, replicated clipping algorithm.
+
+    Subclasses are frozen dataclasses: the fields are the configuration, checked in
+    ``__post_init__`` and printed by ``repr`` (ranks compare the ``repr``).
+    """
+
+    name: ClassVar[str]
+    """The name in a configuration file."""
+
+    @property
+    def needs(self) -> Needs:
+        """The statistics that ``update`` reads."""
+        return Needs()
+
+    @property
+    def bound(self) -> float | None:
+        """For a policy that clamps every element: the bound, the same at every step."""
+        return None
+
+    def init(self, parameters: Sequence[ParameterInfo]) -> State:
+        """The state before the first step; ``{}`` for a policy without memory."""
+        return {}
+
+    @abc.abstractmethod
+    def update(self, statistics: Statistics, state: State) -> tuple[Sequence[Action], State]:
+        """Decide one step. Must not change ``state`` or ``statistics`` in place."""
+
+
+class UnitPolicy(Policy):
+    """A policy without memory that decides for each unit by that unit's norms alone.
+
+    Being elementwise in units is what lets every rank decide for the rows that it holds, before
+    any communication.
+    """
+
+    @abc.abstractmethod
+    def unit_dims(self, parameter: ParameterInfo) -> tuple[int, ...]:
+        """The dims that index this parameter's units; all others are reduced. ``()``: one unit."""
+
+    @abc.abstractmethod
+    def unit_coefficients(self, gradient_norms: Tensor, weight_norms: Tensor) -> Tensor:
+        """Coefficients of units from their 2-norms; all float64 of one shape ``(units,)``."""
+
+    @property
+    def threshold(self) -> float | None:
+        """What the report shows as threshold."""
+        return None
+
+    def update(self, statistics: Statistics, state: State) -> tuple[Sequence[Action], State]:
+        """Decide with each parameter taken as one unit (used where that is what units are)."""
+        coefficients = self.unit_coefficients(
+            statistics.gradient_norms(2.0), statistics.weight_norms(2.0)
+        )
+        return (Scale(coefficients, self.threshold),), state

@@ -1,0 +1,42 @@
+"""Clipping each element."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from distclip.policies import _checks
+from distclip.policies._protocol import Action, Clamp, Policy, State, Statistics
+
+
+@dataclass(frozen=True)
+class Value(Policy):
+    """Clamp every gradient element to ``[-clip_value, clip_value]``.
+
+    Elementwise, so it needs no statistics and means the same under every sharding. NaN stays NaN
+    (``on_nonfinite`` decides about it). As ``torch.nn.utils.clip_grad_value_``.
+
+    Args:
+        clip_value: threshold >= 0.
+
+    Raises:
+        ConfigurationError: a negative or NaN threshold.
+    """
+
+    clip_value: float
+    name: ClassVar[str] = "value"
+
+    def __post_init__(self) -> None:
+        clip_value = _checks.threshold(self.name, "clip_value", self.clip_value)
+        object.__setattr__(self, "clip_value", clip_value)
+
+    @property
+    def bound(self) -> float | None:
+        return self.clip_value
+
+    def update(self, statistics: Statistics, state: State) -> tuple[Sequence[Action], State]:
+        return (Clamp(self.clip_value),), state
+
+
+value = Value

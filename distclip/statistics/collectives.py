@@ -1,0 +1,118 @@
+"""The only file that issues collectives."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from distclip.errors import ProcessGroupError
+from distclip.statistics.encoding import from_ordered_bits, to_ordered_bits
+
+Object = TypeVar("Object")
+
+
+def default_group(process_group: ProcessGroup | None) -> ProcessGroup | None:
+    """The group to compare notes over: the one given, else all ranks; None if there is one rank.
+
+    Raises:
+        ProcessGroupError: a group that is closed or that this rank is not a member of.
+    """
+    if process_group is None:
+        if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+            return None
+        return dist.group.WORLD
+    check_open(process_group)
+    return process_group
+
+
+def check_open(group: ProcessGroup) -> None:
+    """Raise a ProcessGroupError for a group that can no longer, or never could, be used here."""
+    if group is dist.GroupMember.NON_GROUP_MEMBER:
+        raise ProcessGroupError(
+            "process_group: this rank is not a member of the group; build the GradClipper only on "
+            "its members, or give a group that contains every rank that calls it"
+        )
+    if not isinstance(group, ProcessGroup):
+        raise ProcessGroupError(
+            f"process_group must be a torch.distributed.ProcessGroup, got {type(group).__name__}; "
+            f"for a device mesh pass mesh.get_group()"
+        )
+    if not dist.is_initialized() or not _is_registered(group):
+        raise ProcessGroupError(
+            "the process group has been destroyed since it was handed over; clip before "
+            "destroy_process_group(), and build a new GradClipper for a new group"
+        )
+
+
+def _is_registered(group: ProcessGroup) -> bool:
+    world: Any = dist.distributed_c10d._world
+    return group in world.pg_map
+
+
+def ranks_of(group: ProcessGroup) -> list[int]:
+    """Global ranks of the members, in group order."""
+    return dist.get_process_group_ranks(group)
+
+
+def rank_in(group: ProcessGroup) -> int:
+    """This process's rank within the group."""
+    return dist.get_rank(group)
+
+
+def device_for(group: ProcessGroup | None, preferred: torch.device) -> torch.device:
+    """Where the statistics live: ``preferred`` unless the group's backend cannot carry it."""
+    if group is None:
+        return preferred
+    backends = dist.get_backend_config(group)
+    if f"{preferred.type}:" in backends:
+        return preferred
+    if dist.get_backend(group) == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def all_reduce_sum(values: Tensor, group: ProcessGroup) -> None:
+    """Sum float64 ``values`` over the group, in place."""
+    dist.all_reduce(values, op=dist.ReduceOp.SUM, group=group)
+
+
+def all_reduce_max(values: Tensor, group: ProcessGroup) -> Tensor:
+    """Maximum of non-negative float64 ``values`` over the group; NaN wins over everything."""
+    bits = to_ordered_bits(values)
+    dist.all_reduce(bits, op=dist.ReduceOp.MAX, group=group)
+    return from_ordered_bits(bits)
+
+
+def gather(value: Object, group: ProcessGroup) -> list[Object]:
+    """Every rank's picklable ``value``, in group order, on every rank. Not for the step."""
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+_mesh_groups: dict[tuple[int, ...], tuple[ProcessGroup | None, ProcessGroup]] = {}
+
+
+def group_of_ranks(ranks: tuple[int, ...]) -> ProcessGroup:
+    """A group of exactly these global ranks: all ranks, or one made at the first use and kept.
+
+    Only the members take part in making it.
+    """
+    world = dist.group.WORLD
+    if world is None:
+        raise ProcessGroupError(
+            "the parameters are DTensors but torch.distributed is not initialised any more; clip "
+            "before destroy_process_group()"
+        )
+    ranks = tuple(sorted(ranks))
+    if ranks == tuple(range(dist.get_world_size())):
+        return world
+    known = _mesh_groups.get(ranks)
+    if known is None or known[0] is not world or not _is_registered(known[1]):
+        made = dist.new_group(list(ranks), use_local_synchronization=True)
+        known = _mesh_groups[ranks] = (world, made)
+    return known[1]

@@ -1,0 +1,275 @@
+"""Norms of local tensors: exact to about 1e-7 relative whatever the dtype, without copies.
+
+Three ways, chosen by dtype and device:
+
+* CPU, fp32, bf16, fp16, p = 1 or 2: float32 partial norms of 256 elements, combined in float64.
+  Short partial sums are what keeps float32 exact (one long float32 sum of 32M elements is off by
+  1e-3), and they run at memory speed, where a float64 reduction of float32 input does not. A
+  result that shows overflow or underflow is measured again in float64.
+* p = inf: the extremes, exact in any dtype.
+* everything else (float64, complex, other p, other devices): float64 chunk by chunk, scaled by the
+  largest element where float64 itself could overflow or underflow.
+
+Nothing here reads a value of an accelerator tensor on the host.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+CHUNK = 1 << 16
+"""Elements converted at a time: the only temporary, 256 KiB as float32."""
+LANE = 256
+"""Elements per float32 partial sum: worst case 32 additions per SIMD lane, error below 1e-6."""
+SHORT = 1024
+"""Up to here one float32 dot product is as exact as partial sums, and cheaper."""
+FAST_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
+
+
+def is_wide(dtype: torch.dtype, norm_type: float) -> bool:
+    """Whether p-th powers of ``dtype`` values can leave the range of float64."""
+    return math.isfinite(norm_type) and (
+        norm_type > 6.0 or dtype in (torch.float64, torch.complex128)
+    )
+
+
+def norms(
+    tensors: Sequence[Tensor | None],
+    norm_type: float,
+    bounds: Sequence[float | None] | None = None,
+    *,
+    device: torch.device,
+) -> Tensor:
+    """p-norm of each tensor, as if clamped to its bound first.
+
+    Args:
+        tensors: local tensors of any dtype, shape and device; None counts as 0.
+        norm_type: p > 0 or inf.
+        bounds: per tensor, measure ``clamp(x, -bound, bound)`` instead; None for as it is.
+        device: where the result goes.
+
+    Returns:
+        float64 tensor of shape ``(len(tensors),)``. NaN and inf elements give NaN and inf.
+    """
+    results: list[float | Tensor] = []
+    on_host = True
+    for position, tensor in enumerate(tensors):
+        bound = None if bounds is None else bounds[position]
+        if tensor is None or tensor.numel() == 0:
+            results.append(0.0)
+        elif tensor.device.type == "cpu":
+            results.append(_cpu_norm(tensor, norm_type, bound))
+        else:
+            on_host = False
+            results.append(_exact_norm(tensor, norm_type, bound).to(device))
+    if on_host:
+        return torch.tensor(results, dtype=torch.float64, device=device)
+    return torch.stack(
+        [
+            value
+            if isinstance(value, Tensor)
+            else torch.tensor(value, dtype=torch.float64, device=device)
+            for value in results
+        ]
+    )
+
+
+def unit_norms(
+    tensor: Tensor, unit_dims: Sequence[int], norm_type: float, bound: float | None = None
+) -> Tensor:
+    """p-norm of each unit of a local tensor.
+
+    Args:
+        tensor: any dtype, shape and device.
+        unit_dims: dims that index the units; all others are reduced. ``()``: one unit.
+        norm_type: p > 0 or inf.
+        bound: measure ``clamp(x, -bound, bound)`` instead.
+
+    Returns:
+        float64, shape ``(units,)`` in row-major order of ``unit_dims``, on the tensor's device.
+    """
+    extents = [tensor.shape[dim] for dim in unit_dims]
+    count = math.prod(extents)
+    if tensor.numel() == 0:
+        return torch.zeros(count, dtype=torch.float64, device=tensor.device)
+    if not unit_dims:
+        return norms([tensor], norm_type, [bound], device=tensor.device)
+    others = [dim for dim in range(tensor.dim()) if dim not in unit_dims]
+    rows = tensor.permute(*unit_dims, *others)
+    # A view for output rows; a copy only for transposed storage.
+    rows = rows.reshape(count, -1)
+    step = max(1, CHUNK // rows.shape[1])
+    if _is_fast(tensor, norm_type) and tensor.dtype is torch.float32 and bound is None:
+        step = count
+    parts = [_row_norms(part, norm_type, bound) for part in rows.split(step)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _is_fast(tensor: Tensor, norm_type: float) -> bool:
+    return (
+        tensor.device.type == "cpu" and tensor.dtype in FAST_DTYPES and norm_type in (1.0, 2.0)
+    )
+
+
+def _cpu_norm(tensor: Tensor, norm_type: float, bound: float | None) -> float:
+    if norm_type == math.inf and not tensor.is_complex():
+        largest = largest_magnitude(tensor).item()
+        return min(largest, bound) if bound is not None and largest == largest else largest
+    if not _is_fast(tensor, norm_type):
+        return _exact_norm(tensor, norm_type, bound).item()
+    total = 0.0
+    for chunk in _chunks(tensor, whole=tensor.dtype is torch.float32 and bound is None):
+        total += _fast_power_sum(_prepared(chunk, bound, torch.float32), norm_type)
+    if math.isfinite(total) and total > tensor.numel() * _UNDERFLOW[norm_type]:
+        return total if norm_type == 1.0 else math.sqrt(total)
+    # Zero, non-finite, or beyond what float32 partial sums can hold.
+    largest = largest_magnitude(tensor).item()
+    if largest == 0.0 or not math.isfinite(largest) and bound is None:
+        return largest
+    return _exact_norm(tensor, norm_type, bound).item()
+
+
+_UNDERFLOW = {1.0: 0.0, 2.0: 1e-30}
+"""Mean p-th power below which squares lost to float32 underflow (1e-38 each) could matter."""
+
+
+def _fast_power_sum(flat: Tensor, norm_type: float) -> float:
+    """Sum of p-th powers of a contiguous float32 tensor, p = 1 or 2."""
+    numel = flat.numel()
+    if numel <= SHORT and norm_type == 2.0:
+        return torch.dot(flat, flat).item()
+    body = numel - numel % LANE
+    partial = torch.linalg.vector_norm(flat[:body].view(-1, LANE), norm_type, dim=1).double()
+    total = torch.dot(partial, partial) if norm_type == 2.0 else partial.sum()
+    if body == numel:
+        return total.item()
+    rest = torch.linalg.vector_norm(flat[body:], norm_type).item()
+    return total.item() + rest**norm_type
+
+
+def _row_norms(rows: Tensor, norm_type: float, bound: float | None) -> Tensor:
+    """p-norm of each row of a 2-D tensor, float64."""
+    if norm_type == math.inf or not _is_fast(rows, norm_type):
+        return _exact_row_norms(rows, norm_type, bound)
+    values = _prepared(rows, bound, torch.float32)
+    width = values.shape[1]
+    if width <= LANE:
+        result = torch.linalg.vector_norm(values, norm_type, dim=1).double()
+    else:
+        body = width - width % LANE
+        lanes = values[:, :body].unflatten(1, (-1, LANE))
+        partial = torch.linalg.vector_norm(lanes, norm_type, dim=2).double()
+        if body < width:
+            rest = torch.linalg.vector_norm(values[:, body:], norm_type, dim=1, keepdim=True)
+            partial = torch.cat([partial, rest.double()], dim=1)
+        result = torch.linalg.vector_norm(partial, norm_type, dim=1)
+    floor = (width * _UNDERFLOW[norm_type]) ** (1.0 / norm_type)
+    doubtful = ~((result > floor) & torch.isfinite(result))
+    if doubtful.any():
+        _remeasure(result, rows, doubtful, norm_type, bound)
+    return result
+
+
+def _remeasure(
+    result: Tensor, rows: Tensor, doubtful: Tensor, norm_type: float, bound: float | None
+) -> None:
+    """Measure the doubtful rows again in float64, but not those that are simply zero."""
+    step = max(1, CHUNK // rows.shape[1])
+    for indices in doubtful.nonzero().flatten().split(step):
+        part = rows.index_select(0, indices)
+        largest = part.abs().amax(dim=1)
+        result[indices] = largest.double()
+        rest = (largest != 0).nonzero().flatten()
+        if len(rest):
+            result[indices[rest]] = _exact_row_norms(part[rest], norm_type, bound)
+
+
+def largest_magnitude(tensor: Tensor) -> Tensor:
+    """Largest absolute element, float64; NaN if there is one. 0-dim, no host read."""
+    if tensor.numel() == 0:
+        return torch.zeros((), dtype=torch.float64, device=tensor.device)
+    if tensor.is_complex():
+        return torch.stack([c.abs().amax() for c in _chunks(tensor)]).amax().double()
+    low, high = torch.aminmax(tensor)
+    return torch.maximum(high, -low).double()
+
+
+def _exact_norm(tensor: Tensor, norm_type: float, bound: float | None) -> Tensor:
+    """p-norm in float64, chunk by chunk. 0-dim float64 on the tensor's device."""
+    if norm_type == math.inf:
+        largest = largest_magnitude(tensor)
+        return largest if bound is None else torch.clamp(largest, max=bound)
+    scale = _scale(largest_magnitude(tensor), tensor, norm_type)
+    parts = []
+    for chunk in _chunks(tensor):
+        values = _prepared(chunk, bound, torch.float64)
+        if scale is not None:
+            values = values / scale
+        parts.append(torch.linalg.vector_norm(values, norm_type))
+    total = parts[0]
+    if len(parts) > 1:
+        total = torch.linalg.vector_norm(torch.stack(parts), norm_type)
+    return total if scale is None else total * scale
+
+
+def _exact_row_norms(rows: Tensor, norm_type: float, bound: float | None) -> Tensor:
+    if norm_type == math.inf:
+        if rows.is_complex():
+            return rows.abs().amax(dim=1).double()
+        largest = rows.abs().amax(dim=1).double()
+        return largest if bound is None else torch.clamp(largest, max=bound)
+    if rows.numel() > 2 * CHUNK and rows.shape[0] == 1:
+        return _exact_norm(rows, norm_type, bound).reshape(1)
+    values = _prepared(rows, bound, torch.float64)
+    if not is_wide(rows.dtype, norm_type):
+        return torch.linalg.vector_norm(values, norm_type, dim=1)
+    largest = values.abs().amax(dim=1, keepdim=True)
+    scale = torch.where((largest > 0) & torch.isfinite(largest), largest, 1.0)
+    return torch.linalg.vector_norm(values / scale, norm_type, dim=1) * scale.squeeze(1)
+
+
+def _scale(largest: Tensor, tensor: Tensor, norm_type: float) -> Tensor | None:
+    """What to divide by so that p-th powers stay in range; None where they do anyway."""
+    if not is_wide(tensor.dtype, norm_type):
+        return None
+    return torch.where((largest > 0) & torch.isfinite(largest), largest, 1.0)
+
+
+def _prepared(chunk: Tensor, bound: float | None, dtype: torch.dtype) -> Tensor:
+    """The chunk in the dtype to measure in, clamped if asked; complex as absolute values."""
+    if chunk.is_complex():
+        chunk = chunk.abs()
+    chunk = chunk.to(dtype)
+    return chunk if bound is None else chunk.clamp(-bound, bound)
+
+
+def _chunks(tensor: Tensor, *, whole: bool = False) -> Sequence[Tensor]:
+    """Flat views of a tensor, in any order; a tensor with gaps is copied chunk by chunk.
+
+    With ``whole`` a tensor that needs no conversion comes as one chunk.
+    """
+    flat = _flat_view(tensor)
+    if flat is not None:
+        return (flat,) if whole or flat.numel() <= CHUNK else flat.split(CHUNK)
+    step = max(1, CHUNK // max(1, tensor[0].numel()))
+    chunks: list[Tensor] = []
+    for part in tensor.split(step):
+        if part.numel() > 2 * CHUNK and part.dim() > 1:
+            for row in part.unbind(0):
+                chunks.extend(_chunks(row))
+        else:
+            chunks.append(part.reshape(-1))
+    return chunks
+
+
+def _flat_view(tensor: Tensor) -> Tensor | None:
+    """All elements as a 1-D view if they lie without gaps in memory, in whatever order."""
+    if tensor.is_contiguous():
+        return tensor.view(-1)
+    dims = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+    transposed = tensor.permute(dims)
+    return transposed.view(-1) if transposed.is_contiguous() else None

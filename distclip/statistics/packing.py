@@ -1,0 +1,229 @@
+"""From local measurements to whole-tensor statistics: one packed all-reduce.
+
+Everything that is summed (p-th powers of norms, units cut by a shard border, flags) lies in one
+float64 vector. Maxima (p = inf) need a reduction of another kind and travel in a second vector,
+alone where nothing else is asked for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from distclip.layouts.plan import Plan
+from distclip.statistics import collectives, local
+from distclip.statistics.encoding import Encoding
+from distclip.statistics.measurement import LocalMeasurement, Request, UnitTable
+
+
+@dataclass(frozen=True)
+class LocalDecision:
+    """What was decided on this rank before the reduction, for units that lie whole on it.
+
+    Attributes:
+        coefficients: position of a piece -> ``(local units,)`` float64.
+        after: order -> ``(pieces,)`` norms after scaling by them.
+        clipped: ``(parameters,)`` number of units scaled, counted once over replicas.
+        smallest: 0-dim, the smallest coefficient on this rank.
+    """
+
+    coefficients: Mapping[int, Tensor]
+    after: Mapping[float, Tensor]
+    clipped: Tensor
+    smallest: Tensor
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Whole-tensor statistics, bitwise the same on every rank.
+
+    Attributes:
+        raw: order -> ``(parameters,)`` gradient norms as they are.
+        norms: the same as clamped and scaled before the reduction: what the next stage sees.
+        weights: order -> ``(parameters,)`` weight norms.
+        units: order -> ``(units,)`` gradient norms of the units summed over ranks.
+        unit_weights: ``(units,)`` their weight 2-norms.
+        clipped: ``(parameters,)`` units scaled before the reduction.
+        smallest: 0-dim, the smallest coefficient decided before the reduction.
+        troubled: 0-dim, > 0 if any rank ran into an error.
+    """
+
+    raw: Mapping[float, Tensor]
+    norms: Mapping[float, Tensor]
+    weights: Mapping[float, Tensor]
+    units: Mapping[float, Tensor]
+    unit_weights: Tensor
+    clipped: Tensor
+    smallest: Tensor
+    troubled: Tensor
+
+
+class Packet:
+    """Named tensors that travel together."""
+
+    def __init__(self, group: ProcessGroup | None, *, wide: Mapping[float, bool]) -> None:
+        self._group = group
+        self._wide = wide
+        self._sums: dict[object, tuple[Tensor, Encoding | None]] = {}
+        self._maxima: dict[object, Tensor] = {}
+
+    def add_sum(self, key: object, summands: Tensor) -> None:
+        """Float64 numbers that are summed as they are."""
+        self._sums[key] = (summands, None)
+
+    def add_flag(self, key: object, flag: Tensor) -> None:
+        """Float64 ``(1,)``, > 0 on any rank gives > 0 on all; rides on whatever travels anyway."""
+        if self._maxima and not self._sums:
+            self._maxima[key] = flag
+        else:
+            self._sums[key] = (flag, None)
+
+    def add_norms(
+        self,
+        key: object,
+        norms: Tensor,
+        order: float,
+        rows: Tensor | None,
+        shares: Tensor | None,
+        size: int,
+    ) -> None:
+        """Norms of parts: ``norms[i]`` counts with ``shares[i]`` towards ``rows[i]`` of ``size``."""
+        if math.isinf(order):
+            if rows is not None:
+                norms = norms.new_zeros(size).scatter_reduce_(0, rows, norms, "amax")
+            self._maxima[key] = norms
+            return
+        encoding = Encoding(order, self._wide[order])
+        summands = encoding.encode(norms)
+        if shares is not None:
+            counted = shares.unsqueeze(1)
+            summands = torch.where(counted > 0, summands * counted, 0.0)
+        if rows is not None:
+            empty = norms.new_zeros(size, encoding.slots)
+            summands = empty.index_add_(0, rows, summands)
+        self._sums[key] = (summands, encoding)
+
+    def exchange(self) -> dict[object, Tensor]:
+        """Reduce over the group; every tensor under its key, norms as norms again."""
+        result: dict[object, Tensor] = {}
+        summed = _joined([summands for summands, _ in self._sums.values()])
+        if summed is not None and self._group is not None:
+            collectives.all_reduce_sum(summed, self._group)
+        start = 0
+        for key, (summands, encoding) in self._sums.items():
+            assert summed is not None
+            part = summed[start : start + summands.numel()].view(summands.shape)
+            start += summands.numel()
+            result[key] = part if encoding is None else encoding.decode(part)
+        largest = _joined(list(self._maxima.values()))
+        if largest is not None and self._group is not None:
+            largest = collectives.all_reduce_max(largest, self._group)
+        start = 0
+        for key, maxima in self._maxima.items():
+            assert largest is not None
+            result[key] = largest[start : start + maxima.numel()]
+            start += maxima.numel()
+        return result
+
+
+def _joined(tensors: list[Tensor]) -> Tensor | None:
+    return torch.cat([tensor.reshape(-1) for tensor in tensors]) if tensors else None
+
+
+def reduce(
+    plan: Plan,
+    request: Request,
+    table: UnitTable,
+    measured: LocalMeasurement,
+    decided: LocalDecision,
+) -> Measurement:
+    """All ranks' measurements as one. One all-reduce; a second one for maxima beside sums."""
+    group = plan.group if request.reduced else None
+    wide = {
+        order: any(
+            local.is_wide(getattr(torch, entry.dtype), order) for entry in plan.entries
+        )
+        for order in {2.0, *request.orders, *request.raw_orders, *request.weight_orders}
+    }
+    packet = Packet(group, wide=wide)
+    kinds: dict[str, Mapping[float, Tensor]] = {
+        "norms": measured.norms,
+        "raw": measured.raw,
+        "after": decided.after,
+        "weights": measured.weights,
+    }
+    # With one whole piece per parameter and nobody to reduce with, the local norms are the norms.
+    direct = group is None and plan.one_to_one
+    got: dict[object, Tensor] = {}
+    for kind, by_order in kinds.items():
+        for order, norms in by_order.items():
+            if direct:
+                got[kind, order] = norms
+            else:
+                packet.add_norms(
+                    (kind, order), norms, order, plan.rows, plan.shares, len(plan.entries)
+                )
+    for order in request.unit_orders if table.size else ():
+        units = _scattered(table, plan, {p: u[order] for p, u in measured.units.items()}, order)
+        packet.add_norms(("units", order), units, order, None, None, table.size)
+    if table.size:
+        units = _scattered(table, plan, measured.unit_weights, 2.0)
+        packet.add_norms("unit weights", units, 2.0, None, None, table.size)
+    if request.decided_locally and group is not None:
+        packet.add_sum("clipped", decided.clipped)
+        packet.add_sum("smallest", _own_slot(decided.smallest, group))
+    troubled = torch.full_like(decided.smallest.reshape(1), float(measured.trouble is not None))
+    packet.add_flag("trouble", troubled)
+    got.update(packet.exchange())
+
+    def by_order(kind: str) -> dict[float, Tensor]:
+        return {order: got[kind, order] for order in kinds[kind]}
+
+    norms = by_order("norms")
+    return Measurement(
+        raw={**norms, **by_order("raw")},
+        norms={**norms, **by_order("after")},
+        weights=by_order("weights"),
+        units={order: got["units", order] for order in request.unit_orders if table.size},
+        unit_weights=got.get("unit weights", decided.clipped.new_empty(0)),
+        clipped=got.get("clipped", decided.clipped),
+        smallest=got["smallest"].min() if "smallest" in got else decided.smallest,
+        troubled=got["trouble"].squeeze(0),
+    )
+
+
+def _own_slot(value: Tensor, group: ProcessGroup) -> Tensor:
+    """``value`` at this rank's place among zeros: summed, that is everybody's value."""
+    slots = value.new_zeros(torch.distributed.get_world_size(group))
+    slots[collectives.rank_in(group)] = value
+    return slots
+
+
+def _scattered(
+    table: UnitTable, plan: Plan, by_position: Mapping[int, Tensor], order: float
+) -> Tensor:
+    """Local unit norms at their places in the vector of all units; replicas count once.
+
+    Two local pieces of one unit (a strided shard) are combined here as p-th powers would be.
+    """
+    scattered = torch.zeros(table.size, dtype=torch.float64, device=plan.device)
+    for position, norms in by_position.items():
+        piece = plan.pieces[position]
+        if piece.index not in table.rows or piece.share == 0.0:
+            continue
+        where = table.place(position)
+        known = scattered[where]
+        if math.isinf(order):
+            scattered[where] = torch.maximum(known, norms)
+        else:
+            counted = norms if piece.share == 1.0 else norms * piece.share ** (1.0 / order)
+            both = torch.stack([known, counted])
+            scattered[where] = torch.where(
+                known == 0, counted, torch.linalg.vector_norm(both, order, dim=0)
+            )
+    return scattered

@@ -1,0 +1,23 @@
+"""For tests of gradient clipping, ours and yours: gloo ranks in milliseconds, and an oracle.
+
+`run_on_ranks` runs a function on every rank of a small world. `expected` says in float64 what a
+policy must do to whole gradients, and `assert_rounded` compares a tensor with it. The pytest
+plugin is `distclip.testing.plugin`.
+"""
+
+from distclip.testing.failures import Outcome, RankError
+from distclip.testing.forkserver import PoolError
+from distclip.testing.oracle import Expected, expected
+from distclip.testing.pool import RankPool, run_on_ranks
+from distclip.testing.rounding import assert_rounded
+
+__all__ = [
+    "Expected",
+    "Outcome",
+    "PoolError",
+    "RankError",
+    "RankPool",
+    "assert_rounded",
+    "expected",
+    "run_on_ranks",
+]

@@ -1,0 +1,279 @@
+"""The reference: what each policy must do, in float64, on whole tensors, in one process.
+
+Written from the published formulas with numpy alone. It shares no code with the library, so that
+the two can be compared. Slow and plain on purpose.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+Array: TypeAlias = npt.NDArray[np.float64]
+Policy: TypeAlias = "Mapping[str, Any] | Sequence[Policy] | None"
+NonFinite: TypeAlias = Literal["pass", "zero", "skip", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What clipping must have done. Everything is float64; norms are of whole tensors.
+
+    Attributes:
+        total_norm: norm of all gradients together before clipping, after ``"zero"`` has zeroed. Its
+            order is the `norm_type` of the first policy that has one, else 2.
+        clipped_norm: the same after clipping.
+        parameter_norms: norm of each gradient before clipping; 0 where there is none.
+        gradients: the clipped gradients; None where there was none.
+        coefficients: what each gradient was multiplied by, over all stages but elementwise clamps.
+            It broadcasts against the gradient: shape ``()``, or the extent of the gradient in the
+            dims that make a unit and 1 elsewhere.
+        coefficient: the smallest of them; 1 where nothing was scaled.
+        skipped: whether the step is to be skipped.
+        nonfinite: the parameters whose gradient holds a NaN or an infinity, sorted.
+    """
+
+    total_norm: float
+    clipped_norm: float
+    parameter_norms: dict[str, float]
+    gradients: dict[str, Array | None]
+    coefficients: dict[str, Array]
+    coefficient: float
+    skipped: bool
+    nonfinite: tuple[str, ...]
+
+
+def expected(
+    policy: Policy,
+    gradients: Mapping[str, npt.ArrayLike | None],
+    weights: Mapping[str, npt.ArrayLike],
+    *,
+    groups: Mapping[str, int] | None = None,
+    on_nonfinite: NonFinite = "pass",
+) -> Expected:
+    """What `policy` must make of these gradients.
+
+    Args:
+        policy: as in a configuration: ``{"name": "agc", "clip_factor": 0.01}``; a list, a chain in
+            that order; ``{"by_name": {"*.bias": None, "embed*": ...}, "default": ...}``, where the
+            first matching pattern wins and None leaves alone.
+        gradients: the whole gradient of each parameter, or None.
+        weights: the whole parameters; only the adaptive policies look at them.
+        groups: the optimizer parameter group of each parameter, for ``group_norm``.
+        on_nonfinite: what to do when a gradient is not finite.
+
+    Raises:
+        FloatingPointError: ``on_nonfinite="error"`` and a gradient is not finite; names it.
+        ValueError: no such policy, or one that needs `groups` without them.
+    """
+    table = {n: None if g is None else np.asarray(g, np.float64) for n, g in gradients.items()}
+    nonfinite = sorted(n for n, g in table.items() if g is not None and not np.isfinite(g).all())
+    if nonfinite and on_nonfinite == "error":
+        raise FloatingPointError(f"gradients that are not finite: {', '.join(nonfinite)}")
+    if on_nonfinite == "zero":
+        table |= {name: np.zeros_like(table[name]) for name in nonfinite}
+    run = _Run(
+        present={name: g.copy() for name, g in table.items() if g is not None},
+        weights={name: np.asarray(w, np.float64) for name, w in weights.items()},
+        groups=groups,
+        coefficients={name: np.ones(()) for name in table},
+    )
+    order = _norm_type(policy)
+    parameter_norms = {name: 0.0 if g is None else norm(g, order) for name, g in table.items()}
+    total = norm_of_norms(parameter_norms.values(), order)
+    skipped = bool(nonfinite) and on_nonfinite == "skip"
+    # Non-finite arithmetic is part of "pass", and a vanishing coefficient may underflow.
+    with np.errstate(all="ignore"):
+        if not skipped:
+            run.apply(policy, list(run.present))
+    return Expected(
+        total_norm=total,
+        clipped_norm=norm_of_norms((norm(g, order) for g in run.present.values()), order),
+        parameter_norms=parameter_norms,
+        gradients={name: run.present.get(name) for name in table},
+        coefficients=run.coefficients,
+        coefficient=float(np.min([np.min(c, initial=1.0) for c in run.coefficients.values()] or 1)),
+        skipped=skipped,
+        nonfinite=tuple(nonfinite),
+    )
+
+
+def norm(values: npt.ArrayLike, norm_type: float = 2.0, axes: tuple[int, ...] | None = None) -> Any:
+    """The p-norm of an array, any p > 0 or inf, without overflow or underflow on the way.
+
+    Args:
+        values: any shape.
+        norm_type: p.
+        axes: the dims to reduce, which stay with extent 1; None reduces all to a float.
+    """
+    magnitudes = np.abs(np.asarray(values, np.float64))
+    where = tuple(range(magnitudes.ndim)) if axes is None else axes
+    largest = np.max(magnitudes, axis=where, keepdims=True, initial=0.0)
+    if np.isinf(norm_type):
+        result = largest
+    else:
+        with np.errstate(all="ignore"):
+            # Times a power of two, which is exact, and the largest element lies in [1/2, 1).
+            _, exponent = np.frexp(np.where(np.isfinite(largest), largest, 1.0))
+            scaled = np.ldexp(magnitudes, -exponent)
+            sums = np.sum(scaled**norm_type, axis=where, keepdims=True)
+            result = np.ldexp(sums ** (1.0 / norm_type), exponent)
+        result = np.where(np.isfinite(largest), result, largest)
+    return float(result.reshape(())) if axes is None else result
+
+
+def norm_of_norms(norms: Iterable[float], norm_type: float = 2.0) -> float:
+    """The norm of all tensors together, from the norm of each."""
+    return float(norm(list(norms), norm_type))
+
+
+@dataclass(slots=True)
+class _Run:
+    """The gradients on their way through the stages of a policy."""
+
+    present: dict[str, Array]
+    weights: dict[str, Array]
+    groups: Mapping[str, int] | None
+    coefficients: dict[str, Array]
+
+    def apply(self, policy: Policy, names: list[str]) -> None:
+        if policy is None:
+            return
+        if not isinstance(policy, Mapping):
+            for stage in policy:
+                self.apply(stage, names)
+        elif "by_name" in policy:
+            for chosen, sub_policy in _by_name(policy, names):
+                self.apply(sub_policy, chosen)
+        else:
+            arguments = {key: value for key, value in policy.items() if key != "name"}
+            if policy["name"] not in _POLICIES:
+                raise ValueError(f"no policy {policy['name']!r}; there are {sorted(_POLICIES)}")
+            _POLICIES[policy["name"]](self, names, **arguments)
+
+    def scale(self, name: str, coefficient: Array | float) -> None:
+        factor: Array = np.asarray(coefficient, np.float64)
+        self.coefficients[name] = self.coefficients[name] * factor
+        self.present[name] = self.present[name] * factor
+
+    def norm(self, names: Iterable[str], norm_type: float) -> float:
+        return norm_of_norms((norm(self.present[name], norm_type) for name in names), norm_type)
+
+
+def _by_name(policy: Mapping[str, Any], names: list[str]) -> list[tuple[list[str], Policy]]:
+    patterns: list[tuple[str, Policy]] = [*policy["by_name"].items(), ("*", policy.get("default"))]
+    chosen: list[list[str]] = [[] for _ in patterns]
+    for name in names:
+        matches = [fnmatch.fnmatchcase(name, pattern) for pattern, _ in patterns]
+        chosen[matches.index(True)].append(name)
+    return [(part, sub_policy) for part, (_, sub_policy) in zip(chosen, patterns, strict=True)]
+
+
+def _norm_type(policy: Policy) -> float:
+    found = _find_norm_type(policy)
+    return 2.0 if found is None else found
+
+
+def _find_norm_type(policy: Policy) -> float | None:
+    if policy is None:
+        return None
+    if isinstance(policy, Mapping) and "by_name" not in policy:
+        takes_one = policy["name"] in ("global_norm", "parameter_norm", "group_norm")
+        return float(policy.get("norm_type", 2.0)) if takes_one else None
+    stages = policy
+    if isinstance(policy, Mapping):
+        stages = [*policy["by_name"].values(), policy.get("default")]
+    found = (_find_norm_type(stage) for stage in stages)
+    return next((order for order in found if order is not None), None)
+
+
+# ---- the policies: each scales or replaces the gradients of the names it is given ----
+
+
+def _measure(run: _Run, names: list[str]) -> None:
+    pass
+
+
+def _global_norm(run: _Run, names: list[str], max_norm: float, norm_type: float = 2.0) -> None:
+    # Pascanu et al. 2013, with torch's 1e-6.
+    coefficient = np.minimum(1.0, max_norm / (run.norm(names, float(norm_type)) + 1e-6))
+    for name in names:
+        run.scale(name, coefficient)
+
+
+def _value(run: _Run, names: list[str], clip_value: float) -> None:
+    for name in names:
+        run.present[name] = np.clip(run.present[name], -clip_value, clip_value)
+
+
+def _parameter_norm(run: _Run, names: list[str], max_norm: float, norm_type: float = 2.0) -> None:
+    for name in names:
+        _global_norm(run, [name], max_norm, norm_type)
+
+
+def _group_norm(run: _Run, names: list[str], max_norm: float, norm_type: float = 2.0) -> None:
+    if run.groups is None:
+        raise ValueError("group_norm needs groups: the parameter group of each parameter")
+    for group in sorted({run.groups[name] for name in names}):
+        members = [name for name in names if run.groups[name] == group]
+        _global_norm(run, members, max_norm, norm_type)
+
+
+def _block_rms(run: _Run, names: list[str], threshold: float) -> None:
+    # optax.clip_by_block_rms.
+    for name in names:
+        rms = norm(run.present[name]) / np.sqrt(max(1, run.present[name].size))
+        run.scale(name, 1.0 / np.maximum(1.0, rms / threshold))
+
+
+def _agc(
+    run: _Run,
+    names: list[str],
+    clip_factor: float = 0.01,
+    eps: float = 1e-3,
+    unit: Literal["row", "tensor"] = "row",
+    unit_dims: Mapping[str, Sequence[int]] | None = None,
+) -> None:
+    # Brock et al. 2021, arXiv 2102.06171, eq. 3, with the units and the 1e-6 of timm.
+    for name in names:
+        gradient = run.present[name]
+        axes = _reduced(name, gradient.ndim, unit, unit_dims or {})
+        size = norm(gradient, 2.0, axes)
+        most = clip_factor * np.maximum(norm(run.weights[name], 2.0, axes), eps)
+        # Asked this way round a unit with a NaN becomes all NaN, as in timm.
+        coefficient = np.where(size <= most, 1.0, most / np.maximum(size, 1e-6))
+        run.scale(name, coefficient if len(axes) < gradient.ndim else coefficient.reshape(()))
+
+
+def _reduced(
+    name: str, ndim: int, unit: str, unit_dims: Mapping[str, Sequence[int]]
+) -> tuple[int, ...]:
+    kept: Sequence[int] = (0,) if unit == "row" and ndim > 1 else ()
+    for pattern, dims in unit_dims.items():
+        if fnmatch.fnmatchcase(name, pattern):
+            kept = dims
+            break
+    return tuple(dim for dim in range(ndim) if dim not in kept)
+
+
+def _dreamer_agc(run: _Run, names: list[str], clip: float = 0.3, pmin: float = 1e-3) -> None:
+    # DreamerV3, embodied/jax/opt.py, clip_by_agc.
+    for name in names:
+        upper = clip * np.maximum(pmin, norm(run.weights[name]))
+        run.scale(name, 1.0 / np.maximum(1.0, norm(run.present[name]) / upper))
+
+
+_POLICIES: dict[str, Callable[..., None]] = {
+    "measure": _measure,
+    "global_norm": _global_norm,
+    "value": _value,
+    "parameter_norm": _parameter_norm,
+    "group_norm": _group_norm,
+    "block_rms": _block_rms,
+    "agc": _agc,
+    "dreamer_agc": _dreamer_agc,
+}

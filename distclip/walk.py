@@ -1,0 +1,451 @@
+"""One walk down the street: measure, reduce, decide, act."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from distclip.application import inplace
+from distclip.errors import NonFiniteGradientError, UnsupportedGradientError
+from distclip.layouts.plan import Plan
+from distclip.passes import Pass
+from distclip.policies import ParameterInfo, Scale, Skip, State, Statistics, UnitPolicy
+from distclip.policies._compose import Stage
+from distclip.statistics.measurement import LocalMeasurement, UnitTable, combine, measure
+from distclip.statistics.packing import LocalDecision, Measurement, reduce
+
+States = dict[str, State]
+"""State of each stage that has one, by the stage's path."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """A policy compiled for a plan."""
+
+    plan: Plan
+    parameters: tuple[ParameterInfo, ...]
+    passes: tuple[Pass, ...]
+    tables: tuple[UnitTable, ...]
+    shown: float
+    """Order of the norms in the report."""
+
+    @classmethod
+    def of(
+        cls,
+        plan: Plan,
+        parameters: Sequence[ParameterInfo],
+        passes: Sequence[Pass],
+        shown: float,
+    ) -> Program:
+        """Build, with the tables of units that the passes need."""
+        tables = tuple(UnitTable(plan, one.request) for one in passes)
+        return cls(plan, tuple(parameters), tuple(passes), tables, shown)
+
+
+@dataclass
+class Round:
+    """A clamp, then a scaling, of the local gradients."""
+
+    bounds: dict[int, float] = field(default_factory=dict)
+    coefficients: Tensor | None = None
+    units: Tensor | None = None
+
+
+class Ledger:
+    """The running statistics of one pass: what the gradients are after the stages so far."""
+
+    def __init__(self, program: Program, number: int, measurement: Measurement) -> None:
+        self.program = program
+        self.one = program.passes[number]
+        self.table = program.tables[number]
+        self.measurement = measurement
+        self.norms = {order: norms.clone() for order, norms in measurement.norms.items()}
+        self.units = {order: units.clone() for order, units in measurement.units.items()}
+        size = len(program.plan.entries)
+        self.ones = torch.ones(size, dtype=torch.float64, device=program.plan.device)
+        self.total = self.ones.clone()
+        self.unit_total = torch.ones_like(measurement.unit_weights)
+        self.rounds = [Round(bounds=dict(self.one.request.bounds))]
+        self.threshold: Tensor | None = None
+        self.skip = torch.zeros((), dtype=torch.bool, device=program.plan.device)
+        if program.shown in self.norms and self.one.local_units:
+            self._book(measurement.raw[program.shown], list(self.one.local_units))
+
+    def forget(self, members: Tensor) -> None:
+        """Set the norms of the flagged parameters to 0: their gradients are dropped."""
+        self.norms = {p: torch.where(members, 0.0, norms) for p, norms in self.norms.items()}
+        self.total = torch.where(members, 1.0, self.total)
+        if self.table.size:
+            dropped = members[self.table.owner]
+            self.units = {p: torch.where(dropped, 0.0, units) for p, units in self.units.items()}
+
+    def run(self, position: int, stage: Stage, state: State) -> State:
+        """Let one stage decide, and book its actions. Returns its new state."""
+        policy = stage.policy
+        if policy.bound is not None:
+            self._clamp(self.one.late_clamps[position], policy.bound)
+            return state
+        if isinstance(policy, UnitPolicy):
+            self._run_units(stage, policy)
+            return state
+        where = self._where(stage.members)
+        statistics = Statistics(
+            [self.program.parameters[member] for member in stage.members],
+            {p: self.norms[p][where] for p in policy.needs.gradient_norms},
+            {p: self.measurement.weights[p][where] for p in policy.needs.weight_norms},
+        )
+        actions, state = policy.update(statistics, state)
+        for action in actions:
+            if isinstance(action, Scale):
+                self._scale(where, action.coefficients)
+                self._show(action.threshold)
+            elif isinstance(action, Skip):
+                self.skip = self.skip | action.flag
+            else:
+                raise TypeError(
+                    f"{policy!r} returned {action!r} but its `bound` is None: declare the bound, "
+                    f"so that the passes are known before the step"
+                )
+        return state
+
+    def smallest(self) -> Tensor:
+        """Per parameter, the smallest coefficient that is applied to any of its units."""
+        smallest = self.total.clone()
+        if self.table.size:
+            smallest.scatter_reduce_(0, self.table.owner, self.unit_total, "amin")
+        if self.one.local_units:
+            # Known over all parameters together: what was decided locally is not sent one by one.
+            where = self._where(list(self.one.local_units))
+            later = self.rounds[0].coefficients
+            factor = self.ones if later is None else later
+            smallest[where] = self.measurement.smallest * factor[where]
+        return smallest
+
+    def clipped(self) -> Tensor:
+        """Per parameter, the share of its units that are scaled or clamped, float64."""
+        share = (self.total < 1.0).double()
+        shown = self.program.shown
+        if self.one.request.bounds and shown in self.norms:
+            clamped = self.measurement.norms[shown] < self.measurement.raw[shown]
+            share = torch.maximum(share, clamped.double())
+        for member, dims in self.one.request.unit_dims.items():
+            shape = self.program.plan.entries[member].shape
+            units = max(1, math.prod(shape[dim] for dim in dims))
+            if member in self.table.rows:
+                count = (self.unit_total[self.table.rows[member]] < 1.0).sum()
+            else:
+                count = self.measurement.clipped[member]
+            share[member] = count / units
+        return share
+
+    def _where(self, members: Sequence[int]) -> Tensor | slice:
+        if len(members) == len(self.program.parameters):
+            return slice(None)
+        return torch.tensor(members, dtype=torch.long, device=self.program.plan.device)
+
+    def _show(self, threshold: Tensor | float | None) -> None:
+        if threshold is not None and self.threshold is None:
+            self.threshold = torch.as_tensor(
+                threshold, dtype=torch.float64, device=self.program.plan.device
+            )
+
+    def _clamp(self, late: Sequence[int], bound: float) -> None:
+        """Clamps at the head of the pass are booked and measured already; these are the others."""
+        self._show(bound)
+        if not late:
+            return
+        self.rounds.append(Round(bounds=dict.fromkeys(late, bound)))
+        where = self._where(late)
+        for norms in self.norms.values():
+            # Unknown until measured again, except where no element can exceed the bound.
+            known = norms[where]
+            norms[where] = torch.where(known <= bound, known, math.nan)
+
+    def _scale(self, where: Tensor | slice, coefficients: Tensor) -> None:
+        factors = self.ones.clone()
+        factors[where] = coefficients
+        self.total = self.total * factors
+        for norms in self.norms.values():
+            norms *= factors
+        if self.table.size:
+            per_unit = factors[self.table.owner]
+            self.unit_total = self.unit_total * per_unit
+            for units in self.units.values():
+                units *= per_unit
+        pending = self.rounds[-1]
+        pending.coefficients = (
+            factors if pending.coefficients is None else pending.coefficients * factors
+        )
+
+    def _run_units(self, stage: Stage, policy: UnitPolicy) -> None:
+        self._show(policy.threshold)
+        whole = [m for m in stage.members if m not in self.one.request.unit_dims]
+        if whole:
+            where = self._where(whole)
+            norms, weights = self.norms[2.0][where], self.measurement.weights[2.0][where]
+            self._scale(where, policy.unit_coefficients(norms, weights))
+        members = [m for m in stage.members if m in self.table.rows]
+        if not members:
+            return
+        norms, weights = self.units[2.0], self.measurement.unit_weights
+        factors = policy.unit_coefficients(norms, weights)
+        if len(members) < len(self.table.rows):
+            chosen = torch.zeros_like(self.ones, dtype=torch.bool)
+            chosen[self._where(members)] = True
+            factors = torch.where(chosen[self.table.owner], factors, 1.0)
+        self.unit_total = self.unit_total * factors
+        for units in self.units.values():
+            units *= factors
+        before = self.norms.get(self.program.shown)
+        before = None if before is None else before.clone()
+        for order, running in self.norms.items():
+            for member in members:
+                running[member] = combine(self.units[order][self.table.rows[member]], order)
+        if before is not None:
+            self._book(before, members)
+        pending = self.rounds[-1]
+        pending.units = factors if pending.units is None else pending.units * factors
+
+    def _book(self, before: Tensor, members: Sequence[int]) -> None:
+        """A parameter's coefficient, where its units have different ones: the norms' ratio."""
+        where = self._where(members)
+        ratio = self.norms[self.program.shown][where] / before[where]
+        self.total[where] *= torch.where(before[where] > 0, ratio, 1.0)
+
+
+@dataclass
+class Walked:
+    """What one walk found and did. All tensors on the plan's device.
+
+    Attributes:
+        raw, after: float64 ``(parameters,)`` norms before and after, NaN where not known.
+        coefficients: float64 ``(parameters,)``, what each gradient was multiplied by.
+        smallest: float64 ``(parameters,)``, the smallest coefficient applied to a unit of it.
+        clipped: float64 ``(parameters,)``, share of its units that were changed.
+        threshold: 0-dim float64, NaN where the policy has no single one.
+        skipped: 0-dim bool.
+        nonfinite: bool ``(parameters,)``.
+        states: the new state of every stage.
+    """
+
+    raw: Tensor
+    after: Tensor
+    coefficients: Tensor
+    smallest: Tensor
+    clipped: Tensor
+    threshold: Tensor
+    skipped: Tensor
+    nonfinite: Tensor
+    states: States
+
+    @classmethod
+    def start(cls, program: Program, states: States) -> Walked:
+        """Nothing found and nothing done yet."""
+        size, device = len(program.plan.entries), program.plan.device
+        unknown = torch.full((size,), math.nan, dtype=torch.float64, device=device)
+        return cls(
+            raw=unknown,
+            after=unknown,
+            coefficients=torch.ones_like(unknown),
+            smallest=torch.ones_like(unknown),
+            clipped=torch.zeros_like(unknown),
+            threshold=unknown.new_tensor(math.nan),
+            skipped=torch.zeros((), dtype=torch.bool, device=device),
+            nonfinite=torch.zeros(size, dtype=torch.bool, device=device),
+            states=dict(states),
+        )
+
+    def absorb(self, ledger: Ledger) -> None:
+        """Add what one pass decided."""
+        self.after = ledger.norms.get(ledger.program.shown, self.after)
+        self.coefficients = self.coefficients * ledger.total
+        self.smallest = self.smallest * ledger.smallest()
+        self.clipped = torch.maximum(self.clipped, ledger.clipped())
+        if ledger.threshold is not None:
+            self.threshold = torch.where(
+                torch.isnan(self.threshold), ledger.threshold, self.threshold
+            )
+        self.skipped = self.skipped | ledger.skip
+
+
+def walk(
+    program: Program,
+    states: States,
+    *,
+    on_nonfinite: str = "pass",
+    loss_scale: Tensor | None = None,
+) -> Walked:
+    """Measure, decide and act once over all the gradients of a plan.
+
+    Args:
+        program: the compiled policy.
+        states: state per stage path; left as it is, the new one is in the result.
+        on_nonfinite: ``"pass"``, ``"zero"``, ``"skip"`` or ``"error"``.
+        loss_scale: 0-dim; the gradients are this many times too large, and stay so.
+
+    Raises:
+        DistclipError: a gradient that cannot be measured, on every rank, before any changes.
+        NonFiniteGradientError: under ``"error"``, on every rank, before any changes.
+    """
+    walked = Walked.start(program, states)
+    for number, one in enumerate(program.passes):
+        request = one.request
+        if loss_scale is not None and request.bounds:
+            factor = float(loss_scale)  # a host sync, for clamping under a loss scale only
+            scaled = {member: bound * factor for member, bound in request.bounds.items()}
+            request = replace(request, bounds=scaled)
+        measured = measure(program.plan, request)
+        if loss_scale is not None:
+            measured.divide(loss_scale.double().to(program.plan.device))
+        decided = decide_locally(program, one, measured)
+        measurement = reduce(program.plan, request, program.tables[number], measured, decided)
+        _raise_trouble(program.plan, measured, measurement, on_nonfinite)
+        ledger = Ledger(program, number, measurement)
+        if number == 0:
+            _look_for_nonfinite(program, walked, measurement, on_nonfinite)
+        if on_nonfinite == "zero":
+            ledger.forget(walked.nonfinite)
+        for position, stage in enumerate(one.stages):
+            state = states.get(stage.path, {})
+            new = ledger.run(position, stage, state)
+            if on_nonfinite == "skip":  # a dropped step leaves no trace in any state
+                stop = walked.nonfinite.any()
+                new = {key: torch.where(stop, state[key], value) for key, value in new.items()}
+            walked.states[stage.path] = new
+        walked.absorb(ledger)
+        flags = walked.nonfinite if on_nonfinite == "zero" and number == 0 else None
+        act(program, measured, decided, ledger, walked.skipped, flags, loss_scale)
+    return walked
+
+
+def _look_for_nonfinite(
+    program: Program, walked: Walked, measurement: Measurement, on_nonfinite: str
+) -> None:
+    """Note which gradients are not finite, and do what the mode says about it."""
+    walked.raw = measurement.raw.get(program.shown, walked.raw)
+    for norms in measurement.raw.values():
+        walked.nonfinite = walked.nonfinite | ~torch.isfinite(norms)
+    if on_nonfinite == "zero":
+        walked.raw = torch.where(walked.nonfinite, 0.0, walked.raw)
+    elif on_nonfinite == "skip":
+        walked.skipped = walked.nonfinite.any()
+    elif on_nonfinite == "error" and bool(walked.nonfinite.any()):
+        flags = walked.nonfinite.tolist()
+        names = [e.name for e, bad in zip(program.plan.entries, flags, strict=True) if bad]
+        shown = ", ".join(repr(name) for name in names[:8])
+        more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+        raise NonFiniteGradientError(
+            f"NaN or inf in the gradient of {shown}{more}; nothing was changed. To go on without "
+            f'such steps use on_nonfinite="skip" (or "zero" to drop only these gradients)',
+            names,
+        )
+
+
+def _raise_trouble(
+    plan: Plan, measured: LocalMeasurement, measurement: Measurement, on_nonfinite: str
+) -> None:
+    """After the all-reduce every rank knows that one of them could not measure: all raise."""
+    if measured.trouble is not None:
+        raise measured.trouble
+    # Where a value is read on the host anyway. Elsewhere the raising rank ends the run.
+    if (plan.device.type == "cpu" or on_nonfinite == "error") and measurement.troubled.item() > 0:
+        raise UnsupportedGradientError(
+            "another rank cannot measure one of its gradients (its own error says which and why); "
+            "no gradient was changed on any rank"
+        )
+
+
+def decide_locally(program: Program, one: Pass, measured: LocalMeasurement) -> LocalDecision:
+    """Decide on the units that lie whole on this rank, so that their outcome travels along."""
+    plan = program.plan
+    size = len(plan.entries)
+    clipped = torch.zeros(size, dtype=torch.float64, device=plan.device)
+    smallest = torch.ones((), dtype=torch.float64, device=plan.device)
+    coefficients: dict[int, Tensor] = {}
+    after = {p: norms.clone() for p, norms in measured.norms.items()} if one.local_units else {}
+    for position, units in measured.units.items():
+        piece = plan.pieces[position]
+        if piece.index not in one.local_units:
+            continue
+        norms, weights = dict(units), measured.unit_weights[position]
+        total = torch.ones_like(weights)
+        for policy in one.local_units[piece.index]:
+            factors = policy.unit_coefficients(norms[2.0], weights)
+            total = total * factors
+            norms = {order: values * factors for order, values in norms.items()}
+        coefficients[position] = total
+        if total.numel():
+            smallest = torch.minimum(smallest, torch.nan_to_num(total, nan=1.0).min())
+        if piece.share > 0.0:
+            clipped[piece.index] += (total < 1.0).sum() * piece.share
+            for order, values in after.items():
+                values[position] = combine(norms[order], order)
+    return LocalDecision(coefficients, after, clipped, smallest)
+
+
+def act(
+    program: Program,
+    measured: LocalMeasurement,
+    decided: LocalDecision,
+    ledger: Ledger,
+    skip: Tensor,
+    dropped: Tensor | None,
+    loss_scale: Tensor | None,
+) -> None:
+    """Change the local gradients as the ledger says."""
+    plan = program.plan
+    on_host = plan.device.type == "cpu"
+    if on_host and bool(skip):
+        return
+    present = [(p, g) for p, g in enumerate(measured.present) if g is not None]
+    rows = torch.tensor([plan.pieces[p].index for p, _ in present], device=plan.device).long()
+    if dropped is not None:
+        inplace.zero_([gradient for _, gradient in present], dropped[rows])
+    for number, turn in enumerate(ledger.rounds):
+        _clamp(plan, present, turn, loss_scale, None if on_host else skip)
+        units = dict(decided.coefficients) if number == 0 else {}
+        if turn.units is not None:
+            for position, _ in present:
+                if plan.pieces[position].index in ledger.table.rows:
+                    units[position] = turn.units[ledger.table.place(position)]
+        for position, gradient in present:
+            if position in units:
+                factors = units[position]
+                row = plan.pieces[position].index
+                if turn.coefficients is not None:
+                    factors = factors * turn.coefficients[row]
+                if dropped is not None:
+                    factors = torch.where(dropped[row], 1.0, factors)
+                factors = factors if on_host else torch.where(skip, 1.0, factors)
+                inplace.scale_units_(gradient, factors, ledger.one.request.unit_dims[row])
+        if turn.coefficients is not None:
+            factors = turn.coefficients if on_host else torch.where(skip, 1.0, turn.coefficients)
+            whole = [i for i, (position, _) in enumerate(present) if position not in units]
+            chosen = rows if len(whole) == len(present) else rows[whole]
+            inplace.scale_([present[i][1] for i in whole], factors[chosen])
+
+
+def _clamp(
+    plan: Plan,
+    present: Sequence[tuple[int, Tensor]],
+    turn: Round,
+    loss_scale: Tensor | None,
+    skip: Tensor | None,
+) -> None:
+    clamped = [
+        (gradient, turn.bounds[plan.pieces[position].index])
+        for position, gradient in present
+        if plan.pieces[position].index in turn.bounds
+    ]
+    if not clamped:
+        return
+    bounds: list[float | Tensor] = [bound for _, bound in clamped]
+    if loss_scale is not None:
+        bounds = [bound * loss_scale for bound in bounds]
+    if skip is not None:
+        bounds = [torch.where(skip, math.inf, bound) for bound in bounds]
+    inplace.clamp_([gradient for gradient, _ in clamped], bounds)

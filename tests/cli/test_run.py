@@ -1,0 +1,242 @@
+"""``distclip run``: the script sees what it would see under ``python``."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import typer.testing
+
+from distclip.cli import app as application
+from distclip.cli import run as command
+from distclip.cli.script import Script
+from distclip.errors import ConfigurationError
+from distclip.integrations import hooks
+
+ROOT = Path(__file__).parents[2]
+SHOW = """
+import json, sys, os
+print(json.dumps({
+    "argv": sys.argv, "path0": sys.path[0], "file": __file__, "name": __name__,
+    "main": sys.modules["__main__"].__dict__ is globals(), "flags": sys._getframe().f_code.co_flags,
+    "config": os.environ.get("DISTCLIP_CONFIG"),
+    "loaded": sorted({"accelerate", "deepspeed", "transformers", "lightning"} & set(sys.modules)),
+}))
+"""
+
+Python = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def python(tmp_path: Path) -> Python:
+    (tmp_path / "policy.yaml").write_text("policy: measure\n")
+
+    def python(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+        inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "DISTCLIP_CONFIG")}
+        return subprocess.run(
+            [sys.executable, *arguments],
+            cwd=tmp_path,
+            env={**inherited, "PYTHONPATH": str(ROOT), **environ},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    return python
+
+
+DISTCLIP = ("-m", "distclip", "run", "--config", "policy.yaml")
+
+
+def test_a_script_sees_what_it_sees_under_python(python: Python, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "show.py").write_text(SHOW)
+    arguments = ("folder/show.py", "--config", "x.yaml", "-m", "--", "--cpu", "--help")
+    plain = python(*arguments)
+    ours = python(*DISTCLIP, *arguments)
+    assert ours.returncode == 0, ours.stderr
+    seen, expected = json.loads(ours.stdout), json.loads(plain.stdout)
+    assert seen.pop("config") == str(tmp_path / "policy.yaml")
+    assert expected.pop("config") is None
+    assert seen == expected
+    # It trained nothing, which a user must be told.
+    assert "warning: nothing was clipped" in ours.stderr
+    assert "attach(optimizer)" in ours.stderr
+
+
+def test_a_module_sees_what_it_sees_under_python(python: Python, tmp_path: Path) -> None:
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "__init__.py").write_text("")
+    (tmp_path / "package" / "show.py").write_text(SHOW + "\nsys.exit(3)")
+    arguments = ("-m", "package.show", "-m", "--lr=1")
+    plain = python(*arguments, DISTCLIP_CONFIG=str(tmp_path / "policy.yaml"))
+    # The configuration comes from the environment, and a launcher's rank is handed on.
+    ours = python("-m", "distclip", "run", *arguments, DISTCLIP_CONFIG="policy.yaml")
+    assert (ours.returncode, plain.returncode) == (3, 3), ours.stderr
+    seen, expected = json.loads(ours.stdout), json.loads(plain.stdout)
+    del seen["main"], expected["main"]  # runpy's module, whose globals are handed to the code
+    assert seen == expected
+    assert "warning" not in ours.stderr
+
+
+def test_an_exception_shows_the_script_only(python: Python, tmp_path: Path) -> None:
+    (tmp_path / "boom.py").write_text("def f():\n    raise ValueError('mine')\nf()\n")
+    plain, ours = python("boom.py"), python(*DISTCLIP, "boom.py")
+    assert (ours.returncode, ours.stderr) == (1, plain.stderr)
+
+
+def test_a_faulty_configuration_is_told_before_the_script_starts(
+    python: Python, tmp_path: Path
+) -> None:
+    (tmp_path / "show.py").write_text("print('started')")
+    (tmp_path / "policy.yaml").write_text("policy: {name: agc, clip_factr: 1}")
+    ours = python(*DISTCLIP, "show.py", RANK="3")
+    assert (ours.returncode, ours.stdout) == (2, "")
+    assert ours.stderr == (
+        "distclip [rank 3]: policy.yaml: policy.clip_factr: unknown key (value 1), "
+        "did you mean 'clip_factor'? agc takes clip_factor, eps, unit, unit_dims\n"
+    )
+
+
+def test_an_integration_is_enabled_when_the_script_imports_its_framework(
+    python: Python, tmp_path: Path
+) -> None:
+    fake = tmp_path / "fake" / "accelerate"
+    fake.mkdir(parents=True)
+    (fake / "__init__.py").write_text("")
+    (fake / "accelerator.py").write_text("class Accelerator: pass\n")
+    (tmp_path / "train.py").write_text(
+        textwrap.dedent(
+            """
+            import sys, types
+            from distclip.integrations import hooks
+            stand_in = types.ModuleType("distclip.integrations.accelerate")
+            def enable(module, config):
+                print(module.Accelerator.__name__, config.policy.name)
+                hooks.mark_active("accelerate")
+            stand_in.enable = enable
+            sys.modules[stand_in.__name__] = stand_in
+            import accelerate.accelerator
+            """
+        )
+    )
+    path = os.pathsep.join([str(ROOT), str(tmp_path / "fake")])
+    ours = python(*DISTCLIP, "train.py", PYTHONPATH=path)
+    assert (ours.returncode, ours.stdout, ours.stderr) == (0, "Accelerator measure\n", "")
+
+
+# ---- in this process -------------------------------------------------------------------------
+
+invoke = typer.testing.CliRunner().invoke
+
+
+@pytest.fixture
+def quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a policy; nothing that ``run`` does to this process stays."""
+    (tmp_path / "policy.yaml").write_text("policy: measure\n")
+    (tmp_path / "train.py").write_text("")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DISTCLIP_CONFIG", raising=False)
+    monkeypatch.setattr(hooks, "install", lambda config: None)
+    monkeypatch.setattr(command, "_prepare_cpu", lambda cpu: None)
+    monkeypatch.setattr(command, "pending", [])
+    return tmp_path
+
+
+@pytest.mark.usefixtures("quiet")
+def test_without_a_configuration() -> None:
+    result = invoke(application.app, ["run", "train.py"])
+    assert isinstance(result.exception, ConfigurationError)
+    assert "--config" in str(result.exception) and "DISTCLIP_CONFIG" in str(result.exception)
+
+
+@pytest.mark.usefixtures("quiet")
+def test_a_script_that_is_not_there() -> None:
+    result = invoke(application.app, ["run", "-c", "policy.yaml", "trian"])
+    assert "no script 'trian' in " in str(result.exception)
+    assert "for a module use -m" in str(result.exception)
+    assert command.pending == []
+
+
+@pytest.mark.usefixtures("quiet")
+def test_an_option_that_is_not_ours_before_the_script() -> None:
+    assert invoke(application.app, ["run", "--lr", "1", "train.py"]).exit_code == 2
+
+
+@pytest.mark.parametrize("spelling", ["--local_rank=1", "--local-rank=1"])
+def test_the_rank_of_a_launcher_goes_to_the_script(
+    quiet: Path, monkeypatch: pytest.MonkeyPatch, spelling: str
+) -> None:
+    made: list[Script] = []
+
+    class Recorded(Script):
+        def check(self) -> None:
+            made.append(self)
+
+    monkeypatch.setattr(command, "Script", Recorded)
+    result = invoke(application.app, [spelling, "run", "-c", "policy.yaml", "train.py", "--x"])
+    assert result.exit_code == 0, result.output
+    assert made[0].arguments == ["--local_rank=1", "--x"]
+    assert os.environ["DISTCLIP_CONFIG"] == str(quiet / "policy.yaml")
+
+
+def test_cpu_without_accelerate(monkeypatch: pytest.MonkeyPatch) -> None:
+    from distclip.integrations import accelerate_cpu
+
+    def install(*, cpu: bool) -> bool:
+        raise ModuleNotFoundError("No module named 'accelerate'")
+
+    monkeypatch.setattr(accelerate_cpu, "install", install)
+    with pytest.raises(Exception, match=r"pip install 'distclip\[accelerate\]'"):
+        command._prepare_cpu(True)
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_only_the_main_rank_warns(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rank: str
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(hooks, "activated", set())
+    command._warn_if_idle()
+    assert ("nothing was clipped" in capsys.readouterr().err) == (rank == "0")
+    hooks.mark_active("accelerate")
+    command._warn_if_idle()
+    assert capsys.readouterr().err == ""
+
+
+@pytest.fixture
+def process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", list(sys.argv))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
+
+
+@pytest.mark.usefixtures("process")
+@pytest.mark.parametrize(
+    ("source", "code"),
+    [("", None), ("raise SystemExit", None), ("raise SystemExit(5)", 5), ("exit('no')", "no"),
+     ("raise KeyboardInterrupt", 130), ("def", 1), ("1 / 0", 1), ("import nothing_there", 1)],
+)  # fmt: skip
+def test_exit_codes(tmp_path: Path, source: str, code: object) -> None:
+    (tmp_path / "s.py").write_text(source)
+    assert Script(str(tmp_path / "s.py"), []).run() == code
+
+
+@pytest.mark.usefixtures("process")
+def test_a_module_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert Script("nothing_there", [], module=True).run() == 1
+    assert capsys.readouterr().err == "distclip run: No module named nothing_there\n"
+
+
+@pytest.mark.usefixtures("process")
+def test_a_folder_with_a_main(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "__main__.py").write_text("import beside, sys; print(beside.x, sys.argv[1:])")
+    (tmp_path / "beside.py").write_text("x = 1")
+    assert Script(str(tmp_path), ["a"]).run() is None
+    assert capsys.readouterr().out == "1 ['a']\n"
