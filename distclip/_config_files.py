@@ -37,7 +37,7 @@ def read(path: str | os.PathLike[str]) -> Mapping[str, Any]:
         raise ConfigurationError(f"{name}: the file is empty; write for instance {_EXAMPLE!r}")
     try:
         value = _parse_json(text) if _is_json(name, text) else _parse_yaml(text)
-    except _SyntaxFault as fault:
+    except _SyntaxError as fault:
         raise ConfigurationError(f"{name}: {fault}") from None
     except RecursionError:
         raise ConfigurationError(f"{name}: nested too deeply for a configuration") from None
@@ -53,7 +53,7 @@ def read(path: str | os.PathLike[str]) -> Mapping[str, Any]:
     return value
 
 
-class _SyntaxFault(Exception):
+class _SyntaxError(Exception):
     """What is wrong with the text, and where; the file name is added by the caller."""
 
 
@@ -84,7 +84,7 @@ def _parse_json(text: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=_unique)
     except json.JSONDecodeError as error:
-        raise _SyntaxFault(
+        raise _SyntaxError(
             f"line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}"
         ) from None
 
@@ -93,7 +93,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     mapping: dict[str, Any] = {}
     for key, value in pairs:
         if key in mapping:
-            raise _SyntaxFault(f"key {key!r} appears twice in the same object; remove one")
+            raise _SyntaxError(f"key {key!r} appears twice in the same object; remove one")
         mapping[key] = value
     return mapping
 
@@ -105,7 +105,7 @@ class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader with the plain scalars of YAML 1.2, and without duplicate keys."""
 
     # A class attribute of its own: the parent's table would be changed for every user of PyYAML.
-    yaml_implicit_resolvers: dict[str, list[Any]] = {}
+    yaml_implicit_resolvers: dict[str, list[Any]] = {}  # noqa: RUF012 - as the stubs have it
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         # Checked here and not on the finished dict, where the first of the two is already gone.
@@ -120,7 +120,7 @@ class _Loader(yaml.SafeLoader):
             if not isinstance(key, Hashable):
                 continue  # PyYAML has its own words for that
             if key in lines:
-                raise _SyntaxFault(
+                raise _SyntaxError(
                     f"line {line}: key {key!r} appears twice, first in line {lines[key]}; "
                     f"remove one"
                 )
@@ -159,15 +159,15 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_integer)
 
 def _parse_yaml(text: str) -> Any:
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a safe loader, see above
+        return yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise _SyntaxFault(
+        raise _SyntaxError(
             f"{where}not valid YAML: {error.problem or error.context}{_hint(error)}"
         ) from None
     except yaml.YAMLError as error:
-        raise _SyntaxFault(f"not valid YAML: {error}") from None
+        raise _SyntaxError(f"not valid YAML: {error}") from None
 
 
 def _hint(error: yaml.MarkedYAMLError) -> str:

@@ -211,7 +211,8 @@ def _in_files(hint: Any) -> Any:
     if origin in (Union, types.UnionType):
         return Union[tuple(_in_files(part) for part in parts)]  # noqa: UP007 - a tuple of types
     if origin is Annotated:
-        return Annotated[(_in_files(parts[0]), *parts[1:])]
+        whole = (_in_files(parts[0]), *parts[1:])
+        return Annotated[whole]
     return hint
 
 

@@ -119,16 +119,14 @@ def _sentence(fault: ErrorDetails) -> str:
     return message.removeprefix("Value error, ").removeprefix("Input ")
 
 
-def _within(value: object, location: Sequence[str | int]) -> Path:
+def _within(value: Any, location: Sequence[str | int]) -> Path:
     """The part of pydantic's location that really leads into ``value``."""
     kept: list[str | int] = []
     for part in location:
-        if isinstance(value, Mapping) and part in value:
-            value = value[part]
-        elif isinstance(value, (list, tuple)) and isinstance(part, int) and part < len(value):
-            value = value[part]
-        else:
+        keys = range(len(value)) if isinstance(value, (list, tuple)) else value
+        if not isinstance(keys, (Mapping, range)) or part not in keys:
             break
+        value = value[part]
         kept.append(part)
     return tuple(kept)
 

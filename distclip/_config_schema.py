@@ -116,7 +116,7 @@ def _question(policy: type[Policy], argument: Argument) -> Callable[[object], bo
     def accepts(value: object) -> bool:
         try:
             policy(**others, **{argument.name: value})
-        except Exception:  # noqa: BLE001 - a refusal, in whatever words the user's class has
+        except Exception:
             return False
         return True
 

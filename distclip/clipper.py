@@ -13,12 +13,13 @@ from torch.optim import Optimizer
 
 from distclip._version import __version__
 from distclip.application.stepping import StepHandle
-from distclip.errors import ConfigurationError, RankMismatchError, StateError
-from distclip.handshake import Notes, compare
+from distclip.errors import ConfigurationError, DistclipError, StateError
+from distclip.handshake import Notes, compare, refuse_troubled
 from distclip.layouts import names as naming
 from distclip.layouts import plan as plans
 from distclip.layouts.detect import detect
-from distclip.layouts.names import Target
+from distclip.layouts.names import Named, Target
+from distclip.layouts.piece import Described
 from distclip.passes import compile_passes, report_order
 from distclip.policies import ParameterInfo, Policy
 from distclip.policies._compose import stages
@@ -75,22 +76,12 @@ class GradClipper:
         sinks: Sequence[Sink] = (),
         norms: bool = True,
     ) -> None:
-        if not isinstance(policy, Policy):
-            raise ConfigurationError(
-                f"policy must be a policy such as policies.global_norm(1.0), got {policy!r}"
-            )
-        if on_nonfinite not in get_args(OnNonfinite):
-            raise ConfigurationError(
-                f"on_nonfinite must be one of {', '.join(map(repr, get_args(OnNonfinite)))}, got "
-                f"{on_nonfinite!r}"
-            )
         self.policy = policy
         self.on_nonfinite = on_nonfinite
         self.sinks = tuple(sinks)
         self._norms = norms
-        self._named = naming.named_parameters(target)
-        naming.refuse_meta(self._named)
-        self._plan = self._compare_notes(process_group, naming.is_list_of_modules(target))
+        self._named: Named = []
+        self._plan = self._compare_notes(target, process_group)
         wide = any(entry.dtype in ("float64", "complex128") for entry in self._plan.entries)
         self._dtype = torch.float64 if wide else torch.float32
         self._step = 0
@@ -100,7 +91,7 @@ class GradClipper:
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the parameters, in the order of every per-parameter statistic."""
-        return tuple(entry.name for entry in self._plan.entries)
+        return self._plan.names
 
     def clip_(self) -> ClipReport:
         """Measure and clip the gradients that are there now, in place. Call it on every rank.
@@ -134,7 +125,7 @@ class GradClipper:
 
     def clip_before_step(
         self, loss_scale: Tensor | None = None, found_inf: Tensor | None = None
-    ) -> ClipReport | None:
+    ) -> ClipReport:
         """As :meth:`clip_`, for gradients that a gradient scaler still has a hand in.
 
         Args:
@@ -202,30 +193,49 @@ class GradClipper:
             sink(step, report)
         return report
 
-    def _compare_notes(
-        self, process_group: ProcessGroup | None, stages_allowed: bool
-    ) -> plans.Plan:
+    def _compare_notes(self, target: Target, process_group: ProcessGroup | None) -> plans.Plan:
         """The one conversation between the ranks: do all of them mean the same model and policy?"""
-        described = [detect(name, parameter) for name, parameter in self._named]
-        device = self._named[0][1].device if self._named else torch.device("cpu")
         group = collectives.default_group(process_group)
+        try:
+            described = self._describe(target)
+        except DistclipError as error:
+            if group is not None:  # the others are waiting to hear from this rank
+                collectives.gather(str(error), group)
+            raise
+        device = self._named[0][1].device if self._named else torch.device("cpu")
         device = collectives.device_for(group, device)
-        if group is None or dist.get_world_size(group) == 1:
+        if group is None:
             return plans.local_plan(described, device)
         table = tuple(entry for entry, _ in described)
         ranks = collectives.ranks_of(group)
         mine = Notes(__version__, self._configuration(), table)
         digests = collectives.gather(mine.digest(), group)
+        refuse_troubled(digests, ranks)
         notes = [mine] * len(ranks)
         if any(digest != digests[0] for digest in digests):
             notes = collectives.gather(mine, group)
             compare(notes, ranks)
         tables = [each.table for each in notes]
-        plans.check_tables(tables, ranks, stages=stages_allowed)
+        plans.check_tables(tables, ranks, stages=naming.is_list_of_modules(target))
         if not plans.needs_reduction(tables):
             return plans.local_plan(described, device)
         rank = collectives.rank_in(group)
         return plans.merged_plan(described, tables, rank, ranks, device, group)
+
+    def _describe(self, target: Target) -> list[Described]:
+        """Check what this rank was given, and read off its parameters."""
+        if not isinstance(self.policy, Policy):
+            raise ConfigurationError(
+                f"policy must be a policy such as policies.global_norm(1.0), got {self.policy!r}"
+            )
+        if self.on_nonfinite not in get_args(OnNonfinite):
+            raise ConfigurationError(
+                f"on_nonfinite must be one of {', '.join(map(repr, get_args(OnNonfinite)))}, got "
+                f"{self.on_nonfinite!r}"
+            )
+        self._named = naming.named_parameters(target)
+        naming.refuse_meta(self._named)
+        return [detect(name, parameter) for name, parameter in self._named]
 
     def _configuration(self) -> str:
         return f"policy={self.policy!r}, on_nonfinite={self.on_nonfinite!r}, norms={self._norms}"

@@ -139,8 +139,8 @@ def _checked(raw: Mapping[Any, Any], source: str) -> Config:
     document = _document(raw, problems)
     policy = _policy(raw, problems)
     problems.raise_if_any(source)
-    # With a problem noted neither is used; without one both are there.
-    assert document is not None and policy is not None
+    assert document is not None  # None comes with a problem only
+    assert policy is not None
     return Config(policy, document.on_nonfinite, document.log, document.norms)
 
 

@@ -4,12 +4,13 @@ The tree::
 
     Exception
     └── DistclipError
-        ├── ConfigurationError (ValueError)     a policy, threshold or configuration file that cannot be meant
-        ├── UnsupportedGradientError (TypeError) a gradient or parameter that cannot be clipped correctly
-        ├── RankMismatchError (RuntimeError)     the ranks do not agree on what is to be clipped, or how
-        ├── ProcessGroupError (RuntimeError)     a process group that is closed, or that misses this rank
-        ├── StateError (ValueError)              a state dict of another policy or another model
-        └── NonFiniteGradientError (FloatingPointError, RuntimeError)  NaN or inf under on_nonfinite="error"
+        ├── ConfigurationError (ValueError)       a policy, threshold or file that cannot be meant
+        ├── UnsupportedGradientError (TypeError)  a gradient that cannot be clipped correctly
+        ├── RankMismatchError (RuntimeError)      the ranks do not agree on what to clip, or how
+        ├── ProcessGroupError (RuntimeError)      a group that is closed, or that misses this rank
+        ├── StateError (ValueError)               a state dict of another policy or model
+        └── NonFiniteGradientError (FloatingPointError, RuntimeError)
+                                                  NaN or inf under on_nonfinite="error"
 
 Each message says what is wrong, where, and how to mend it. All of them are raised before a
 gradient changes, and alike on all ranks wherever all ranks can know.

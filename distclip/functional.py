@@ -7,6 +7,7 @@ hold different parameters instead (pipeline stages), which are then all counted.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
@@ -18,7 +19,13 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
-from distclip.errors import ConfigurationError, NonFiniteGradientError
+from distclip.application import inplace
+from distclip.errors import (
+    ConfigurationError,
+    DistclipError,
+    NonFiniteGradientError,
+    ProcessGroupError,
+)
 from distclip.layouts import dtensor, plain
 from distclip.layouts import names as naming
 from distclip.layouts import plan as plans
@@ -27,9 +34,11 @@ from distclip.layouts.names import Named
 from distclip.layouts.piece import Box, Described, Entry, Piece
 from distclip.passes import compile_passes, report_order
 from distclip.policies import AGC, GlobalNorm, Measure, ParameterInfo, Policy, Value
+from distclip.policies._global_norm import norm_coefficient
 from distclip.policies._protocol import combine_norms
 from distclip.statistics import collectives
-from distclip.walk import Program, Walked, walk
+from distclip.statistics.packing import Packet
+from distclip.walk import Program, Walked, raise_together, walk
 
 Parameters: TypeAlias = Tensor | Iterable[Tensor]
 Tensors: TypeAlias = Tensor | Iterable[Tensor]
@@ -68,9 +77,19 @@ def clip_grad_norm_(
         UnsupportedGradientError: sparse, or a ``Partial`` that cannot be reduced.
     """
     named = _named(parameters)
+    dtype = _norm_dtype(p for _, p in named)
     policy = GlobalNorm(max_norm, norm_type)
-    walked = _walk(named, policy, process_group, "error" if error_if_nonfinite else "pass")
-    return combine_norms(walked.raw, policy.norm_type).to(_norm_dtype(p for _, p in named))
+    if process_group is None:
+        walked = _walk(named, policy, "error" if error_if_nonfinite else "pass")
+        return combine_norms(walked.raw, policy.norm_type).to(dtype)
+    program = _programs.get(named, Measure(policy.norm_type), norms=True)
+    with torch.no_grad():
+        total = _joint_norm(program, policy.norm_type, process_group, error_if_nonfinite)
+        gradients = [piece.gradient() for piece in program.plan.pieces]
+        present = [gradient for gradient in gradients if gradient is not None]
+        coefficient = norm_coefficient(total, policy.max_norm)
+        inplace.scale_(present, coefficient.expand(len(present)))
+    return total.to(dtype)
 
 
 def clip_grad_value_(
@@ -89,7 +108,7 @@ def clip_grad_value_(
         ConfigurationError: a negative or NaN threshold.
         UnsupportedGradientError: sparse, or a ``Partial`` that cannot be reduced.
     """
-    _walk(_named(parameters), Value(clip_value), None, "pass", norms=False)
+    _walk(_named(parameters), Value(clip_value), "pass", norms=False)
 
 
 def clip_grad_agc_(
@@ -116,8 +135,15 @@ def clip_grad_agc_(
         The joint 2-norm of all gradients before clipping, as :func:`clip_grad_norm_`.
     """
     named = _named(parameters)
-    walked = _walk(named, AGC(clip_factor, eps, unit), process_group, "pass")
-    return combine_norms(walked.raw, 2.0).to(_norm_dtype(p for _, p in named))
+    dtype = _norm_dtype(p for _, p in named)
+    policy = AGC(clip_factor, eps, unit)
+    if process_group is None:
+        return combine_norms(_walk(named, policy, "pass").raw, 2.0).to(dtype)
+    # A unit lies on one member, or on its mesh: only the joint norm concerns the other members.
+    with torch.no_grad():
+        total = _joint_norm(_programs.get(named, Measure(), norms=True), 2.0, process_group, False)
+    _walk(named, policy, "pass", norms=False)
+    return total.to(dtype)
 
 
 def get_total_norm(
@@ -143,10 +169,14 @@ def get_total_norm(
     listed = [tensors] if isinstance(tensors, Tensor) else list(tensors)
     described = [_describe_tensor(str(number), tensor) for number, tensor in enumerate(listed)]
     policy = Measure(norm_type)
-    program = _program(described, policy, process_group, _device(listed), norms=True)
+    program = _program(described, policy, _device(listed), norms=True)
     with torch.no_grad():
-        walked = walk(program, {}, on_nonfinite="error" if error_if_nonfinite else "pass")
-    return combine_norms(walked.raw, policy.norm_type).to(_norm_dtype(listed))
+        if process_group is not None:
+            total = _joint_norm(program, policy.norm_type, process_group, error_if_nonfinite)
+        else:
+            walked = walk(program, {}, on_nonfinite="error" if error_if_nonfinite else "pass")
+            total = combine_norms(walked.raw, policy.norm_type)
+    return total.to(_norm_dtype(listed))
 
 
 def grad_norms(
@@ -173,7 +203,7 @@ def grad_norms(
             "grad_norms with a process_group: members with different parameters need names to be "
             "told apart; use GradClipper([stage], policies.measure()).clip_().parameter_norms"
         )
-    walked = _walk(named, Measure(norm_type), None, "pass")
+    walked = _walk(named, Measure(norm_type), "pass")
     return {
         name: norm.to(_norm_dtype([parameter]))
         for (name, parameter), norm in zip(named, walked.raw.unbind(), strict=True)
@@ -183,7 +213,7 @@ def grad_norms(
 def _named(parameters: Parameters) -> Named:
     if isinstance(parameters, nn.Module):
         raise ConfigurationError(
-            "expected parameters, got a module; pass module.parameters() (GradClipper takes modules)"
+            "expected parameters, got a module; pass module.parameters(), or use a GradClipper"
         )
     return naming.named_parameters(parameters)
 
@@ -197,15 +227,54 @@ def _norm_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
     return torch.float64 if any(t.dtype in double for t in tensors) else torch.float32
 
 
-def _walk(
-    named: Named,
-    policy: Policy,
-    process_group: ProcessGroup | None,
-    on_nonfinite: str,
-    *,
-    norms: bool = True,
-) -> Walked:
-    program = _programs.get(named, policy, process_group, norms)
+def _joint_norm(
+    program: Program, norm_type: float, group: ProcessGroup, error_if_nonfinite: bool
+) -> Tensor:
+    """The p-norm over the members of ``group``, who hold different parameters; 0-dim float64.
+
+    First over each parameter's own mesh, which may reach beyond the group, then over the group: a
+    parameter whose mesh has several members in the group counts once among them. The members need
+    not have equally many parameters, or any.
+    """
+    collectives.check_open(group)
+    plan = program.plan
+    trouble: DistclipError | None = None
+    try:
+        norms = walk(program, {}).raw
+    except DistclipError as error:  # the other members have to learn of it before it is raised
+        trouble, norms = error, torch.zeros(len(plan.entries), dtype=torch.float64)
+    device = collectives.device_for(group, norms.device)
+    members = set(collectives.ranks_of(group))
+    holders = [1 if e.ranks is None else len(members & set(e.ranks)) for e in plan.entries]
+    shares = [1.0 / count if count else 0.0 for count in holders]
+    packet = Packet(group, wide={norm_type: True})
+    packet.add_norms(
+        "norm",
+        norms.to(device),
+        norm_type,
+        torch.zeros(len(shares), dtype=torch.long, device=device),
+        torch.tensor(shares, dtype=torch.float64, device=device),
+        1,
+    )
+    flag = torch.full((1,), float(trouble is not None), dtype=torch.float64, device=device)
+    packet.add_flag("trouble", flag)
+    got = packet.exchange()
+    raise_together(trouble, got["trouble"])
+    total = got["norm"].squeeze(0)
+    if error_if_nonfinite and not bool(torch.isfinite(total)):
+        raise NonFiniteGradientError(
+            f"the {norm_type}-norm over the process group is {total.item()}; nothing was changed",
+            [
+                entry.name
+                for entry, norm in zip(plan.entries, norms.tolist(), strict=True)
+                if not math.isfinite(norm)
+            ],
+        )
+    return total
+
+
+def _walk(named: Named, policy: Policy, on_nonfinite: str, *, norms: bool = True) -> Walked:
+    program = _programs.get(named, policy, norms=norms)
     if program.plan.group is not None:
         collectives.check_open(program.plan.group)
     with torch.no_grad():
@@ -213,14 +282,9 @@ def _walk(
 
 
 def _program(
-    described: Sequence[Described],
-    policy: Policy,
-    process_group: ProcessGroup | None,
-    device: torch.device,
-    *,
-    norms: bool,
+    described: Sequence[Described], policy: Policy, device: torch.device, *, norms: bool
 ) -> Program:
-    plan = _plan(described, process_group, device)
+    plan = _plan(described, device)
     infos = [ParameterInfo(entry.name, entry.shape) for entry in plan.entries]
     passes = compile_passes(
         policy,
@@ -233,11 +297,8 @@ def _program(
     return Program.of(plan, infos, passes, report_order(policy, infos))
 
 
-def _plan(
-    described: Sequence[Described], process_group: ProcessGroup | None, device: torch.device
-) -> plans.Plan:
-    entries = [entry for entry, _ in described]
-    group = _group(entries, process_group)
+def _plan(described: Sequence[Described], device: torch.device) -> plans.Plan:
+    group = _group([entry for entry, _ in described])
     if group is None or dist.get_world_size(group) == 1:
         return plans.local_plan(described, collectives.device_for(group, device))
     first = collectives.rank_in(group) == 0
@@ -245,27 +306,28 @@ def _plan(
     members = set(collectives.ranks_of(group))
     shared: list[Described] = []
     for entry, pieces in described:
-        if entry.ranks is not None and process_group is None:
+        if entry.ranks is not None:
             # Each sub-mesh of the group holds a replica: their mean is what one of them has.
             share = len(members & set(entry.ranks)) / size
-        elif entry.ranks is not None or process_group is not None:
-            share = 1.0
         else:
             share = 1.0 if first else 0.0
         shared.append((entry, [piece.numbered(0, share) for piece in pieces]))
     return plans.local_plan(shared, collectives.device_for(group, device), group)
 
 
-def _group(entries: Sequence[Entry], process_group: ProcessGroup | None) -> ProcessGroup | None:
-    """The group to sum over: the one given, the DTensors' common mesh, or else all ranks."""
-    if process_group is not None:
-        collectives.check_open(process_group)
-        return process_group
+def _group(entries: Sequence[Entry]) -> ProcessGroup | None:
+    """The group to sum over: the DTensors' common mesh, or else all ranks."""
     meshes = {frozenset(entry.ranks) for entry in entries if entry.ranks is not None}
     if not meshes:
         return None
     union = frozenset[int]().union(*meshes)
     if union in meshes:
+        if dist.is_initialized() and dist.get_rank() not in union:
+            raise ProcessGroupError(
+                f"rank {dist.get_rank()} is in no device mesh of these DTensors (ranks "
+                f"{sorted(union)}) and cannot take part in their norm; call this on the mesh's "
+                f"ranks only, or build a GradClipper on all ranks"
+            )
         return collectives.group_of_ranks(tuple(union))
     return collectives.group_of_ranks(tuple(range(dist.get_world_size())))
 
@@ -287,19 +349,10 @@ class _Programs:
         self._size = size
         self._known: OrderedDict[object, tuple[list[weakref.ref[Tensor]], Program]] = OrderedDict()
 
-    def get(
-        self, named: Named, policy: Policy, process_group: ProcessGroup | None, norms: bool
-    ) -> Program:
+    def get(self, named: Named, policy: Policy, *, norms: bool) -> Program:
         parameters = [parameter for _, parameter in named]
         world = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
-        key = (
-            tuple(map(id, parameters)),
-            tuple(parameter.requires_grad for parameter in parameters),
-            policy,
-            norms,
-            id(process_group),
-            id(world),
-        )
+        key = (tuple(map(_fingerprint, parameters)), policy, norms, id(world))
         found = self._known.get(key)
         if found is not None and all(
             reference() is parameter
@@ -308,14 +361,25 @@ class _Programs:
             self._known.move_to_end(key)
             return found[1]
         described = [detect(name, parameter) for name, parameter in named]
-        program = _program(described, policy, process_group, _device(parameters), norms=norms)
+        program = _program(described, policy, _device(parameters), norms=norms)
         self._known[key] = ([weakref.ref(parameter) for parameter in parameters], program)
         if len(self._known) > self._size:
             self._known.popitem(last=False)
         return program
 
 
+def _fingerprint(parameter: Tensor) -> tuple[object, ...]:
+    """What a program knows of a parameter: ``model.half()`` keeps the object and changes it."""
+    sharding = parameter._spec if isinstance(parameter, DTensor) else parameter.shape
+    return (
+        id(parameter),
+        parameter.requires_grad,
+        parameter.dtype,
+        parameter.device,
+        sharding,
+    )
+
+
 _programs = _Programs()
 
 __all__ = ["clip_grad_agc_", "clip_grad_norm_", "clip_grad_value_", "get_total_norm", "grad_norms"]
-

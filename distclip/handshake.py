@@ -25,6 +25,17 @@ class Notes:
         ).digest()
 
 
+def refuse_troubled(digests: Sequence[bytes | str], ranks: Sequence[int]) -> None:
+    """Refuse where another rank sent what went wrong there, instead of its digest.
+
+    Raises:
+        RankMismatchError: names the first such rank and its trouble.
+    """
+    for rank, digest in zip(ranks, digests, strict=True):
+        if isinstance(digest, str):
+            raise RankMismatchError(f"rank {rank} cannot build its GradClipper: {digest}")
+
+
 def compare(notes: Sequence[Notes], ranks: Sequence[int]) -> None:
     """Refuse ranks that run another version, policy or option; tables are compared elsewhere.
 

@@ -171,4 +171,3 @@ def _finished(
         reduced=reads or shown is not None,
     )
     return Pass(tuple(draft.stages), request, local, dict(draft.late_clamps))
-

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from distclip.application import inplace
-from distclip.errors import NonFiniteGradientError, UnsupportedGradientError
+from distclip.errors import DistclipError, NonFiniteGradientError, UnsupportedGradientError
 from distclip.layouts.plan import Plan
 from distclip.passes import Pass
 from distclip.policies import ParameterInfo, Scale, Skip, State, Statistics, UnitPolicy
@@ -141,6 +141,15 @@ class Ledger:
                 count = self.measurement.clipped[member]
             share[member] = count / units
         return share
+
+    def is_idle(self) -> bool:
+        """Whether nothing is to be done to any gradient. Reads the host."""
+        return all(
+            not turn.bounds
+            and (turn.units is None or bool((turn.units == 1.0).all()))
+            and (turn.coefficients is None or bool((turn.coefficients == 1.0).all()))
+            for turn in self.rounds
+        )
 
     def _where(self, members: Sequence[int]) -> Tensor | slice:
         if len(members) == len(self.program.parameters):
@@ -303,7 +312,9 @@ def walk(
             measured.divide(loss_scale.double().to(program.plan.device))
         decided = decide_locally(program, one, measured)
         measurement = reduce(program.plan, request, program.tables[number], measured, decided)
-        _raise_trouble(program.plan, measured, measurement, on_nonfinite)
+        # Where a value is read on the host anyway. Elsewhere the raising rank ends the run.
+        reads = program.plan.device.type == "cpu" or on_nonfinite == "error"
+        raise_together(measured.trouble, measurement.troubled if reads else None)
         ledger = Ledger(program, number, measurement)
         if number == 0:
             _look_for_nonfinite(program, walked, measurement, on_nonfinite)
@@ -345,14 +356,16 @@ def _look_for_nonfinite(
         )
 
 
-def _raise_trouble(
-    plan: Plan, measured: LocalMeasurement, measurement: Measurement, on_nonfinite: str
-) -> None:
-    """After the all-reduce every rank knows that one of them could not measure: all raise."""
-    if measured.trouble is not None:
-        raise measured.trouble
-    # Where a value is read on the host anyway. Elsewhere the raising rank ends the run.
-    if (plan.device.type == "cpu" or on_nonfinite == "error") and measurement.troubled.item() > 0:
+def raise_together(mine: DistclipError | None, anybodys: Tensor | None) -> None:
+    """After the all-reduce every rank knows that one of them could not measure: all raise.
+
+    Args:
+        mine: what went wrong on this rank.
+        anybodys: one element, > 0 if something went wrong on any rank; read on the host.
+    """
+    if mine is not None:
+        raise mine
+    if anybodys is not None and anybodys.item() > 0:
         raise UnsupportedGradientError(
             "another rank cannot measure one of its gradients (its own error says which and why); "
             "no gradient was changed on any rank"
@@ -399,7 +412,7 @@ def act(
     """Change the local gradients as the ledger says."""
     plan = program.plan
     on_host = plan.device.type == "cpu"
-    if on_host and bool(skip):
+    if on_host and (bool(skip) or (dropped is None and ledger.is_idle() and _all_one(decided))):
         return
     present = [(p, g) for p, g in enumerate(measured.present) if g is not None]
     rows = torch.tensor([plan.pieces[p].index for p, _ in present], device=plan.device).long()
@@ -427,6 +440,10 @@ def act(
             whole = [i for i, (position, _) in enumerate(present) if position not in units]
             chosen = rows if len(whole) == len(present) else rows[whole]
             inplace.scale_([present[i][1] for i in whole], factors[chosen])
+
+
+def _all_one(decided: LocalDecision) -> bool:
+    return all(bool((factors == 1.0).all()) for factors in decided.coefficients.values())
 
 
 def _clamp(

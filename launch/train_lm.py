@@ -1,4 +1,4 @@
-"""Train a small byte-level transformer language model on English text, with Hugging Face Accelerate.
+"""Train a small byte-level transformer language model on English text, with Accelerate.
 
 The text is the language reference that every CPython carries (`pydoc_data.topics`), or --text FILE.
 The same command trains the same model on any number of ranks: the batch size is the global one,
@@ -32,6 +32,7 @@ HELD_OUT_WINDOWS = 256
 
 
 def parse_arguments() -> argparse.Namespace:
+    """The options of one training run."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -63,6 +64,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def read_text(path: Path | None) -> str:
+    """The file's text, or Python's own documentation."""
     if path is not None:
         return path.read_text(encoding="utf-8")
     from pydoc_data.topics import topics
@@ -141,6 +143,7 @@ class LanguageModel(nn.Module):
 
 
 def make_optimizer(model: nn.Module, options: argparse.Namespace) -> torch.optim.Optimizer:
+    """SGD with momentum, or AdamW."""
     settings = {"lr": options.lr, "weight_decay": options.weight_decay}
     if options.optimizer == "sgd":
         return torch.optim.SGD(model.parameters(), momentum=options.momentum, **settings)
@@ -148,6 +151,8 @@ def make_optimizer(model: nn.Module, options: argparse.Namespace) -> torch.optim
 
 
 class Reporter(Protocol):
+    """Shows how far the training is."""
+
     def __call__(self, step: int, loss: float, tokens_per_s: float) -> None: ...
 
 
@@ -216,6 +221,7 @@ def train(
 
 @torch.no_grad()
 def held_out_loss(accelerator: Accelerator, model: nn.Module, batches: DataLoader[Tensor]) -> float:
+    """The mean loss over text that was not trained on."""
     model.eval()
     losses = torch.stack([model(windows) for windows in batches])
     mean: float = accelerator.reduce(losses, "mean").mean().item()
@@ -241,12 +247,14 @@ class Log:
 
 
 def main() -> None:
+    """Train one model, and say how well it does on unseen text."""
     options = parse_arguments()
     # split_batches: the loader's batch size is the global one, and each rank takes its share.
     accelerator = Accelerator(dataloader_config=DataLoaderConfiguration(split_batches=True))
     if options.batch_size % accelerator.num_processes:
         raise SystemExit(
-            f"--batch-size {options.batch_size} cannot be shared by {accelerator.num_processes} ranks"
+            f"--batch-size {options.batch_size} cannot be shared by "
+            f"{accelerator.num_processes} ranks"
         )
     log = Log(options.log, accelerator.is_main_process)
 

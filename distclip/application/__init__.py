@@ -1,0 +1,1 @@
+"""Changing gradients in place, and acting around the optimizer's step."""

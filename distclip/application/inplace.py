@@ -6,6 +6,7 @@ scalar of ``_foreach_mul_``, down to a bf16 tensor's own dtype first; both are a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -52,12 +53,19 @@ def _scale_on_host(tensors: Sequence[Tensor], coefficients: Sequence[float]) -> 
 def _scale_on_device(tensor: Tensor, coefficient: Tensor) -> None:
     coefficient = coefficient.to(tensor.device)
     if tensor.dtype in LOW_PRECISION:
-        for part in tensor.split(max(1, CHUNK // max(1, tensor[0].numel()))) if tensor.dim() else [
-            tensor
-        ]:
-            part.copy_(part.float() * coefficient.float())
+        factor = coefficient.float()
+        for part in _parts(tensor):
+            part.copy_(part.float() * factor)
     else:
         tensor.mul_(coefficient.to(tensor.real.dtype))
+
+
+def _parts(tensor: Tensor) -> Sequence[Tensor]:
+    return torch.split(tensor, _rows_per_part(tensor)) if tensor.dim() else (tensor,)
+
+
+def _rows_per_part(tensor: Tensor) -> int:
+    return max(1, CHUNK // max(1, math.prod(tensor.shape[1:])))
 
 
 def scale_units_(tensor: Tensor, coefficients: Tensor, unit_dims: Sequence[int]) -> None:
@@ -78,13 +86,11 @@ def scale_units_(tensor: Tensor, coefficients: Tensor, unit_dims: Sequence[int])
             return
         if tuple(unit_dims) == (0,) and 2 * len(chosen) <= len(coefficients):
             shape = (-1,) + (1,) * (tensor.dim() - 1)
-            for rows in chosen.split(max(1, CHUNK // max(1, tensor[0].numel()))):
+            for rows in torch.split(chosen, _rows_per_part(tensor)):
                 scaled = tensor.index_select(0, rows) * factors[rows].view(shape)
                 tensor.index_copy_(0, rows, scaled.to(tensor.dtype))
             return
-    shape_of_units = [
-        extent if dim in unit_dims else 1 for dim, extent in enumerate(tensor.shape)
-    ]
+    shape_of_units = [extent if dim in unit_dims else 1 for dim, extent in enumerate(tensor.shape)]
     tensor.mul_(factors.view(shape_of_units))
 
 

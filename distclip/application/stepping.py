@@ -25,6 +25,10 @@ class Decision(Protocol):
 class StepHandle:
     """Hooks on one optimizer; :meth:`remove` undoes them.
 
+    ``step(closure)`` clips after every evaluation of the closure, which is where the gradients
+    come from. Should a dropped step raise all the same, its gradients are given back by
+    :meth:`remove` or by the next step, except to a parameter that has a new one by then.
+
     Args:
         optimizer: the torch optimizer itself, not a wrapper around it.
         clip: called before every step with the loss scale that the gradients still carry (0-dim
@@ -38,6 +42,7 @@ class StepHandle:
         clip: Callable[[Tensor | None, Tensor | None], Decision | None],
         after: Callable[[bool | Tensor], None] | None = None,
     ) -> None:
+        self._optimizer = optimizer
         self._clip = clip
         self._after = after
         self._hidden: list[tuple[Tensor, Tensor]] = []
@@ -53,8 +58,26 @@ class StepHandle:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._give_back(self._optimizer)
 
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _before_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._clip_gradients(optimizer)
+            return None
+
+        def clipped() -> Any:
+            loss = closure()
+            self._clip_gradients(optimizer)
+            return loss
+
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": clipped}
+        return (args[0], clipped, *args[2:]), kwargs
+
+    def _clip_gradients(self, optimizer: Optimizer) -> None:
         self._give_back(optimizer)  # a step that raised never reached its post-hook
         # GradScaler hands a fused optimizer scaled gradients, and tells it so in these.
         scale: Tensor | None = getattr(optimizer, "grad_scale", None)
@@ -85,7 +108,8 @@ class StepHandle:
 
     def _give_back(self, optimizer: Optimizer) -> None:
         for parameter, gradient in self._hidden:
-            parameter.grad = gradient
+            if parameter.grad is None:
+                parameter.grad = gradient
         self._hidden.clear()
         if self._found_inf is not None:
             had, value = self._found_inf

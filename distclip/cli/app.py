@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import sys
 from typing import Annotated
 
 import typer
 
-from distclip.cli import config, report, run
+from distclip._version import __version__
+from distclip.cli import bench, config, report, run
 from distclip.errors import DistclipError
 
 app = typer.Typer(
@@ -22,15 +22,13 @@ app = typer.Typer(
 app.command(name="run", context_settings=run.CONTEXT)(run.run)
 app.add_typer(config.app, name="config")
 app.command(name="report")(report.report)
+app.command(name="bench")(bench.bench)
 # A further command is one line here and one file beside this one.
 
 
 def _version(asked: bool) -> None:
     if asked:
-        try:
-            typer.echo(f"distclip {importlib.metadata.version('distclip')}")
-        except importlib.metadata.PackageNotFoundError:
-            typer.echo("distclip, not installed: running from its source folder")
+        typer.echo(f"distclip {__version__}")
         raise typer.Exit()
 
 

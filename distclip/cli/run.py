@@ -91,7 +91,7 @@ def _prepare_cpu(cpu: bool) -> None:
 
 
 def _warn_if_idle() -> None:
-    """Say so if the script came to its end and nothing was ever clipped."""
+    """Say so if the script came to its end and no integration ever clipped."""
     if hooks.activated or os.environ.get("RANK", "0") != "0":
         return
     seen = [name for name, module in hooks.INTEGRATIONS.items() if module in sys.modules]
@@ -103,7 +103,7 @@ def _warn_if_idle() -> None:
             f"({', '.join(hooks.INTEGRATIONS)})"
         )
     typer.echo(
-        f"distclip: warning: nothing was clipped: {why}. For a plain torch loop add "
-        f"`distclip.from_config(os.environ[{ENVIRONMENT!r}], model).attach(optimizer)`",
+        f"distclip: warning: run clipped nothing: {why}. Unless the script clips with distclip "
+        f"itself, add `distclip.from_config(os.environ[{ENVIRONMENT!r}], model).attach(optimizer)`",
         err=True,
     )

@@ -52,7 +52,7 @@ class Script:
             self._execute()
         except SystemExit as exit_:
             return exit_.code
-        except BaseException as error:  # noqa: BLE001 - shown, and turned into an exit code
+        except BaseException as error:
             own = _own(error.__traceback__)
             if self.module and isinstance(error, ImportError) and own is None:
                 print(f"distclip run: {error}", file=sys.stderr)  # as python -m words it

@@ -9,8 +9,8 @@ It acts only when asked, by one of
 
 * ``distclip run --cpu``,
 * ``DISTCLIP_CPU=1`` in the environment (``DISTCLIP_CPU=0`` forbids it),
-* ``use_cpu: true`` in the YAML of ``accelerate launch`` (or ``ACCELERATE_USE_CPU=true``), a statement
-  that Accelerate itself does not pass on to the ranks of a multi-process launch.
+* ``use_cpu: true`` in the YAML of ``accelerate launch`` (or ``ACCELERATE_USE_CPU=true``), which
+  Accelerate itself does not pass on to the ranks of a multi-process launch.
 
 Call order in a rank: :func:`install` before the user's script, :func:`verify` after
 ``Accelerator.prepare``; where the mode was not asked for, :func:`check_ranks`.
@@ -107,9 +107,9 @@ def verify(accelerator: Any, *prepared: Any) -> None:
     _verify_world(accelerator, world_size)
     if str(accelerator.device.type) != "cpu":
         raise DistclipError(
-            f"CPU mode: the accelerator's device is {accelerator.device}, not cpu. An Accelerator or "
-            "PartialState was made before distclip took over, or the script chose a device. Start "
-            "the script with `distclip run --cpu`, and leave the device to Accelerate."
+            f"CPU mode: the accelerator's device is {accelerator.device}, not cpu. An Accelerator "
+            "or PartialState was made before distclip took over, or the script chose a device. "
+            "Start the script with `distclip run --cpu`, and leave the device to Accelerate."
         )
     if world_size > 1 or _flag(os.environ, "ACCELERATE_USE_FSDP"):
         _verify_models(accelerator, prepared)
@@ -181,7 +181,7 @@ def _launch() -> _Launch | None:
         launcher = psutil.Process(os.getppid())
         arguments = _launch_arguments(launcher.cmdline())
         return None if arguments is None else _read_launch(arguments, launcher.cwd())
-    except (Exception, SystemExit) as error:  # noqa: BLE001 - another program's arguments and files
+    except (Exception, SystemExit) as error:  # another program's arguments and files
         _logger.debug("the accelerate launch command could not be read: %r", error)
         return None
 
@@ -238,7 +238,7 @@ def _set_environment(environ: MutableMapping[str, str]) -> None:
 
 
 def _patch_backend() -> None:
-    """Have ``PartialState`` choose gloo, and the type from which FSDP and DeepSpeed are taken up."""
+    """Have ``PartialState`` choose gloo, and a type from which FSDP and DeepSpeed are taken up."""
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType
 
@@ -255,8 +255,9 @@ def _patch_backend() -> None:
         return
     if PartialState._shared_state != {}:
         raise DistclipError(
-            "CPU mode came too late: an Accelerator or PartialState exists already in this process. "
-            "Start the script with `distclip run --cpu`, or call install() before the first one."
+            "CPU mode came too late: an Accelerator or PartialState exists already in this "
+            "process. Start the script with `distclip run --cpu`, or call install() before the "
+            "first one."
         )
 
     @functools.wraps(original)
@@ -303,10 +304,9 @@ def _verify_world(accelerator: Any, world_size: int) -> None:
         return
     found = "no process group" if seen is None else f"a process group of {seen}"
     raise DistclipError(
-        f"CPU mode: {world_size} ranks were launched (WORLD_SIZE={world_size}), but this process has "
-        f"{found} and accelerator.num_processes={accelerator.num_processes}. Pass no cpu=True and "
-        "no process group of your own to Accelerator, and make no Accelerator before `distclip "
-        "run --cpu` has started the script."
+        f"CPU mode: {world_size} ranks were launched (WORLD_SIZE={world_size}), but this process "
+        f"has {found} and accelerator.num_processes={accelerator.num_processes}. Make no process "
+        "group of your own, and no Accelerator before `distclip run --cpu` has started the script."
     )
 
 
@@ -319,10 +319,10 @@ def _check_spawned(accelerator: Any) -> None:
         return
     where = f" in {launch.config_file}" if launch.config_file else ""
     raise DistclipError(
-        f"accelerate launch was asked for {launch.num_processes} processes{where}, but started one: "
-        f"for distributed_type {launch.distributed_type} (and with its own --cpu) it relies on "
-        "an MPI launcher. Write `distributed_type: MULTI_GPU` (or FSDP) with `use_cpu: true` in the "
-        "YAML, as configs/accelerate/ddp_cpu.yaml does, or pass --cpu to `distclip run` rather "
+        f"accelerate launch was asked for {launch.num_processes} processes{where}, but started "
+        f"one: for distributed_type {launch.distributed_type} (and with its own --cpu) it relies "
+        "on an MPI launcher. Write `distributed_type: MULTI_GPU` (or FSDP) with `use_cpu: true` in "
+        "the YAML, as configs/accelerate/ddp_cpu.yaml does, or pass --cpu to `distclip run` rather "
         "than to `accelerate launch`."
     )
 

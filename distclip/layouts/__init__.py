@@ -1,0 +1,1 @@
+"""Where each parameter's pieces lie; see :func:`distclip.layouts.detect.detect`."""

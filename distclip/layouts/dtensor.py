@@ -121,7 +121,7 @@ def local_spans(
 
 
 def _chunk(spans: Sequence[Span], chunks: int, position: int) -> list[Span]:
-    """What ``torch.chunk`` gives at ``position``, of indices listed as spans; empty past the end."""
+    """What ``torch.chunk`` gives at ``position``, of indices as spans; empty past the end."""
     total = sum(stop - start for start, stop in spans)
     size = -(-total // chunks)
     low, high = min(position * size, total), min((position + 1) * size, total)
@@ -194,6 +194,8 @@ def local_weight(hold: Holder) -> Tensor:
 def local_part(tensor: DTensor) -> Tensor:
     """The shard itself, without an autograd node, and waited for if still on its way."""
     local: Tensor = tensor._local_tensor
+    if type(local) is Tensor:
+        return local
     wait = getattr(local, "wait", None)  # an AsyncCollectiveTensor
     return cast(Tensor, wait()) if wait is not None else local
 
@@ -236,8 +238,13 @@ def aligned(name: str, gradient: DTensor, parameter: DTensor) -> DTensor:
             f"the parameter ({parameter.device_mesh}); redistribute it before clipping"
         )
     reduced(name, gradient)
+    return redistributed(gradient, parameter.placements)
+
+
+def redistributed(tensor: DTensor, placements: Sequence[Placement]) -> DTensor:
+    """``tensor`` in other placements, without an autograd node."""
     with torch.no_grad():
-        return gradient.detach().redistribute(placements=parameter.placements)
+        return cast(DTensor, tensor.detach()).redistribute(placements=placements)
 
 
 def reduced(name: str, tensor: DTensor) -> None:
@@ -260,8 +267,7 @@ def describe_tensor(name: str, tensor: DTensor) -> Described:
             Replicate() if isinstance(placement, Partial) else placement
             for placement in tensor.placements
         ]
-        with torch.no_grad():
-            tensor = tensor.detach().redistribute(placements=placements)
+        tensor = redistributed(tensor, placements)
     entry, pieces = describe(name, tensor, hold=partial(_itself, tensor))
     check = partial(plain.check_dense, name)
     return entry, [

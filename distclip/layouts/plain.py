@@ -6,6 +6,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from distclip.errors import UnsupportedGradientError
 from distclip.layouts.piece import Box, Described, Entry, Holder, Piece, held
@@ -36,9 +37,14 @@ def gradient_of(name: str, hold: Holder) -> Tensor | None:
     """The parameter's ``.grad`` if it can be measured, None if there is none.
 
     Raises:
-        UnsupportedGradientError: a sparse or meta gradient.
+        UnsupportedGradientError: a sparse or meta gradient, or a DTensor.
     """
     gradient = hold().grad
+    if isinstance(gradient, DTensor):
+        raise UnsupportedGradientError(
+            f"{name!r} is a plain tensor but its gradient is a DTensor ({gradient.placements}): "
+            f"convert the gradient with full_tensor(), or shard the parameter alike"
+        )
     return None if gradient is None else check_dense(name, gradient)
 
 

@@ -7,14 +7,14 @@ issues the same collectives at every step.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from distclip.errors import RankMismatchError
+from distclip.errors import ProcessGroupError, RankMismatchError
 from distclip.layouts.piece import Described, Entry, Piece
 
 
@@ -40,6 +40,16 @@ class Plan:
         return len(self.pieces) == len(self.entries) and all(
             piece.index == row for row, piece in enumerate(self.pieces)
         )
+
+    @cached_property
+    def dtypes(self) -> frozenset[str]:
+        """Names of the parameters' dtypes."""
+        return frozenset(entry.dtype for entry in self.entries)
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Names of the parameters, in table order."""
+        return tuple(entry.name for entry in self.entries)
 
     @cached_property
     def rows(self) -> Tensor | None:
@@ -99,8 +109,11 @@ def merged_plan(
                 order[entry.name] = len(order)
                 merged[entry.name] = entry
                 owners[entry.name] = entry.ranks if entry.ranks is not None else (member,)
-            elif entry.ranks is not None and merged[entry.name].ranks is None:
-                merged[entry.name] = entry
+            else:
+                # Replicas on other sub-meshes may be cut along other dims.
+                known = merged[entry.name]
+                split = tuple(sorted({*known.split_dims, *entry.split_dims}))
+                merged[entry.name] = replace(known, split_dims=split)
     me = ranks[rank]
     pieces = []
     for entry, local in described:
@@ -119,9 +132,7 @@ def needs_reduction(tables: Sequence[Sequence[Entry]]) -> bool:
     return any(other != names[0] for other in names)
 
 
-def check_tables(
-    tables: Sequence[Sequence[Entry]], ranks: Sequence[int], *, stages: bool
-) -> None:
+def check_tables(tables: Sequence[Sequence[Entry]], ranks: Sequence[int], *, stages: bool) -> None:
     """Refuse tables that cannot belong to one model.
 
     Args:
@@ -131,10 +142,18 @@ def check_tables(
 
     Raises:
         RankMismatchError: names the ranks, the parameter and the difference.
+        ProcessGroupError: a parameter that is spread over ranks outside of the group.
     """
+    members = set(ranks)
     first: dict[str, tuple[int, Entry]] = {}
     for rank, table in zip(ranks, tables, strict=True):
         for entry in table:
+            if entry.ranks is not None and not members.issuperset(entry.ranks):
+                raise ProcessGroupError(
+                    f"parameter {entry.name!r} is spread over ranks {sorted(entry.ranks)}, but the "
+                    f"process group has only ranks {sorted(members)}: give the group of all ranks "
+                    f"that hold the model, or none for all ranks"
+                )
             other_rank, other = first.setdefault(entry.name, (rank, entry))
             if (other.shape, other.dtype) != (entry.shape, entry.dtype):
                 raise RankMismatchError(

@@ -58,9 +58,7 @@ class ByName(Composite):
     default: Policy | None
     name: ClassVar[str] = "by_name"
 
-    def __init__(
-        self, mapping: Mapping[str, Policy | None], default: Policy | None = None
-    ) -> None:
+    def __init__(self, mapping: Mapping[str, Policy | None], default: Policy | None = None) -> None:
         for pattern, policy in mapping.items():
             if policy is not None:
                 _check_policy(f"by_name[{pattern!r}]", policy)
@@ -116,10 +114,10 @@ def _stages(
         shares[None] = []
         for member in members:
             shares[policy.pattern_of(parameters[member].name)].append(member)
-        for pattern, part in (*policy.mapping, (None, policy.default)):
-            if part is not None:
+        for pattern, choice in (*policy.mapping, (None, policy.default)):
+            if choice is not None:
                 label = "default" if pattern is None else pattern
-                yield from _stages(part, parameters, tuple(shares[pattern]), _join(path, label))
+                yield from _stages(choice, parameters, tuple(shares[pattern]), _join(path, label))
     else:
         yield Stage(path, policy, members)
 

@@ -69,7 +69,8 @@ def combine_norms(norms: Tensor, norm_type: float) -> Tensor:
     if math.isinf(norm_type):
         return largest
     unit = torch.where((largest > 0) & torch.isfinite(largest), largest, 1.0)
-    return torch.linalg.vector_norm(norms / unit, norm_type) * unit
+    total: Tensor = torch.linalg.vector_norm(norms / unit, norm_type) * unit
+    return total
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,8 +112,11 @@ class Scale:
 
 @dataclass(frozen=True, slots=True)
 class Clamp:
-    """Clamp every element to ``[-bound, bound]``; NaN stays NaN. ``bound`` is the policy's own
-    ``bound``, a plain number known before the step, so that a chain knows its passes."""
+    """Clamp every element to ``[-bound, bound]``; NaN stays NaN.
+
+    ``bound`` is the policy's own ``bound``, a plain number known before the step, so that a chain
+    knows its passes.
+    """
 
     bound: float
 

@@ -1,0 +1,1 @@
+"""Local norms, packed into one all-reduce."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -31,7 +31,7 @@ def default_group(process_group: ProcessGroup | None) -> ProcessGroup | None:
 
 def check_open(group: ProcessGroup) -> None:
     """Raise a ProcessGroupError for a group that can no longer, or never could, be used here."""
-    if group is dist.GroupMember.NON_GROUP_MEMBER:
+    if group is cast(Any, dist.GroupMember.NON_GROUP_MEMBER):
         raise ProcessGroupError(
             "process_group: this rank is not a member of the group; build the GradClipper only on "
             "its members, or give a group that contains every rank that calls it"

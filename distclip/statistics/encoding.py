@@ -62,7 +62,7 @@ class Encoding:
         parts = torch.where(root > 0, root * half * half, root)
         largest = parts.amax(dim=1, keepdim=True)
         unit = torch.where((largest > 0) & torch.isfinite(largest), largest, 1.0)
-        norm = torch.linalg.vector_norm(parts / unit, self.norm_type, dim=1)
+        norm: Tensor = torch.linalg.vector_norm(parts / unit, self.norm_type, dim=1)
         return norm * unit.squeeze(1)
 
 

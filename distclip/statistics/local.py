@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -55,27 +56,113 @@ def norms(
     Returns:
         float64 tensor of shape ``(len(tensors),)``. NaN and inf elements give NaN and inf.
     """
-    results: list[float | Tensor] = []
-    on_host = True
+    result = torch.zeros(len(tensors), dtype=torch.float64)
+    elsewhere: dict[int, Tensor] = {}
+    values: dict[int, float] = {}
+    runs = _Runs(norm_type)
     for position, tensor in enumerate(tensors):
-        bound = None if bounds is None else bounds[position]
         if tensor is None or tensor.numel() == 0:
-            results.append(0.0)
-        elif tensor.device.type == "cpu":
-            results.append(_cpu_norm(tensor, norm_type, bound))
+            continue
+        bound = None if bounds is None else bounds[position]
+        if bound is None and runs.take(position, tensor):
+            continue
+        if tensor.device.type == "cpu":
+            values[position] = _cpu_norm(tensor, norm_type, bound)
         else:
-            on_host = False
-            results.append(_exact_norm(tensor, norm_type, bound).to(device))
-    if on_host:
-        return torch.tensor(results, dtype=torch.float64, device=device)
-    return torch.stack(
-        [
-            value
-            if isinstance(value, Tensor)
-            else torch.tensor(value, dtype=torch.float64, device=device)
-            for value in results
-        ]
-    )
+            elsewhere[position] = _exact_norm(tensor, norm_type, bound).to(device)
+    for position in runs.measure_into(result):
+        tensor = tensors[position]
+        assert tensor is not None
+        values[position] = _cpu_norm(tensor, norm_type, None)
+    if values:
+        result[list(values)] = torch.tensor(list(values.values()), dtype=torch.float64)
+    result = result.to(device)
+    if elsewhere:
+        where = torch.tensor(list(elsewhere), device=device)
+        result[where] = torch.stack(list(elsewhere.values()))
+    return result
+
+
+class _Runs:
+    """Contiguous float32 CPU tensors, measured together where they are neighbours in memory.
+
+    The sharded gradients of an FSDP2 module lie one after another in one buffer: one call measures
+    them all, in lanes that no boundary cuts.
+    """
+
+    def __init__(self, norm_type: float) -> None:
+        self._norm_type = norm_type
+        self._positions: list[int] = []
+        self._numels: list[int] = []
+        self._starts: list[int] = []
+        self._tensors: list[Tensor] = []
+        self._lanes: list[int] = []
+        self._end = -1
+        self._open = norm_type in (1.0, 2.0)
+
+    def take(self, position: int, tensor: Tensor) -> bool:
+        """Whether the tensor is one for this; then its norm comes with the others'."""
+        if not (
+            self._open
+            and tensor.dtype is torch.float32
+            and tensor.is_cpu
+            and tensor.is_contiguous()
+        ):
+            return False
+        numel = tensor.numel()
+        lane = math.gcd(numel, LANE)
+        if lane < 32:
+            return False
+        address = tensor.data_ptr()
+        if address == self._end and (joint := math.gcd(lane, self._lanes[-1])) >= 32:
+            self._lanes[-1] = joint
+        else:
+            self._starts.append(len(self._positions))
+            self._tensors.append(tensor)
+            self._lanes.append(lane)
+        self._end = address + 4 * numel
+        self._positions.append(position)
+        self._numels.append(numel)
+        return True
+
+    def measure_into(self, result: Tensor) -> list[int]:
+        """Write the norms to their positions; the positions whose norm is in doubt are returned."""
+        if not self._positions:
+            return []
+        partials: list[Tensor] = []
+        lengths: list[int] = []
+        stops = [*self._starts[1:], len(self._positions)]
+        for tensor, lane, start, stop in zip(
+            self._tensors, self._lanes, self._starts, stops, strict=True
+        ):
+            numels = self._numels[start:stop]
+            total = sum(numels)
+            flat = _span(tensor, total)
+            if flat is None:  # neighbours by chance, in different allocations
+                return list(self._positions)
+            lanes = flat.view(-1, lane)
+            partials.append(torch.linalg.vector_norm(lanes, self._norm_type, dim=1))
+            lengths += [numel // lane for numel in numels]
+        powers = torch.cat(partials).double()
+        if self._norm_type == 2.0:
+            powers = powers * powers
+        sums = torch.segment_reduce(powers, "sum", lengths=torch.tensor(lengths))
+        numels_ = torch.tensor(self._numels, dtype=torch.float64)
+        norms_ = sums if self._norm_type == 1.0 else sums.sqrt()
+        positions = torch.tensor(self._positions)
+        result[positions] = norms_
+        sound = torch.isfinite(sums) & (sums > numels_ * _UNDERFLOW[self._norm_type])
+        if bool(sound.all()):
+            return []
+        return [int(position) for position in positions[~sound]]
+
+
+def _span(first: Tensor, numel: int) -> Tensor | None:
+    """``numel`` elements from the first of ``first`` on; None if its storage ends before."""
+    if first.numel() == numel:
+        return first.view(-1)
+    available = first.untyped_storage().nbytes() // 4 - first.storage_offset()
+    return first.as_strided((numel,), (1,)) if numel <= available else None
 
 
 def unit_norms(
@@ -105,14 +192,12 @@ def unit_norms(
     step = max(1, CHUNK // rows.shape[1])
     if _is_fast(tensor, norm_type) and tensor.dtype is torch.float32 and bound is None:
         step = count
-    parts = [_row_norms(part, norm_type, bound) for part in rows.split(step)]
+    parts = [_row_norms(part, norm_type, bound) for part in torch.split(rows, step)]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _is_fast(tensor: Tensor, norm_type: float) -> bool:
-    return (
-        tensor.device.type == "cpu" and tensor.dtype in FAST_DTYPES and norm_type in (1.0, 2.0)
-    )
+    return tensor.device.type == "cpu" and tensor.dtype in FAST_DTYPES and norm_type in (1.0, 2.0)
 
 
 def _cpu_norm(tensor: Tensor, norm_type: float, bound: float | None) -> float:
@@ -120,7 +205,7 @@ def _cpu_norm(tensor: Tensor, norm_type: float, bound: float | None) -> float:
         largest = largest_magnitude(tensor).item()
         return min(largest, bound) if bound is not None and largest == largest else largest
     if not _is_fast(tensor, norm_type):
-        return _exact_norm(tensor, norm_type, bound).item()
+        return float(_exact_norm(tensor, norm_type, bound))
     total = 0.0
     for chunk in _chunks(tensor, whole=tensor.dtype is torch.float32 and bound is None):
         total += _fast_power_sum(_prepared(chunk, bound, torch.float32), norm_type)
@@ -128,9 +213,9 @@ def _cpu_norm(tensor: Tensor, norm_type: float, bound: float | None) -> float:
         return total if norm_type == 1.0 else math.sqrt(total)
     # Zero, non-finite, or beyond what float32 partial sums can hold.
     largest = largest_magnitude(tensor).item()
-    if largest == 0.0 or not math.isfinite(largest) and bound is None:
+    if largest == 0.0 or (not math.isfinite(largest) and bound is None):
         return largest
-    return _exact_norm(tensor, norm_type, bound).item()
+    return float(_exact_norm(tensor, norm_type, bound))
 
 
 _UNDERFLOW = {1.0: 0.0, 2.0: 1e-30}
@@ -141,14 +226,14 @@ def _fast_power_sum(flat: Tensor, norm_type: float) -> float:
     """Sum of p-th powers of a contiguous float32 tensor, p = 1 or 2."""
     numel = flat.numel()
     if numel <= SHORT and norm_type == 2.0:
-        return torch.dot(flat, flat).item()
+        return float(torch.dot(flat, flat))
     body = numel - numel % LANE
     partial = torch.linalg.vector_norm(flat[:body].view(-1, LANE), norm_type, dim=1).double()
     total = torch.dot(partial, partial) if norm_type == 2.0 else partial.sum()
     if body == numel:
-        return total.item()
-    rest = torch.linalg.vector_norm(flat[body:], norm_type).item()
-    return total.item() + rest**norm_type
+        return float(total)
+    rest = float(torch.linalg.vector_norm(flat[body:], norm_type))
+    return float(total) + rest**norm_type
 
 
 def _row_norms(rows: Tensor, norm_type: float, bound: float | None) -> Tensor:
@@ -157,11 +242,12 @@ def _row_norms(rows: Tensor, norm_type: float, bound: float | None) -> Tensor:
         return _exact_row_norms(rows, norm_type, bound)
     values = _prepared(rows, bound, torch.float32)
     width = values.shape[1]
+    result: Tensor
     if width <= LANE:
         result = torch.linalg.vector_norm(values, norm_type, dim=1).double()
     else:
         body = width - width % LANE
-        lanes = values[:, :body].unflatten(1, (-1, LANE))
+        lanes = values[:, :body].reshape(len(values), -1, LANE)
         partial = torch.linalg.vector_norm(lanes, norm_type, dim=2).double()
         if body < width:
             rest = torch.linalg.vector_norm(values[:, body:], norm_type, dim=1, keepdim=True)
@@ -179,7 +265,7 @@ def _remeasure(
 ) -> None:
     """Measure the doubtful rows again in float64, but not those that are simply zero."""
     step = max(1, CHUNK // rows.shape[1])
-    for indices in doubtful.nonzero().flatten().split(step):
+    for indices in torch.split(doubtful.nonzero().flatten(), step):
         part = rows.index_select(0, indices)
         largest = part.abs().amax(dim=1)
         result[indices] = largest.double()
@@ -210,7 +296,7 @@ def _exact_norm(tensor: Tensor, norm_type: float, bound: float | None) -> Tensor
         if scale is not None:
             values = values / scale
         parts.append(torch.linalg.vector_norm(values, norm_type))
-    total = parts[0]
+    total: Tensor = parts[0]
     if len(parts) > 1:
         total = torch.linalg.vector_norm(torch.stack(parts), norm_type)
     return total if scale is None else total * scale
@@ -226,10 +312,11 @@ def _exact_row_norms(rows: Tensor, norm_type: float, bound: float | None) -> Ten
         return _exact_norm(rows, norm_type, bound).reshape(1)
     values = _prepared(rows, bound, torch.float64)
     if not is_wide(rows.dtype, norm_type):
-        return torch.linalg.vector_norm(values, norm_type, dim=1)
+        return cast(Tensor, torch.linalg.vector_norm(values, norm_type, dim=1))
     largest = values.abs().amax(dim=1, keepdim=True)
     scale = torch.where((largest > 0) & torch.isfinite(largest), largest, 1.0)
-    return torch.linalg.vector_norm(values / scale, norm_type, dim=1) * scale.squeeze(1)
+    norms = torch.linalg.vector_norm(values / scale, norm_type, dim=1) * scale.squeeze(1)
+    return cast(Tensor, norms)
 
 
 def _scale(largest: Tensor, tensor: Tensor, norm_type: float) -> Tensor | None:
@@ -254,10 +341,10 @@ def _chunks(tensor: Tensor, *, whole: bool = False) -> Sequence[Tensor]:
     """
     flat = _flat_view(tensor)
     if flat is not None:
-        return (flat,) if whole or flat.numel() <= CHUNK else flat.split(CHUNK)
+        return (flat,) if whole or flat.numel() <= CHUNK else torch.split(flat, CHUNK)
     step = max(1, CHUNK // max(1, tensor[0].numel()))
     chunks: list[Tensor] = []
-    for part in tensor.split(step):
+    for part in torch.split(tensor, step):
         if part.numel() > 2 * CHUNK and part.dim() > 1:
             for row in part.unbind(0):
                 chunks.extend(_chunks(row))

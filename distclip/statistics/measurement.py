@@ -141,6 +141,8 @@ def measure(plan: Plan, request: Request) -> LocalMeasurement:
         result.norms[order] = norms
     if request.bounds:
         _measure_raw(plan, request, result)
+    if not request.weight_orders:
+        return result
     counted: list[Tensor | None] = [
         piece.weight()
         if piece.index in request.weighted and piece.trainable and piece.share > 0.0
@@ -192,4 +194,5 @@ def combine(norms: Tensor, order: float) -> Tensor:
         return norms.max()
     largest = norms.max()
     unit = torch.where((largest > 0) & torch.isfinite(largest), largest, 1.0)
-    return torch.linalg.vector_norm(norms / unit, order) * unit
+    whole: Tensor = torch.linalg.vector_norm(norms / unit, order) * unit
+    return whole

@@ -92,7 +92,7 @@ class Packet:
         shares: Tensor | None,
         size: int,
     ) -> None:
-        """Norms of parts: ``norms[i]`` counts with ``shares[i]`` towards ``rows[i]`` of ``size``."""
+        """Norms of parts: ``norms[i]`` counts ``shares[i]`` times for ``rows[i]`` of ``size``."""
         if math.isinf(order):
             if rows is not None:
                 norms = norms.new_zeros(size).scatter_reduce_(0, rows, norms, "amax")
@@ -144,10 +144,9 @@ def reduce(
 ) -> Measurement:
     """All ranks' measurements as one. One all-reduce; a second one for maxima beside sums."""
     group = plan.group if request.reduced else None
+    dtypes = [getattr(torch, dtype) for dtype in plan.dtypes]
     wide = {
-        order: any(
-            local.is_wide(getattr(torch, entry.dtype), order) for entry in plan.entries
-        )
+        order: any(local.is_wide(dtype, order) for dtype in dtypes)
         for order in {2.0, *request.orders, *request.raw_orders, *request.weight_orders}
     }
     packet = Packet(group, wide=wide)
@@ -181,14 +180,14 @@ def reduce(
     packet.add_flag("trouble", troubled)
     got.update(packet.exchange())
 
-    def by_order(kind: str) -> dict[float, Tensor]:
+    def reduced(kind: str) -> dict[float, Tensor]:
         return {order: got[kind, order] for order in kinds[kind]}
 
-    norms = by_order("norms")
+    measured_norms = reduced("norms")
     return Measurement(
-        raw={**norms, **by_order("raw")},
-        norms={**norms, **by_order("after")},
-        weights=by_order("weights"),
+        raw={**measured_norms, **reduced("raw")},
+        norms={**measured_norms, **reduced("after")},
+        weights=reduced("weights"),
         units={order: got["units", order] for order in request.unit_orders if table.size},
         unit_weights=got.get("unit weights", decided.clipped.new_empty(0)),
         clipped=got.get("clipped", decided.clipped),

@@ -31,6 +31,7 @@ _MARKER = (
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    """Declare the default limit."""
     parser.addini(
         "distclip_rank_timeout",
         "seconds until a rank that has not answered counts as hung (default: 60)",
@@ -39,10 +40,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    """Declare the marker."""
     config.addinivalue_line("markers", _MARKER)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """One test for every world size of the marker."""
     marker = metafunc.definition.get_closest_marker("ranks")
     if marker is None:
         return
@@ -70,6 +73,7 @@ def world_size(request: pytest.FixtureRequest) -> int:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Run the body of a marked test on the ranks instead of here."""
     marker = pyfuncitem.get_closest_marker("ranks")
     if marker is None:
         return None

@@ -203,6 +203,8 @@ def run_on_ranks(
         function: importable, defined in a test module, local, or a `functools.partial` of such.
             It and the arguments are pickled once and sent to every rank.
         world_size: how many ranks, at least 1. Ranks are kept for the next call of that size.
+        *args: positional arguments of the function, the same on every rank.
+        **kwargs: keyword arguments of the function; for one called ``timeout`` use a partial.
         timeout: seconds until a rank that has not answered counts as hung.
 
     Returns:

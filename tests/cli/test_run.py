@@ -66,7 +66,7 @@ def test_a_script_sees_what_it_sees_under_python(python: Python, tmp_path: Path)
     assert expected.pop("config") is None
     assert seen == expected
     # It trained nothing, which a user must be told.
-    assert "warning: nothing was clipped" in ours.stderr
+    assert "warning: run clipped nothing" in ours.stderr
     assert "attach(optimizer)" in ours.stderr
 
 
@@ -153,7 +153,8 @@ def quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_without_a_configuration() -> None:
     result = invoke(application.app, ["run", "train.py"])
     assert isinstance(result.exception, ConfigurationError)
-    assert "--config" in str(result.exception) and "DISTCLIP_CONFIG" in str(result.exception)
+    assert "--config" in str(result.exception)
+    assert "DISTCLIP_CONFIG" in str(result.exception)
 
 
 @pytest.mark.usefixtures("quiet")
@@ -204,7 +205,7 @@ def test_only_the_main_rank_warns(
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setattr(hooks, "activated", set())
     command._warn_if_idle()
-    assert ("nothing was clipped" in capsys.readouterr().err) == (rank == "0")
+    assert ("run clipped nothing" in capsys.readouterr().err) == (rank == "0")
     hooks.mark_active("accelerate")
     command._warn_if_idle()
     assert capsys.readouterr().err == ""

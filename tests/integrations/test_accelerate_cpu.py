@@ -214,7 +214,7 @@ def test_multi_cpu_that_starts_one_process_is_refused(workshop: Workshop) -> Non
     assert done.returncode != 0
     assert not result
     assert "asked for 4 processes" in done.stderr
-    assert "but started one" in done.stderr
+    assert "but started one:" in done.stderr
 
 
 # ---- without a launch ------------------------------------------------------------------------

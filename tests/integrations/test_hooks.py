@@ -48,7 +48,8 @@ def unexpected(module: ModuleType) -> None:
 def test_runs_once_after_the_code_of_the_module() -> None:
     seen: list[int] = []
     hooks.on_import("hooked_pkg.inner", lambda module: seen.append(module.value))
-    assert seen == [] and "hooked_pkg" not in sys.modules
+    assert seen == []
+    assert "hooked_pkg" not in sys.modules
     importlib.import_module("hooked_pkg.inner")
     importlib.import_module("hooked_pkg.inner")
     assert seen == [1]
@@ -124,7 +125,7 @@ def test_a_module_that_does_not_exist() -> None:
 
 def test_a_module_that_fails_shows_its_own_error() -> None:
     hooks.on_import("hooked_pkg.broken", unexpected)
-    with pytest.raises(RuntimeError, match="^broken$"):
+    with pytest.raises(RuntimeError, match=r"^broken$"):
         importlib.import_module("hooked_pkg.broken")
 
 
@@ -144,7 +145,7 @@ def test_an_error_of_our_own_passes_as_it_is() -> None:
         raise ConfigurationError("as it is")
 
     hooks.on_import("hooked_pkg.inner", fail)
-    with pytest.raises(ConfigurationError, match="^as it is$"):
+    with pytest.raises(ConfigurationError, match=r"^as it is$"):
         importlib.import_module("hooked_pkg.inner")
 
 

@@ -1,0 +1,203 @@
+"""A picture of one or several runs: loss, norms, share clipped. Needs matplotlib (extra ``plot``).
+
+The runs of one group (a setting with several seeds) share a colour: thin lines for the runs, a
+thick one for their mean. The colours are those of Okabe and Ito, which colour-blind readers tell
+apart.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from distclip.errors import ConfigurationError, DistclipError
+from distclip.monitor.runs import Curve, Floats, Run
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
+BEFORE = "#999999"
+STYLE: dict[str, Any] = {
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#d9d9d9",
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+}
+
+
+def draw(runs: Sequence[Run], losses: Sequence[Curve] = (), *, title: str = "") -> Figure:
+    """Draw the picture; a ``matplotlib.figure.Figure``, not bound to any window.
+
+    Args:
+        runs: at least one.
+        losses: of the same groups as the runs, or none.
+        title: above everything; the names of the groups when empty.
+
+    Raises:
+        DistclipError: matplotlib is not installed.
+    """
+    matplotlib, figure_class = _matplotlib()
+    groups = list(dict.fromkeys([run.group for run in runs]))
+    colours = {group: COLOURS[i % len(COLOURS)] for i, group in enumerate(groups)}
+    with matplotlib.rc_context(STYLE):
+        panels = len(groups) + (2 if losses else 1)
+        figure: Figure = figure_class(figsize=(10, 2.6 * panels + 0.6), layout="constrained")
+        axes = list(figure.subplots(panels, 1, sharex=True))
+        figure.suptitle(
+            title or "Gradient clipping: " + ", ".join(groups), x=0.01, ha="left", fontsize=13
+        )
+        if losses:
+            _loss(axes[0], losses, colours)
+        # A panel of norms for each group, on one scale: before and after of several groups on top
+        # of each other cannot be told apart.
+        norms = axes[-1 - len(groups) : -1]
+        for panel, (group, members) in zip(norms, _grouped(runs), strict=True):
+            panel.sharey(norms[0])
+            _norms(panel, members, colours[group])
+            if len(groups) > 1:
+                panel.set_title(f"Gradient norm, {group}")
+        _share(axes[-1], runs, colours)
+        axes[-1].set_xlabel("optimizer step")
+    return figure
+
+
+def save(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Write a figure; the format is that of the file's name (png, svg, pdf).
+
+    Raises:
+        ConfigurationError: an unknown format, or a file that cannot be written.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"{path}: the picture cannot be written: {error}") from None
+
+
+def _matplotlib() -> tuple[Any, Any]:
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise DistclipError(
+            "pictures need matplotlib, which is not installed: pip install 'distclip[plot]'"
+        ) from None
+    return matplotlib, Figure
+
+
+def _loss(axes: Axes, losses: Sequence[Curve], colours: dict[str, str]) -> None:
+    for group, members in _grouped(losses):
+        _curves(axes, members, colours.get(group, "#000000"), group)
+    axes.set_title("Loss")
+    axes.set_ylabel("loss")
+    _legend(axes)
+
+
+def _norms(axes: Axes, runs: Sequence[Run], colour: str) -> None:
+    # After clipping lies on top of before wherever nothing was clipped: what shows of the grey
+    # line are the peaks that were cut.
+    _curves(axes, _curves_of(runs, lambda run: run.total_norm), BEFORE, "before clipping")
+    _curves(axes, _curves_of(runs, lambda run: run.clipped_norm), colour, "after clipping")
+    for level, label in _thresholds(runs):
+        axes.axhline(level, color="#000000", linewidth=1.2, linestyle=(0, (5, 2)), label=label)
+    _marks(axes, runs)
+    axes.set_yscale("log")
+    axes.set_title("Gradient norm")
+    axes.set_ylabel("norm (log scale)")
+    _legend(axes)
+
+
+def _thresholds(runs: Sequence[Run]) -> list[tuple[float, str]]:
+    """The constant thresholds that are norms; those of other measures have no place here."""
+    levels = {
+        float(run.threshold[np.isfinite(run.threshold)][-1])
+        for run in runs
+        if run.threshold_is_norm
+    }
+    return [(level, f"threshold {level:.3g}") for level in sorted(levels)]
+
+
+def _marks(axes: Axes, runs: Sequence[Run]) -> None:
+    """A mark at the top for each step with NaN or inf, which has no norm to draw."""
+    steps = [step for run in runs for step in run.steps[run.nonfinite | run.skipped]]
+    if steps:
+        axes.plot(
+            steps, [0.98] * len(steps), "v", transform=axes.get_xaxis_transform(),
+            color="#000000", markersize=5, clip_on=False, linestyle="none",
+            label="skipped or not finite",
+        )  # fmt: skip
+
+
+def _share(axes: Axes, runs: Sequence[Run], colours: dict[str, str]) -> None:
+    for group, members in _grouped(runs):
+        curves = _curves_of(members, lambda run: _smooth(100 * run.clipped_fraction))
+        _curves(axes, curves, colours[group], group)
+    axes.set_title("Clipped share of the parameters")
+    axes.set_ylabel("running mean, %")
+    axes.set_ylim(-2, 102)
+    if len(colours) > 1:
+        _legend(axes)
+
+
+def _curves_of(runs: Iterable[Run], value: Callable[[Run], Floats]) -> list[Curve]:
+    return [Curve(run.group, run.steps, value(run)) for run in runs]
+
+
+def _curves(axes: Axes, curves: Sequence[Curve], colour: str, label: str) -> None:
+    """Each curve, thin if there are several, and then their mean, thick."""
+    if len(curves) == 1:
+        axes.plot(curves[0].steps, curves[0].values, color=colour, linewidth=1.4, label=label)
+        return
+    for curve in curves:
+        axes.plot(curve.steps, curve.values, color=colour, alpha=0.4, linewidth=0.7)
+    steps, mean = _mean(curves)
+    axes.plot(steps, mean, color=colour, linewidth=2, label=f"{label}, mean of {len(curves)}")
+
+
+def _legend(axes: Axes) -> None:
+    """Beside the panel, where no curve can run through it, however many entries there are."""
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), handlelength=1.6)
+
+
+def _mean(curves: Sequence[Curve]) -> tuple[Floats, Floats]:
+    """The mean over the steps that all curves have; NaN where all are NaN."""
+    steps = curves[0].steps
+    for curve in curves[1:]:
+        steps = np.intersect1d(steps, curve.steps)
+    values = np.array([curve.values[np.isin(curve.steps, steps)] for curve in curves])
+    known = np.isfinite(values)
+    total = np.where(known, values, 0.0).sum(axis=0)
+    count = known.sum(axis=0)
+    return steps, np.where(count > 0, total / np.maximum(count, 1), np.nan)
+
+
+def _smooth(values: Floats) -> Floats:
+    """Running mean over a fiftieth of the run; shorter windows at both ends."""
+    width = max(1, len(values) // 50)
+    known = np.isfinite(values)
+    kernel = np.ones(width)
+    total = np.convolve(np.where(known, values, 0.0), kernel, mode="same")
+    count = np.convolve(known.astype(float), kernel, mode="same")
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+
+
+def _grouped(items: Sequence[Any]) -> list[tuple[str, list[Any]]]:
+    groups: dict[str, list[Any]] = {}
+    for item in items:
+        groups.setdefault(item.group, []).append(item)
+    return list(groups.items())

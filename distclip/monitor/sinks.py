@@ -1,0 +1,128 @@
+"""Where the report of each step goes.
+
+A sink is any callable ``sink(step, report)``; ``GradClipper(..., sinks=[...])`` calls each of them
+after every step, on every rank.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, TextIO, TypeAlias
+
+import torch.distributed as dist
+
+from distclip.errors import ConfigurationError
+
+
+class Report(Protocol):
+    """What a sink reads of a ``ClipReport``."""
+
+    def to_dict(self, *, per_parameter: bool = True) -> dict[str, Any]:
+        """Plain numbers; waits for the device, starts no collective."""
+
+
+Sink: TypeAlias = Callable[[int, Report], object]
+
+
+class JsonlSink:
+    """One JSON object a line: ``{"step": 10, "total_norm": 1.7, ...}``.
+
+    Only the main rank writes; the others never even read the report. An existing file is appended
+    to, so that a run resumed from a checkpoint keeps the lines from before: steps that were run
+    twice are there twice, and the readers in ``distclip.monitor`` take the last. Give each run a
+    file of its own. Every line is written through to the file at once, so a crash loses none.
+
+    Args:
+        path: the file; its folder is made. Relative to the working directory at the first line.
+        every: write the steps that are divisible by it; reading a report waits for the device.
+        per_parameter: with each parameter's norm and coefficient.
+
+    Raises:
+        ConfigurationError: ``every < 1``; at the first line, a file that cannot be written.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], every: int = 1, per_parameter: bool = False
+    ) -> None:
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ConfigurationError(f"JsonlSink: every must be an integer >= 1, got {every!r}")
+        self.path = Path(path)
+        self.every = every
+        self.per_parameter = per_parameter
+        self._file: TextIO | None = None
+        self._closed = False
+
+    def __call__(self, step: int, report: Report) -> None:
+        """Write the report of a step, where it is this step's and this rank's turn."""
+        if step % self.every or not is_main_rank():
+            return
+        if self._closed:
+            raise ValueError(f"JsonlSink({str(self.path)!r}) is closed")
+        if self._file is None:
+            self._file = _open(self.path)
+            weakref.finalize(self, self._file.close)
+        record = {"step": step, **report.to_dict(per_parameter=self.per_parameter)}
+        # One write per line: with line buffering it reaches the file whole.
+        self._file.write(json.dumps(_json(record), allow_nan=False) + "\n")
+
+    def close(self) -> None:
+        """Close the file; a second call does nothing."""
+        self._closed = True
+        if self._file is not None:
+            self._file.close()
+
+    def __enter__(self) -> JsonlSink:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def is_main_rank() -> bool:
+    """Whether this is rank 0 of the process group, or of the launch before there is a group."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank() == 0
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _open(path: Path) -> TextIO:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torn = _ends_within_a_line(path)
+        file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - closed in close()
+    except OSError as error:
+        raise ConfigurationError(f"JsonlSink: {path} cannot be written: {error}") from None
+    if torn:
+        file.write("\n")
+    return file
+
+
+def _ends_within_a_line(path: Path) -> bool:
+    """Whether a crash cut the last line, to which the next must not be glued."""
+    if not path.exists() or not path.stat().st_size:
+        return False
+    with open(path, "rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read() != b"\n"
+
+
+def _json(value: Any) -> Any:
+    """``value`` with null for NaN and inf, which JSON does not have."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_json(item) for item in value]
+    return value

@@ -1,0 +1,81 @@
+"""Summaries as a table: drawn in a terminal, plain columns in a file or a pipe."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TextIO
+
+from rich.console import Console
+from rich.table import Table
+
+from distclip.monitor.runs import PERCENTILES, Summary
+
+HEADER = (
+    "run",
+    "steps",
+    *(f"norm p{p}" for p in PERCENTILES),
+    "largest",
+    "threshold",
+    "steps clipped",
+    "share clipped",
+    "skipped",
+    "NaN/inf",
+)
+
+
+def show(summaries: Sequence[Summary], file: TextIO | None = None) -> None:
+    """Write the table, and below it the advice for each run.
+
+    Args:
+        summaries: one a run.
+        file: standard output when None.
+    """
+    console = Console(file=file, highlight=False, soft_wrap=True)
+    rows = [_row(summary) for summary in summaries]
+    if console.is_terminal:
+        table = Table(title="Gradient norms before clipping")
+        for index, heading in enumerate(HEADER):
+            table.add_column(
+                heading, justify="right" if index else "left", no_wrap=bool(index), overflow="fold"
+            )
+        for row in rows:
+            table.add_row(*row)
+        console.print(table, soft_wrap=False)
+    else:
+        for line in _columns([HEADER, *rows]):
+            console.print(line, markup=False)
+    for summary in summaries:
+        advice = summary.advice()
+        if advice:
+            console.print(f"\n{summary.name}:", markup=False)
+        for sentence in advice:
+            console.print(f"  - {sentence}", markup=False)
+
+
+def _row(summary: Summary) -> tuple[str, ...]:
+    return (
+        summary.name,
+        str(summary.steps),
+        *(_number(summary.percentiles[p]) for p in PERCENTILES),
+        _number(summary.largest),
+        _number(summary.threshold),
+        f"{summary.clipped:.1%}",
+        "-" if math.isnan(summary.share) else f"{summary.share:.1%}",
+        str(summary.skipped),
+        str(summary.nonfinite),
+    )
+
+
+def _number(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.3g}"
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *rest in rows:
+        cells = [first.ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
+        lines.append("  ".join(cells))
+    return lines

@@ -1,0 +1,52 @@
+"""``distclip config`` and the application itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import typer.testing
+
+from distclip import config
+from distclip._version import __version__
+from distclip.cli.app import app, main
+from distclip.errors import ConfigurationError
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+invoke = typer.testing.CliRunner().invoke
+
+
+def test_schema() -> None:
+    assert json.loads(invoke(app, ["config", "schema"]).output) == config.json_schema()
+
+
+def test_check_prints_the_whole_policy() -> None:
+    result = invoke(app, ["config", "check", str(CONFIGS / "policies" / "by_name.yaml")])
+    assert result.exit_code == 0, result.output
+    assert '"*.bias": left alone' in result.output
+    assert "all others: AGC(clip_factor=0.01, eps=0.001" in result.output
+    result = invoke(app, ["config", "check", str(CONFIGS / "policies" / "chain.yaml")])
+    assert "one after another:\n    AGC(" in result.output
+    assert "on_nonfinite: skip" in result.output
+    assert "log: jsonl: runs/clip.jsonl, every: 10, per_parameter: True" in result.output
+
+
+def test_check_fails_on_a_faulty_file(tmp_path: Path) -> None:
+    (tmp_path / "p.yaml").write_text("policy: agcc")
+    result = invoke(app, ["config", "check", str(tmp_path / "p.yaml")])
+    assert isinstance(result.exception, ConfigurationError)
+
+
+def test_main_tells_a_fault_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["distclip", "config", "check", "nowhere.yaml"])
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert capsys.readouterr().err.startswith("distclip: nowhere.yaml: no such configuration file")
+
+
+def test_version() -> None:
+    assert invoke(app, ["--version"]).output == f"distclip {__version__}\n"
