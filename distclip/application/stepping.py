@@ -7,12 +7,15 @@ and given back after it.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+from distclip.errors import ConfigurationError
 
 
 class Decision(Protocol):
@@ -25,15 +28,17 @@ class Decision(Protocol):
 class StepHandle:
     """Hooks on one optimizer; :meth:`remove` undoes them.
 
-    ``step(closure)`` clips after every evaluation of the closure, which is where the gradients
-    come from. Should a dropped step raise all the same, its gradients are given back by
-    :meth:`remove` or by the next step, except to a parameter that has a new one by then.
+    ``step(closure)`` clips what each call of the closure leaves behind, since that is what is then
+    stepped with. The handle keeps the optimizer alive no longer than its other users do.
 
     Args:
         optimizer: the torch optimizer itself, not a wrapper around it.
         clip: called before every step with the loss scale that the gradients still carry (0-dim
             tensor, or None) and whether a gradient scaler has already found them not finite.
-        after: called after every step with whether it was skipped, or None.
+        after: called after every step with whether it was skipped, by ``clip`` or by the scaler.
+
+    Raises:
+        ConfigurationError: an optimizer that runs no step hooks.
     """
 
     def __init__(
@@ -42,11 +47,17 @@ class StepHandle:
         clip: Callable[[Tensor | None, Tensor | None], Decision | None],
         after: Callable[[bool | Tensor], None] | None = None,
     ) -> None:
-        self._optimizer = optimizer
+        if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+            raise ConfigurationError(
+                f"{type(optimizer).__name__} runs no step hooks: it wraps an optimizer or never "
+                f"called Optimizer.__init__. Attach to the torch optimizer inside it (mostly "
+                f"`.optimizer`)"
+            )
         self._clip = clip
         self._after = after
         self._hidden: list[tuple[Tensor, Tensor]] = []
-        self._found_inf: tuple[bool, Any] | None = None
+        self._settings: list[dict[str, Any]] = []
+        self._asked = False
         self._skipped: bool | Tensor = False
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
@@ -58,66 +69,87 @@ class StepHandle:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self._give_back(self._optimizer)
+        for parameter, gradient in self._hidden:  # from a step that raised
+            if parameter.grad is None:
+                parameter.grad = gradient
+        self._hidden.clear()
 
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        if closure is None:
-            self._clip_gradients(optimizer)
-            return None
+        # A step that raised never reached its post-hook. What it hid is history by now.
+        self._hidden.clear()
+        self._settings.clear()
+        self._take_back(optimizer)
+        if callable(kwargs.get("closure")):
+            return args, {**kwargs, "closure": self._clipping(optimizer, kwargs["closure"])}
+        if len(args) > 1 and callable(args[1]):
+            return (args[0], self._clipping(optimizer, args[1]), *args[2:]), kwargs
+        self._decide(optimizer)
+        return None
 
-        def clipped() -> Any:
+    def _clipping(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
+        def evaluate() -> Any:
+            self._take_back(optimizer)  # L-BFGS evaluates it several times
             loss = closure()
-            self._clip_gradients(optimizer)
+            self._decide(optimizer)
             return loss
 
-        if "closure" in kwargs:
-            return args, {**kwargs, "closure": clipped}
-        return (args[0], clipped, *args[2:]), kwargs
+        return evaluate
 
-    def _clip_gradients(self, optimizer: Optimizer) -> None:
-        self._give_back(optimizer)  # a step that raised never reached its post-hook
+    def _decide(self, optimizer: Optimizer) -> None:
         # GradScaler hands a fused optimizer scaled gradients, and tells it so in these.
         scale: Tensor | None = getattr(optimizer, "grad_scale", None)
         found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
         decision = self._clip(scale, found_inf)
-        self._skipped = False
+        self._skipped = False if found_inf is None else _lazy((found_inf > 0).any())
         if decision is None:
             return
-        if skips_by_found_inf(optimizer) and decision.skipped.device.type != "cpu":
+        if skips_by_found_inf(optimizer) and not reads_on_host(decision.skipped):
             flag = decision.skipped.float()
-            had = hasattr(optimizer, "found_inf")
-            self._found_inf = (had, found_inf)
             merged = flag if found_inf is None else torch.maximum(found_inf, flag.to(found_inf))
-            optimizer.found_inf = merged  # type: ignore[attr-defined]
-            self._skipped = decision.skipped
+            _replace_found_inf(optimizer, merged)
+            self._asked = True
+            self._skipped = (merged > 0).any()
         elif bool(decision.skipped):
             self._skipped = True
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    if parameter.grad is not None:
-                        self._hidden.append((parameter, parameter.grad))
-                        parameter.grad = None
+            self._hide(optimizer)
+
+    def _hide(self, optimizer: Optimizer) -> None:
+        for group in optimizer.param_groups:
+            # Some optimizers count their steps here, and do so without any gradient.
+            counters = {k: v for k, v in group.items() if isinstance(v, (bool, int, float))}
+            self._settings.append(counters)
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._hidden.append((parameter, parameter.grad))
+                    parameter.grad = None
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._give_back(optimizer)
+        self._take_back(optimizer)
         if self._after is not None:
             self._after(self._skipped)
 
-    def _give_back(self, optimizer: Optimizer) -> None:
+    def _take_back(self, optimizer: Optimizer) -> None:
         for parameter, gradient in self._hidden:
-            if parameter.grad is None:
-                parameter.grad = gradient
+            parameter.grad = gradient
         self._hidden.clear()
-        if self._found_inf is not None:
-            had, value = self._found_inf
-            self._found_inf = None
-            if had:
-                optimizer.found_inf = value  # type: ignore[attr-defined]
-            else:
-                del optimizer.found_inf  # type: ignore[attr-defined]
+        for group, settings in zip(optimizer.param_groups, self._settings, strict=False):
+            group.update(settings)
+        self._settings.clear()
+        if self._asked:
+            self._asked = False
+            _restore_found_inf(optimizer)
+
+
+def _lazy(flag: Tensor) -> bool | Tensor:
+    """A bool, unless reading it would wait for a device."""
+    return bool(flag) if flag.device.type == "cpu" else flag
+
+
+def reads_on_host(flag: Tensor) -> bool:
+    """Whether reading ``flag`` waits for nothing, so that the simpler way is also the faster."""
+    return flag.device.type == "cpu"
 
 
 def skips_by_found_inf(optimizer: Optimizer) -> bool:
@@ -129,3 +161,34 @@ def skips_by_found_inf(optimizer: Optimizer) -> bool:
     return isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)) and all(
         group.get("fused") for group in optimizer.param_groups
     )
+
+
+class _Replaced(NamedTuple):
+    """An optimizer's ``found_inf`` as it was, and what stands there now."""
+
+    was_there: bool
+    before: Any
+    now: Tensor
+
+
+_replaced: weakref.WeakKeyDictionary[Optimizer, _Replaced] = weakref.WeakKeyDictionary()
+"""Kept for all handles together: post-hooks run in the order of the pre-hooks, not in reverse."""
+
+
+def _replace_found_inf(optimizer: Any, value: Tensor) -> None:
+    first = _replaced.get(optimizer)
+    if first is None or getattr(optimizer, "found_inf", None) is not first.now:
+        there = hasattr(optimizer, "found_inf")
+        first = _Replaced(there, getattr(optimizer, "found_inf", None), value)
+    _replaced[optimizer] = first._replace(now=value)
+    optimizer.found_inf = value
+
+
+def _restore_found_inf(optimizer: Any) -> None:
+    first = _replaced.pop(optimizer, None)
+    if first is None or getattr(optimizer, "found_inf", None) is not first.now:
+        return
+    if first.was_there:
+        optimizer.found_inf = first.before
+    else:
+        del optimizer.found_inf

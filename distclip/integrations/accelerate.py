@@ -7,28 +7,32 @@ gradient is clipped once per update. This is the only file that imports ``accele
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import os
+import weakref
 from collections.abc import Iterable, Mapping
-from types import ModuleType
-from typing import Any
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any, NamedTuple
 
 import accelerate
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from distclip import policies
 from distclip.application.stepping import StepHandle
 from distclip.build import sinks_of
-from distclip.clipper import GradClipper
+from distclip.clipper import GradClipper, Sink
 from distclip.config import Config, load
 from distclip.errors import ConfigurationError, DistclipError
 from distclip.integrations import accelerate_cpu, hooks
-from distclip.layouts.names import clean
+from distclip.layouts.names import named_parameters
 from distclip.policies import Policy
 from distclip.report import ClipReport
 
@@ -48,9 +52,14 @@ def attach(accelerator: accelerate.Accelerator, policy_or_config: PolicyOrConfig
 
     ``accelerator.clip_grad_norm_(parameters, max_norm)`` then applies the policy, not ``max_norm``,
     to the parameters it is given and returns their norm before clipping; ``clip_grad_value_``
-    applies it too. An optimizer whose parameters no call has named since the last update gets all
-    of them clipped before its step. A step that the policy skips counts as skipped for
+    applies it too. An optimizer none of whose parameters such a call has named since its last
+    update gets all of them clipped before its step; otherwise what the calls left out is left
+    alone. A step that the policy skips counts as skipped for
     ``accelerator.optimizer_step_was_skipped`` and the scheduler.
+
+    Parameters are called as in the prepared model that they belong to. Each set of parameters that
+    is clipped by itself (generator and discriminator) has its own policy state, and from the second
+    on its own log: ``clip.jsonl``, ``clip.2.jsonl``.
 
     Call it before or after ``prepare``, on every rank.
 
@@ -59,15 +68,16 @@ def attach(accelerator: accelerate.Accelerator, policy_or_config: PolicyOrConfig
         policy_or_config: a policy, a configuration file or mapping.
 
     Returns:
-        A handle; ``handle.remove()`` undoes everything, ``handle.last_report`` is the newest report.
+        A handle: ``remove()`` undoes everything, ``last_report`` is the newest report.
 
     Raises:
         ConfigurationError: a bad configuration, or an accelerator that has a policy already.
-        DistclipError: DeepSpeed or FSDP1, which need other hooks than these.
+        DistclipError: DeepSpeed, FSDP1, XLA or Megatron-LM, which need other hooks than these.
     """
     if getattr(accelerator, "_distclip", None) is not None:
         raise ConfigurationError(
-            "this Accelerator has a distclip policy already; handle.remove() the first one"
+            "this Accelerator has a distclip policy already, from an earlier attach() or from "
+            "`distclip run`; call remove() on the first handle, or start without `distclip run`"
         )
     return Attachment(accelerator, _config(policy_or_config))
 
@@ -82,8 +92,12 @@ def enable(module: ModuleType, config: Config) -> None:
         module: ``accelerate.accelerator``.
         config: a checked configuration.
     """
-    cls = module.Accelerator
-    original = cls.prepare
+    for name in ("prepare", "prepare_model", "prepare_optimizer"):
+        setattr(module.Accelerator, name, _attaching(getattr(module.Accelerator, name), config))
+
+
+def _attaching(original: Any, config: Config) -> Any:
+    alone = original.__name__ == "prepare_optimizer"
 
     @functools.wraps(original)
     def prepare(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -93,11 +107,12 @@ def enable(module: ModuleType, config: Config) -> None:
         if getattr(self, "_distclip", None) is None:
             Attachment(self, config)
         prepared = original(self, *args, **kwargs)
-        if on_cpu:
+        # A model for evaluation is not to be distributed.
+        if on_cpu and not alone and not kwargs.get("evaluation_mode"):
             accelerate_cpu.verify(self, *(prepared if isinstance(prepared, tuple) else (prepared,)))
         return prepared
 
-    cls.prepare = prepare
+    return prepare
 
 
 class Attachment:
@@ -108,33 +123,43 @@ class Attachment:
         self.accelerator = accelerator
         self.config = config
         self.last_report: ClipReport | None = None
-        self._sinks = sinks_of(config)
-        self._clippers: dict[tuple[int, ...], GradClipper] = {}
-        self._measurers: dict[tuple[int, ...], GradClipper] = {}
-        self._handles: dict[int, StepHandle] = {}
-        self._clipped: dict[int, ClipReport] = {}
-        """Parameters (by id) that a call of the script has clipped since the last update."""
+        self._clippers: dict[frozenset[int], GradClipper] = {}
+        self._measurers: dict[frozenset[int], GradClipper] = {}
+        self._logs = 0
+        self._handles: weakref.WeakKeyDictionary[Optimizer, StepHandle]
+        self._handles = weakref.WeakKeyDictionary()
+        self._called: dict[int, _Mark] = {}
+        """Parameters (by id) that a call of the script has clipped since their last update."""
         self._announced = False
         self._originals = {
-            name: getattr(accelerator, name)
-            for name in ("clip_grad_norm_", "clip_grad_value_", "prepare_optimizer", "backward")
+            name: (getattr(accelerator, name), accelerator.__dict__.get(name))
+            for name in ("clip_grad_norm_", "clip_grad_value_", "prepare_optimizer", "free_memory")
         }
         accelerator.clip_grad_norm_ = self.clip_grad_norm_
         accelerator.clip_grad_value_ = self.clip_grad_value_
         accelerator.prepare_optimizer = self._prepare_optimizer
-        accelerator.backward = self._backward
+        accelerator.free_memory = self._free_memory
         accelerator._distclip = self
         for optimizer in accelerator._optimizers:
             self._adopt(optimizer)
 
     def remove(self) -> None:
-        """Give the ``Accelerator`` its own clipping back."""
-        for name in self._originals:
-            self.accelerator.__dict__.pop(name, None)
+        """Give the ``Accelerator`` its own clipping back; a second call does nothing."""
+        if self.accelerator._distclip is not self:
+            return
+        for name, (_, before) in self._originals.items():
+            if before is None:
+                del self.accelerator.__dict__[name]
+            else:
+                setattr(self.accelerator, name, before)
         self.accelerator._distclip = None
-        for handle in self._handles.values():
+        for optimizer, handle in self._handles.items():
             handle.remove()
+            for accelerated in self._wrappers(optimizer):
+                if accelerated.scaler is None:  # then Accelerate itself never touches it again
+                    accelerated._is_overflow = False
         self._handles.clear()
+        self._forget_models()
 
     def clip_grad_norm_(
         self, parameters: Tensor | Iterable[Tensor], max_norm: float, norm_type: float = 2
@@ -142,8 +167,10 @@ class Attachment:
         """What ``accelerator.clip_grad_norm_`` does now: the policy, on these parameters.
 
         Returns:
-            Their norm before clipping, 0-dim float32 (float64 for float64 gradients). Between
-            synchronised steps, under ``accumulate()``, gradients are only measured.
+            Their norm before clipping, 0-dim float32 (float64 for float64 gradients); where an
+            earlier call has clipped the very same gradients, the norm that it found. Between
+            synchronised steps, under ``accumulate()``, gradients are only measured: under DDP the
+            result is then that of this rank, and under FSDP2 there are none to measure.
         """
         self._announce(f"clip_grad_norm_(max_norm={max_norm})")
         return self._clip(parameters).total_norm
@@ -154,115 +181,217 @@ class Attachment:
         self._clip(parameters)
 
     def _clip(self, parameters: Tensor | Iterable[Tensor]) -> ClipReport:
-        listed = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-        self.accelerator.unscale_gradients()
-        if not self.accelerator.sync_gradients:
-            return self._clipper(listed, self._measurers, policies.measure()).clip_()
-        # A second call for the same parameters finds their gradients clipped already.
-        fresh = [parameter for parameter in listed if id(parameter) not in self._clipped]
-        if listed and not fresh:
-            return self._clipped[id(listed[0])]
-        clipper = self._clipper(fresh, self._clippers, self.config.policy)
+        chosen = self._chosen([parameters] if isinstance(parameters, Tensor) else list(parameters))
         scaler = self.accelerator.scaler
+        scaling = scaler is not None and scaler.is_enabled()
+        if not chosen or not self.accelerator.sync_gradients:
+            # Left scaled: more gradients are to come on top of them.
+            scale = torch.tensor(scaler.get_scale()) if scaling else None
+            return self._clipper(chosen, measuring=True).clip_before_step(scale)
+        self._unscale(chosen)
+        marks = [self._called.get(id(parameter)) for parameter in chosen]
+        if any(mark and mark.outdated(p) for mark, p in zip(marks, chosen, strict=True)):
+            fresh = chosen
+        else:
+            fresh = [p for mark, p in zip(marks, chosen, strict=True) if mark is None]
+        if marks and not fresh and marks[0] is not None:
+            return marks[0].report
         # While a gradient scaler looks for its scale, an overflow is its business and no error.
-        watched = None if scaler is None or not scaler.is_enabled() else torch.zeros(1)
-        report = clipper.clip_before_step(found_inf=watched)
-        self._clipped.update((id(parameter), report) for parameter in listed)
+        watched = torch.zeros(1) if scaling else None
+        report = self._clipper(fresh).clip_before_step(found_inf=watched)
+        self._called.update((id(parameter), _Mark.of(parameter, report)) for parameter in fresh)
         self.last_report = report
         return report
 
     def _before_step(
-        self, optimizer: Optimizer, loss_scale: Tensor | None, found_inf: Tensor | None
+        self,
+        optimizer: weakref.ref[Optimizer],
+        loss_scale: Tensor | None,
+        found_inf: Tensor | None,
     ) -> ClipReport | _Together:
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        called = {id(p): self._clipped[id(p)] for p in parameters if id(p) in self._clipped}
+        stepping = optimizer()
+        assert stepping is not None  # it is calling
+        parameters = _parameters_of(stepping)
+        self._forget_dropped(stepping)
+        called = [mark.report for p in parameters if (mark := self._called.get(id(p)))]
         if called:  # the script chose what to clip: the rest is left alone
-            return _Together({id(report): report for report in called.values()}.values())
-        clipper = self._clipper(parameters, self._clippers, self.config.policy, optimizer)
-        self.last_report = clipper.clip_before_step(loss_scale, found_inf)
+            return _Together({id(report): report for report in called}.values())
+        self.last_report = self._clipper(parameters).clip_before_step(loss_scale, found_inf)
         return self.last_report
 
-    def _after_step(
-        self, accelerated: AcceleratedOptimizer, optimizer: Optimizer, skipped: bool | Tensor
-    ) -> None:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                self._clipped.pop(id(parameter), None)
+    def _after_step(self, optimizer: weakref.ref[Optimizer], skipped: bool | Tensor) -> None:
+        stepped = optimizer()
+        assert stepped is not None
+        self._forget(stepped)
         # So that the scheduler stands still too, as after an overflow under a gradient scaler.
-        if accelerated.scaler is None:
-            accelerated._is_overflow = skipped
-        elif bool(skipped):
-            accelerated._accelerate_step_called = False
+        for accelerated in self._wrappers(stepped):
+            if accelerated.scaler is None:
+                accelerated._is_overflow = skipped
+            elif bool(skipped):
+                accelerated._accelerate_step_called = False
+
+    def _unscale(self, parameters: list[Tensor]) -> None:
+        """Unscale the gradients of the optimizers concerned, unless that has been done."""
+        for accelerated in self._owners(parameters):
+            self._forget_dropped(accelerated.optimizer)
+            if accelerated.scaler is not None:
+                # Accelerate says so again if the step of this update is dropped, which no hook
+                # gets to see.
+                accelerated._is_overflow = False
+            try:
+                self.accelerator.unscale_gradients(accelerated)
+            except RuntimeError as error:
+                if "already been called" not in str(error):
+                    raise
+
+    def _forget_dropped(self, optimizer: Optimizer) -> None:
+        """Forget the calls of an update that ended in the gradient scaler."""
+        if any(a.scaler is not None and a.step_was_skipped for a in self._wrappers(optimizer)):
+            self._forget(optimizer)
+
+    def _forget(self, optimizer: Optimizer) -> None:
+        for parameter in _parameters_of(optimizer):
+            self._called.pop(id(parameter), None)
 
     def _prepare_optimizer(self, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
-        prepared = self._originals["prepare_optimizer"](optimizer, *args, **kwargs)
+        prepared = self._originals["prepare_optimizer"][0](optimizer, *args, **kwargs)
         self._adopt(prepared)
         return prepared
 
-    def _backward(self, *args: Any, **kwargs: Any) -> Any:
-        # New gradients. (A step that a gradient scaler dropped has not cleared this.)
-        self._clipped.clear()
-        return self._originals["backward"](*args, **kwargs)
+    def _free_memory(self, *objects: Any) -> Any:
+        self._forget_models()
+        return self._originals["free_memory"][0](*objects)
+
+    def _forget_models(self) -> None:
+        self._clippers.clear()
+        self._measurers.clear()
+        self._called.clear()
 
     def _adopt(self, accelerated: Any) -> None:
         """Hook an optimizer. Its parameters are looked at first at a step: FSDP2 replaces them."""
-        optimizer = accelerated
-        while isinstance(optimizer, AcceleratedOptimizer):
-            accelerated, optimizer = optimizer, optimizer.optimizer
-        if id(optimizer) in self._handles or not isinstance(accelerated, AcceleratedOptimizer):
+        if self.accelerator.has_lomo_optimizer:
+            raise DistclipError(
+                "LOMO updates the weights during backward, before there is a norm to clip by; use "
+                "another optimizer, or run without distclip"
+            )
+        if not isinstance(accelerated, AcceleratedOptimizer):
             return
-        self._handles[id(optimizer)] = StepHandle(
+        optimizer = _innermost(accelerated)
+        if optimizer in self._handles:
+            return
+        reference = weakref.ref(optimizer)
+        self._handles[optimizer] = StepHandle(
             optimizer,
-            functools.partial(self._before_step, optimizer),
-            functools.partial(self._after_step, accelerated, optimizer),
+            functools.partial(self._before_step, reference),
+            functools.partial(self._after_step, reference),
         )
         hooks.mark_active("accelerate")
 
-    def _clipper(
-        self,
-        parameters: list[Tensor],
-        known: dict[tuple[int, ...], GradClipper],
-        policy: Policy,
-        optimizer: Optimizer | None = None,
-    ) -> GradClipper:
-        key = tuple(map(id, parameters))
+    def _wrappers(self, optimizer: Optimizer) -> list[AcceleratedOptimizer]:
+        """The prepared optimizers around a torch optimizer, from outside to inside."""
+        found = []
+        for accelerated in self.accelerator._optimizers:
+            if isinstance(accelerated, AcceleratedOptimizer):
+                chain = [accelerated]
+                while isinstance(chain[-1].optimizer, AcceleratedOptimizer):
+                    chain.append(chain[-1].optimizer)
+                if chain[-1].optimizer is optimizer:
+                    found += chain
+        return found
+
+    def _owners(self, parameters: list[Tensor]) -> list[AcceleratedOptimizer]:
+        """The prepared optimizers that step any of these."""
+        wanted = set(map(id, parameters))
+        return [
+            accelerated
+            for accelerated in self.accelerator._optimizers
+            if not isinstance(accelerated.optimizer, AcceleratedOptimizer)
+            and not wanted.isdisjoint(map(id, _parameters_of(accelerated.optimizer)))
+        ]
+
+    def _chosen(self, listed: list[Tensor]) -> list[Tensor]:
+        """The parameters that a call means, by their part in the model and not in this step.
+
+        Frozen ones are left out. Where only parameters without a gradient are missing (``if p.grad
+        is not None``) the whole model is meant: so the list, and with it the policy's state, does
+        not depend on what happens to be there.
+        """
+        stepped = {
+            id(parameter)
+            for accelerated in self.accelerator._optimizers
+            for parameter in _parameters_of(accelerated.optimizer)
+        }
+
+        def trained(parameters: Iterable[Tensor]) -> dict[int, Tensor]:
+            return {id(p): p for p in parameters if p.requires_grad or id(p) in stepped}
+
+        chosen = trained(listed)
+        for model in self.accelerator._models:
+            whole = trained(model.parameters())
+            if chosen and chosen.keys() < whole.keys():
+                missing = whole.keys() - chosen.keys()
+                if all(whole[key].grad is None for key in missing):
+                    return list(whole.values())
+        return list(chosen.values())
+
+    def _clipper(self, parameters: list[Tensor], *, measuring: bool = False) -> GradClipper:
+        known = self._measurers if measuring else self._clippers
+        key = frozenset(map(id, parameters))
         if key not in known:
-            measuring = known is self._measurers
+            policy = policies.measure() if measuring else self.config.policy
             known[key] = GradClipper(
                 self._named(parameters),
                 policy,
-                optimizer=optimizer or self._optimizer_of(parameters),
+                optimizer=self._groups(parameters),
                 on_nonfinite="pass" if measuring else self.config.on_nonfinite,
-                sinks=() if measuring else self._sinks,
+                sinks=() if measuring else self._next_sinks(),
                 norms=True if measuring else self.config.norms,
             )
             if not measuring and self.accelerator.is_main_process:
-                _logger.info("clipping %d parameters by %r", len(parameters), policy)
+                _logger.info("clipping %d parameters by %r", len(key), policy)
         return known[key]
 
+    def _next_sinks(self) -> tuple[Sink, ...]:
+        """A log for each set of parameters: lines of two with the same step would clash."""
+        self._logs += 1
+        log = self.config.log
+        if log is None or self._logs == 1:
+            return sinks_of(self.config)
+        path = Path(log.jsonl)
+        path = path.with_name(f"{path.stem}.{self._logs}{path.suffix}")
+        if self.accelerator.is_main_process:
+            _logger.warning("another set of parameters is clipped; its log is %s", path)
+        numbered = log.model_copy(update={"jsonl": str(path)})
+        return sinks_of(dataclasses.replace(self.config, log=numbered))
+
     def _named(self, parameters: list[Tensor]) -> list[tuple[str, Tensor]]:
-        """Names as in the prepared models; a number for a parameter that is in none."""
-        names: dict[int, str] = {}
-        taken: set[str] = set()
-        for number, model in enumerate(self.accelerator._models):
-            for name, parameter in model.named_parameters():
-                called = clean(name)
-                called = f"{number}.{called}" if called in taken else called
-                if names.setdefault(id(parameter), called) is called:
-                    taken.add(called)
+        """Names as in the prepared models concerned; a number for a parameter that is in none."""
+        wanted = set(map(id, parameters))
+        concerned = [
+            model
+            for model in self.accelerator._models
+            if not wanted.isdisjoint(map(id, model.parameters()))
+        ]
+        names = {id(p): name for name, p in named_parameters(concerned)} if concerned else {}
+        unknown = sum(id(parameter) not in names for parameter in parameters)
+        if unknown and self.accelerator.is_main_process:
+            _logger.warning(
+                "%d of %d parameters are in no model that Accelerator.prepare was given; they are "
+                "called unnamed.0, unnamed.1, ..., which name patterns will not match",
+                unknown,
+                len(parameters),
+            )
         return [
             (names.get(id(parameter), f"unnamed.{position}"), parameter)
             for position, parameter in enumerate(parameters)
         ]
 
-    def _optimizer_of(self, parameters: list[Tensor]) -> Optimizer | None:
-        """The one optimizer that steps all of these, for policies that ask for its groups."""
-        wanted = set(map(id, parameters))
-        for accelerated in self.accelerator._optimizers:
-            optimizer: Optimizer = accelerated.optimizer
-            if wanted <= {id(p) for group in optimizer.param_groups for p in group["params"]}:
-                return optimizer
-        return None
+    def _groups(self, parameters: list[Tensor]) -> Any:
+        """The parameter groups of all optimizers that step these, in the shape of one optimizer."""
+        owners = self._owners(parameters)
+        return SimpleNamespace(
+            param_groups=[group for owner in owners for group in owner.optimizer.param_groups]
+        )
 
     def _announce(self, call: str) -> None:
         if not self._announced and self.accelerator.is_main_process:
@@ -272,6 +401,44 @@ class Attachment:
                 self.config.policy,
             )
         self._announced = True
+
+
+class _Mark(NamedTuple):
+    """A call of the script has clipped a parameter; its gradient as the call left it."""
+
+    report: ClipReport
+    gradient: weakref.ref[Tensor] | None
+    version: int
+
+    @classmethod
+    def of(cls, parameter: Tensor, report: ClipReport) -> _Mark:
+        gradient = parameter.grad
+        if gradient is None:
+            return cls(report, None, 0)
+        return cls(report, weakref.ref(gradient), _version(gradient))
+
+    def outdated(self, parameter: Tensor) -> bool:
+        """Whether there has been a backward since, be it ``loss.backward()``."""
+        gradient = parameter.grad
+        if gradient is None or self.gradient is None:
+            return (gradient is None) != (self.gradient is None)
+        return self.gradient() is not gradient or self.version != _version(gradient)
+
+
+def _version(gradient: Tensor) -> int:
+    """Counts the changes in place; a DTensor's local tensor has its own count."""
+    return (gradient._local_tensor if isinstance(gradient, DTensor) else gradient)._version
+
+
+def _innermost(accelerated: AcceleratedOptimizer) -> Optimizer:
+    optimizer: Optimizer = accelerated
+    while isinstance(optimizer, AcceleratedOptimizer):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def _parameters_of(optimizer: Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 class _Together:
@@ -293,8 +460,8 @@ def _refuse_engines(accelerator: Any) -> None:
     kind = accelerator.distributed_type
     if kind == DistributedType.DEEPSPEED:
         raise DistclipError(
-            "under DeepSpeed, Accelerate's clip_grad_norm_ runs after the update; distclip does not "
-            "support it yet. Remove distclip from this launch, or launch with DDP or FSDP2"
+            "under DeepSpeed, Accelerate's clip_grad_norm_ runs after the update; distclip does "
+            "not support it yet. Remove distclip from this launch, or launch with DDP or FSDP2"
         )
     if kind == DistributedType.FSDP and not getattr(accelerator, "is_fsdp2", False):
         raise DistclipError(

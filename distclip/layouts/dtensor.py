@@ -210,7 +210,7 @@ def local_gradient(name: str, hold: Holder) -> Tensor | None:
     Raises:
         UnsupportedGradientError: a plain, sparse or meta gradient, or one that cannot be reduced.
     """
-    parameter = cast(DTensor, hold())
+    parameter: Any = hold()  # untyped: this runs once per parameter and step
     gradient = parameter.grad
     if gradient is None:
         return None
@@ -221,12 +221,16 @@ def local_gradient(name: str, hold: Holder) -> Tensor | None:
             f"assign a DTensor gradient with the parameter's placements"
         )
     # FSDP2 gives the gradient the parameter's own spec object: then one comparison does.
-    if gradient._spec is not parameter._spec and (
-        tuple(gradient.placements) != tuple(parameter.placements)
-        or gradient.device_mesh != parameter.device_mesh
+    found, wanted = gradient._spec, parameter._spec
+    if found is not wanted and (
+        found.placements != wanted.placements
+        or (found.mesh is not wanted.mesh and found.mesh != wanted.mesh)
     ):
         gradient = aligned(name, gradient, parameter)
         parameter.grad = gradient
+    local: Tensor = gradient._local_tensor
+    if type(local) is Tensor and local.layout is torch.strided and not local.is_meta:
+        return local
     return plain.check_dense(name, local_part(gradient))
 
 

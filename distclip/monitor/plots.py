@@ -54,24 +54,20 @@ def draw(runs: Sequence[Run], losses: Sequence[Curve] = (), *, title: str = "") 
     groups = list(dict.fromkeys([run.group for run in runs]))
     colours = {group: COLOURS[i % len(COLOURS)] for i, group in enumerate(groups)}
     with matplotlib.rc_context(STYLE):
-        panels = len(groups) + (2 if losses else 1)
-        figure: Figure = figure_class(figsize=(10, 2.6 * panels + 0.6), layout="constrained")
-        axes = list(figure.subplots(panels, 1, sharex=True))
+        figure, loss, norms, share = _panels(figure_class, len(groups), bool(losses))
         figure.suptitle(
             title or "Gradient clipping: " + ", ".join(groups), x=0.01, ha="left", fontsize=13
         )
-        if losses:
-            _loss(axes[0], losses, colours)
+        if loss is not None:
+            _loss(loss, losses, colours)
         # A panel of norms for each group, on one scale: before and after of several groups on top
         # of each other cannot be told apart.
-        norms = axes[-1 - len(groups) : -1]
         for panel, (group, members) in zip(norms, _grouped(runs), strict=True):
-            panel.sharey(norms[0])
             _norms(panel, members, colours[group])
             if len(groups) > 1:
                 panel.set_title(f"Gradient norm, {group}")
-        _share(axes[-1], runs, colours)
-        axes[-1].set_xlabel("optimizer step")
+        _keep_in_view(norms, [run.total_norm for run in runs])
+        _share(share, runs, colours)
     return figure
 
 
@@ -100,11 +96,56 @@ def _matplotlib() -> tuple[Any, Any]:
     return matplotlib, Figure
 
 
+def _panels(
+    figure_class: Any, groups: int, losses: bool
+) -> tuple[Figure, Axes | None, list[Axes], Axes]:
+    """An empty figure: panels for the loss (if any), for each group's norms, for the share."""
+    if groups == 1:
+        rows = 3 if losses else 2
+        figure: Figure = figure_class(figsize=(10, 2.6 * rows + 0.6), layout="constrained")
+        column = list(figure.subplots(rows, 1, sharex=True))
+        column[-1].set_xlabel("optimizer step")
+        return figure, column[0] if losses else None, [column[-2]], column[-1]
+    figure = figure_class(figsize=(max(10, 4.4 * groups), 7.6), layout="constrained")
+    top, bottom = figure.subfigures(2, 1)
+    upper = list(top.subplots(1, 2 if losses else 1, squeeze=False)[0])
+    lower = list(bottom.subplots(1, groups, sharex=True, sharey=True, squeeze=False)[0])
+    for panel in (*upper, *lower):
+        panel.set_xlabel("optimizer step")
+    return figure, upper[0] if losses else None, lower, upper[-1]
+
+
+def _keep_in_view(panels: Sequence[Axes], curves: Sequence[Floats]) -> None:
+    """Cut the scale off above the curves that end finite, where others blow up beside them."""
+    sound = [curve[np.isfinite(curve)] for curve in curves if np.isfinite(curve[-1:]).all()]
+    starts = [curve[np.isfinite(curve)][:1] for curve in curves]
+    kept = np.concatenate([*sound, *starts]) if sound else np.array([])
+    known = np.concatenate([curve[np.isfinite(curve)] for curve in curves])
+    if not kept.size or not known.size:
+        return
+    logarithmic = panels[0].get_yscale() == "log"
+    top = kept.max() * (30.0 if logarithmic else 1.15)
+    if known.max() <= top:
+        return
+    for panel in panels:
+        if logarithmic:
+            panel.set_ylim(top=top)
+        else:
+            panel.set_ylim(known.min() - 0.05 * (top - known.min()), top)
+        _, highest = panel.dataLim.intervaly
+        if highest > top:
+            panel.annotate(
+                f"goes on to {highest:.1g}", (0.98, 0.03 if logarithmic else 0.6),
+                xycoords="axes fraction", ha="right", fontsize=9, color="#444444",
+            )  # fmt: skip
+
+
 def _loss(axes: Axes, losses: Sequence[Curve], colours: dict[str, str]) -> None:
     for group, members in _grouped(losses):
         _curves(axes, members, colours.get(group, "#000000"), group)
     axes.set_title("Loss")
     axes.set_ylabel("loss")
+    _keep_in_view([axes], [curve.values for curve in losses])
     _legend(axes)
 
 
@@ -170,8 +211,7 @@ def _curves(axes: Axes, curves: Sequence[Curve], colour: str, label: str) -> Non
 
 
 def _legend(axes: Axes) -> None:
-    """Beside the panel, where no curve can run through it, however many entries there are."""
-    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), handlelength=1.6)
+    axes.legend(loc="upper right", handlelength=1.6)
 
 
 def _mean(curves: Sequence[Curve]) -> tuple[Floats, Floats]:

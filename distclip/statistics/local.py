@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from operator import itemgetter
 from typing import cast
 
 import torch
@@ -26,6 +27,8 @@ CHUNK = 1 << 16
 """Elements converted at a time: the only temporary, 256 KiB as float32."""
 LANE = 256
 """Elements per float32 partial sum: worst case 32 additions per SIMD lane, error below 1e-6."""
+SHORTEST_LANE = 32
+"""Tensors whose size is a multiple of this can share lanes with their neighbours."""
 SHORT = 1024
 """Up to here one float32 dot product is as exact as partial sums, and cheaper."""
 FAST_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
@@ -60,15 +63,26 @@ def norms(
     elsewhere: dict[int, Tensor] = {}
     values: dict[int, float] = {}
     runs = _Runs(norm_type)
+    take = runs.taken.append
+    fast, float32 = norm_type in (1.0, 2.0), torch.float32
     for position, tensor in enumerate(tensors):
-        if tensor is None or tensor.numel() == 0:
+        if tensor is None:
             continue
         bound = None if bounds is None else bounds[position]
-        if bound is None and runs.take(position, tensor):
-            continue
-        if tensor.device.type == "cpu":
+        numel = tensor.numel()
+        if (
+            numel % SHORTEST_LANE == 0
+            and fast
+            and bound is None
+            and tensor.dtype is float32
+            and tensor.is_cpu
+            and tensor.is_contiguous()
+        ):
+            if numel:
+                take((tensor.data_ptr(), numel, position, tensor))
+        elif numel and tensor.is_cpu:
             values[position] = _cpu_norm(tensor, norm_type, bound)
-        else:
+        elif numel:
             elsewhere[position] = _exact_norm(tensor, norm_type, bound).to(device)
     for position in runs.measure_into(result):
         tensor = tensors[position]
@@ -86,75 +100,48 @@ def norms(
 class _Runs:
     """Contiguous float32 CPU tensors, measured together where they are neighbours in memory.
 
-    The sharded gradients of an FSDP2 module lie one after another in one buffer: one call measures
-    them all, in lanes that no boundary cuts.
+    The sharded gradients of an FSDP2 module lie side by side in one buffer: one call measures them
+    all, in lanes that no boundary cuts.
     """
 
     def __init__(self, norm_type: float) -> None:
         self._norm_type = norm_type
-        self._positions: list[int] = []
-        self._numels: list[int] = []
-        self._starts: list[int] = []
-        self._tensors: list[Tensor] = []
-        self._lanes: list[int] = []
-        self._end = -1
-        self._open = norm_type in (1.0, 2.0)
-
-    def take(self, position: int, tensor: Tensor) -> bool:
-        """Whether the tensor is one for this; then its norm comes with the others'."""
-        if not (
-            self._open
-            and tensor.dtype is torch.float32
-            and tensor.is_cpu
-            and tensor.is_contiguous()
-        ):
-            return False
-        numel = tensor.numel()
-        lane = math.gcd(numel, LANE)
-        if lane < 32:
-            return False
-        address = tensor.data_ptr()
-        if address == self._end and (joint := math.gcd(lane, self._lanes[-1])) >= 32:
-            self._lanes[-1] = joint
-        else:
-            self._starts.append(len(self._positions))
-            self._tensors.append(tensor)
-            self._lanes.append(lane)
-        self._end = address + 4 * numel
-        self._positions.append(position)
-        self._numels.append(numel)
-        return True
+        self.taken: list[tuple[int, int, int, Tensor]] = []
+        """Address, number of elements (a multiple of SHORTEST_LANE), position, tensor."""
 
     def measure_into(self, result: Tensor) -> list[int]:
         """Write the norms to their positions; the positions whose norm is in doubt are returned."""
-        if not self._positions:
+        if not self.taken:
             return []
+        self.taken.sort(key=itemgetter(0))
         partials: list[Tensor] = []
         lengths: list[int] = []
-        stops = [*self._starts[1:], len(self._positions)]
-        for tensor, lane, start, stop in zip(
-            self._tensors, self._lanes, self._starts, stops, strict=True
-        ):
-            numels = self._numels[start:stop]
-            total = sum(numels)
-            flat = _span(tensor, total)
+        start, count = 0, len(self.taken)
+        while start < count:
+            address, numel, _, first = self.taken[start]
+            end, lane, stop = address + 4 * numel, math.gcd(numel, LANE), start + 1
+            while stop < count and self.taken[stop][0] == end:
+                lane = math.gcd(lane, self.taken[stop][1])
+                end += 4 * self.taken[stop][1]
+                stop += 1
+            flat = _span(first, (end - address) // 4)
             if flat is None:  # neighbours by chance, in different allocations
-                return list(self._positions)
+                stop, lane = start + 1, math.gcd(numel, LANE)
+                flat = first.view(-1)
             lanes = flat.view(-1, lane)
             partials.append(torch.linalg.vector_norm(lanes, self._norm_type, dim=1))
-            lengths += [numel // lane for numel in numels]
+            lengths += [self.taken[each][1] // lane for each in range(start, stop)]
+            start = stop
         powers = torch.cat(partials).double()
         if self._norm_type == 2.0:
             powers = powers * powers
-        sums = torch.segment_reduce(powers, "sum", lengths=torch.tensor(lengths))
-        numels_ = torch.tensor(self._numels, dtype=torch.float64)
-        norms_ = sums if self._norm_type == 1.0 else sums.sqrt()
-        positions = torch.tensor(self._positions)
-        result[positions] = norms_
-        sound = torch.isfinite(sums) & (sums > numels_ * _UNDERFLOW[self._norm_type])
-        if bool(sound.all()):
-            return []
-        return [int(position) for position in positions[~sound]]
+        sums = torch.segment_reduce(powers, "sum", lengths=torch.tensor(lengths), unsafe=True)
+        positions = torch.tensor([position for _, _, position, _ in self.taken])
+        result[positions] = sums if self._norm_type == 1.0 else sums.sqrt()
+        # In float32, squares below 1e-38 are lost: of no account unless the mean square is tiny.
+        floor = torch.tensor([numel for _, numel, _, _ in self.taken], dtype=torch.float64)
+        sound = (sums > floor * _UNDERFLOW[self._norm_type]) & torch.isfinite(sums)
+        return [] if bool(sound.all()) else positions[~sound].tolist()
 
 
 def _span(first: Tensor, numel: int) -> Tensor | None:

@@ -119,20 +119,22 @@ class LocalMeasurement:
 def measure(plan: Plan, request: Request) -> LocalMeasurement:
     """Measure this rank's pieces. Issues no collective (except to reduce ``Partial`` gradients)."""
     result = LocalMeasurement()
+    present = result.present
     for piece in plan.pieces:
         try:
-            result.present.append(piece.gradient())
+            present.append(piece.gradient())
         except DistclipError as trouble:
-            result.present.append(None)
+            present.append(None)
             result.trouble = result.trouble or trouble
     plain: list[Tensor | None] = list(result.present)
     bounds = [request.bounds.get(piece.index) for piece in plan.pieces] if request.bounds else None
-    for position, piece in enumerate(plan.pieces):
-        if piece.index in request.unit_dims:
-            plain[position] = None
-            _measure_units(plan, request, position, result)
-        elif piece.share == 0.0:
-            plain[position] = None
+    if request.unit_dims or plan.shares is not None:
+        for position, piece in enumerate(plan.pieces):
+            if piece.index in request.unit_dims:
+                plain[position] = None
+                _measure_units(plan, request, position, result)
+            elif piece.share == 0.0:
+                plain[position] = None
     for order in request.orders:
         norms = local.norms(plain, order, bounds, device=plan.device)
         for position, units in result.units.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -39,11 +40,11 @@ def losses(runs: list[Run]) -> list[Curve]:
 def test_panels_labels_and_units(runs: list[Run], losses: list[Curve]) -> None:
     figure = plots.draw(runs, losses)
     assert [axes.get_title("left") for axes in figure.axes] == [
-        "Loss", "Gradient norm, a", "Gradient norm, b", "Clipped share of the parameters",
+        "Loss", "Clipped share of the parameters", "Gradient norm, a", "Gradient norm, b",
     ]  # fmt: skip
     assert all(axes.get_ylabel() for axes in figure.axes)
     assert figure.axes[-1].get_xlabel() == "optimizer step"
-    assert [axes.get_yscale() for axes in figure.axes] == ["linear", "log", "log", "linear"]
+    assert [axes.get_yscale() for axes in figure.axes] == ["linear", "linear", "log", "log"]
     assert [axes.get_title("left") for axes in plots.draw(runs[:1]).axes] == [
         "Gradient norm", "Clipped share of the parameters",
     ]  # fmt: skip
@@ -125,3 +126,14 @@ def test_report_refuses_losses_that_belong_to_no_run(runs: list[Run], tmp_path: 
     assert "1 --loss for 2 runs" in str(result.exception)
     result = invoke(app, ["report", files[0], "--loss", files[0]])
     assert "name one with --out" in str(result.exception)
+
+
+def test_a_run_that_blows_up_does_not_hide_the_others(runs: list[Run]) -> None:
+    norms = np.full(len(runs[0].steps), 1e12)
+    norms[:15], norms[-1] = 1.0, np.nan
+    blown = dataclasses.replace(runs[0], group="lost", total_norm=norms)
+    kept = dataclasses.replace(runs[1], group="kept")
+    figure = plots.draw([blown, kept])
+    panels = [axes for axes in figure.axes if axes.get_title("left").startswith("Gradient norm")]
+    assert all(axes.get_ylim()[1] < 1e6 for axes in panels)
+    assert any("goes on to 1e+12" in text.get_text() for axes in panels for text in axes.texts)

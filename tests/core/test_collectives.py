@@ -1,0 +1,190 @@
+"""One all-reduce a step, a few kilobytes, for every policy under every sharding."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+import distclip
+from distclip import GradClipper, policies
+from tests.core.test_matrix import POLICIES, build
+from tests.core.watching import watch
+from tests.sharded import mesh_of, shard, whole
+
+SHARDED = ["fsdp2", "hsdp", "tp", "fsdp2_tp", "mixed"]
+
+
+COUNTS = {
+    # A value in the middle, whose outcome the last stage has to measure.
+    "chain value between": 2,
+    # A max beside sums.
+    "chain global, agc": 2,
+    # Other units for the same experts: other statistics, of what the first stage left.
+    "chain agc twice": 2,
+}
+"""Policies that need more than one all-reduce, and why."""
+
+
+@pytest.mark.ranks(2)
+def test_the_watch_sees_collectives_of_any_spelling() -> None:
+    """A check must be able to fail."""
+    group = dist.group.WORLD
+    assert group is not None
+    with watch() as seen:
+        dist.all_reduce(torch.ones(3))
+        dist.all_gather_object([None, None], "x")
+        dist.broadcast(torch.ones(1), 0)
+        dist.barrier()
+        group.allreduce([torch.ones(2)]).wait()
+        distribute_tensor(torch.ones(4), mesh_of((2,), ("x",)), [Shard(0)]).full_tensor()
+    assert ("allreduce_", 12) in seen.collectives
+    assert seen.collective_names.count("allreduce_") == 2
+    kinds = " ".join(seen.collective_names)
+    for kind in ("allgather", "broadcast", "barrier", "all_gather_into_tensor"):
+        assert kind in kinds, kinds
+
+
+@pytest.mark.ranks(2, 4)
+@pytest.mark.parametrize("layout", SHARDED)
+def test_one_all_reduce_a_step(layout: str) -> None:
+    values = whole()
+    model = shard(layout, values)
+    for label, configuration in POLICIES.items():
+        model.set_gradients(values.gradients)
+        clipper = GradClipper(model.named(), build(configuration))
+        with watch() as seen:
+            report = clipper.clip_()
+        assert seen.collective_names == ["allreduce_"] * COUNTS.get(label, 1), label
+        with watch() as seen:
+            report.to_dict()
+            str(report)
+            assert report.nonfinite == ()
+            assert report.parameter_coefficients
+        assert seen.collectives == [], label
+
+
+@pytest.mark.ranks(2)
+def test_every_mode_costs_the_same_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = whole()
+    calls: list[int] = []
+    real = dist.all_reduce
+
+    def counted(tensor: torch.Tensor, *args: object, **kwargs: object) -> object:
+        calls.append(tensor.numel())
+        return real(tensor, *args, **kwargs)
+
+    monkeypatch.setattr(dist, "all_reduce", counted)
+    for mode in ("error", "skip", "zero", "pass"):
+        for policy in (policies.global_norm(1.0), policies.agc(0.1), policies.value(0.1)):
+            model = shard("fsdp2", values)
+            model.set_gradients(values.gradients)
+            clipper = GradClipper(model.named(), policy, on_nonfinite=mode)
+            calls.clear()
+            with watch() as seen:
+                clipper.clip_()
+            assert seen.collective_names == ["allreduce_"]
+            assert len(calls) == 1
+
+
+@pytest.mark.ranks(2)
+def test_plain_ddp_communicates_nothing() -> None:
+    model = DistributedDataParallel(nn.Linear(5, 3))
+    clippers = [GradClipper(model, build(policy)) for policy in POLICIES.values()]
+    model(torch.full((2, 5), dist.get_rank() + 1.0)).sum().backward()
+    for clipper in clippers:
+        with watch() as seen:
+            clipper.clip_()
+        assert seen.collectives == []
+    with watch() as seen:
+        distclip.clip_grad_norm_(model.parameters(), 0.1)
+        distclip.clip_grad_agc_(model.parameters(), 0.1)
+        distclip.clip_grad_value_(model.parameters(), 0.1)
+    assert seen.collectives == []
+
+
+def matrices() -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Linear(8, 8, bias=False) for _ in range(4)])
+    fully_shard(model, mesh=mesh_of((dist.get_world_size(),), ("dp",)))
+    model(torch.ones(2, 8)).sum().backward()
+    return model
+
+
+@pytest.mark.ranks(2)
+def test_row_agc_of_whole_rows_communicates_nothing_without_a_report() -> None:
+    model = matrices()
+    whole_rows = GradClipper(model, policies.agc(1e-4), norms=False, on_nonfinite="pass")
+    with watch() as seen:
+        report = whole_rows.clip_()
+    assert seen.collectives == []
+    assert math.isnan(report.total_norm.item())
+    for p in model.parameters():
+        assert p.grad is not None
+        limits = 1e-4 * p.to_local().detach().norm(dim=1)
+        torch.testing.assert_close(p.grad.to_local().norm(dim=1), limits)
+    # What does have to be known on all ranks is still asked.
+    for options in ({"norms": True, "on_nonfinite": "pass"}, {"norms": False}):
+        clipper = GradClipper(model, policies.agc(1e-4), **options)
+        with watch() as seen:
+            clipper.clip_()
+        assert seen.collective_names == ["allreduce_"]
+    columns = policies.agc(1e-4, unit_dims={"*": (1,)})
+    with watch() as seen:
+        GradClipper(model, columns, norms=False, on_nonfinite="pass").clip_()
+    assert "allreduce_" in seen.collective_names
+
+
+@pytest.mark.ranks(2)
+def test_the_message_is_small() -> None:
+    model = nn.Sequential(*[nn.Linear(64, 64) for _ in range(24)])
+    fully_shard(model, mesh=mesh_of((2,), ("dp",)))
+    model(torch.ones(2, 64)).sum().backward()
+    sizes = {}
+    for label, policy in {
+        "global": policies.global_norm(1.0),
+        "agc": policies.agc(0.01),
+        "dreamer": policies.dreamer_agc(),
+        "max": policies.global_norm(1.0, math.inf),
+    }.items():
+        clipper = GradClipper(model, policy)
+        with watch() as seen:
+            clipper.clip_()
+        ((_, sizes[label]),) = seen.collectives
+    parameters = 48
+    # One float64 a parameter and a flag.
+    assert sizes["global"] == 8 * (parameters + 1)
+    assert sizes["max"] == 8 * (parameters + 1)
+    # Gradient and weight norms.
+    assert sizes["dreamer"] == 8 * (2 * parameters + 1)
+    # A few kilobytes, though the model has 100,000 elements in 1,560 units.
+    assert sizes["agc"] <= 4096
+
+
+@pytest.mark.ranks(2, 4)
+def test_the_functions_cost_one_all_reduce() -> None:
+    values = whole()
+    for layout in ("fsdp2", "hsdp", "mixed"):
+        model = shard(layout, values)
+        parameters = list(model.parameters.values())
+        for call in (
+            lambda listed: distclip.clip_grad_norm_(listed, 1.0),
+            lambda listed: distclip.clip_grad_norm_(listed, 1.0, 1.0, error_if_nonfinite=True),
+            lambda listed: distclip.clip_grad_agc_(listed, 0.1),
+            lambda listed: distclip.get_total_norm(p.grad for p in listed if p.grad is not None),
+            lambda listed: distclip.grad_norms([(str(i), p) for i, p in enumerate(listed)]),
+        ):
+            model.set_gradients(values.gradients)
+            call(parameters)  # the first call may have to make a group
+            with watch() as seen:
+                call(parameters)
+            assert seen.collective_names == ["allreduce_"]
+        with watch() as seen:
+            distclip.clip_grad_value_(parameters, 0.1)
+        assert seen.collectives == []

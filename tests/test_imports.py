@@ -1,0 +1,176 @@
+"""Who may import what: the contracts of import-linter, and what it cannot say.
+
+The linter takes an external package as a whole, so that a part of torch, and which file may import
+which framework, is read off the source here.
+"""
+
+from __future__ import annotations
+
+import ast
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "distclip"
+SOURCES = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+IMPORTERS: dict[str, set[str]] = {
+    "accelerate": {"integrations/accelerate.py", "integrations/accelerate_cpu.py"},
+    "deepspeed": set(),
+    "lightning": set(),
+    "pytorch_lightning": set(),
+    "transformers": set(),
+    "tensorboard": set(),
+    "matplotlib": {"monitor/plots.py"},
+    "psutil": {"integrations/accelerate_cpu.py"},
+    "pydantic": {"config.py", "_config_policies.py", "_config_problems.py"},
+    "pydantic_core": {"_config_problems.py"},
+    "yaml": {"_config_files.py"},
+    "typer": {f"cli/{name}.py" for name in ("app", "bench", "config", "report", "run")},
+    "rich": {"cli/bench.py", "monitor/table.py"},
+    "hypothesis": set(),
+    "pytest": {"testing/plugin.py", "testing/pool.py"},
+    "_pytest": {"testing/rewriting.py"},
+}
+"""Exactly the files that import each of these, at the top, in a function or for typing only."""
+
+HARMLESS = {
+    "ProcessGroup",
+    "fsdp",
+    "get_rank",
+    "get_world_size",
+    "group",
+    "is_available",
+    "is_initialized",
+    "tensor",
+}
+"""What of ``torch.distributed`` talks to no other rank."""
+
+ALLOWED_TO_TALK = ("statistics/collectives.py", "testing/", "cli/bench_cases.py")
+"""The one file that issues collectives, and what is no part of a training run."""
+
+MOVING = {"redistribute", "full_tensor", "distribute_tensor", "distribute_module"}
+"""Methods of a DTensor, and functions beside it, that are collectives."""
+
+
+def parsed(name: str) -> ast.Module:
+    return ast.parse(SOURCES[name].read_text(encoding="utf-8"), filename=name)
+
+
+def imported(tree: ast.AST) -> Iterator[str]:
+    """Full names of all that is imported anywhere in a file: ``torch.distributed.ProcessGroup``."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports are not used in this project"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def used_of_distributed(tree: ast.AST) -> Iterator[str]:
+    """What a file takes from ``torch.distributed``, imported by name or as an attribute."""
+    prefix = "torch.distributed."
+    modules = {"torch.distributed"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            modules |= {a.asname for a in node.names if a.name == "torch.distributed" and a.asname}
+        elif isinstance(node, ast.ImportFrom) and node.module == "torch":
+            modules |= {a.asname or a.name for a in node.names if a.name == "distributed"}
+    yield from (name[len(prefix) :].split(".")[0] for name in imported(tree) if prefix in name)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in modules:
+            yield node.attr
+
+
+def talks(tree: ast.AST) -> list[str]:
+    """What a file does that reaches other ranks."""
+    found = [name for name in used_of_distributed(tree) if name not in HARMLESS]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func).split(".")[-1]
+            found += [called] if called in MOVING else []
+    return found
+
+
+def test_contracts_hold() -> None:
+    linter = shutil.which("lint-imports", path=str(Path(sys.executable).parent))
+    if linter is None:
+        pytest.skip("import-linter is not installed")
+    # Without its cache: that has been seen to show the imports of an earlier version of a file.
+    result = subprocess.run(
+        [linter, "--no-cache"], cwd=PACKAGE.parent, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("name", [name for name in SOURCES if name.startswith("policies/")])
+def test_policies_know_no_ranks(name: str) -> None:
+    tree = parsed(name)
+    assert not list(used_of_distributed(tree))
+    assert not [full for full in imported(tree) if full.startswith("torch.distributed")]
+    own = {full for full in imported(tree) if full.startswith("distclip")}
+    foreign = {n for n in own if not n.startswith(("distclip.policies", "distclip.errors"))}
+    assert not foreign
+
+
+@pytest.mark.parametrize("framework", IMPORTERS)
+def test_a_framework_is_imported_by_its_own_files_only(framework: str) -> None:
+    importers = {
+        name
+        for name in SOURCES
+        if any(full.split(".")[0] == framework for full in imported(parsed(name)))
+    }
+    assert importers == IMPORTERS[framework]
+
+
+def test_one_file_issues_the_collectives() -> None:
+    found = {
+        name: what
+        for name in SOURCES
+        if not name.startswith(ALLOWED_TO_TALK) and (what := talks(parsed(name)))
+    }
+    # The one exception: autograd left a gradient in other placements than its parameter (Partial
+    # under tensor parallelism), which only the DTensor itself can put right.
+    assert found == {"layouts/dtensor.py": ["redistribute"]}
+
+
+def test_the_testing_kit_stands_alone() -> None:
+    for name in SOURCES:
+        if name.startswith("testing/"):
+            own = {full for full in imported(parsed(name)) if full.split(".")[0] == "distclip"}
+            assert {full for full in own if not full.startswith("distclip.testing")} == set(), name
+
+
+BREACHES: dict[str, tuple[Callable[[ast.AST], object], str]] = {
+    "import as": (talks, "import torch.distributed as dist\ndist.all_reduce(x)"),
+    "from torch": (talks, "from torch import distributed as d\nd.barrier()"),
+    "by name": (talks, "from torch.distributed import broadcast"),
+    "in full": (talks, "import torch\ntorch.distributed.all_gather(a, b)"),
+    "submodule": (talks, "from torch.distributed._functional_collectives import all_reduce"),
+    "in a function": (talks, "def f():\n    import torch.distributed as dist\n    dist.send(x, 0)"),
+    "method": (talks, "parameter.grad.full_tensor()"),
+    "function": (
+        talks,
+        "from torch.distributed.tensor import distribute_tensor\ndistribute_tensor(x, mesh)",
+    ),
+    "framework": (lambda tree: list(imported(tree)), "def f():\n    import accelerate.state"),
+}
+
+
+@pytest.mark.parametrize("kind", BREACHES)
+def test_a_breach_is_seen(kind: str) -> None:
+    look, source = BREACHES[kind]
+    assert look(ast.parse(source))
+
+
+def test_what_is_harmless_is_let_through() -> None:
+    source = (
+        "import torch.distributed as dist\nfrom torch.distributed.tensor import DTensor\n"
+        "from distclip.statistics import collectives\n"
+        "dist.get_rank()\ncollectives.gather(1, group)\nnumbers.scatter_(0, where, values)"
+    )
+    assert talks(ast.parse(source)) == []

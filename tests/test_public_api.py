@@ -1,0 +1,310 @@
+"""The public surface, exactly: names, signatures, docstrings, and what importing it imports."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import inspect
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+import distclip
+import distclip.testing
+from distclip import policies
+
+EXPORTED = {
+    "distclip": {
+        "ClipReport",
+        "ConfigurationError",
+        "DistclipError",
+        "GradClipper",
+        "NonFiniteGradientError",
+        "ProcessGroupError",
+        "RankMismatchError",
+        "StateError",
+        "UnsupportedGradientError",
+        "__version__",
+        "accelerate",
+        "clip_grad_agc_",
+        "clip_grad_norm_",
+        "clip_grad_value_",
+        "errors",
+        "from_config",
+        "get_total_norm",
+        "grad_norms",
+        "policies",
+    },
+    "distclip.policies": {
+        "AGC",
+        "Action",
+        "BlockRMS",
+        "ByName",
+        "Chain",
+        "Clamp",
+        "DreamerAGC",
+        "GlobalNorm",
+        "GroupNorm",
+        "Measure",
+        "Needs",
+        "ParameterInfo",
+        "ParameterNorm",
+        "Policy",
+        "Scale",
+        "Skip",
+        "State",
+        "Statistics",
+        "UnitPolicy",
+        "Value",
+        "agc",
+        "block_rms",
+        "by_name",
+        "chain",
+        "dreamer_agc",
+        "global_norm",
+        "group_norm",
+        "measure",
+        "parameter_norm",
+        "register",
+        "value",
+    },
+    "distclip.testing": {
+        "Expected",
+        "Outcome",
+        "PoolError",
+        "RankError",
+        "RankPool",
+        "assert_rounded",
+        "expected",
+        "run_on_ranks",
+    },
+}
+
+SIGNATURES = {
+    "clip_grad_norm_": "(parameters: Parameters, max_norm: float, norm_type: float = 2.0, "
+    "error_if_nonfinite: bool = False, foreach: bool | None = None, *, "
+    "process_group: ProcessGroup | None = None) -> Tensor",
+    "clip_grad_value_": "(parameters: Parameters, clip_value: float, foreach: bool | None = None) "
+    "-> None",
+    "clip_grad_agc_": "(parameters: Parameters, clip_factor: float = 0.01, eps: float = 0.001, "
+    "unit: Literal[row, tensor] = row, *, process_group: ProcessGroup | None = None) -> Tensor",
+    "get_total_norm": "(tensors: Tensors, norm_type: float = 2.0, "
+    "error_if_nonfinite: bool = False, foreach: bool | None = None, *, "
+    "process_group: ProcessGroup | None = None) -> Tensor",
+    "grad_norms": "(module_or_named_parameters: nn.Module | Iterable[tuple[str, Tensor]], "
+    "norm_type: float = 2.0, *, process_group: ProcessGroup | None = None) -> dict[str, Tensor]",
+    "from_config": "(config: str | os.PathLike[str] | Mapping[str, Any] | Config, target: Target, "
+    "*, optimizer: Optimizer | None = None, process_group: ProcessGroup | None = None) "
+    "-> GradClipper",
+    "GradClipper": "(target: Target, policy: Policy, *, optimizer: Optimizer | None = None, "
+    "on_nonfinite: OnNonfinite = error, process_group: ProcessGroup | None = None, "
+    "sinks: Sequence[Sink] = (), norms: bool = True) -> None",
+    "GradClipper.clip_": "(self) -> ClipReport",
+    "GradClipper.attach": "(self, optimizer: Optimizer) -> StepHandle",
+    "GradClipper.state_dict": "(self) -> dict[str, object]",
+    "GradClipper.load_state_dict": "(self, state: dict[str, object]) -> None",
+    "ClipReport.to_dict": "(self, *, per_parameter: bool = True) -> dict[str, Any]",
+    "policies.measure": "(norm_type: float = 2.0) -> None",
+    "policies.global_norm": "(max_norm: float, norm_type: float = 2.0) -> None",
+    "policies.value": "(clip_value: float) -> None",
+    "policies.parameter_norm": "(max_norm: float, norm_type: float = 2.0) -> None",
+    "policies.group_norm": "(max_norm: float, norm_type: float = 2.0) -> None",
+    "policies.block_rms": "(threshold: float) -> None",
+    "policies.agc": "(clip_factor: float = 0.01, eps: float = 0.001, "
+    "unit: Literal[row, tensor] = row, unit_dims: Mapping[str, Sequence[int]] | None = None) "
+    "-> None",
+    "policies.dreamer_agc": "(clip: float = 0.3, pmin: float = 0.001) -> None",
+    "policies.chain": "(*policies: Policy) -> None",
+    "policies.by_name": "(mapping: Mapping[str, Policy | None], default: Policy | None = None) "
+    "-> None",
+    "policies.register": "(policy: PolicyType) -> PolicyType",
+    "testing.run_on_ranks": "(function: Callable[..., T], world_size: int, *args: Any, "
+    "timeout: float = 60.0, **kwargs: Any) -> list[T]",
+    "testing.expected": "(policy: Policy, gradients: Mapping[str, npt.ArrayLike | None], "
+    "weights: Mapping[str, npt.ArrayLike], *, groups: Mapping[str, int] | None = None, "
+    "on_nonfinite: NonFinite = pass) -> Expected",
+}
+"""Relied on from outside. An argument may be added; none may be renamed, moved or taken away."""
+
+REPORT = {
+    "total_norm",
+    "clipped_norm",
+    "coefficient",
+    "threshold",
+    "skipped",
+    "clipped_fraction",
+    "names",
+    "parameter_norms",
+    "parameter_coefficients",
+    "nonfinite",
+}
+
+FRAMEWORKS = (
+    "accelerate",
+    "deepspeed",
+    "transformers",
+    "lightning",
+    "pytorch_lightning",
+    "matplotlib",
+    "pytest",
+    "hypothesis",
+    "typer",
+    "rich",
+)
+
+
+MODULES = [sys.modules[name] for name in EXPORTED]
+POLICIES = [
+    value
+    for name, value in vars(policies).items()
+    if name in EXPORTED["distclip.policies"]
+    and inspect.isclass(value)
+    and issubclass(value, policies.Policy)
+    and not inspect.isabstract(value)
+]
+
+
+def public_names(module: ModuleType) -> set[str]:
+    names = getattr(module, "__all__", None)
+    if names is not None:
+        return set(names)
+    return {
+        name
+        for name, value in vars(module).items()
+        if not name.startswith("_") and not isinstance(value, ModuleType)
+    }
+
+
+def signature(value: Any) -> str:
+    return str(inspect.signature(value)).translate({ord(quote): None for quote in "\"'"})
+
+
+def undocumented(module: ModuleType) -> list[str]:
+    """Public functions, classes, methods and properties without a docstring of their own.
+
+    A method that overrides is documented where it is declared.
+    """
+    missing = []
+    for name in public_names(module) - {"accelerate"}:
+        value = getattr(module, name)
+        if not inspect.isclass(value) and not inspect.isfunction(value):
+            continue
+        missing += [] if value.__doc__ and not _generated(value) else [name]
+        for attribute, member in vars(value).items() if inspect.isclass(value) else ():
+            member = getattr(member, "__func__", getattr(member, "func", member))
+            if attribute.startswith("_") or not (
+                inspect.isfunction(member) or isinstance(member, property)
+            ):
+                continue
+            missing += [] if inspect.getdoc(getattr(value, attribute)) else [f"{name}.{attribute}"]
+    return missing
+
+
+def _generated(value: Any) -> bool:
+    """Whether the docstring is the signature that a dataclass without one is given."""
+    return dataclasses.is_dataclass(value) and str(value.__doc__).startswith(
+        f"{value.__name__}("  # type: ignore[union-attr]
+    )
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
+def test_exported_names_are_exactly_these(module: ModuleType) -> None:
+    assert public_names(module) == EXPORTED[module.__name__]
+    assert public_names(module) <= set(dir(module))
+
+
+def test_dir_shows_the_public_names_only() -> None:
+    assert dir(distclip) == sorted(EXPORTED["distclip"])
+    with pytest.raises(AttributeError, match="no attribute 'clip_grad_norm'"):
+        distclip.clip_grad_norm  # noqa: B018 - the attribute access is the test
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_signatures_are_as_they_were(name: str) -> None:
+    value: Any = distclip
+    for part in name.split("."):
+        value = getattr(value, part)
+    assert signature(value) == SIGNATURES[name]
+
+
+def test_a_report_has_exactly_these_fields() -> None:
+    report = distclip.ClipReport
+    fields = {field.name for field in dataclasses.fields(report)}
+    assert {name for name in fields | set(vars(report)) if not name.startswith("_")} - {
+        "of",
+        "to_dict",
+    } == REPORT
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
+def test_everything_public_is_documented(module: ModuleType) -> None:
+    assert undocumented(module) == []
+
+
+def test_an_undocumented_name_is_seen() -> None:
+    module = ModuleType("bare")
+
+    @dataclasses.dataclass
+    class Bare:
+        """Text."""
+
+        def method(self) -> None: ...
+
+    @dataclasses.dataclass
+    class Barer:
+        size: int
+
+    module.Bare, module.Barer = Bare, Barer  # type: ignore[attr-defined]
+    assert sorted(undocumented(module)) == ["Bare.method", "Barer"]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_every_argument_of_a_policy_is_described(policy: type[policies.Policy]) -> None:
+    text = inspect.getdoc(policy) or ""
+    for name in inspect.signature(policy).parameters:
+        assert f"\n    {name}: " in text, name
+
+
+def test_importing_distclip_imports_no_framework() -> None:
+    program = f"""
+import json, sys
+import distclip
+from distclip import policies, testing
+policies.chain(policies.agc(), policies.global_norm(1.0))
+early = sorted(set({FRAMEWORKS!r}) & set(sys.modules))
+lazy = False
+try:
+    lazy = distclip.accelerate is sys.modules["distclip.integrations.accelerate"]
+except ModuleNotFoundError as error:
+    lazy = error.name
+print(json.dumps([early, lazy, "accelerate" in sys.modules]))
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True
+    )
+    installed = importlib.util.find_spec("accelerate") is not None
+    expected = [[], True, True] if installed else [[], "accelerate", False]
+    assert json.loads(result.stdout) == expected
+
+
+def test_the_package_is_typed() -> None:
+    folder = Path(distclip.__file__).parent
+    assert (folder / "py.typed").exists()
+
+
+def test_the_exception_tree_is_as_it_is_drawn() -> None:
+    drawn = distclip.errors.__doc__ or ""
+    for name in EXPORTED["distclip"]:
+        error = getattr(distclip, name) if name.endswith("Error") else None
+        if error is None:
+            continue
+        assert issubclass(error, distclip.DistclipError)
+        assert name in drawn
+        builtins = [base.__name__ for base in error.__bases__ if base.__module__ == "builtins"]
+        if name != "DistclipError":
+            assert f"{name} ({', '.join(builtins)})" in drawn
