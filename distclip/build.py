@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from distclip.clipper import GradClipper, Sink
 from distclip.config import Config, load
 from distclip.layouts.names import Target
+from distclip.monitor.sinks import JsonlSink
 
 
 def from_config(
@@ -46,8 +47,6 @@ def from_config(
 
 def sinks_of(config: Config) -> tuple[Sink, ...]:
     """The sinks that a configuration's ``log`` section asks for."""
-    from distclip.monitor.sinks import JsonlSink
-
     log = config.log
     if log is None:
         return ()

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Literal, TypeAlias, get_args
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
@@ -254,7 +253,6 @@ class GradClipper:
             self.policy,
             parameters,
             self._plan.entries,
-            distributed=self._plan.group is not None,
             norms=self._norms,
             watch_nonfinite=self.on_nonfinite != "pass",
         )

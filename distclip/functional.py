@@ -34,7 +34,7 @@ from distclip.layouts.names import Named
 from distclip.layouts.piece import Box, Described, Entry, Piece
 from distclip.passes import compile_passes, report_order
 from distclip.policies import AGC, GlobalNorm, Measure, ParameterInfo, Policy, Value
-from distclip.policies._global_norm import norm_coefficient
+from distclip.policies._norm_threshold import norm_coefficient
 from distclip.policies._protocol import combine_norms
 from distclip.statistics import collectives
 from distclip.statistics.packing import Packet
@@ -290,7 +290,6 @@ def _program(
         policy,
         infos,
         plan.entries,
-        distributed=plan.group is not None,
         norms=norms,
         watch_nonfinite=False,
     )

@@ -62,7 +62,6 @@ def compile_passes(
     parameters: Sequence[ParameterInfo],
     entries: Sequence[Entry],
     *,
-    distributed: bool,
     norms: bool,
     watch_nonfinite: bool,
 ) -> tuple[Pass, ...]:
@@ -72,7 +71,6 @@ def compile_passes(
         policy: plain or composed.
         parameters: one info per entry, in the same order.
         entries: the plan's table.
-        distributed: whether statistics are summed over ranks.
         norms: whether the report's norms are wanted.
         watch_nonfinite: whether non-finite gradients have to be noticed on all ranks.
     """
@@ -87,9 +85,7 @@ def compile_passes(
     for position, draft in enumerate(drafts):
         first, last = position == 0, position == len(drafts) - 1
         wanted = (first and (norms or watch_nonfinite)) or (last and norms)
-        result.append(
-            _finished(draft, parameters, entries, distributed, shown if wanted else None, first)
-        )
+        result.append(_finished(draft, parameters, entries, shown if wanted else None, first))
     return tuple(result)
 
 
@@ -134,15 +130,13 @@ def _finished(
     draft: _Draft,
     parameters: Sequence[ParameterInfo],
     entries: Sequence[Entry],
-    distributed: bool,
     shown: float | None,
     first: bool,
 ) -> Pass:
     local = {
         member: tuple(prefix)
         for member, prefix in draft.unit_prefix.items()
-        if distributed
-        and prefix
+        if prefix
         and member not in draft.unit_later
         and set(entries[member].split_dims) <= set(draft.unit_dims[member])
     }

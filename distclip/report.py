@@ -26,7 +26,8 @@ class ClipReport:
         total_norm: norm of all gradients before clipping.
         clipped_norm: the same after it. NaN where an elementwise clamp came after a scaling, since
             that would have to be measured again.
-        coefficient: the smallest coefficient that was applied, 1 where nothing was clipped.
+        coefficient: the smallest coefficient that was applied, 1 where nothing was clipped. A
+            lower bound where a chain scales the same parameter by units of two kinds.
         threshold: the policy's threshold in its own measure (``max_norm``, ``clip_factor``, ...);
             of a composed policy the first one's; NaN where there is none.
         skipped: bool; this update is to be skipped (``attach`` does it).

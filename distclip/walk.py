@@ -15,7 +15,7 @@ from distclip.layouts.plan import Plan
 from distclip.passes import Pass
 from distclip.policies import ParameterInfo, Scale, Skip, State, Statistics, UnitPolicy
 from distclip.policies._compose import Stage
-from distclip.statistics.measurement import LocalMeasurement, UnitTable, combine, measure
+from distclip.statistics.measurement import LocalMeasurement, UnitTable, combine_segments, measure
 from distclip.statistics.packing import LocalDecision, Measurement, reduce
 
 States = dict[str, State]
@@ -32,6 +32,8 @@ class Program:
     tables: tuple[UnitTable, ...]
     shown: float
     """Order of the norms in the report."""
+    unit_counts: tuple[Tensor, ...]
+    """Per pass, float64 ``(parameters,)``: how many units each has; 1 where it is one."""
 
     @classmethod
     def of(
@@ -43,7 +45,22 @@ class Program:
     ) -> Program:
         """Build, with the tables of units that the passes need."""
         tables = tuple(UnitTable(plan, one.request) for one in passes)
-        return cls(plan, tuple(parameters), tuple(passes), tables, shown)
+        counts = []
+        for one in passes:
+            dims = one.request.unit_dims
+            units = [
+                math.prod(entry.shape[dim] for dim in dims.get(row, ()))
+                for row, entry in enumerate(plan.entries)
+            ]
+            counts.append(torch.tensor(units, dtype=torch.float64, device=plan.device).clamp(min=1))
+        return cls(
+            plan,
+            tuple(parameters),
+            tuple(passes),
+            tables,
+            shown,
+            tuple(counts),
+        )
 
 
 @dataclass
@@ -60,6 +77,7 @@ class Ledger:
 
     def __init__(self, program: Program, number: int, measurement: Measurement) -> None:
         self.program = program
+        self.number = number
         self.one = program.passes[number]
         self.table = program.tables[number]
         self.measurement = measurement
@@ -68,12 +86,13 @@ class Ledger:
         size = len(program.plan.entries)
         self.ones = torch.ones(size, dtype=torch.float64, device=program.plan.device)
         self.total = self.ones.clone()
+        self.scaled = self.ones.clone()
         self.unit_total = torch.ones_like(measurement.unit_weights)
         self.rounds = [Round(bounds=dict(self.one.request.bounds))]
         self.threshold: Tensor | None = None
         self.skip = torch.zeros((), dtype=torch.bool, device=program.plan.device)
         if program.shown in self.norms and self.one.local_units:
-            self._book(measurement.raw[program.shown], list(self.one.local_units))
+            self._book(measurement.clamped[program.shown], list(self.one.local_units))
 
     def forget(self, members: Tensor) -> None:
         """Set the norms of the flagged parameters to 0: their gradients are dropped."""
@@ -127,19 +146,17 @@ class Ledger:
 
     def clipped(self) -> Tensor:
         """Per parameter, the share of its units that are scaled or clamped, float64."""
-        share = (self.total < 1.0).double()
+        share = (self.scaled < 1.0).double()
         shown = self.program.shown
         if self.one.request.bounds and shown in self.norms:
-            clamped = self.measurement.norms[shown] < self.measurement.raw[shown]
+            clamped = self.measurement.clamped[shown] < self.measurement.raw[shown]
             share = torch.maximum(share, clamped.double())
-        for member, dims in self.one.request.unit_dims.items():
-            shape = self.program.plan.entries[member].shape
-            units = max(1, math.prod(shape[dim] for dim in dims))
-            if member in self.table.rows:
-                count = (self.unit_total[self.table.rows[member]] < 1.0).sum()
-            else:
-                count = self.measurement.clipped[member]
-            share[member] = count / units
+        if self.one.request.unit_dims:
+            counts = self.measurement.clipped
+            if self.table.size:
+                changed = (self.unit_total < 1.0).double()
+                counts = counts.index_add(0, self.table.owner, changed)
+            share = torch.maximum(share, counts / self.program.unit_counts[self.number])
         return share
 
     def is_idle(self) -> bool:
@@ -178,6 +195,7 @@ class Ledger:
         factors = self.ones.clone()
         factors[where] = coefficients
         self.total = self.total * factors
+        self.scaled = self.scaled * factors
         for norms in self.norms.values():
             norms *= factors
         if self.table.size:
@@ -212,8 +230,9 @@ class Ledger:
         before = self.norms.get(self.program.shown)
         before = None if before is None else before.clone()
         for order, running in self.norms.items():
-            for member in members:
-                running[member] = combine(self.units[order][self.table.rows[member]], order)
+            running[self.table.members] = combine_segments(
+                self.units[order], self.table.lengths, order
+            )
         if before is not None:
             self._book(before, members)
         pending = self.rounds[-1]
@@ -374,29 +393,49 @@ def raise_together(mine: DistclipError | None, anybodys: Tensor | None) -> None:
 
 def decide_locally(program: Program, one: Pass, measured: LocalMeasurement) -> LocalDecision:
     """Decide on the units that lie whole on this rank, so that their outcome travels along."""
-    plan = program.plan
-    size = len(plan.entries)
-    clipped = torch.zeros(size, dtype=torch.float64, device=plan.device)
+    plan, units = program.plan, measured.units
+    clipped = torch.zeros(len(plan.entries), dtype=torch.float64, device=plan.device)
     smallest = torch.ones((), dtype=torch.float64, device=plan.device)
+    if not one.local_units:
+        return LocalDecision({}, {}, clipped, smallest)
+    after = {order: norms.clone() for order, norms in measured.norms.items()}
+    # The pieces that the same policies decide on are decided on together.
+    together: dict[tuple[UnitPolicy, ...], list[int]] = {}
+    spans = units.spans()
+    for number, (position, _) in enumerate(spans):
+        policies = one.local_units.get(plan.pieces[position].index)
+        if policies is not None:
+            together.setdefault(policies, []).append(number)
     coefficients: dict[int, Tensor] = {}
-    after = {p: norms.clone() for p, norms in measured.norms.items()} if one.local_units else {}
-    for position, units in measured.units.items():
-        piece = plan.pieces[position]
-        if piece.index not in one.local_units:
-            continue
-        norms, weights = dict(units), measured.unit_weights[position]
+    for policies, numbers in together.items():
+        chosen = [spans[number] for number in numbers]
+        counts = [units.counts[number] for number in numbers]
+
+        def of(values: Tensor, chosen: list[tuple[int, slice]] = chosen) -> Tensor:
+            if len(chosen) == len(spans):
+                return values
+            return torch.cat([values[span] for _, span in chosen])
+
+        weights = of(units.weights)
+        norms = {order: of(values) for order, values in units.norms.items()}
         total = torch.ones_like(weights)
-        for policy in one.local_units[piece.index]:
+        for policy in policies:
             factors = policy.unit_coefficients(norms[2.0], weights)
             total = total * factors
             norms = {order: values * factors for order, values in norms.items()}
-        coefficients[position] = total
         if total.numel():
             smallest = torch.minimum(smallest, torch.nan_to_num(total, nan=1.0).min())
-        if piece.share > 0.0:
-            clipped[piece.index] += (total < 1.0).sum() * piece.share
-            for order, values in after.items():
-                values[position] = combine(norms[order], order)
+        positions = [position for position, _ in chosen]
+        coefficients.update(zip(positions, torch.split(total, counts), strict=True))
+        where = torch.tensor(positions, dtype=torch.long, device=plan.device)
+        share = 1.0 if plan.shares is None else plan.shares[where]
+        changed = combine_segments((total < 1.0).double(), counts, 1.0) * share
+        clipped.index_add_(0, where if plan.rows is None else plan.rows[where], changed)
+        for order, values in after.items():
+            whole = combine_segments(norms[order], counts, order)
+            if plan.shares is not None:
+                whole = torch.where(plan.shares[where] > 0, whole, 0.0)
+            values[where] = whole
     return LocalDecision(coefficients, after, clipped, smallest)
 
 

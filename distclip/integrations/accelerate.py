@@ -107,8 +107,9 @@ def _attaching(original: Any, config: Config) -> Any:
         if getattr(self, "_distclip", None) is None:
             Attachment(self, config)
         prepared = original(self, *args, **kwargs)
-        # A model for evaluation is not to be distributed.
-        if on_cpu and not alone and not kwargs.get("evaluation_mode"):
+        if alone:
+            self._distclip._adopt(prepared)
+        elif on_cpu and not kwargs.get("evaluation_mode"):
             accelerate_cpu.verify(self, *(prepared if isinstance(prepared, tuple) else (prepared,)))
         return prepared
 
@@ -326,6 +327,8 @@ class Attachment:
             return {id(p): p for p in parameters if p.requires_grad or id(p) in stepped}
 
         chosen = trained(listed)
+        if frozenset(chosen) in self._clippers:
+            return list(chosen.values())
         for model in self.accelerator._models:
             whole = trained(model.parameters())
             if chosen and chosen.keys() < whole.keys():

@@ -147,12 +147,13 @@ def _merge(spans: itertools.chain[Span]) -> list[Span]:
 def _boxes(spans: Sequence[Sequence[Span]]) -> list[tuple[Box, Box, bool]]:
     """Each local box as ``(in the logical tensor, in the local tensor, is it all of it)``.
 
-    One box in every usual case; several where a strided sharding leaves gaps. None if empty.
+    One box in every usual case; several where a strided sharding leaves gaps. An empty shard is an
+    empty box: its rank takes part in whatever the others do (reducing a ``Partial`` gradient).
     """
     located: list[list[tuple[Span, int]]] = []
     for dim in spans:
         here, offset = [], 0
-        for start, stop in dim:
+        for start, stop in dim or [(0, 0)]:
             here.append(((start, stop), offset))
             offset += stop - start
         located.append(here)

@@ -107,7 +107,8 @@ def _panels(
         column[-1].set_xlabel("optimizer step")
         return figure, column[0] if losses else None, [column[-2]], column[-1]
     figure = figure_class(figsize=(max(10, 4.4 * groups), 7.6), layout="constrained")
-    top, bottom = figure.subfigures(2, 1)
+    halves: Any = figure.subfigures(2, 1)
+    top, bottom = halves
     upper = list(top.subplots(1, 2 if losses else 1, squeeze=False)[0])
     lower = list(bottom.subplots(1, groups, sharex=True, sharey=True, squeeze=False)[0])
     for panel in (*upper, *lower):

@@ -9,12 +9,9 @@ from typing import ClassVar
 import torch
 
 from distclip.errors import ConfigurationError
-from distclip.policies import _checks
-from distclip.policies._global_norm import norm_coefficient
+from distclip.policies._norm_threshold import NormThreshold, norm_coefficient
 from distclip.policies._protocol import (
     Action,
-    Needs,
-    Policy,
     Scale,
     State,
     Statistics,
@@ -23,7 +20,7 @@ from distclip.policies._protocol import (
 
 
 @dataclass(frozen=True)
-class GroupNorm(Policy):
+class GroupNorm(NormThreshold):
     """Scale the gradients of each optimizer parameter group by the group's own p-norm.
 
     ``g *= min(1, max_norm / (||g_group||_p + 1e-6))``. It needs the optimizer: give
@@ -37,18 +34,7 @@ class GroupNorm(Policy):
         ConfigurationError: a negative or NaN threshold, p <= 0; no optimizer known.
     """
 
-    max_norm: float
-    norm_type: float = 2.0
     name: ClassVar[str] = "group_norm"
-
-    def __post_init__(self) -> None:
-        max_norm = _checks.threshold(self.name, "max_norm", self.max_norm)
-        object.__setattr__(self, "max_norm", max_norm)
-        object.__setattr__(self, "norm_type", _checks.norm_order(self.name, self.norm_type))
-
-    @property
-    def needs(self) -> Needs:
-        return Needs.of(gradients=[self.norm_type])
 
     def update(self, statistics: Statistics, state: State) -> tuple[Sequence[Action], State]:
         norms = statistics.gradient_norms(self.norm_type)

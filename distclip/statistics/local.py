@@ -116,6 +116,9 @@ class _Runs:
         self.taken.sort(key=itemgetter(0))
         partials: list[Tensor] = []
         lengths: list[int] = []
+        together: list[tuple[int, int, int, Tensor]] = []
+        alone: dict[int, float] = {}
+        doubtful: list[int] = []
         start, count = 0, len(self.taken)
         while start < count:
             address, numel, _, first = self.taken[start]
@@ -128,18 +131,42 @@ class _Runs:
             if flat is None:  # neighbours by chance, in different allocations
                 stop, lane = start + 1, math.gcd(numel, LANE)
                 flat = first.view(-1)
+            if stop == start + 1 and numel <= SHORT and self._norm_type == 2.0:
+                square = torch.dot(flat, flat).item()
+                if numel * _UNDERFLOW[2.0] < square < math.inf:
+                    alone[self.taken[start][2]] = math.sqrt(square)
+                else:
+                    doubtful.append(self.taken[start][2])
+                start = stop
+                continue
+            together += self.taken[start:stop]
             lanes = flat.view(-1, lane)
             partials.append(torch.linalg.vector_norm(lanes, self._norm_type, dim=1))
-            lengths += [self.taken[each][1] // lane for each in range(start, stop)]
+            lengths += [taken[1] // lane for taken in self.taken[start:stop]]
             start = stop
-        powers = torch.cat(partials).double()
+        if alone:
+            values = torch.tensor(list(alone.values()), dtype=torch.float64)
+            result[torch.tensor(list(alone))] = values
+        return doubtful + self._combine_into(result, together, partials, lengths)
+
+    def _combine_into(
+        self,
+        result: Tensor,
+        together: Sequence[tuple[int, int, int, Tensor]],
+        partials: Sequence[Tensor],
+        lengths: Sequence[int],
+    ) -> list[int]:
+        """From lanes to tensors; the positions in doubt are returned."""
+        if not partials:
+            return []
+        powers = torch.cat(list(partials)).double()
         if self._norm_type == 2.0:
             powers = powers * powers
-        sums = torch.segment_reduce(powers, "sum", lengths=torch.tensor(lengths), unsafe=True)
-        positions = torch.tensor([position for _, _, position, _ in self.taken])
+        sums = torch.segment_reduce(powers, "sum", lengths=torch.tensor(list(lengths)), unsafe=True)
+        positions = torch.tensor([position for _, _, position, _ in together])
         result[positions] = sums if self._norm_type == 1.0 else sums.sqrt()
         # In float32, squares below 1e-38 are lost: of no account unless the mean square is tiny.
-        floor = torch.tensor([numel for _, numel, _, _ in self.taken], dtype=torch.float64)
+        floor = torch.tensor([numel for _, numel, _, _ in together], dtype=torch.float64)
         sound = (sums > floor * _UNDERFLOW[self._norm_type]) & torch.isfinite(sums)
         return [] if bool(sound.all()) else positions[~sound].tolist()
 
@@ -153,34 +180,68 @@ def _span(first: Tensor, numel: int) -> Tensor | None:
 
 
 def unit_norms(
-    tensor: Tensor, unit_dims: Sequence[int], norm_type: float, bound: float | None = None
+    tensors: Sequence[Tensor | None],
+    unit_dims: Sequence[Sequence[int]],
+    counts: Sequence[int],
+    norm_type: float,
+    bounds: Sequence[float | None] | None = None,
+    *,
+    device: torch.device,
 ) -> Tensor:
-    """p-norm of each unit of a local tensor.
+    """p-norm of each unit of each tensor.
 
     Args:
-        tensor: any dtype, shape and device.
-        unit_dims: dims that index the units; all others are reduced. ``()``: one unit.
+        tensors: local tensors of any dtype, shape and device; None counts as 0.
+        unit_dims: per tensor, the dims that index its units; all others are reduced. ``()``: one
+            unit.
+        counts: per tensor, how many units it has.
         norm_type: p > 0 or inf.
-        bound: measure ``clamp(x, -bound, bound)`` instead.
+        bounds: per tensor, measure ``clamp(x, -bound, bound)`` instead; None for as it is.
+        device: where the result goes.
 
     Returns:
-        float64, shape ``(units,)`` in row-major order of ``unit_dims``, on the tensor's device.
+        float64 ``(sum(counts),)``: the tensors one after another, each in row-major order of its
+        ``unit_dims``.
     """
-    extents = [tensor.shape[dim] for dim in unit_dims]
-    count = math.prod(extents)
-    if tensor.numel() == 0:
-        return torch.zeros(count, dtype=torch.float64, device=tensor.device)
-    if not unit_dims:
-        return norms([tensor], norm_type, [bound], device=tensor.device)
+    parts: list[Tensor] = []
+    unchecked: list[tuple[int, Tensor]] = []
+    start, widest = 0, 1
+    for position, (tensor, dims, count) in enumerate(zip(tensors, unit_dims, counts, strict=True)):
+        bound = None if bounds is None else bounds[position]
+        if tensor is None or tensor.numel() == 0:
+            parts.append(torch.zeros(count, dtype=torch.float64, device=device))
+        elif dims:
+            rows = _rows(tensor, dims, count)
+            if rows.dtype is torch.float32 and bound is None and _is_fast(rows, norm_type):
+                parts.append(_fast_row_norms(rows, norm_type))
+                unchecked.append((start, rows))
+                widest = max(widest, rows.shape[1])
+            else:
+                step = max(1, CHUNK // rows.shape[1])
+                pieces = [_row_norms(part, norm_type, bound) for part in torch.split(rows, step)]
+                parts.append(torch.cat(pieces).to(device))
+        else:
+            parts.append(norms([tensor], norm_type, [bound], device=device))
+        start += count
+    if not parts:
+        return torch.zeros(0, dtype=torch.float64, device=device)
+    result = torch.cat([part.to(device) for part in parts]).double()
+    if unchecked:
+        floor = (widest * _UNDERFLOW[norm_type]) ** (1.0 / norm_type)
+        doubtful = ~((result > floor) & torch.isfinite(result))
+        if bool(doubtful.any()):
+            for first, rows in unchecked:
+                here = slice(first, first + len(rows))
+                _remeasure(result[here], rows, doubtful[here], norm_type, None)
+    return result
+
+
+def _rows(tensor: Tensor, unit_dims: Sequence[int], count: int) -> Tensor:
+    """The units as rows of a matrix: a view, or a copy of transposed storage."""
+    if tuple(unit_dims) == (0,):
+        return tensor.reshape(count, -1)
     others = [dim for dim in range(tensor.dim()) if dim not in unit_dims]
-    rows = tensor.permute(*unit_dims, *others)
-    # A view for output rows; a copy only for transposed storage.
-    rows = rows.reshape(count, -1)
-    step = max(1, CHUNK // rows.shape[1])
-    if _is_fast(tensor, norm_type) and tensor.dtype is torch.float32 and bound is None:
-        step = count
-    parts = [_row_norms(part, norm_type, bound) for part in torch.split(rows, step)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    return tensor.permute(*unit_dims, *others).reshape(count, -1)
 
 
 def _is_fast(tensor: Tensor, norm_type: float) -> bool:
@@ -220,31 +281,36 @@ def _fast_power_sum(flat: Tensor, norm_type: float) -> float:
     if body == numel:
         return float(total)
     rest = float(torch.linalg.vector_norm(flat[body:], norm_type))
-    return float(total) + rest**norm_type
+    return float(total) + float(rest**norm_type)
 
 
 def _row_norms(rows: Tensor, norm_type: float, bound: float | None) -> Tensor:
     """p-norm of each row of a 2-D tensor, float64."""
-    if norm_type == math.inf or not _is_fast(rows, norm_type):
+    if not _is_fast(rows, norm_type):
         return _exact_row_norms(rows, norm_type, bound)
-    values = _prepared(rows, bound, torch.float32)
-    width = values.shape[1]
-    result: Tensor
-    if width <= LANE:
-        result = torch.linalg.vector_norm(values, norm_type, dim=1).double()
-    else:
-        body = width - width % LANE
-        lanes = values[:, :body].reshape(len(values), -1, LANE)
-        partial = torch.linalg.vector_norm(lanes, norm_type, dim=2).double()
-        if body < width:
-            rest = torch.linalg.vector_norm(values[:, body:], norm_type, dim=1, keepdim=True)
-            partial = torch.cat([partial, rest.double()], dim=1)
-        result = torch.linalg.vector_norm(partial, norm_type, dim=1)
-    floor = (width * _UNDERFLOW[norm_type]) ** (1.0 / norm_type)
+    result = _fast_row_norms(_prepared(rows, bound, torch.float32), norm_type).double()
+    floor = (rows.shape[1] * _UNDERFLOW[norm_type]) ** (1.0 / norm_type)
     doubtful = ~((result > floor) & torch.isfinite(result))
-    if doubtful.any():
+    if bool(doubtful.any()):
         _remeasure(result, rows, doubtful, norm_type, bound)
     return result
+
+
+def _fast_row_norms(rows: Tensor, norm_type: float) -> Tensor:
+    """p-norm of each row of a float32 matrix, p = 1 or 2, wrong where float32 overflows."""
+    width = rows.shape[1]
+    whole: Tensor
+    if width <= LANE:
+        whole = torch.linalg.vector_norm(rows, norm_type, dim=1)
+        return whole
+    body = width - width % LANE
+    lanes = rows[:, :body].reshape(len(rows), -1, LANE)
+    partial = torch.linalg.vector_norm(lanes, norm_type, dim=2).double()
+    if body < width:
+        rest = torch.linalg.vector_norm(rows[:, body:], norm_type, dim=1, keepdim=True)
+        partial = torch.cat([partial, rest.double()], dim=1)
+    whole = torch.linalg.vector_norm(partial, norm_type, dim=1)
+    return whole
 
 
 def _remeasure(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -47,7 +48,13 @@ class Request:
 
 
 class UnitTable:
-    """Where the units that are summed over ranks lie in one long vector."""
+    """Where the units that are summed over ranks lie in one long vector.
+
+    Attributes:
+        rows: parameter -> its place in the vector.
+        members, lengths: the parameters in that order, int64 tensor, and how many units each has.
+        owner: int64 ``(size,)``, the parameter that each unit belongs to.
+    """
 
     def __init__(self, plan: Plan, request: Request) -> None:
         self.rows: dict[int, slice] = {}
@@ -58,9 +65,11 @@ class UnitTable:
                 self.rows[row] = slice(start, stop)
         self.size = stop
         device = plan.device
-        self.owner = torch.zeros(stop, dtype=torch.long, device=device)
-        for row, where in self.rows.items():
-            self.owner[where] = row
+        self.lengths = [where.stop - where.start for where in self.rows.values()]
+        self.members = torch.tensor(list(self.rows), dtype=torch.long, device=device)
+        self.owner = self.members.repeat_interleave(
+            torch.tensor(self.lengths, dtype=torch.long, device=device)
+        )
         self._plan, self._request = plan, request
         self._places: dict[int, slice | Tensor] = {}
 
@@ -88,6 +97,31 @@ class UnitTable:
 
 
 @dataclass
+class LocalUnits:
+    """Unit norms on this rank: those of several pieces one after another.
+
+    Attributes:
+        positions: of the pieces, in the plan.
+        counts: units of each.
+        norms: order -> float64 ``(sum(counts),)`` gradient norms.
+        weights: float64 ``(sum(counts),)`` weight 2-norms.
+    """
+
+    positions: list[int] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+    norms: dict[float, Tensor] = field(default_factory=dict)
+    weights: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+
+    def spans(self) -> list[tuple[int, slice]]:
+        """``(position, where its units lie)`` of every piece."""
+        stops = list(itertools.accumulate(self.counts))
+        return [
+            (position, slice(stop - count, stop))
+            for position, count, stop in zip(self.positions, self.counts, stops, strict=True)
+        ]
+
+
+@dataclass
 class LocalMeasurement:
     """What this rank measured. ``position`` is the index of a piece in the plan.
 
@@ -95,8 +129,7 @@ class LocalMeasurement:
         norms: order -> ``(pieces,)`` float64, 0 where not measured or not counted.
         raw: the same without the clamping, for ``raw_orders``.
         weights: order -> ``(pieces,)``.
-        units: position -> order -> ``(local units,)`` gradient norms.
-        unit_weights: position -> ``(local units,)`` weight 2-norms.
+        units: the units on this rank, of the pieces that are measured so.
         trouble: what went wrong here; every rank has to learn of it before anybody raises.
         present: pieces that have a gradient, with it.
     """
@@ -104,14 +137,13 @@ class LocalMeasurement:
     norms: dict[float, Tensor] = field(default_factory=dict)
     raw: dict[float, Tensor] = field(default_factory=dict)
     weights: dict[float, Tensor] = field(default_factory=dict)
-    units: dict[int, dict[float, Tensor]] = field(default_factory=dict)
-    unit_weights: dict[int, Tensor] = field(default_factory=dict)
+    units: LocalUnits = field(default_factory=lambda: LocalUnits())
     trouble: DistclipError | None = None
     present: list[Tensor | None] = field(default_factory=list)
 
     def divide(self, scale: Tensor) -> None:
         """Divide all gradient norms by a 0-dim loss scale."""
-        for by_order in (self.norms, self.raw, *self.units.values()):
+        for by_order in (self.norms, self.raw, self.units.norms):
             for order in by_order:
                 by_order[order] = by_order[order] / scale
 
@@ -130,16 +162,13 @@ def measure(plan: Plan, request: Request) -> LocalMeasurement:
     bounds = [request.bounds.get(piece.index) for piece in plan.pieces] if request.bounds else None
     if request.unit_dims or plan.shares is not None:
         for position, piece in enumerate(plan.pieces):
-            if piece.index in request.unit_dims:
+            if piece.share == 0.0 or piece.index in request.unit_dims:
                 plain[position] = None
-                _measure_units(plan, request, position, result)
-            elif piece.share == 0.0:
-                plain[position] = None
+    if request.unit_dims:
+        result.units = _measure_units(plan, request, present)
     for order in request.orders:
         norms = local.norms(plain, order, bounds, device=plan.device)
-        for position, units in result.units.items():
-            if plan.pieces[position].share > 0.0:
-                norms[position] = combine(units[order], order)
+        _insert_units(plan, norms, result.units, order)
         result.norms[order] = norms
     if request.bounds:
         _measure_raw(plan, request, result)
@@ -147,9 +176,11 @@ def measure(plan: Plan, request: Request) -> LocalMeasurement:
         return result
     counted: list[Tensor | None] = [
         piece.weight()
-        if piece.index in request.weighted and piece.trainable and piece.share > 0.0
+        if piece.index in request.weighted
+        and piece.share > 0.0
+        and (piece.trainable or present[position] is not None)
         else None
-        for piece in plan.pieces
+        for position, piece in enumerate(plan.pieces)
     ]
     for order in request.weight_orders:
         result.weights[order] = local.norms(counted, order, device=plan.device)
@@ -170,31 +201,60 @@ def _measure_raw(plan: Plan, request: Request, result: LocalMeasurement) -> None
         result.raw[order] = torch.where(chosen, raw, result.norms[order])
 
 
-def _measure_units(plan: Plan, request: Request, position: int, result: LocalMeasurement) -> None:
-    piece = plan.pieces[position]
-    gradient = result.present[position]
-    whole = piece.index in request.decided_locally
-    if (gradient is None) if whole else (piece.share == 0.0):
+def _measure_units(plan: Plan, request: Request, present: Sequence[Tensor | None]) -> LocalUnits:
+    found = LocalUnits()
+    weights: list[Tensor | None] = []
+    dims: list[tuple[int, ...]] = []
+    bounds: list[float | None] = []
+    for position, piece in enumerate(plan.pieces):
+        unit_dims = request.unit_dims.get(piece.index)
+        if unit_dims is None:
+            continue
+        missing = present[position] is None
+        if missing if piece.index in request.decided_locally else piece.share == 0.0:
+            continue
+        found.positions.append(position)
+        found.counts.append(math.prod(piece.box.extents[dim] for dim in unit_dims))
+        dims.append(unit_dims)
+        bounds.append(request.bounds.get(piece.index))
+        # Of a unit cut across ranks the weight counts even where this rank's gradient is missing.
+        weights.append(piece.weight() if piece.trainable or not missing else None)
+    gradients = [present[position] for position in found.positions]
+    for order in request.unit_orders:
+        found.norms[order] = local.unit_norms(
+            gradients, dims, found.counts, order, bounds, device=plan.device
+        )
+    found.weights = local.unit_norms(weights, dims, found.counts, 2.0, device=plan.device)
+    return found
+
+
+def _insert_units(plan: Plan, norms: Tensor, units: LocalUnits, order: float) -> None:
+    """Write the norms of the pieces that were measured per unit to their places."""
+    if not units.positions:
         return
-    dims, bound = request.unit_dims[piece.index], request.bounds.get(piece.index)
-    if gradient is not None:
-        result.units[position] = {
-            order: local.unit_norms(gradient, dims, order, bound).to(plan.device)
-            for order in request.unit_orders
-        }
-    # Of a unit cut across ranks the weight counts even where this rank's gradient is missing.
-    if piece.trainable:
-        weight = local.unit_norms(piece.weight(), dims, 2.0)
-        result.unit_weights[position] = weight.to(plan.device)
+    whole = combine_segments(units.norms[order], units.counts, order)
+    where = torch.tensor(units.positions, device=norms.device)
+    if plan.shares is not None:
+        whole = torch.where(plan.shares[where] > 0, whole, 0.0)
+    norms[where] = whole
 
 
-def combine(norms: Tensor, order: float) -> Tensor:
-    """p-norm of a whole from the p-norms of its parts; float64 ``(parts,)`` to 0-dim."""
-    if norms.numel() == 0:
-        return norms.new_zeros(())
+def combine_segments(norms: Tensor, lengths: Sequence[int], order: float) -> Tensor:
+    """p-norms of wholes from the p-norms of their parts.
+
+    Args:
+        norms: float64 ``(sum(lengths),)``, the parts of each whole one after another.
+        lengths: how many parts each whole has; 0 gives norm 0.
+        order: p > 0 or inf.
+
+    Returns:
+        float64 ``(len(lengths),)``.
+    """
+    counts = torch.tensor(lengths, device=norms.device)
+    largest = torch.segment_reduce(norms, "max", lengths=counts, unsafe=True, initial=0.0)
     if math.isinf(order):
-        return norms.max()
-    largest = norms.max()
+        return largest
     unit = torch.where((largest > 0) & torch.isfinite(largest), largest, 1.0)
-    whole: Tensor = torch.linalg.vector_norm(norms / unit, order) * unit
-    return whole
+    powers = (norms / unit.repeat_interleave(counts)).pow(order)
+    sums = torch.segment_reduce(powers, "sum", lengths=counts, unsafe=True, initial=0.0)
+    return sums.pow(1.0 / order) * unit

@@ -18,7 +18,7 @@ from torch.distributed import ProcessGroup
 from distclip.layouts.plan import Plan
 from distclip.statistics import collectives, local
 from distclip.statistics.encoding import Encoding
-from distclip.statistics.measurement import LocalMeasurement, Request, UnitTable
+from distclip.statistics.measurement import LocalMeasurement, LocalUnits, Request, UnitTable
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class Measurement:
 
     Attributes:
         raw: order -> ``(parameters,)`` gradient norms as they are.
+        clamped: the same as clamped at the head of the pass.
         norms: the same as clamped and scaled before the reduction: what the next stage sees.
         weights: order -> ``(parameters,)`` weight norms.
         units: order -> ``(units,)`` gradient norms of the units summed over ranks.
@@ -54,6 +55,7 @@ class Measurement:
     """
 
     raw: Mapping[float, Tensor]
+    clamped: Mapping[float, Tensor]
     norms: Mapping[float, Tensor]
     weights: Mapping[float, Tensor]
     units: Mapping[float, Tensor]
@@ -168,10 +170,10 @@ def reduce(
                     (kind, order), norms, order, plan.rows, plan.shares, len(plan.entries)
                 )
     for order in request.unit_orders if table.size else ():
-        units = _scattered(table, plan, {p: u[order] for p, u in measured.units.items()}, order)
+        units = _scattered(table, plan, measured.units, measured.units.norms[order], order)
         packet.add_norms(("units", order), units, order, None, None, table.size)
     if table.size:
-        units = _scattered(table, plan, measured.unit_weights, 2.0)
+        units = _scattered(table, plan, measured.units, measured.units.weights, 2.0)
         packet.add_norms("unit weights", units, 2.0, None, None, table.size)
     if request.decided_locally and group is not None:
         packet.add_sum("clipped", decided.clipped)
@@ -183,10 +185,11 @@ def reduce(
     def reduced(kind: str) -> dict[float, Tensor]:
         return {order: got[kind, order] for order in kinds[kind]}
 
-    measured_norms = reduced("norms")
+    clamped = reduced("norms")
     return Measurement(
-        raw={**measured_norms, **reduced("raw")},
-        norms={**measured_norms, **reduced("after")},
+        raw={**clamped, **reduced("raw")},
+        clamped=clamped,
+        norms={**clamped, **reduced("after")},
         weights=reduced("weights"),
         units={order: got["units", order] for order in request.unit_orders if table.size},
         unit_weights=got.get("unit weights", decided.clipped.new_empty(0)),
@@ -204,25 +207,27 @@ def _own_slot(value: Tensor, group: ProcessGroup) -> Tensor:
 
 
 def _scattered(
-    table: UnitTable, plan: Plan, by_position: Mapping[int, Tensor], order: float
+    table: UnitTable, plan: Plan, units: LocalUnits, values: Tensor, order: float
 ) -> Tensor:
     """Local unit norms at their places in the vector of all units; replicas count once.
 
     Two local pieces of one unit (a strided shard) are combined here as p-th powers would be.
     """
     scattered = torch.zeros(table.size, dtype=torch.float64, device=plan.device)
-    for position, norms in by_position.items():
+    filled: set[int] = set()
+    for position, span in units.spans():
         piece = plan.pieces[position]
         if piece.index not in table.rows or piece.share == 0.0:
             continue
-        where = table.place(position)
-        known = scattered[where]
-        if math.isinf(order):
-            scattered[where] = torch.maximum(known, norms)
+        norms, where = values[span], table.place(position)
+        if piece.share != 1.0 and math.isfinite(order):
+            norms = norms * piece.share ** (1.0 / order)
+        if piece.index not in filled:
+            filled.add(piece.index)
+            scattered[where] = norms
+        elif math.isinf(order):
+            scattered[where] = torch.maximum(scattered[where], norms)
         else:
-            counted = norms if piece.share == 1.0 else norms * piece.share ** (1.0 / order)
-            both = torch.stack([known, counted])
-            scattered[where] = torch.where(
-                known == 0, counted, torch.linalg.vector_norm(both, order, dim=0)
-            )
+            both = torch.stack([scattered[where], norms])
+            scattered[where] = torch.linalg.vector_norm(both, order, dim=0)
     return scattered

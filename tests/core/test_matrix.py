@@ -69,7 +69,10 @@ POLICIES: dict[str, Any] = {
         "by_name": {
             "*.bias": None,
             "embed*": {"name": "value", "clip_value": 0.1},
-            "conv*": [{"name": "global_norm", "max_norm": 0.5}, {"name": "value", "clip_value": 0.1}],
+            "conv*": [
+                {"name": "global_norm", "max_norm": 0.5},
+                {"name": "value", "clip_value": 0.1},
+            ],
         },
         "default": {"name": "agc", "clip_factor": 0.1},
     },
@@ -129,7 +132,11 @@ def check(
         assert_rounded(gradient, part, ulps=roundings, coefficient_error=error, name=name)
     if dist.is_initialized() and dist.get_world_size() > 1:
         bits = torch.tensor(
-            [report.coefficient.item(), report.total_norm.item(), *report.parameter_coefficients.values()],
+            [
+                report.coefficient.item(),
+                report.total_norm.item(),
+                *report.parameter_coefficients.values(),
+            ],
             dtype=torch.float64,
         )
         everybody = [torch.empty_like(bits) for _ in range(dist.get_world_size())]

@@ -106,10 +106,15 @@ def adamw(model: nn.Module, *, fused: bool = False) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=LR, eps=1.0, weight_decay=0.1, fused=fused)
 
 
+def fused(model: nn.Module) -> torch.optim.Optimizer:
+    return adamw(model, fused=True)
+
+
 def start(layout: str, **options: Any) -> Any:
     """A fresh Accelerator in this rank."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, GradientState
+    from accelerate.utils import DistributedDataParallelKwargs
 
     from distclip.integrations import accelerate_cpu
 
@@ -119,6 +124,8 @@ def start(layout: str, **options: Any) -> Any:
             "FSDP_VERSION": "2",
             "FSDP_AUTO_WRAP_POLICY": "NO_WRAP",
         }
+    if layout == "ddp with views":  # gradients that are the same tensors in every step
+        options["kwargs_handlers"] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     accelerate_cpu.install(cpu=True)
@@ -351,7 +358,7 @@ CLIPS = {by_parts: 2, by_overlap: 2, by_abandoning: 3}
 
 
 @pytest.mark.ranks(1, 2)
-@LAYOUTS
+@pytest.mark.parametrize("layout", ["ddp", "ddp with views", "fsdp2"])
 @pytest.mark.parametrize("late", [False, True], ids=["attached first", "prepared first"])
 def test_each_gradient_is_clipped_once(layout: str, late: bool) -> None:
     for path in PATHS:
@@ -387,6 +394,23 @@ def test_what_an_explicit_call_leaves_out_is_left_alone(layout: str) -> None:
     reference.update(0.5, loss_of(plain, batch(2)))
 
     same(whole(model), whole(plain))
+
+
+@pytest.mark.ranks(2)
+def test_a_list_of_what_has_a_gradient_is_the_whole_model() -> None:
+    """One policy state and one log, whatever parts of the model a step uses."""
+    accelerator, handle, model, optimizer = prepared("ddp", Halve())
+    reports = counted(handle)
+    for number in range(4):
+        optimizer.zero_grad()
+        out = model.module.body(mine(batch(number))).square().mean()
+        accelerator.backward(out if number % 2 else loss_of(model, mine(batch(number))))
+        accelerator.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], 1.0)
+        assert len(handle.last_report.names) == 4
+        optimizer.step()
+
+    assert reports == [0, 1, 2, 3]
+    assert len(handle._clippers) == 1
 
 
 @pytest.mark.ranks(2)
@@ -694,20 +718,17 @@ def scaled(
     from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
     accelerator = start(layout, mixed_precision="fp16", **options)
+    kind: Any = torch.amp.GradScaler
     if layout == "fsdp2":
         accelerator.state.fsdp_plugin.mixed_precision_policy = None
-        accelerator.scaler = ShardedGradScaler("cpu", init_scale=1024.0, growth_interval=2)
-    else:
-        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
+        if optimizer is not fused:  # which torch itself cannot step after unscale_ of this one
+            kind = ShardedGradScaler
+    accelerator.scaler = kind("cpu", init_scale=1024.0, growth_interval=2)
     handle = distclip.accelerate.attach(accelerator, policy)
     model = make()
     model, stepper = accelerator.prepare(model, optimizer(model))
     accelerator.native_amp = True  # from here on: the weights stay float32, the losses are scaled
     return accelerator, handle, model, stepper
-
-
-def fused(model: nn.Module) -> torch.optim.Optimizer:
-    return adamw(model, fused=True)
 
 
 @pytest.mark.ranks(1, 2)
@@ -776,6 +797,34 @@ def test_gradient_scaler_with_accumulation_and_calls_for_parts(layout: str, opti
         reference.update(0.5, loss_of(plain, batch(number)))
 
     same(whole(model), whole(plain))
+
+
+@pytest.mark.ranks(1, 2)
+@pytest.mark.parametrize("optimizer", [fused, sgd])
+def test_gradient_scaler_and_two_models(optimizer: Any) -> None:
+    """A call unscales the gradients of its own optimizer, and not those that are yet to come."""
+    accelerator, _, first, stepper = scaled("ddp", Halve(), optimizer)
+    accelerator.scaler.set_growth_interval(1000)
+    second = make(1)
+    accelerator.native_amp = False
+    second, other = accelerator.prepare(second, optimizer(second))
+    accelerator.native_amp = True
+    plains = make(), make(1)
+    references = [Reference(plain, optimizer(plain)) for plain in plains]
+    for number in range(3):
+        for model in (first, second):
+            accelerator.backward(loss_of(model, mine(batch(number))))
+        clip_all(accelerator, first)
+        stepper.step()
+        stepper.zero_grad()
+        norm = clip_all(accelerator, second)
+        assert 0.01 < norm < 100
+        other.step()
+        other.zero_grad()
+        for plain, reference in zip(plains, references, strict=True):
+            reference.update(0.5, loss_of(plain, batch(number)))
+    for model, plain in zip((first, second), plains, strict=True):
+        same(whole(model), whole(plain))
 
 
 @pytest.mark.ranks(2)
@@ -879,7 +928,7 @@ def test_optimizers_that_step_in_backward_are_refused() -> None:
 @pytest.mark.ranks(1, 2)
 @LAYOUTS
 def test_free_memory_frees_the_model_and_a_second_training_is_sound(layout: str) -> None:
-    accelerator, handle, model, optimizer = prepared(layout, Halve())
+    accelerator, _, model, optimizer = prepared(layout, Halve())
     by_norm(accelerator, model, optimizer, mine(batch(0)))
     by_hook(accelerator, model, optimizer, mine(batch(1)))
     gone = weakref.ref(next(model.parameters())), weakref.ref(optimizer.optimizer)
@@ -910,8 +959,9 @@ def test_prepare_piece_by_piece_and_twice() -> None:
     for number, stepper in enumerate([optimizer, again]):
         by_norm(accelerator, model, stepper, mine(batch(number)))
         reference.update(0.5, loss_of(plain, batch(number)))
-    by_hook(accelerator, model, again, mine(batch(2)))  # on top of the gradient before
-    reference.update(0.5, loss_of(plain, batch(1)) * 0.5, loss_of(plain, batch(2)))
+    again.zero_grad()
+    by_hook(accelerator, model, again, mine(batch(2)))
+    reference.update(0.5, loss_of(plain, batch(2)))
 
     same(whole(model), whole(plain))
 
@@ -1001,7 +1051,7 @@ def test_local_sgd() -> None:
     from accelerate.local_sgd import LocalSGD
 
     accelerator, _, model, optimizer = prepared(
-        "ddp", {"name": "global_norm", "max_norm": 0.2}, sgd
+        "ddp", {"policy": {"name": "global_norm", "max_norm": 0.2}}
     )
     plains = [make(), make()]
     references = [Reference(plain, sgd(plain)) for plain in plains]
@@ -1021,7 +1071,7 @@ def test_local_sgd() -> None:
     same(whole(model), whole(plains[0]))
 
 
-# ---- distclip run, within a rank ------------------------------------------------------------------
+# ---- distclip run, within a rank -----------------------------------------------------------------
 
 
 def enabled(layout: str) -> Any:
@@ -1199,9 +1249,7 @@ def test_a_wrapped_optimizer_is_refused_with_the_mend() -> None:
     accelerator = start("ddp")
     model = make()
     model, optimizer = accelerator.prepare(model, sgd(model))
-    with pytest.raises(
-        ConfigurationError, match=r"AcceleratedOptimizer runs no step hooks.*inside"
-    ):
+    with pytest.raises(ConfigurationError, match="AcceleratedOptimizer runs no step hooks"):
         distclip.GradClipper(model, Halve()).attach(optimizer)
 
 
@@ -1211,9 +1259,7 @@ def test_a_wrapped_optimizer_is_refused_with_the_mend() -> None:
 SCRIPT = Path(__file__).parent / "scripts" / "train_variants.py"
 
 
-def run(
-    folder: Path, command: Sequence[str], *variants: str, out: str = "result"
-) -> tuple[dict[str, Any], str]:
+def run(folder: Path, command: Sequence[str], out: str = "result") -> tuple[dict[str, Any], str]:
     """Start a script; its result and what it wrote to stderr."""
     # Nothing of the surrounding run, which may itself be a launched one, reaches the ranks.
     environ = {
@@ -1225,7 +1271,7 @@ def run(
     environ |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     result = folder / f"{out}.json"
     done = subprocess.run(
-        [sys.executable, "-m", *command, str(SCRIPT), str(result), *variants],
+        [sys.executable, "-m", *command, str(SCRIPT), str(result)],
         cwd=folder,
         env=environ,
         capture_output=True,
@@ -1285,7 +1331,9 @@ def test_a_launch_trains_as_one_process(
     reference = alone(policy)
     for variant, weights in result.items():
         found, wanted = torch.tensor(weights), torch.tensor(reference[variant])
-        assert (found - wanted).norm() <= 1e-6 * wanted.norm(), variant
+        error = (found - wanted).norm() / wanted.norm()
+        assert error <= (1e-2 if variant == "bf16" else 1e-6), variant
+    assert result["bf16"] != result["fused"]
     # The policy acts, and acts alike, however the script says it.
     for variant in ("value", "never", "accumulate"):
         found, wanted = torch.tensor(result[variant]), torch.tensor(result["norm"])
@@ -1312,18 +1360,7 @@ def test_one_process_does_what_the_oracle_says(alone: Callable[[str], dict[str, 
         assert error <= 1e-6 * wanted.norm(), name
 
 
-def test_bf16(tmp_path: Path, alone: Callable[[str], dict[str, Any]]) -> None:
-    config = ROOT / "configs" / "accelerate" / "fsdp2_cpu.yaml"
-    command = launch(config, 2, "agc", "--mixed_precision", "bf16")
-    result, stderr = run(tmp_path, command, "norm", "fused")
-    assert result, stderr
-    for variant in ("norm", "fused"):
-        found, wanted = torch.tensor(result[variant]), torch.tensor(alone("agc")[variant])
-        assert torch.isfinite(found).all()
-        assert 1e-6 * wanted.norm() < (found - wanted).norm() < 1e-2 * wanted.norm()
-
-
-def test_a_launch_without_real_ranks_is_refused(tmp_path: Path) -> None:
+def test_ranks_that_are_not_there_are_refused(tmp_path: Path) -> None:
     text = (ROOT / "configs" / "accelerate" / "fsdp2_cpu.yaml").read_text()
     config = tmp_path / "silent.yaml"
     config.write_text(text.replace("use_cpu: true", "use_cpu: false"))

@@ -1,6 +1,6 @@
 """A training script that knows nothing of distclip: several small trainings, one after another.
 
-    python train_variants.py RESULT.json [VARIANT ...]
+python train_variants.py RESULT.json
 """
 
 import json
@@ -8,9 +8,10 @@ import sys
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 STEPS, BATCH = 20, 24
-VARIANTS = ("norm", "value", "never", "accumulate", "fused")
+VARIANTS = ("norm", "value", "never", "accumulate", "fused", "bf16")
 
 accelerator = Accelerator()
 
@@ -31,7 +32,7 @@ def train(variant):
     accelerator.gradient_accumulation_steps = micro
     torch.manual_seed(0)
     model = Model()
-    if variant == "fused":  # with an eps that lets the size of the gradient matter
+    if variant in ("fused", "bf16"):  # with an eps that lets the size of the gradient matter
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, eps=0.1, fused=True)
     else:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
@@ -57,7 +58,10 @@ def train(variant):
     return torch.cat([p.flatten() for p in whole]).tolist()
 
 
-result = {variant: train(variant) for variant in sys.argv[2:] or VARIANTS}
+result = {variant: train(variant) for variant in VARIANTS[:-1]}
+AcceleratorState._reset_state(reset_partial_state=True)  # or it refuses another precision
+accelerator = Accelerator(mixed_precision="bf16")
+result["bf16"] = train("bf16")
 result["ranks"] = accelerator.num_processes
 result["kind"] = accelerator.distributed_type.value
 if accelerator.is_main_process:

@@ -1,0 +1,46 @@
+"""What the policies with a threshold on a norm have in common."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distclip.policies import _checks
+from distclip.policies._protocol import Needs, Policy
+
+TORCH_EPS = 1e-6
+"""Added to the norm before dividing, as ``torch.nn.utils.clip_grad_norm_`` does."""
+
+
+def norm_coefficient(norms: Tensor, max_norm: float) -> Tensor:
+    """``min(1, max_norm / (norm + 1e-6))``, any shape; all 1 for an infinite ``max_norm``.
+
+    An infinite threshold means "measure": inf / inf must not turn into NaN (pytorch#31367).
+    """
+    if math.isinf(max_norm):
+        return torch.ones_like(norms)
+    return torch.clamp(max_norm / (norms + TORCH_EPS), max=1.0)
+
+
+@dataclass(frozen=True)
+class NormThreshold(Policy):
+    """A policy that compares p-norms of gradients with ``max_norm``.
+
+    Raises:
+        ConfigurationError: a negative or NaN threshold, p <= 0.
+    """
+
+    max_norm: float
+    norm_type: float = 2.0
+
+    def __post_init__(self) -> None:
+        max_norm = _checks.threshold(self.name, "max_norm", self.max_norm)
+        object.__setattr__(self, "max_norm", max_norm)
+        object.__setattr__(self, "norm_type", _checks.norm_order(self.name, self.norm_type))
+
+    @property
+    def needs(self) -> Needs:
+        return Needs.of(gradients=[self.norm_type])
