@@ -198,11 +198,9 @@ def grad_norms(
     """
     named = naming.named_parameters(module_or_named_parameters)
     if process_group is not None:
-        # Other members have other parameters: sums of different things must not meet.
-        raise ConfigurationError(
-            "grad_norms with a process_group: members with different parameters need names to be "
-            "told apart; use GradClipper([stage], policies.measure()).clip_().parameter_norms"
-        )
+        # Other members have other parameters, whose norms nothing here is added to: each DTensor
+        # is reduced over its own mesh.
+        collectives.check_open(process_group)
     walked = _walk(named, Measure(norm_type), "pass")
     return {
         name: norm.to(_norm_dtype([parameter]))
@@ -215,7 +213,13 @@ def _named(parameters: Parameters) -> Named:
         raise ConfigurationError(
             "expected parameters, got a module; pass module.parameters(), or use a GradClipper"
         )
-    return naming.named_parameters(parameters)
+    listed = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    if not all(isinstance(parameter, Tensor) for parameter in listed):
+        return naming.named_parameters(listed)
+    positions: dict[int, tuple[str, Tensor]] = {}
+    for position, parameter in enumerate(listed):
+        positions.setdefault(id(parameter), (str(position), parameter))
+    return list(positions.values())
 
 
 def _device(tensors: Sequence[Tensor]) -> torch.device:

@@ -216,7 +216,7 @@ class Ledger:
             norms, weights = self.norms[2.0][where], self.measurement.weights[2.0][where]
             self._scale(where, policy.unit_coefficients(norms, weights))
         members = [m for m in stage.members if m in self.table.rows]
-        if not members:
+        if not members or not self.table.size:  # parameters of shape (0, n) have no units
             return
         norms, weights = self.units[2.0], self.measurement.unit_weights
         factors = policy.unit_coefficients(norms, weights)

@@ -1,7 +1,7 @@
 """What the documentation says is run: its Python, its configurations, its options, its links.
 
 The ```python blocks of a page are one program, run in order. A block that cannot run here is fenced
-as ```python no-run (reason), and must still be valid Python.
+as ```python no-run: reason, and must still be valid Python.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def test_the_python_of_a_page_runs(page: Path, as_before: Path) -> None:
 def test_what_is_not_run_says_why_and_compiles(page: Path) -> None:
     for block in blocks(page.read_text(encoding="utf-8")):
         if block.language == "python" and block.note:
-            assert re.fullmatch(r"no-run \(.{5,}\)", block.note), block
+            assert re.fullmatch(r"no-run: .{5,}", block.note), block
             ast.parse(block.text)
 
 
@@ -183,10 +183,10 @@ def test_every_option_is_in_cli_md_and_no_other() -> None:
 
 
 def test_the_blocks_are_found() -> None:
-    text = "a\n```python\nx = 1\n```\n- b\n  ```python no-run (why not)\n  y\n  ```\n"
+    text = "a\n```python\nx = 1\n```\n- b\n  ```python no-run: why not\n  y\n  ```\n"
     first, second = blocks(text)
     assert (first.language, first.note, first.line, first.text) == ("python", "", 2, "x = 1")
-    assert (second.note, second.text) == ("no-run (why not)", "y")
+    assert (second.note, second.text) == ("no-run: why not", "y")
     assert program(text).splitlines()[2] == "x = 1"
     assert "y" not in program(text)
 

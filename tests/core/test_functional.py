@@ -367,7 +367,19 @@ def test_agc_of_stages_does_not_mix_their_vectors() -> None:
     torch.testing.assert_close(p.grad, torch.full((3,), 0.1 * (1.0 + 9.0 * rank)))
 
 
-@pytest.mark.ranks(2)
-def test_grad_norms_of_stages_need_names() -> None:
-    with pytest.raises(distclip.ConfigurationError, match="GradClipper"):
-        distclip.grad_norms([("w", plain()[0])], process_group=dist.group.WORLD)
+@pytest.mark.ranks(4)
+def test_grad_norms_of_stages_are_each_stages_own() -> None:
+    """Two stages of different sizes, each sharded over two ranks."""
+    grid = mesh_of((2, 2), ("stage", "shard"))
+    stage = grid["stage"].get_local_rank()
+    whole = {f"w{i}": randn(5 + stage, 3, seed=10 * stage + i) for i in range(stage + 1)}
+    pairs = []
+    for name, value in whole.items():
+        sharded = distribute_tensor(value, grid["shard"], [Shard(0)], src_data_rank=None)
+        pairs.append((name, nn.Parameter(sharded)))
+        pairs[-1][1].grad = sharded.clone()
+    norms = distclip.grad_norms(pairs, process_group=dist.group.WORLD)
+    assert set(norms) == set(whole)
+    for name, value in whole.items():
+        truth = torch.linalg.vector_norm(value.double()).item()
+        assert norms[name].item() == pytest.approx(truth, rel=1e-6)

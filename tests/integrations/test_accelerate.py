@@ -800,6 +800,25 @@ def test_gradient_scaler_with_accumulation_and_calls_for_parts(layout: str, opti
 
 
 @pytest.mark.ranks(1, 2)
+@LAYOUTS
+@pytest.mark.parametrize("mode", ["pass", "zero"])
+def test_the_scheduler_stands_still_where_a_fused_optimizer_drops_an_overflow(
+    layout: str, mode: str
+) -> None:
+    """Accelerate by itself does not notice: there the optimizer's step is called all the same."""
+    config = {"policy": {"name": "measure"}, "on_nonfinite": mode}
+    accelerator, _, model, stepper = scaled(layout, config, fused)
+    before = whole(model)
+    for factor in (math.inf, 1.0):
+        accelerator.backward(loss_of(model, mine(batch(0))) * factor)
+        stepper.step()
+        stepper.zero_grad()
+        assert accelerator.optimizer_step_was_skipped is (factor != 1.0)
+        if factor != 1.0:
+            same(whole(model), before, 0.0)
+
+
+@pytest.mark.ranks(1, 2)
 @pytest.mark.parametrize("optimizer", [fused, sgd])
 def test_gradient_scaler_and_two_models(optimizer: Any) -> None:
     """A call unscales the gradients of its own optimizer, and not those that are yet to come."""
@@ -1182,13 +1201,14 @@ def test_lbfgs_is_clipped_at_each_evaluation() -> None:
     same(train(True), train(False))
 
 
-def test_a_skip_within_a_closure() -> None:
+@pytest.mark.parametrize("by_keyword", [True, False])
+def test_a_skip_within_a_closure(by_keyword: bool) -> None:
     model = make()
     before = whole(model)
     optimizer = adamw(model)
     StepHandle(optimizer, stepping([True])(optimizer))
     closure = lambda: loss_of(model, batch(0)).backward()  # noqa: E731
-    optimizer.step(closure)
+    optimizer.step(closure=closure) if by_keyword else optimizer.step(closure)
 
     same(whole(model), before, 0.0)
     assert not optimizer.state
