@@ -363,6 +363,7 @@ class _Programs:
         ):
             self._known.move_to_end(key)
             return found[1]
+        naming.refuse_meta(named)
         described = [detect(name, parameter) for name, parameter in named]
         program = _program(described, policy, _device(parameters), norms=norms)
         self._known[key] = ([weakref.ref(parameter) for parameter in parameters], program)

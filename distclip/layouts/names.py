@@ -124,5 +124,5 @@ def refuse_meta(named: Iterable[tuple[str, torch.Tensor]]) -> None:
         if parameter.is_meta:
             raise ConfigurationError(
                 f"parameter {name!r} is on the meta device: materialise the model (to_empty, then "
-                f"initialise) before building a GradClipper"
+                f"initialise) before clipping"
             )

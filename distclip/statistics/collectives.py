@@ -94,11 +94,20 @@ def gather(value: Object, group: ProcessGroup) -> list[Object]:
     return values
 
 
+def _existing_group(ranks: tuple[int, ...]) -> ProcessGroup | None:
+    """The oldest group of exactly these ranks, which is the same one on each of its members."""
+    world: Any = dist.distributed_c10d._world
+    for group, members in world.pg_group_ranks.items():
+        if tuple(sorted(members)) == ranks and isinstance(group, ProcessGroup):
+            return group
+    return None
+
+
 _mesh_groups: dict[tuple[int, ...], tuple[ProcessGroup | None, ProcessGroup]] = {}
 
 
 def group_of_ranks(ranks: tuple[int, ...]) -> ProcessGroup:
-    """A group of exactly these global ranks: all ranks, or one made at the first use and kept.
+    """A group of exactly these global ranks: all ranks, a mesh's own, or one made and kept.
 
     Only the members take part in making it.
     """
@@ -113,6 +122,8 @@ def group_of_ranks(ranks: tuple[int, ...]) -> ProcessGroup:
         return world
     known = _mesh_groups.get(ranks)
     if known is None or known[0] is not world or not _is_registered(known[1]):
-        made = dist.new_group(list(ranks), use_local_synchronization=True)
+        made = _existing_group(ranks)
+        if made is None:
+            made = dist.new_group(list(ranks), use_local_synchronization=True)
         known = _mesh_groups[ranks] = (world, made)
     return known[1]

@@ -175,9 +175,12 @@ def test_meta_tensors() -> None:
     model.weight.grad = torch.empty(2, 2, device="meta")
     for call in (
         lambda: distclip.clip_grad_norm_(model.parameters(), 1.0),
-        lambda: distclip.get_total_norm([model.weight.grad]),
+        lambda: distclip.clip_grad_agc_(model.parameters(), 1.0),
+        lambda: distclip.clip_grad_value_(model.parameters(), 1.0),
     ):
-        refused(call, UnsupportedGradientError, "meta")
+        refused(call, ConfigurationError, "'0'", "meta")
+    gradient = model.weight.grad
+    refused(lambda: distclip.get_total_norm([gradient]), UnsupportedGradientError, "meta")
 
 
 def test_group_norm_without_an_optimizer() -> None:
