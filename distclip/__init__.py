@@ -52,7 +52,6 @@ __all__ = [
     "StateError",
     "UnsupportedGradientError",
     "__version__",
-    "accelerate",
     "clip_grad_agc_",
     "clip_grad_norm_",
     "clip_grad_value_",
@@ -66,9 +65,15 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
-        return importlib.import_module(_LAZY[name])
+        try:
+            return importlib.import_module(_LAZY[name])
+        except ModuleNotFoundError as error:
+            raise ImportError(
+                f"distclip.{name} needs a package that is not installed ({error.name}); "
+                f"pip install 'distclip[{name}]'"
+            ) from error
     raise AttributeError(f"module 'distclip' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted([*__all__, *_LAZY])

@@ -30,6 +30,10 @@ OnNonfinite: TypeAlias = Literal["error", "skip", "zero", "pass"]
 Sink: TypeAlias = Callable[[int, ClipReport], None]
 
 
+in_use = False
+"""Whether a GradClipper has clipped in this process."""
+
+
 class GradClipper:
     """Clips the gradients of a model, whatever its sharding, by any policy.
 
@@ -84,6 +88,7 @@ class GradClipper:
         wide = any(entry.dtype in ("float64", "complex128") for entry in self._plan.entries)
         self._dtype = torch.float64 if wide else torch.float32
         self._step = 0
+        self._attached: StepHandle | None = None
         self._states: States = {}
         self._program = self._compile(optimizer)
 
@@ -118,9 +123,27 @@ class GradClipper:
 
         Returns:
             A handle; ``handle.remove()`` undoes it.
+
+        Raises:
+            ConfigurationError: the clipper is attached already, or the optimizer steps none of its
+                parameters.
         """
+        if self._attached is not None and self._attached.active:
+            raise ConfigurationError(
+                "this GradClipper is attached already, and would clip all its parameters before "
+                "the steps of both optimizers; build one GradClipper for each optimizer's "
+                "parameters, or handle.remove() the first"
+            )
+        mine = {id(parameter) for _, parameter in self._named}
+        stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if mine and mine.isdisjoint(stepped):
+            raise ConfigurationError(
+                "the optimizer steps none of this GradClipper's parameters; FSDP2 (fully_shard) "
+                "replaces parameters: build both after sharding, from the same model"
+            )
         self._program = self._compile(optimizer)
-        return StepHandle(optimizer, self.clip_before_step)
+        self._attached = StepHandle(optimizer, self.clip_before_step)
+        return self._attached
 
     def clip_before_step(
         self, loss_scale: Tensor | None = None, found_inf: Tensor | None = None
@@ -169,6 +192,8 @@ class GradClipper:
             self._states[path] = {key: value.to(device) for key, value in saved.items()}
 
     def _clip(self, mode: str, loss_scale: Tensor | None) -> ClipReport:
+        global in_use
+        in_use = True
         if self._plan.group is not None:
             collectives.check_open(self._plan.group)
         with torch.no_grad():

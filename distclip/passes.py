@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from distclip.errors import ConfigurationError
 from distclip.layouts.piece import Entry
 from distclip.policies import ParameterInfo, Policy, UnitPolicy
 from distclip.policies._compose import Stage, stages
@@ -79,7 +80,7 @@ def compile_passes(
         if stage.members:
             if _needs_new_pass(stage, parameters, drafts[-1]):
                 drafts.append(_Draft())
-            _add(stage, parameters, drafts[-1])
+            _add(stage, parameters, entries, drafts[-1])
     shown = report_order(policy, parameters)
     result = []
     for position, draft in enumerate(drafts):
@@ -104,10 +105,22 @@ def _needs_new_pass(stage: Stage, parameters: Sequence[ParameterInfo], draft: _D
     )
 
 
-def _add(stage: Stage, parameters: Sequence[ParameterInfo], draft: _Draft) -> None:
+def _add(
+    stage: Stage,
+    parameters: Sequence[ParameterInfo],
+    entries: Sequence[Entry],
+    draft: _Draft,
+) -> None:
     draft.stages.append(stage)
     bound = stage.policy.bound
     if bound is not None:
+        for member in stage.members:
+            if entries[member].dtype.startswith("complex"):
+                raise ConfigurationError(
+                    f"{stage.policy.name}: parameter {entries[member].name!r} is complex, and "
+                    f"complex numbers have no order to clamp by; leave it alone with "
+                    f"by_name({{{entries[member].name!r}: None}}, default=...)"
+                )
         late = tuple(member for member in stage.members if draft.acted[member])
         draft.unknown.update(late)
         draft.late_clamps[len(draft.stages) - 1] = late

@@ -173,9 +173,7 @@ def _follow(
                 result.held_out = math.nan if value is None else value
             elif record.get("loss") is not None:
                 result.last_step = record["step"]
-                progress.update(
-                    task, completed=record["step"], note=f"loss {record['loss']:.3f}"
-                )
+                progress.update(task, completed=record["step"], note=f"loss {record['loss']:.3f}")
         if time.monotonic() > deadline:
             sys.exit(f"a run did not end within {LIMIT:.0f} s; its output is beside its log")
         if not ended:

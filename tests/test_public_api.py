@@ -30,7 +30,6 @@ EXPORTED = {
         "StateError",
         "UnsupportedGradientError",
         "__version__",
-        "accelerate",
         "clip_grad_agc_",
         "clip_grad_norm_",
         "clip_grad_value_",

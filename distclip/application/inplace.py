@@ -1,7 +1,8 @@
 """Changing local gradients in place: multiply only what is clipped, round once.
 
-Coefficients stay float32 or better until the multiplication. (torch casts a 0-dim operand, and the
-scalar of ``_foreach_mul_``, down to a bf16 tensor's own dtype first; both are avoided here.)
+Coefficients stay float32 or better until the multiplication. (torch casts the scalar of
+``_foreach_mul_``, and on accelerators a 0-dim operand, down to a bf16 tensor's own dtype first;
+both are avoided here.)
 """
 
 from __future__ import annotations

@@ -7,8 +7,10 @@ and given back after it.
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable
+from types import FrameType
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -59,10 +61,17 @@ class StepHandle:
         self._settings: list[dict[str, Any]] = []
         self._asked = False
         self._skipped: bool | Tensor = False
+        self._step: FrameType | None = None
+        """The call of ``step`` that is under way, or that raised."""
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         ]
+
+    @property
+    def active(self) -> bool:
+        """Whether the hooks are on."""
+        return bool(self._handles)
 
     def remove(self) -> None:
         """Take the hooks off; the optimizer steps as it did before."""
@@ -77,6 +86,11 @@ class StepHandle:
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        # Of a class whose `step` calls `super().step()`, torch runs the hooks twice.
+        caller = sys._getframe(1)
+        if self._step is not None and _is_within(caller, self._step):
+            return None
+        self._step = caller
         # A step that raised never reached its post-hook. What it hid is history by now.
         self._hidden.clear()
         self._settings.clear()
@@ -126,6 +140,9 @@ class StepHandle:
                     parameter.grad = None
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if sys._getframe(1) is not self._step:
+            return
+        self._step = None
         self._take_back(optimizer)
         if self._after is not None:
             self._after(self._skipped)
@@ -142,9 +159,15 @@ class StepHandle:
             _restore_found_inf(optimizer)
 
 
+def _is_within(frame: FrameType | None, outer: FrameType) -> bool:
+    while frame is not None and frame is not outer:
+        frame = frame.f_back
+    return frame is not None
+
+
 def _lazy(flag: Tensor) -> bool | Tensor:
     """A bool, unless reading it would wait for a device."""
-    return bool(flag) if flag.device.type == "cpu" else flag
+    return bool(flag) if reads_on_host(flag) else flag
 
 
 def reads_on_host(flag: Tensor) -> bool:

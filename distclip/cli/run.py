@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from distclip import clipper
 from distclip import config as configuration
 from distclip.cli.script import Script
 from distclip.errors import ConfigurationError, DistclipError
@@ -92,7 +93,7 @@ def _prepare_cpu(cpu: bool) -> None:
 
 def _warn_if_idle() -> None:
     """Say so if the script came to its end and no integration ever clipped."""
-    if hooks.activated or os.environ.get("RANK", "0") != "0":
+    if hooks.activated or clipper.in_use or os.environ.get("RANK", "0") != "0":
         return
     seen = [name for name, module in hooks.INTEGRATIONS.items() if module in sys.modules]
     if seen:

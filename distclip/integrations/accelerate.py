@@ -2,7 +2,8 @@
 
 The policy takes the place of ``Accelerator.clip_grad_norm_`` and ``clip_grad_value_``, and a hook
 before the optimizer's step clips for scripts that never call them. Whichever comes first, a
-gradient is clipped once per update. This is the only file that imports ``accelerate``.
+gradient is clipped once per update. Only this file and ``accelerate_cpu`` import
+``accelerate``.
 """
 
 from __future__ import annotations

@@ -249,7 +249,7 @@ def _patch_backend() -> None:
         raise DistclipError(
             "CPU mode needs accelerate's PartialState._prepare_backend, which accelerate "
             f"{accelerate.__version__} does not have: install a version that distclip supports "
-            "(see `distclip doctor`)."
+            "(1.15 does)."
         )
     if getattr(original, "_distclip_cpu", False):
         return

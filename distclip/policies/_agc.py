@@ -18,7 +18,7 @@ GRADIENT_FLOOR = 1e-6
 """Floor of the gradient norm in the division, as timm and the NFNet code have it."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class AGC(UnitPolicy):
     """Adaptive gradient clipping: each unit's gradient against the same unit's weight.
 
@@ -62,6 +62,13 @@ class AGC(UnitPolicy):
         set_(self, "unit", unit)
         items = tuple((name, _dims(name, dims)) for name, dims in (unit_dims or {}).items())
         set_(self, "unit_dims_by_name", items)
+
+    def __repr__(self) -> str:
+        dims = dict(self.unit_dims_by_name) or None
+        return (
+            f"AGC(clip_factor={self.clip_factor!r}, eps={self.eps!r}, unit={self.unit!r}, "
+            f"unit_dims={dims!r})"
+        )
 
     @property
     def needs(self) -> Needs:

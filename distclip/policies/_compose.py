@@ -116,7 +116,7 @@ def _stages(
             shares[policy.pattern_of(parameters[member].name)].append(member)
         for pattern, choice in (*policy.mapping, (None, policy.default)):
             if choice is not None:
-                label = "default" if pattern is None else pattern
+                label = "default" if pattern is None else f"[{pattern}]"
                 yield from _stages(choice, parameters, tuple(shares[pattern]), _join(path, label))
     else:
         yield Stage(path, policy, members)

@@ -469,3 +469,45 @@ def test_the_exceptions_are_what_their_tree_says() -> None:
         assert issubclass(kind, DistclipError)
         assert issubclass(kind, builtin)
         assert kind.__name__ in (distclip.errors.__doc__ or "")
+
+
+def test_a_clipper_is_attached_once_and_to_its_own_parameters() -> None:
+    model, other = nn.Linear(3, 2), nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    clipper = GradClipper(model, policies.global_norm(1.0))
+    with pytest.raises(ConfigurationError, match="none of this GradClipper's parameters"):
+        clipper.attach(torch.optim.SGD(other.parameters(), lr=0.1))
+    handle = clipper.attach(optimizer)
+    with pytest.raises(ConfigurationError, match="attached already"):
+        clipper.attach(optimizer)
+    handle.remove()
+    clipper.attach(optimizer).remove()
+
+
+class Nested(torch.optim.SGD):
+    """Torch runs the step hooks of a class and of its base: twice for one update."""
+
+    def step(self, closure: object = None) -> object:  # type: ignore[override]
+        return super().step(closure)
+
+
+def test_an_optimizer_that_calls_its_base_clips_once() -> None:
+    torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)  # so that torch hooks both classes
+    model = nn.Linear(3, 2)
+    optimizer = Nested(model.parameters(), lr=0.1)
+    seen: list[int] = []
+    clipper = GradClipper(
+        model, policies.global_norm(1.0), sinks=[lambda step, report: seen.append(step)]
+    )
+    clipper.attach(optimizer)
+    for _ in range(3):
+        model(torch.ones(4, 3)).sum().backward()
+        optimizer.step()
+    assert seen == [0, 1, 2]
+
+
+def test_complex_parameters_cannot_be_clamped() -> None:
+    p = nn.Parameter(torch.ones(3, dtype=torch.complex64))
+    with pytest.raises(ConfigurationError, match="'w' is complex"):
+        GradClipper([("w", p)], policies.value(1.0))
+    GradClipper([("w", p)], policies.global_norm(1.0)).clip_()
