@@ -15,7 +15,13 @@ from distclip.layouts.plan import Plan
 from distclip.passes import Pass
 from distclip.policies import ParameterInfo, Scale, Skip, State, Statistics, UnitPolicy
 from distclip.policies._compose import Stage
-from distclip.statistics.measurement import LocalMeasurement, UnitTable, combine_segments, measure
+from distclip.statistics.measurement import (
+    LocalMeasurement,
+    Memory,
+    UnitTable,
+    combine_segments,
+    measure,
+)
 from distclip.statistics.packing import LocalDecision, Measurement, reduce
 
 States = dict[str, State]
@@ -34,6 +40,7 @@ class Program:
     """Order of the norms in the report."""
     unit_counts: tuple[Tensor, ...]
     """Per pass, float64 ``(parameters,)``: how many units each has; 1 where it is one."""
+    memory: Memory = field(default_factory=Memory)
 
     @classmethod
     def of(
@@ -326,7 +333,7 @@ def walk(
             factor = float(loss_scale)  # a host sync, for clamping under a loss scale only
             scaled = {member: bound * factor for member, bound in request.bounds.items()}
             request = replace(request, bounds=scaled)
-        measured = measure(program.plan, request)
+        measured = measure(program.plan, request, program.memory)
         if loss_scale is not None:
             measured.divide(loss_scale.double().to(program.plan.device))
         decided = decide_locally(program, one, measured)

@@ -17,18 +17,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from operator import itemgetter
 from typing import cast
 
 import torch
 from torch import Tensor
 
+from distclip.statistics.neighbours import LANE, UNDERFLOW, Neighbours
+
 CHUNK = 1 << 16
 """Elements converted at a time: the only temporary, 256 KiB as float32."""
-LANE = 256
-"""Elements per float32 partial sum: worst case 32 additions per SIMD lane, error below 1e-6."""
-SHORTEST_LANE = 32
-"""Tensors whose size is a multiple of this can share lanes with their neighbours."""
 SHORT = 1024
 """Up to here one float32 dot product is as exact as partial sums, and cheaper."""
 FAST_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
@@ -47,6 +44,7 @@ def norms(
     bounds: Sequence[float | None] | None = None,
     *,
     device: torch.device,
+    neighbours: Neighbours | None = None,
 ) -> Tensor:
     """p-norm of each tensor, as if clamped to its bound first.
 
@@ -55,128 +53,36 @@ def norms(
         norm_type: p > 0 or inf.
         bounds: per tensor, measure ``clamp(x, -bound, bound)`` instead; None for as it is.
         device: where the result goes.
+        neighbours: what is known of the same tensors' places in memory from earlier calls.
 
     Returns:
         float64 tensor of shape ``(len(tensors),)``. NaN and inf elements give NaN and inf.
     """
     result = torch.zeros(len(tensors), dtype=torch.float64)
+    measured: frozenset[int] = frozenset()
+    doubtful: list[int] = []
+    if neighbours is not None and bounds is None and norm_type in (1.0, 2.0):
+        measured, doubtful = neighbours.measure(tensors, norm_type, result)
     elsewhere: dict[int, Tensor] = {}
     values: dict[int, float] = {}
-    runs = _Runs(norm_type)
-    take = runs.taken.append
-    fast, float32 = norm_type in (1.0, 2.0), torch.float32
-    for position, tensor in enumerate(tensors):
-        if tensor is None:
+    rest = range(len(tensors)) if len(measured) < len(tensors) else ()
+    for position in (*doubtful, *(each for each in rest if each not in measured)):
+        tensor = tensors[position]
+        if tensor is None or tensor.numel() == 0:
             continue
         bound = None if bounds is None else bounds[position]
-        numel = tensor.numel()
-        if (
-            numel % SHORTEST_LANE == 0
-            and fast
-            and bound is None
-            and tensor.dtype is float32
-            and tensor.is_cpu
-            and tensor.is_contiguous()
-        ):
-            if numel:
-                take((tensor.data_ptr(), numel, position, tensor))
-        elif numel and tensor.is_cpu:
+        if tensor.is_cpu:
             values[position] = _cpu_norm(tensor, norm_type, bound)
-        elif numel:
+        else:
             elsewhere[position] = _exact_norm(tensor, norm_type, bound).to(device)
-    for position in runs.measure_into(result):
-        tensor = tensors[position]
-        assert tensor is not None
-        values[position] = _cpu_norm(tensor, norm_type, None)
     if values:
-        result[list(values)] = torch.tensor(list(values.values()), dtype=torch.float64)
+        found = torch.tensor(list(values.values()), dtype=torch.float64)
+        result[torch.tensor(list(values))] = found
     result = result.to(device)
     if elsewhere:
         where = torch.tensor(list(elsewhere), device=device)
         result[where] = torch.stack(list(elsewhere.values()))
     return result
-
-
-class _Runs:
-    """Contiguous float32 CPU tensors, measured together where they are neighbours in memory.
-
-    The sharded gradients of an FSDP2 module lie side by side in one buffer: one call measures them
-    all, in lanes that no boundary cuts.
-    """
-
-    def __init__(self, norm_type: float) -> None:
-        self._norm_type = norm_type
-        self.taken: list[tuple[int, int, int, Tensor]] = []
-        """Address, number of elements (a multiple of SHORTEST_LANE), position, tensor."""
-
-    def measure_into(self, result: Tensor) -> list[int]:
-        """Write the norms to their positions; the positions whose norm is in doubt are returned."""
-        if not self.taken:
-            return []
-        self.taken.sort(key=itemgetter(0))
-        partials: list[Tensor] = []
-        lengths: list[int] = []
-        together: list[tuple[int, int, int, Tensor]] = []
-        alone: dict[int, float] = {}
-        doubtful: list[int] = []
-        start, count = 0, len(self.taken)
-        while start < count:
-            address, numel, _, first = self.taken[start]
-            end, lane, stop = address + 4 * numel, math.gcd(numel, LANE), start + 1
-            while stop < count and self.taken[stop][0] == end:
-                lane = math.gcd(lane, self.taken[stop][1])
-                end += 4 * self.taken[stop][1]
-                stop += 1
-            flat = _span(first, (end - address) // 4)
-            if flat is None:  # neighbours by chance, in different allocations
-                stop, lane = start + 1, math.gcd(numel, LANE)
-                flat = first.view(-1)
-            if stop == start + 1 and numel <= SHORT and self._norm_type == 2.0:
-                square = torch.dot(flat, flat).item()
-                if numel * _UNDERFLOW[2.0] < square < math.inf:
-                    alone[self.taken[start][2]] = math.sqrt(square)
-                else:
-                    doubtful.append(self.taken[start][2])
-                start = stop
-                continue
-            together += self.taken[start:stop]
-            lanes = flat.view(-1, lane)
-            partials.append(torch.linalg.vector_norm(lanes, self._norm_type, dim=1))
-            lengths += [taken[1] // lane for taken in self.taken[start:stop]]
-            start = stop
-        if alone:
-            values = torch.tensor(list(alone.values()), dtype=torch.float64)
-            result[torch.tensor(list(alone))] = values
-        return doubtful + self._combine_into(result, together, partials, lengths)
-
-    def _combine_into(
-        self,
-        result: Tensor,
-        together: Sequence[tuple[int, int, int, Tensor]],
-        partials: Sequence[Tensor],
-        lengths: Sequence[int],
-    ) -> list[int]:
-        """From lanes to tensors; the positions in doubt are returned."""
-        if not partials:
-            return []
-        powers = torch.cat(list(partials)).double()
-        if self._norm_type == 2.0:
-            powers = powers * powers
-        sums = torch.segment_reduce(powers, "sum", lengths=torch.tensor(list(lengths)), unsafe=True)
-        positions = torch.tensor([position for _, _, position, _ in together])
-        result[positions] = sums if self._norm_type == 1.0 else sums.sqrt()
-        # In float32, squares below 1e-38 are lost: of no account unless the mean square is tiny.
-        floor = torch.tensor([numel for _, numel, _, _ in together], dtype=torch.float64)
-        sound = (sums > floor * _UNDERFLOW[self._norm_type]) & torch.isfinite(sums)
-        return [] if bool(sound.all()) else positions[~sound].tolist()
-
-
-def _span(first: Tensor, numel: int) -> Tensor | None:
-    """``numel`` elements from the first of ``first`` on; None if its storage ends before."""
-    if first.numel() == numel:
-        return first.view(-1)
-    available = first.untyped_storage().nbytes() // 4 - first.storage_offset()
-    return first.as_strided((numel,), (1,)) if numel <= available else None
 
 
 def unit_norms(
@@ -227,7 +133,7 @@ def unit_norms(
         return torch.zeros(0, dtype=torch.float64, device=device)
     result = torch.cat([part.to(device) for part in parts]).double()
     if unchecked:
-        floor = (widest * _UNDERFLOW[norm_type]) ** (1.0 / norm_type)
+        floor = (widest * UNDERFLOW[norm_type]) ** (1.0 / norm_type)
         doubtful = ~((result > floor) & torch.isfinite(result))
         if bool(doubtful.any()):
             for first, rows in unchecked:
@@ -257,17 +163,13 @@ def _cpu_norm(tensor: Tensor, norm_type: float, bound: float | None) -> float:
     total = 0.0
     for chunk in _chunks(tensor, whole=tensor.dtype is torch.float32 and bound is None):
         total += _fast_power_sum(_prepared(chunk, bound, torch.float32), norm_type)
-    if math.isfinite(total) and total > tensor.numel() * _UNDERFLOW[norm_type]:
+    if math.isfinite(total) and total > tensor.numel() * UNDERFLOW[norm_type]:
         return total if norm_type == 1.0 else math.sqrt(total)
     # Zero, non-finite, or beyond what float32 partial sums can hold.
     largest = largest_magnitude(tensor).item()
     if largest == 0.0 or (not math.isfinite(largest) and bound is None):
         return largest
     return float(_exact_norm(tensor, norm_type, bound))
-
-
-_UNDERFLOW = {1.0: 0.0, 2.0: 1e-30}
-"""Mean p-th power below which squares lost to float32 underflow (1e-38 each) could matter."""
 
 
 def _fast_power_sum(flat: Tensor, norm_type: float) -> float:
@@ -289,7 +191,7 @@ def _row_norms(rows: Tensor, norm_type: float, bound: float | None) -> Tensor:
     if not _is_fast(rows, norm_type):
         return _exact_row_norms(rows, norm_type, bound)
     result = _fast_row_norms(_prepared(rows, bound, torch.float32), norm_type).double()
-    floor = (rows.shape[1] * _UNDERFLOW[norm_type]) ** (1.0 / norm_type)
+    floor = (rows.shape[1] * UNDERFLOW[norm_type]) ** (1.0 / norm_type)
     doubtful = ~((result > floor) & torch.isfinite(result))
     if bool(doubtful.any()):
         _remeasure(result, rows, doubtful, norm_type, bound)

@@ -14,6 +14,7 @@ from distclip.errors import DistclipError
 from distclip.layouts.piece import Piece
 from distclip.layouts.plan import Plan
 from distclip.statistics import local
+from distclip.statistics.neighbours import Neighbours
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,15 @@ class LocalMeasurement:
                 by_order[order] = by_order[order] / scale
 
 
-def measure(plan: Plan, request: Request) -> LocalMeasurement:
+@dataclass(frozen=True)
+class Memory:
+    """What is remembered from step to step about the places of a plan's tensors in memory."""
+
+    gradients: Neighbours = field(default_factory=Neighbours)
+    weights: Neighbours = field(default_factory=Neighbours)
+
+
+def measure(plan: Plan, request: Request, neighbours: Memory) -> LocalMeasurement:
     """Measure this rank's pieces. Issues no collective (except to reduce ``Partial`` gradients)."""
     result = LocalMeasurement()
     present = result.present
@@ -167,7 +176,9 @@ def measure(plan: Plan, request: Request) -> LocalMeasurement:
     if request.unit_dims:
         result.units = _measure_units(plan, request, present)
     for order in request.orders:
-        norms = local.norms(plain, order, bounds, device=plan.device)
+        norms = local.norms(
+            plain, order, bounds, device=plan.device, neighbours=neighbours.gradients
+        )
         _insert_units(plan, norms, result.units, order)
         result.norms[order] = norms
     if request.bounds:
@@ -183,7 +194,9 @@ def measure(plan: Plan, request: Request) -> LocalMeasurement:
         for position, piece in enumerate(plan.pieces)
     ]
     for order in request.weight_orders:
-        result.weights[order] = local.norms(counted, order, device=plan.device)
+        result.weights[order] = local.norms(
+            counted, order, device=plan.device, neighbours=neighbours.weights
+        )
     return result
 
 
