@@ -69,6 +69,7 @@ def describe(name: str, parameter: DTensor, hold: Holder | None = None) -> Descr
             gradient if whole else partial(_cut_gradient, gradient, local),
             weight if whole else partial(_cut, weight, local),
             parameter.requires_grad,
+            hold if whole else None,
         )
         for box, local, whole in _boxes(spans)
     ]
@@ -199,6 +200,28 @@ def local_part(tensor: DTensor) -> Tensor:
         return local
     wait = getattr(local, "wait", None)  # an AsyncCollectiveTensor
     return cast(Tensor, wait()) if wait is not None else local
+
+
+def quick_gradients(holds: Sequence[Holder]) -> list[Tensor | None] | None:
+    """All local gradients at once, where each lies as its parameter does.
+
+    Returns:
+        None where any of them is missing or needs a closer look: then ask one by one.
+    """
+    parameters: list[Any] = [hold() for hold in holds]
+    gradients: list[Any] = [parameter.grad for parameter in parameters]
+    try:
+        specs = [gradient._spec for gradient in gradients]
+        locals_: list[Tensor | None] = [gradient._local_tensor for gradient in gradients]
+    except AttributeError:  # none, or a plain tensor
+        return None
+    strided = torch.strided
+    if all(
+        spec is parameter._spec and type(local) is Tensor and local.layout is strided
+        for spec, parameter, local in zip(specs, parameters, locals_, strict=True)
+    ):
+        return locals_
+    return None
 
 
 def local_gradient(name: str, hold: Holder) -> Tensor | None:

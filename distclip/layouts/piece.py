@@ -63,6 +63,7 @@ class Piece:
         gradient: gives the local gradient, of shape ``box.extents``, or None.
         weight: gives the local weights, of shape ``box.extents``.
         trainable: whether the parameter requires a gradient.
+        hold: the DTensor parameter itself where the piece is all that this rank has of it.
     """
 
     index: int
@@ -71,6 +72,7 @@ class Piece:
     gradient: Fetch
     weight: Callable[[], Tensor]
     trainable: bool = True
+    hold: Holder | None = None
 
     def numbered(self, index: int, share: float) -> Piece:
         """The same piece under another table row, its share multiplied."""

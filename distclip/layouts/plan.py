@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from distclip.errors import ProcessGroupError, RankMismatchError
-from distclip.layouts.piece import Described, Entry, Piece
+from distclip.layouts.piece import Described, Entry, Holder, Piece
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,12 @@ class Plan:
     def names(self) -> tuple[str, ...]:
         """Names of the parameters, in table order."""
         return tuple(entry.name for entry in self.entries)
+
+    @cached_property
+    def holds(self) -> tuple[Holder, ...] | None:
+        """The parameter of every piece, where all of them are DTensors and uncut."""
+        holds = tuple(piece.hold for piece in self.pieces if piece.hold is not None)
+        return holds if holds and len(holds) == len(self.pieces) else None
 
     @cached_property
     def rows(self) -> Tensor | None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from distclip.errors import DistclipError
+from distclip.layouts import dtensor
 from distclip.layouts.piece import Piece
 from distclip.layouts.plan import Plan
 from distclip.statistics import local
@@ -160,8 +161,9 @@ class Memory:
 def measure(plan: Plan, request: Request, neighbours: Memory) -> LocalMeasurement:
     """Measure this rank's pieces. Issues no collective (except to reduce ``Partial`` gradients)."""
     result = LocalMeasurement()
-    present = result.present
-    for piece in plan.pieces:
+    quick = None if plan.holds is None else dtensor.quick_gradients(plan.holds)
+    present = result.present = quick or []
+    for piece in plan.pieces if quick is None else ():
         try:
             present.append(piece.gradient())
         except DistclipError as trouble:
