@@ -199,18 +199,18 @@ class GradClipper:
         with torch.no_grad():
             walked = walk(self._program, self._states, on_nonfinite=mode, loss_scale=loss_scale)
             self._states = walked.states
-            report = ClipReport.of(
-                self.names,
-                self._program.shown,
-                self._dtype,
-                raw=walked.raw,
-                after=walked.after,
-                coefficients=walked.coefficients,
-                smallest=walked.smallest,
-                clipped=walked.clipped,
-                threshold=walked.threshold,
+            report = ClipReport(
+                names=self.names,
                 skipped=walked.skipped,
-                nonfinite=walked.nonfinite,
+                _norm_type=self._program.shown,
+                _dtype=self._dtype,
+                _norms=walked.raw,
+                _after=walked.after,
+                _applied=walked.coefficients,
+                _smallest=walked.smallest,
+                _clipped=walked.clipped,
+                _threshold=walked.threshold,
+                _nonfinite=walked.nonfinite,
             )
         step, self._step = self._step, self._step + 1
         for sink in self.sinks:

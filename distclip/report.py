@@ -14,9 +14,11 @@ from torch import Tensor
 from distclip.policies._protocol import combine_norms
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ClipReport:
-    """The result of :meth:`GradClipper.clip_`. Reading it never starts a collective.
+    """The result of :meth:`GradClipper.clip_`.
+
+    Reading it never starts a collective, and what is not read is not computed.
 
     The scalars are 0-dim tensors on the statistics' device: float32, or float64 where a gradient
     is float64. Norms are of the policy's order (2 where it has none) over whole tensors, each
@@ -35,50 +37,45 @@ class ClipReport:
             parameter clipped as a whole counts 1.
     """
 
-    total_norm: Tensor
-    clipped_norm: Tensor
-    coefficient: Tensor
-    threshold: Tensor
-    skipped: Tensor
-    clipped_fraction: Tensor
     names: Sequence[str]
+    skipped: Tensor
+    _norm_type: float
+    _dtype: torch.dtype
     _norms: Tensor
-    _coefficients: Tensor
+    _after: Tensor
+    _applied: Tensor
+    _smallest: Tensor
+    _clipped: Tensor
+    _threshold: Tensor
     _nonfinite: Tensor
 
-    @classmethod
-    def of(
-        cls,
-        names: Sequence[str],
-        norm_type: float,
-        dtype: torch.dtype,
-        *,
-        raw: Tensor,
-        after: Tensor,
-        coefficients: Tensor,
-        smallest: Tensor,
-        clipped: Tensor,
-        threshold: Tensor,
-        skipped: Tensor,
-        nonfinite: Tensor,
-    ) -> ClipReport:
-        """Build from float64 statistics of shape ``(len(names),)``."""
-        total = combine_norms(raw, norm_type).to(dtype)
-        clipped_norm = combine_norms(after, norm_type).to(dtype)
-        fraction = clipped.mean() if len(names) else clipped.new_zeros(())
-        least = smallest.min() if len(names) else smallest.new_ones(())
-        return cls(
-            total_norm=total,
-            clipped_norm=torch.where(skipped, total, clipped_norm),
-            coefficient=torch.where(skipped, torch.ones_like(least), least).to(dtype),
-            threshold=threshold.to(dtype),
-            skipped=skipped,
-            clipped_fraction=torch.where(skipped, torch.zeros_like(fraction), fraction).to(dtype),
-            names=names,
-            _norms=raw,
-            _coefficients=torch.where(skipped, 1.0, coefficients),
-            _nonfinite=nonfinite,
-        )
+    @cached_property
+    def total_norm(self) -> Tensor:
+        """Norm of all gradients before clipping."""
+        return combine_norms(self._norms, self._norm_type).to(self._dtype)
+
+    @cached_property
+    def clipped_norm(self) -> Tensor:
+        """Norm of all gradients after clipping."""
+        norm = combine_norms(self._after, self._norm_type).to(self._dtype)
+        return torch.where(self.skipped, self.total_norm, norm)
+
+    @cached_property
+    def coefficient(self) -> Tensor:
+        """The smallest coefficient that was applied."""
+        least = self._smallest.min() if len(self.names) else self._smallest.new_ones(())
+        return torch.where(self.skipped, torch.ones_like(least), least).to(self._dtype)
+
+    @cached_property
+    def threshold(self) -> Tensor:
+        """The policy's threshold in its own measure."""
+        return self._threshold.to(self._dtype)
+
+    @cached_property
+    def clipped_fraction(self) -> Tensor:
+        """Mean over parameters of the share of their units that were clipped."""
+        fraction = self._clipped.mean() if len(self.names) else self._clipped.new_zeros(())
+        return torch.where(self.skipped, torch.zeros_like(fraction), fraction).to(self._dtype)
 
     @cached_property
     def parameter_norms(self) -> Mapping[str, float]:
@@ -92,7 +89,8 @@ class ClipReport:
         Where the units of a parameter have different coefficients: its norm after clipping by its
         norm before.
         """
-        return dict(zip(self.names, self._coefficients.tolist(), strict=True))
+        coefficients = torch.where(self.skipped, 1.0, self._applied)
+        return dict(zip(self.names, coefficients.tolist(), strict=True))
 
     @cached_property
     def nonfinite(self) -> tuple[str, ...]:

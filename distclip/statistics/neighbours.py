@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -42,7 +43,7 @@ class Arrangement:
     """
 
     positions: tuple[int, ...]
-    numels: tuple[int, ...]
+    numels: list[int]
     gaps: npt.NDArray[np.int64]
     runs: tuple[tuple[int, int, int], ...]
     within: npt.NDArray[np.bool_]
@@ -52,13 +53,20 @@ class Arrangement:
 
     def fits(self, tensors: Sequence[Tensor | None]) -> bool:
         """Whether these tensors are arranged so."""
-        addresses = np.empty(len(self.positions), dtype=np.int64)
-        for number, (position, numel) in enumerate(zip(self.positions, self.numels, strict=True)):
-            tensor = tensors[position]
-            if tensor is None or tensor.numel() != numel or not is_eligible(tensor):
+        chosen: list[Any] = [tensors[position] for position in self.positions]
+        float32 = torch.float32
+        try:
+            if [tensor.numel() for tensor in chosen] != self.numels or not all(
+                tensor.dtype is float32 and tensor.is_contiguous() for tensor in chosen
+            ):
                 return False
-            addresses[number] = tensor.data_ptr()
-        return bool(np.array_equal(_gaps(addresses)[self.within], self.gaps[self.within]))
+            addresses = np.array([tensor.data_ptr() for tensor in chosen], dtype=np.int64)
+        except AttributeError:  # a gradient that is missing now
+            return False
+        # One storage is on one device: the first of each run speaks for its neighbours.
+        return all(chosen[start].is_cpu for start, _, _ in self.runs) and np.array_equal(
+            _gaps(addresses)[self.within], self.gaps[self.within]
+        )
 
 
 def is_eligible(tensor: Tensor) -> bool:
@@ -138,7 +146,7 @@ def learn(tensors: Sequence[Tensor | None]) -> Arrangement:
         start = stop
     return Arrangement(
         positions=tuple(position for _, _, position in found),
-        numels=tuple(numel for _, numel, _ in found),
+        numels=[numel for _, numel, _ in found],
         gaps=_gaps(np.array([address for address, _, _ in found], dtype=np.int64)),
         runs=tuple(runs),
         within=np.array(within[:-1], dtype=np.bool_),
