@@ -19,12 +19,13 @@ from distclip.layouts import plan as plans
 from distclip.layouts.detect import detect
 from distclip.layouts.names import Named, Target
 from distclip.layouts.piece import Described
+from distclip.ledger import Program, States
 from distclip.passes import compile_passes, report_order
 from distclip.policies import ParameterInfo, Policy
 from distclip.policies._compose import stages
 from distclip.report import ClipReport
 from distclip.statistics import collectives
-from distclip.walk import Program, States, walk
+from distclip.walk import walk
 
 OnNonfinite: TypeAlias = Literal["error", "skip", "zero", "pass"]
 Sink: TypeAlias = Callable[[int, ClipReport], None]

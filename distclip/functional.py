@@ -32,13 +32,14 @@ from distclip.layouts import plan as plans
 from distclip.layouts.detect import detect
 from distclip.layouts.names import Named
 from distclip.layouts.piece import Box, Described, Entry, Piece
+from distclip.ledger import Program, Walked
 from distclip.passes import compile_passes, report_order
 from distclip.policies import AGC, GlobalNorm, Measure, ParameterInfo, Policy, Value
 from distclip.policies._norm_threshold import norm_coefficient
 from distclip.policies._protocol import combine_norms
 from distclip.statistics import collectives
 from distclip.statistics.packing import Packet
-from distclip.walk import Program, Walked, raise_together, walk
+from distclip.walk import raise_together, walk
 
 Parameters: TypeAlias = Tensor | Iterable[Tensor]
 Tensors: TypeAlias = Tensor | Iterable[Tensor]
