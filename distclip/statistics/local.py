@@ -72,7 +72,8 @@ def norms(
             continue
         bound = None if bounds is None else bounds[position]
         if tensor.is_cpu:
-            values[position] = _cpu_norm(tensor, norm_type, bound)
+            quick = None if bound is not None else _short_norm(tensor, norm_type)
+            values[position] = _cpu_norm(tensor, norm_type, bound) if quick is None else quick
         else:
             elsewhere[position] = _exact_norm(tensor, norm_type, bound).to(device)
     if values:
@@ -152,6 +153,21 @@ def _rows(tensor: Tensor, unit_dims: Sequence[int], count: int) -> Tensor:
 
 def _is_fast(tensor: Tensor, norm_type: float) -> bool:
     return tensor.device.type == "cpu" and tensor.dtype in FAST_DTYPES and norm_type in (1.0, 2.0)
+
+
+def _short_norm(tensor: Tensor, norm_type: float) -> float | None:
+    """2-norm of a short float32 tensor by one dot product; None where that will not do."""
+    numel = tensor.numel()
+    if (
+        norm_type != 2.0
+        or numel > SHORT
+        or tensor.dtype is not torch.float32
+        or not tensor.is_contiguous()
+    ):
+        return None
+    flat = tensor if tensor.dim() == 1 else tensor.view(-1)
+    square = torch.dot(flat, flat).item()
+    return math.sqrt(square) if numel * UNDERFLOW[2.0] < square < math.inf else None
 
 
 def _cpu_norm(tensor: Tensor, norm_type: float, bound: float | None) -> float:
