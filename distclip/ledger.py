@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -37,6 +38,27 @@ class Program:
     unit_counts: tuple[Tensor, ...]
     """Per pass, float64 ``(parameters,)``: how many units each has; 1 where it is one."""
     memory: Memory = field(default_factory=Memory)
+
+    @cached_property
+    def ones(self) -> Tensor:
+        """float64 ``(parameters,)``; shared by all steps, so never changed in place."""
+        return torch.ones(len(self.plan.entries), dtype=torch.float64, device=self.plan.device)
+
+    @cached_property
+    def nothing(self) -> Walked:
+        """Nothing found and nothing done; its tensors are shared by all steps too."""
+        unknown = torch.full_like(self.ones, math.nan)
+        return Walked(
+            raw=unknown,
+            after=unknown,
+            coefficients=self.ones,
+            smallest=self.ones,
+            clipped=torch.zeros_like(unknown),
+            threshold=unknown.new_tensor(math.nan),
+            skipped=torch.zeros((), dtype=torch.bool, device=self.plan.device),
+            nonfinite=torch.zeros_like(unknown, dtype=torch.bool),
+            states={},
+        )
 
     @classmethod
     def of(
@@ -86,14 +108,13 @@ class Ledger:
         self.measurement = measurement
         self.norms = {order: norms.clone() for order, norms in measurement.norms.items()}
         self.units = {order: units.clone() for order, units in measurement.units.items()}
-        size = len(program.plan.entries)
-        self.ones = torch.ones(size, dtype=torch.float64, device=program.plan.device)
+        self.ones = program.ones
         self.total = self.ones.clone()
         self.scaled = self.ones.clone()
         self.unit_total = torch.ones_like(measurement.unit_weights)
         self.rounds = [Round(bounds=dict(self.one.request.bounds))]
         self.threshold: Tensor | None = None
-        self.skip = torch.zeros((), dtype=torch.bool, device=program.plan.device)
+        self.skip = program.nothing.skipped
         if program.shown in self.norms and self.one.local_units:
             self._book(measurement.clamped[program.shown], list(self.one.local_units))
 
@@ -116,7 +137,7 @@ class Ledger:
             return state
         where = self._where(stage.members)
         statistics = Statistics(
-            [self.program.parameters[member] for member in stage.members],
+            self._infos(stage.members),
             {p: self.norms[p][where] for p in policy.needs.gradient_norms},
             {p: self.measurement.weights[p][where] for p in policy.needs.weight_norms},
         )
@@ -170,6 +191,12 @@ class Ledger:
             and (turn.coefficients is None or bool((turn.coefficients == 1.0).all()))
             for turn in self.rounds
         )
+
+    def _infos(self, members: Sequence[int]) -> Sequence[ParameterInfo]:
+        everything = self.program.parameters
+        if len(members) == len(everything):
+            return everything
+        return [everything[member] for member in members]
 
     def _where(self, members: Sequence[int]) -> Tensor | slice:
         if len(members) == len(self.program.parameters):
@@ -276,19 +303,7 @@ class Walked:
     @classmethod
     def start(cls, program: Program, states: States) -> Walked:
         """Nothing found and nothing done yet."""
-        size, device = len(program.plan.entries), program.plan.device
-        unknown = torch.full((size,), math.nan, dtype=torch.float64, device=device)
-        return cls(
-            raw=unknown,
-            after=unknown,
-            coefficients=torch.ones_like(unknown),
-            smallest=torch.ones_like(unknown),
-            clipped=torch.zeros_like(unknown),
-            threshold=unknown.new_tensor(math.nan),
-            skipped=torch.zeros((), dtype=torch.bool, device=device),
-            nonfinite=torch.zeros(size, dtype=torch.bool, device=device),
-            states=dict(states),
-        )
+        return replace(program.nothing, states=dict(states))
 
     def absorb(self, ledger: Ledger) -> None:
         """Add what one pass decided."""
