@@ -157,6 +157,7 @@ def train(options: Options, label: str, seed: int, progress: Progress, task: Tas
         completed=result.last_step,
         note="diverged" if math.isnan(result.held_out) else f"held-out loss {result.held_out:.3f}",
     )
+    progress.stop_task(task)  # also the clock of a run that was lost on the way
     return result
 
 
