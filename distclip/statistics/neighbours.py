@@ -63,9 +63,10 @@ class Arrangement:
             addresses = np.array([tensor.data_ptr() for tensor in chosen], dtype=np.int64)
         except AttributeError:  # a gradient that is missing now
             return False
-        # One storage is on one device: the first of each run speaks for its neighbours.
-        return all(chosen[start].is_cpu for start, _, _ in self.runs) and np.array_equal(
-            _gaps(addresses)[self.within], self.gaps[self.within]
+        # One storage is on one device: the first of each run speaks for its neighbours. And it has
+        # to be one storage still, or reading on past the first would leave it.
+        return np.array_equal(_gaps(addresses)[self.within], self.gaps[self.within]) and all(
+            chosen[start].is_cpu and _holds(chosen[start], numel) for start, numel, _ in self.runs
         )
 
 

@@ -1,0 +1,124 @@
+"""Gradients that lie side by side in one buffer, as FSDP2's do, are measured together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from distclip.statistics import local, neighbours
+from distclip.statistics.neighbours import Neighbours, learn
+
+SIZES = [64, 2048, 32, 4096, 96, 7, 512, 64]
+CPU = torch.device("cpu")
+
+
+def buffer(sizes: Sequence[int] = SIZES, seed: int = 0, scale: float = 1.0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    flat = torch.randn(sum(sizes), generator=generator) * scale
+    return list(flat.split(list(sizes)))
+
+
+def check(tensors: Sequence[Tensor | None], known: Neighbours, order: float = 2.0) -> None:
+    found = local.norms(tensors, order, device=CPU, neighbours=known)
+    for have, tensor in zip(found.tolist(), tensors, strict=True):
+        want = 0.0 if tensor is None else torch.linalg.vector_norm(tensor.double(), order).item()
+        assert have == pytest.approx(want, rel=1e-6, abs=0.0, nan_ok=True)
+
+
+def test_neighbours_are_found_and_no_boundary_cuts_a_lane() -> None:
+    known = learn(buffer())
+    # The one of 7 elements shares no lane, and parts the buffer in two.
+    assert [known.positions[start] for start, _, _ in known.runs] == [0, 6]
+    assert [numel for _, numel, _ in known.runs] == [64 + 2048 + 32 + 4096 + 96, 512 + 64]
+    assert [lane for _, _, lane in known.runs] == [32, 64]
+    assert 5 not in known.positions
+
+
+@pytest.mark.parametrize("order", [1.0, 2.0])
+def test_norms_are_those_of_each_tensor(order: float) -> None:
+    known = Neighbours()
+    for seed in range(3):
+        check(buffer(seed=seed), known, order)
+    check(list(reversed(buffer())), Neighbours(), order)
+
+
+def test_they_are_really_measured_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    measure = local._cpu_norm
+    monkeypatch.setattr(
+        local, "_cpu_norm", lambda t, *rest: calls.append(t.numel()) or measure(t, *rest)
+    )
+    check(buffer([2048, 4096, 2048]), Neighbours())
+    assert calls == []
+
+
+def test_another_arrangement_is_noticed() -> None:
+    known = Neighbours()
+    first = buffer()
+    check(first, known)
+    check([t.clone() for t in first], known)  # nobody's neighbour
+    check(list(torch.cat(list(reversed(first))).split(list(reversed(SIZES))))[::-1], known)
+    swapped = [first[2], first[1], first[0], *first[3:]]  # sizes of others
+    check(swapped, known)
+    check([first[0].double(), *first[1:]], known)
+    check([first[0], torch.randn(4096)[::2], *first[2:]], known)
+    check(first, known)
+
+
+@pytest.mark.parametrize(
+    "second",
+    [
+        pytest.param(lambda flat: flat[128:192], id="further on"),
+        pytest.param(lambda flat: flat[64:192:2], id="with gaps"),
+        pytest.param(lambda flat: flat[64:192].view(torch.float64), id="of another dtype"),
+    ],
+)
+def test_what_only_one_check_can_tell_is_noticed(second: Callable[[Tensor], Tensor]) -> None:
+    """Sizes, the first address, and the room behind it are as they were."""
+    flat = torch.rand(256) + 1.0
+    known = Neighbours()
+    check([flat[:64], flat[64:128]], known)
+    check([flat[:64], second(flat)], known)
+
+
+def test_a_missing_gradient_is_noticed() -> None:
+    known = Neighbours()
+    tensors: list[Tensor | None] = list(buffer())
+    check(tensors, known)
+    tensors[1] = None
+    check(tensors, known)
+
+
+def test_patience_ends_and_norms_stay_right() -> None:
+    known = Neighbours()
+    for turn in range(3 * neighbours.PATIENCE):
+        sizes = SIZES[turn % 5 :] + SIZES[: turn % 5]
+        check(buffer(sizes, seed=turn), known)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 3e19, 1e-44])
+def test_what_float32_partial_sums_cannot_hold_is_measured_again(scale: float) -> None:
+    check(buffer(scale=scale), Neighbours())
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_bad_element_stays_with_its_tensor(bad: float) -> None:
+    tensors = buffer()
+    tensors[1][5] = bad
+    check(tensors, Neighbours())
+
+
+def test_neighbours_by_chance_in_two_storages_are_not_read_across() -> None:
+    """Same addresses and sizes, but the storage of the first ends where the second begins."""
+    flat = torch.randn(128)
+    known = Neighbours()
+    check([flat[:64], flat[64:]], known)
+    memory = flat.numpy()
+    apart = [torch.from_numpy(memory[:64]), torch.from_numpy(memory[64:])]
+    assert apart[0].data_ptr() + 256 == apart[1].data_ptr()
+    check(apart, known)
+    check(apart, Neighbours())
