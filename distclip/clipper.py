@@ -205,13 +205,7 @@ class GradClipper:
                 skipped=walked.skipped,
                 _norm_type=self._program.shown,
                 _dtype=self._dtype,
-                _norms=walked.raw,
-                _after=walked.after,
-                _applied=walked.coefficients,
-                _smallest=walked.smallest,
-                _clipped=walked.clipped,
-                _threshold=walked.threshold,
-                _nonfinite=walked.nonfinite,
+                _walked=walked,
             )
         step, self._step = self._step, self._step + 1
         for sink in self.sinks:

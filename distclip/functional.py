@@ -8,6 +8,7 @@ hold different parameters instead (pipeline stages), which are then all counted.
 from __future__ import annotations
 
 import math
+import operator
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
@@ -78,7 +79,7 @@ def clip_grad_norm_(
         UnsupportedGradientError: sparse, or a ``Partial`` that cannot be reduced.
     """
     named = _named(parameters)
-    dtype = _norm_dtype(p for _, p in named)
+    dtype = _norm_dtype([p for _, p in named])
     policy = GlobalNorm(max_norm, norm_type)
     if process_group is None:
         walked = _walk(named, policy, "error" if error_if_nonfinite else "pass")
@@ -136,7 +137,7 @@ def clip_grad_agc_(
         The joint 2-norm of all gradients before clipping, as :func:`clip_grad_norm_`.
     """
     named = _named(parameters)
-    dtype = _norm_dtype(p for _, p in named)
+    dtype = _norm_dtype([p for _, p in named])
     policy = AGC(clip_factor, eps, unit)
     if process_group is None:
         return combine_norms(_walk(named, policy, "pass").raw, 2.0).to(dtype)
@@ -215,8 +216,10 @@ def _named(parameters: Parameters) -> Named:
             "expected parameters, got a module; pass module.parameters(), or use a GradClipper"
         )
     listed = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-    if not all(isinstance(parameter, Tensor) for parameter in listed):
+    if not all(issubclass(kind, Tensor) for kind in set(map(type, listed))):
         return naming.named_parameters(listed)
+    if len(set(map(id, listed))) == len(listed):
+        return list(zip(map(str, range(len(listed))), listed, strict=True))
     positions: dict[int, tuple[str, Tensor]] = {}
     for position, parameter in enumerate(listed):
         positions.setdefault(id(parameter), (str(position), parameter))
@@ -227,9 +230,9 @@ def _device(tensors: Sequence[Tensor]) -> torch.device:
     return tensors[0].device if tensors else torch.device("cpu")
 
 
-def _norm_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
-    double = (torch.float64, torch.complex128)
-    return torch.float64 if any(t.dtype in double for t in tensors) else torch.float32
+def _norm_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
+    kinds = set(map(operator.attrgetter("dtype"), tensors))
+    return torch.float64 if kinds & {torch.float64, torch.complex128} else torch.float32
 
 
 def _joint_norm(
@@ -351,38 +354,48 @@ class _Programs:
 
     def __init__(self, size: int = 16) -> None:
         self._size = size
-        self._known: OrderedDict[object, tuple[list[weakref.ref[Tensor]], Program]] = OrderedDict()
+        self._known: OrderedDict[object, tuple[_Fingerprint, Program]] = OrderedDict()
 
     def get(self, named: Named, policy: Policy, *, norms: bool) -> Program:
         parameters = [parameter for _, parameter in named]
         world = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
-        key = (tuple(map(_fingerprint, parameters)), policy, norms, id(world))
+        key = (tuple(map(id, parameters)), policy, norms, id(world))
         found = self._known.get(key)
-        if found is not None and all(
-            reference() is parameter
-            for reference, parameter in zip(found[0], parameters, strict=True)
-        ):
+        if found is not None and found[0].fits(parameters):
             self._known.move_to_end(key)
             return found[1]
         naming.refuse_meta(named)
         described = [detect(name, parameter) for name, parameter in named]
         program = _program(described, policy, _device(parameters), norms=norms)
-        self._known[key] = ([weakref.ref(parameter) for parameter in parameters], program)
+        self._known[key] = (_Fingerprint(parameters), program)
         if len(self._known) > self._size:
             self._known.popitem(last=False)
         return program
 
 
-def _fingerprint(parameter: Tensor) -> tuple[object, ...]:
-    """What a program knows of a parameter: ``model.half()`` keeps the object and changes it."""
-    sharding = parameter._spec if isinstance(parameter, DTensor) else parameter.shape
-    return (
-        id(parameter),
-        parameter.requires_grad,
-        parameter.dtype,
-        parameter.device,
-        sharding,
-    )
+class _Fingerprint:
+    """What a program knows of its parameters: ``model.half()`` keeps the objects and changes them.
+
+    Compared at every call, so without a Python loop.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self._references = list(map(weakref.ref, parameters))
+        sharded = all(issubclass(kind, DTensor) for kind in set(map(type, parameters)))
+        sharding = operator.attrgetter("_spec") if sharded else _sharding
+        self._facts = [(fact, list(map(fact, parameters))) for fact in (*_FACTS, sharding)]
+
+    def fits(self, parameters: Sequence[Tensor]) -> bool:
+        """Whether these are the same parameters, unchanged."""
+        same = all(map(operator.is_, [alive() for alive in self._references], parameters))
+        return same and all(list(map(fact, parameters)) == known for fact, known in self._facts)
+
+
+_FACTS = tuple(map(operator.attrgetter, ("requires_grad", "dtype", "device")))
+
+
+def _sharding(parameter: Tensor) -> object:
+    return parameter._spec if isinstance(parameter, DTensor) else parameter.shape
 
 
 _programs = _Programs()

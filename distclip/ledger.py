@@ -7,8 +7,8 @@ kept without another look at the gradients.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -19,7 +19,7 @@ from distclip.passes import Pass
 from distclip.policies import ParameterInfo, Scale, Skip, State, Statistics, UnitPolicy
 from distclip.policies._compose import Stage
 from distclip.statistics.measurement import Memory, UnitTable, combine_segments
-from distclip.statistics.packing import Measurement
+from distclip.statistics.packing import LocalDecision, Measurement
 
 States = dict[str, State]
 """State of each stage that has one, by the stage's path."""
@@ -45,20 +45,24 @@ class Program:
         return torch.ones(len(self.plan.entries), dtype=torch.float64, device=self.plan.device)
 
     @cached_property
-    def nothing(self) -> Walked:
-        """Nothing found and nothing done; its tensors are shared by all steps too."""
-        unknown = torch.full_like(self.ones, math.nan)
-        return Walked(
-            raw=unknown,
-            after=unknown,
-            coefficients=self.ones,
-            smallest=self.ones,
-            clipped=torch.zeros_like(unknown),
-            threshold=unknown.new_tensor(math.nan),
-            skipped=torch.zeros((), dtype=torch.bool, device=self.plan.device),
-            nonfinite=torch.zeros_like(unknown, dtype=torch.bool),
-            states={},
-        )
+    def unknown(self) -> Tensor:
+        """float64 ``(parameters,)`` of NaN; shared too."""
+        return torch.full_like(self.ones, math.nan)
+
+    @cached_property
+    def all_finite(self) -> Tensor:
+        """Bool ``(parameters,)``, no parameter is non-finite; shared too."""
+        return torch.zeros_like(self.ones, dtype=torch.bool)
+
+    @cached_property
+    def no_skip(self) -> Tensor:
+        """0-dim bool, false; shared too."""
+        return torch.zeros((), dtype=torch.bool, device=self.plan.device)
+
+    @cached_property
+    def nothing_decided(self) -> LocalDecision:
+        """What is decided before the reduction where no unit is; shared too."""
+        return LocalDecision({}, {}, torch.zeros_like(self.ones), self.ones.new_ones(()))
 
     @classmethod
     def of(
@@ -88,11 +92,20 @@ class Program:
         )
 
 
+def _is_one(coefficients: Tensor) -> bool:
+    if coefficients.dim() == 0:
+        return coefficients.item() == 1.0
+    return bool((coefficients == 1.0).all())
+
+
 @dataclass
 class Round:
-    """A clamp, then a scaling, of the local gradients."""
+    """A clamp, then a scaling, of the local gradients.
 
-    bounds: dict[int, float] = field(default_factory=dict)
+    ``coefficients``: ``(parameters,)``, or 0-dim where one serves all.
+    """
+
+    bounds: Mapping[int, float] = field(default_factory=dict)
     coefficients: Tensor | None = None
     units: Tensor | None = None
 
@@ -106,15 +119,14 @@ class Ledger:
         self.one = program.passes[number]
         self.table = program.tables[number]
         self.measurement = measurement
-        self.norms = {order: norms.clone() for order, norms in measurement.norms.items()}
-        self.units = {order: units.clone() for order, units in measurement.units.items()}
-        self.ones = program.ones
-        self.total = self.ones.clone()
-        self.scaled = self.ones.clone()
-        self.unit_total = torch.ones_like(measurement.unit_weights)
-        self.rounds = [Round(bounds=dict(self.one.request.bounds))]
-        self.threshold: Tensor | None = None
-        self.skip = program.nothing.skipped
+        # No tensor in these books is changed in place: most are shared, and all are replaced.
+        self.norms = dict(measurement.norms)
+        self.units = dict(measurement.units)
+        self.ones = self.total = self.scaled = program.ones
+        self.unit_total = torch.ones_like(measurement.unit_weights) if self.table.size else None
+        self.rounds = [Round(bounds=self.one.request.bounds)]
+        self.threshold: Tensor | float | None = None
+        self.skip: Tensor | None = None
         if program.shown in self.norms and self.one.local_units:
             self._book(measurement.clamped[program.shown], list(self.one.local_units))
 
@@ -147,7 +159,7 @@ class Ledger:
                 self._scale(where, action.coefficients)
                 self._show(action.threshold)
             elif isinstance(action, Skip):
-                self.skip = self.skip | action.flag
+                self.skip = action.flag if self.skip is None else self.skip | action.flag
             else:
                 raise TypeError(
                     f"{policy!r} returned {action!r} but its `bound` is None: declare the bound, "
@@ -158,13 +170,13 @@ class Ledger:
     def smallest(self) -> Tensor:
         """Per parameter, the smallest coefficient that is applied to any of its units."""
         smallest = self.total.clone()
-        if self.table.size:
+        if self.unit_total is not None:
             smallest.scatter_reduce_(0, self.table.owner, self.unit_total, "amin")
         if self.one.local_units:
             # Known over all parameters together: what was decided locally is not sent one by one.
             where = self._where(list(self.one.local_units))
             later = self.rounds[0].coefficients
-            factor = self.ones if later is None else later
+            factor = self.ones if later is None else later.expand_as(self.ones)
             smallest[where] = self.measurement.smallest * factor[where]
         return smallest
 
@@ -177,7 +189,7 @@ class Ledger:
             share = torch.maximum(share, clamped.double())
         if self.one.request.unit_dims:
             counts = self.measurement.clipped
-            if self.table.size:
+            if self.unit_total is not None:
                 changed = (self.unit_total < 1.0).double()
                 counts = counts.index_add(0, self.table.owner, changed)
             share = torch.maximum(share, counts / self.program.unit_counts[self.number])
@@ -188,8 +200,19 @@ class Ledger:
         return all(
             not turn.bounds
             and (turn.units is None or bool((turn.units == 1.0).all()))
-            and (turn.coefficients is None or bool((turn.coefficients == 1.0).all()))
+            and (turn.coefficients is None or _is_one(turn.coefficients))
             for turn in self.rounds
+        )
+
+    def is_uniform(self) -> bool:
+        """Whether every gradient is multiplied by the same coefficient, and that is all."""
+        turn = self.rounds[0]
+        return (
+            len(self.rounds) == 1
+            and not turn.bounds
+            and turn.units is None
+            and turn.coefficients is not None
+            and turn.coefficients.dim() == 0
         )
 
     def _infos(self, members: Sequence[int]) -> Sequence[ParameterInfo]:
@@ -204,10 +227,8 @@ class Ledger:
         return torch.tensor(members, dtype=torch.long, device=self.program.plan.device)
 
     def _show(self, threshold: Tensor | float | None) -> None:
-        if threshold is not None and self.threshold is None:
-            self.threshold = torch.as_tensor(
-                threshold, dtype=torch.float64, device=self.program.plan.device
-            )
+        if self.threshold is None:
+            self.threshold = threshold
 
     def _clamp(self, late: Sequence[int], bound: float) -> None:
         """Clamps at the head of the pass are booked and measured already; these are the others."""
@@ -216,23 +237,27 @@ class Ledger:
             return
         self.rounds.append(Round(bounds=dict.fromkeys(late, bound)))
         where = self._where(late)
-        for norms in self.norms.values():
+        for order, norms in self.norms.items():
             # Unknown until measured again, except where no element can exceed the bound.
             known = norms[where]
-            norms[where] = torch.where(known <= bound, known, math.nan)
+            after = norms.clone()
+            after[where] = torch.where(known <= bound, known, math.nan)
+            self.norms[order] = after
 
     def _scale(self, where: Tensor | slice, coefficients: Tensor) -> None:
-        factors = self.ones.clone()
-        factors[where] = coefficients
+        if isinstance(where, slice):
+            factors = coefficients
+        else:
+            factors = self.ones.clone()
+            factors[where] = coefficients
+        same = self.total is self.scaled
         self.total = self.total * factors
-        self.scaled = self.scaled * factors
-        for norms in self.norms.values():
-            norms *= factors
-        if self.table.size:
-            per_unit = factors[self.table.owner]
+        self.scaled = self.total if same else self.scaled * factors
+        self.norms = {order: norms * factors for order, norms in self.norms.items()}
+        if self.unit_total is not None:
+            per_unit = factors if factors.dim() == 0 else factors[self.table.owner]
             self.unit_total = self.unit_total * per_unit
-            for units in self.units.values():
-                units *= per_unit
+            self.units = {order: units * per_unit for order, units in self.units.items()}
         pending = self.rounds[-1]
         pending.coefficients = (
             factors if pending.coefficients is None else pending.coefficients * factors
@@ -246,7 +271,7 @@ class Ledger:
             norms, weights = self.norms[2.0][where], self.measurement.weights[2.0][where]
             self._scale(where, policy.unit_coefficients(norms, weights))
         members = [m for m in stage.members if m in self.table.rows]
-        if not members or not self.table.size:  # parameters of shape (0, n) have no units
+        if not members or self.unit_total is None:  # parameters of shape (0, n) have no units
             return
         norms, weights = self.units[2.0], self.measurement.unit_weights
         factors = policy.unit_coefficients(norms, weights)
@@ -255,13 +280,13 @@ class Ledger:
             chosen[self._where(members)] = True
             factors = torch.where(chosen[self.table.owner], factors, 1.0)
         self.unit_total = self.unit_total * factors
-        for units in self.units.values():
-            units *= factors
+        self.units = {order: units * factors for order, units in self.units.items()}
         before = self.norms.get(self.program.shown)
-        before = None if before is None else before.clone()
         for order, running in self.norms.items():
-            running[self.table.members] = combine_segments(
-                self.units[order], self.table.lengths, order
+            self.norms[order] = running.index_copy(
+                0,
+                self.table.members,
+                combine_segments(self.units[order], self.table.lengths, order),
             )
         if before is not None:
             self._book(before, members)
@@ -272,47 +297,84 @@ class Ledger:
         """A parameter's coefficient, where its units have different ones: the norms' ratio."""
         where = self._where(members)
         ratio = self.norms[self.program.shown][where] / before[where]
-        self.total[where] *= torch.where(before[where] > 0, ratio, 1.0)
+        total = self.total.clone()
+        total[where] *= torch.where(before[where] > 0, ratio, 1.0)
+        self.total = total
 
 
-@dataclass
 class Walked:
     """What one walk found and did. All tensors on the plan's device.
 
+    What only a report shows is computed when it is read.
+
     Attributes:
-        raw, after: float64 ``(parameters,)`` norms before and after, NaN where not known.
-        coefficients: float64 ``(parameters,)``, what each gradient was multiplied by.
-        smallest: float64 ``(parameters,)``, the smallest coefficient applied to a unit of it.
-        clipped: float64 ``(parameters,)``, share of its units that were changed.
-        threshold: 0-dim float64, NaN where the policy has no single one.
+        raw: float64 ``(parameters,)`` norms before, NaN where not known.
         skipped: 0-dim bool.
         nonfinite: bool ``(parameters,)``.
         states: the new state of every stage.
     """
 
-    raw: Tensor
-    after: Tensor
-    coefficients: Tensor
-    smallest: Tensor
-    clipped: Tensor
-    threshold: Tensor
-    skipped: Tensor
-    nonfinite: Tensor
-    states: States
-
-    @classmethod
-    def start(cls, program: Program, states: States) -> Walked:
-        """Nothing found and nothing done yet."""
-        return replace(program.nothing, states=dict(states))
+    def __init__(self, program: Program, states: States) -> None:
+        self.raw = program.unknown
+        self.skipped = program.no_skip
+        self.nonfinite = program.all_finite
+        self.states = dict(states)
+        self._program: Program | None = program
+        self._ledgers: list[Ledger] = []
 
     def absorb(self, ledger: Ledger) -> None:
         """Add what one pass decided."""
-        self.after = ledger.norms.get(ledger.program.shown, self.after)
-        self.coefficients = self.coefficients * ledger.total
-        self.smallest = self.smallest * ledger.smallest()
-        self.clipped = torch.maximum(self.clipped, ledger.clipped())
-        if ledger.threshold is not None:
-            self.threshold = torch.where(
-                torch.isnan(self.threshold), ledger.threshold, self.threshold
-            )
-        self.skipped = self.skipped | ledger.skip
+        self._ledgers.append(ledger)
+        if ledger.skip is not None:
+            self.skipped = self.skipped | ledger.skip
+
+    @cached_property
+    def after(self) -> Tensor:
+        """float64 ``(parameters,)`` norms after, NaN where not known."""
+        program = self._compiled
+        known = [ledger.norms.get(program.shown) for ledger in self._ledgers]
+        return next((norms for norms in reversed(known) if norms is not None), program.unknown)
+
+    @cached_property
+    def coefficients(self) -> Tensor:
+        """float64 ``(parameters,)``, what each gradient was multiplied by."""
+        return self._product(ledger.total for ledger in self._ledgers)
+
+    @cached_property
+    def smallest(self) -> Tensor:
+        """float64 ``(parameters,)``, the smallest coefficient applied to a unit of it."""
+        return self._product(ledger.smallest() for ledger in self._ledgers)
+
+    @cached_property
+    def clipped(self) -> Tensor:
+        """float64 ``(parameters,)``, share of its units that were changed."""
+        most = torch.zeros_like(self._compiled.ones)
+        for ledger in self._ledgers:
+            most = torch.maximum(most, ledger.clipped())
+        return most
+
+    @cached_property
+    def threshold(self) -> Tensor:
+        """0-dim float64, NaN where the policy has no single one."""
+        first = self._compiled.unknown.new_full((), math.nan)
+        for ledger in self._ledgers:
+            if ledger.threshold is not None:
+                first = torch.where(torch.isnan(first), ledger.threshold, first)
+        return first
+
+    def __getstate__(self) -> dict[str, object]:
+        """With everything computed, and without the model and the books behind it."""
+        for name in ("after", "coefficients", "smallest", "clipped", "threshold"):
+            getattr(self, name)
+        return {**self.__dict__, "_program": None, "_ledgers": []}
+
+    @property
+    def _compiled(self) -> Program:
+        assert self._program is not None, "everything was computed before this was copied"
+        return self._program
+
+    def _product(self, factors: Iterable[Tensor]) -> Tensor:
+        product = self._compiled.ones
+        for factor in factors:
+            product = product * factor
+        return product

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distclip.ledger import Walked
 from distclip.policies._protocol import combine_norms
 
 
@@ -41,46 +42,44 @@ class ClipReport:
     skipped: Tensor
     _norm_type: float
     _dtype: torch.dtype
-    _norms: Tensor
-    _after: Tensor
-    _applied: Tensor
-    _smallest: Tensor
-    _clipped: Tensor
-    _threshold: Tensor
-    _nonfinite: Tensor
+    _walked: Walked
 
     @cached_property
     def total_norm(self) -> Tensor:
         """Norm of all gradients before clipping."""
-        return combine_norms(self._norms, self._norm_type).to(self._dtype)
+        return combine_norms(self._walked.raw, self._norm_type).to(self._dtype)
 
     @cached_property
     def clipped_norm(self) -> Tensor:
         """Norm of all gradients after clipping."""
-        norm = combine_norms(self._after, self._norm_type).to(self._dtype)
+        norm = combine_norms(self._walked.after, self._norm_type).to(self._dtype)
         return torch.where(self.skipped, self.total_norm, norm)
 
     @cached_property
     def coefficient(self) -> Tensor:
         """The smallest coefficient that was applied."""
-        least = self._smallest.min() if len(self.names) else self._smallest.new_ones(())
+        least = (
+            self._walked.smallest.min() if len(self.names) else self._walked.smallest.new_ones(())
+        )
         return torch.where(self.skipped, torch.ones_like(least), least).to(self._dtype)
 
     @cached_property
     def threshold(self) -> Tensor:
         """The policy's threshold in its own measure."""
-        return self._threshold.to(self._dtype)
+        return self._walked.threshold.to(self._dtype)
 
     @cached_property
     def clipped_fraction(self) -> Tensor:
         """Mean over parameters of the share of their units that were clipped."""
-        fraction = self._clipped.mean() if len(self.names) else self._clipped.new_zeros(())
+        fraction = (
+            self._walked.clipped.mean() if len(self.names) else self._walked.clipped.new_zeros(())
+        )
         return torch.where(self.skipped, torch.zeros_like(fraction), fraction).to(self._dtype)
 
     @cached_property
     def parameter_norms(self) -> Mapping[str, float]:
         """Name -> norm of its whole gradient before clipping. Reads the host."""
-        return dict(zip(self.names, self._norms.tolist(), strict=True))
+        return dict(zip(self.names, self._walked.raw.tolist(), strict=True))
 
     @cached_property
     def parameter_coefficients(self) -> Mapping[str, float]:
@@ -89,13 +88,13 @@ class ClipReport:
         Where the units of a parameter have different coefficients: its norm after clipping by its
         norm before.
         """
-        coefficients = torch.where(self.skipped, 1.0, self._applied)
+        coefficients = torch.where(self.skipped, 1.0, self._walked.coefficients)
         return dict(zip(self.names, coefficients.tolist(), strict=True))
 
     @cached_property
     def nonfinite(self) -> tuple[str, ...]:
         """Names of the parameters with a NaN or inf in their gradient. Reads the host."""
-        flags = self._nonfinite.tolist()
+        flags = self._walked.nonfinite.tolist()
         return tuple(name for name, bad in zip(self.names, flags, strict=True) if bad)
 
     def to_dict(self, *, per_parameter: bool = True) -> dict[str, Any]:

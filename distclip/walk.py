@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -42,7 +43,7 @@ def walk(
         DistclipError: a gradient that cannot be measured, on every rank, before any changes.
         NonFiniteGradientError: under ``"error"``, on every rank, before any changes.
     """
-    walked = Walked.start(program, states)
+    walked = Walked(program, states)
     for number, one in enumerate(program.passes):
         request = one.request
         if loss_scale is not None and request.bounds:
@@ -58,19 +59,20 @@ def walk(
         reads = program.plan.device.type == "cpu" or on_nonfinite == "error"
         raise_together(measured.trouble, measurement.troubled if reads else None)
         ledger = Ledger(program, number, measurement)
-        if number == 0:
+        if number == 0 and measurement.raw:
             _look_for_nonfinite(program, walked, measurement, on_nonfinite)
-        if on_nonfinite == "zero":
+        bad = walked.nonfinite is not program.all_finite
+        if bad and on_nonfinite == "zero":
             ledger.forget(walked.nonfinite)
         for position, stage in enumerate(one.stages):
             state = states.get(stage.path, {})
             new = ledger.run(position, stage, state)
-            if on_nonfinite == "skip":  # a dropped step leaves no trace in any state
+            if bad and on_nonfinite == "skip":  # a dropped step leaves no trace in any state
                 stop = walked.nonfinite.any()
                 new = {key: torch.where(stop, state[key], value) for key, value in new.items()}
             walked.states[stage.path] = new
         walked.absorb(ledger)
-        flags = walked.nonfinite if on_nonfinite == "zero" and number == 0 else None
+        flags = walked.nonfinite if bad and on_nonfinite == "zero" and number == 0 else None
         act(program, measured, decided, ledger, walked.skipped, flags, loss_scale)
     return walked
 
@@ -80,14 +82,21 @@ def _look_for_nonfinite(
 ) -> None:
     """Note which gradients are not finite, and do what the mode says about it."""
     walked.raw = measurement.raw.get(program.shown, walked.raw)
+    if program.plan.device.type == "cpu" or on_nonfinite == "error":
+        # One read of the host. Norms are not negative: their sum is finite if all of them are.
+        sums = [norms.sum() for norms in measurement.raw.values()]
+        if all(math.isfinite(total.item()) for total in sums):
+            return
     for norms in measurement.raw.values():
         walked.nonfinite = walked.nonfinite | ~torch.isfinite(norms)
     if on_nonfinite == "zero":
         walked.raw = torch.where(walked.nonfinite, 0.0, walked.raw)
     elif on_nonfinite == "skip":
         walked.skipped = walked.nonfinite.any()
-    elif on_nonfinite == "error" and bool(walked.nonfinite.any()):
+    elif on_nonfinite == "error":
         flags = walked.nonfinite.tolist()
+        if not any(flags):  # norms so large that only their sum overflows
+            return
         names = [e.name for e, bad in zip(program.plan.entries, flags, strict=True) if bad]
         shown = ", ".join(repr(name) for name in names[:8])
         more = f" and {len(names) - 8} more" if len(names) > 8 else ""
@@ -117,10 +126,10 @@ def raise_together(mine: DistclipError | None, anybodys: Tensor | None) -> None:
 def decide_locally(program: Program, one: Pass, measured: LocalMeasurement) -> LocalDecision:
     """Decide on the units that lie whole on this rank, so that their outcome travels along."""
     plan, units = program.plan, measured.units
-    clipped = torch.zeros(len(plan.entries), dtype=torch.float64, device=plan.device)
-    smallest = torch.ones((), dtype=torch.float64, device=plan.device)
+    clipped, smallest = program.nothing_decided.clipped, program.nothing_decided.smallest
     if not one.local_units:
-        return LocalDecision({}, {}, clipped, smallest)
+        return program.nothing_decided
+    clipped = clipped.clone()
     after = {order: norms.clone() for order, norms in measured.norms.items()}
     # The pieces that the same policies decide on are decided on together.
     together: dict[tuple[UnitPolicy, ...], list[int]] = {}
@@ -174,8 +183,14 @@ def act(
     """Change the local gradients as the ledger says."""
     plan = program.plan
     on_host = plan.device.type == "cpu"
-    if on_host and (bool(skip) or (dropped is None and ledger.is_idle() and _all_one(decided))):
-        return
+    if on_host:
+        if skip is not program.no_skip and bool(skip):
+            return
+        if dropped is None and ledger.is_idle() and _all_one(decided):
+            return
+        if dropped is None and ledger.is_uniform() and not decided.coefficients:
+            _scale_all(measured, cast(Tensor, ledger.rounds[0].coefficients))
+            return
     present = [(p, g) for p, g in enumerate(measured.present) if g is not None]
     rows = torch.tensor([plan.pieces[p].index for p, _ in present], device=plan.device).long()
     if dropped is not None:
@@ -192,16 +207,30 @@ def act(
                 factors = units[position]
                 row = plan.pieces[position].index
                 if turn.coefficients is not None:
-                    factors = factors * turn.coefficients[row]
+                    factors = factors * turn.coefficients.expand_as(ledger.ones)[row]
                 if dropped is not None:
                     factors = torch.where(dropped[row], 1.0, factors)
                 factors = factors if on_host else torch.where(skip, 1.0, factors)
                 inplace.scale_units_(gradient, factors, ledger.one.request.unit_dims[row])
         if turn.coefficients is not None:
-            factors = turn.coefficients if on_host else torch.where(skip, 1.0, turn.coefficients)
+            factors = turn.coefficients.expand_as(ledger.ones)
+            factors = factors if on_host else torch.where(skip, 1.0, factors)
             whole = [i for i, (position, _) in enumerate(present) if position not in units]
             chosen = rows if len(whole) == len(present) else rows[whole]
             inplace.scale_([present[i][1] for i in whole], factors[chosen])
+
+
+def _scale_all(measured: LocalMeasurement, coefficient: Tensor) -> None:
+    """Multiply all gradients on the host by one number, neighbours in memory as one tensor."""
+    tensors: list[Tensor] = []
+    covered: Sequence[int] = ()
+    if measured.together is not None:
+        tensors += measured.together.spans
+        covered = measured.together.known.positions
+    if len(covered) < len(measured.present):
+        alone = set(range(len(measured.present))).difference(covered)
+        tensors += [g for p in alone if (g := measured.present[p]) is not None]
+    inplace.scale_(tensors, coefficient.expand(len(tensors)))
 
 
 def _all_one(decided: LocalDecision) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, TypeAlias, cast
@@ -202,26 +203,39 @@ def local_part(tensor: DTensor) -> Tensor:
     return cast(Tensor, wait()) if wait is not None else local
 
 
-def quick_gradients(holds: Sequence[Holder]) -> list[Tensor | None] | None:
+TENSOR, STRIDED = {Tensor}, {torch.strided}
+_grad, _spec, _shard, _layout = map(
+    operator.attrgetter, ("grad", "_spec", "_local_tensor", "layout")
+)
+
+
+def specs_of(holds: Sequence[Holder]) -> list[object]:
+    """The sharding of every parameter."""
+    return [_spec(hold()) for hold in holds]
+
+
+def quick_gradients(holds: Sequence[Holder], specs: list[object]) -> list[Tensor | None] | None:
     """All local gradients at once, where each lies as its parameter does.
 
+    Asked at every step, so without a Python loop over what is there.
+
     Returns:
-        None where any of them is missing or needs a closer look: then ask one by one.
+        None where any of them is missing or needs a closer look: then ask one by one. The layouts
+        are not looked at; see :func:`are_strided`.
     """
-    parameters: list[Any] = [hold() for hold in holds]
-    gradients: list[Any] = [parameter.grad for parameter in parameters]
     try:
-        specs = [gradient._spec for gradient in gradients]
-        locals_: list[Tensor | None] = [gradient._local_tensor for gradient in gradients]
+        gradients = list(map(_grad, [hold() for hold in holds]))
+        # FSDP2 gives the gradient the parameter's own spec object: then this is quick too.
+        same = list(map(_spec, gradients)) == specs
+        shards: list[Tensor | None] = list(map(_shard, gradients))
     except AttributeError:  # none, or a plain tensor
         return None
-    strided = torch.strided
-    if all(
-        spec is parameter._spec and type(local) is Tensor and local.layout is strided
-        for spec, parameter, local in zip(specs, parameters, locals_, strict=True)
-    ):
-        return locals_
-    return None
+    return shards if same and set(map(type, shards)) == TENSOR else None
+
+
+def are_strided(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether none of the tensors is sparse."""
+    return set(map(_layout, tensors)) == STRIDED
 
 
 def local_gradient(name: str, hold: Holder) -> Tensor | None:

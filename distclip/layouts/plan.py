@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from distclip.errors import ProcessGroupError, RankMismatchError
+from distclip.layouts import dtensor
 from distclip.layouts.piece import Described, Entry, Holder, Piece
 
 
@@ -58,6 +59,11 @@ class Plan:
         return holds if holds and len(holds) == len(self.pieces) else None
 
     @cached_property
+    def specs(self) -> list[object]:
+        """The sharding of each of :attr:`holds`."""
+        return dtensor.specs_of(self.holds or ())
+
+    @cached_property
     def rows(self) -> Tensor | None:
         """Table row of each piece, int64 ``(pieces,)``; None where the two are one to one."""
         if self.one_to_one:
@@ -74,6 +80,20 @@ class Plan:
         return torch.tensor(
             [piece.share for piece in self.pieces], dtype=torch.float64, device=self.device
         )
+
+    @cached_property
+    def no_units(self) -> Tensor:
+        """float64 ``(0,)``: the statistics of units where there are none."""
+        return torch.zeros(0, dtype=torch.float64, device=self.device)
+
+    @cached_property
+    def _flags(self) -> tuple[Tensor, Tensor]:
+        both = torch.tensor([0.0, 1.0], dtype=torch.float64, device=self.device)
+        return both[:1], both[1:]
+
+    def flag(self, raised: bool) -> Tensor:
+        """float64 ``(1,)``, 0 or 1; shared by all steps, so never changed in place."""
+        return self._flags[raised]
 
 
 def local_plan(

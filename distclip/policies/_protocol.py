@@ -51,6 +51,9 @@ class Needs:
         return cls(frozenset(map(float, gradients)), frozenset(map(float, weights)))
 
 
+SMALLEST = torch.finfo(torch.float64).tiny
+
+
 def combine_norms(norms: Tensor, norm_type: float) -> Tensor:
     """The p-norm of a whole from the p-norms of its disjoint parts.
 
@@ -68,7 +71,8 @@ def combine_norms(norms: Tensor, norm_type: float) -> Tensor:
     largest = norms.max()
     if math.isinf(norm_type):
         return largest
-    unit = torch.where((largest > 0) & torch.isfinite(largest), largest, 1.0)
+    # 1 instead of NaN and inf, which then speak for themselves; and never a division by 0.
+    unit = torch.nan_to_num(largest, nan=1.0, posinf=1.0).clamp_(min=SMALLEST)
     total: Tensor = torch.linalg.vector_norm(norms / unit, norm_type) * unit
     return total
 

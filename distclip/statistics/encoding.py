@@ -38,9 +38,9 @@ class Encoding:
         return math.floor(1030 * self.norm_type / SLOT_BITS) - self.lowest + 1
 
     def encode(self, norms: Tensor) -> Tensor:
-        """float64 ``(n,)`` norms to float64 ``(n, slots)`` summands."""
+        """float64 ``(n,)`` norms to float64 summands, ``(n,)``, or ``(n, slots)`` if wide."""
         if not self.wide:
-            return norms.pow(self.norm_type).unsqueeze(1)
+            return norms.pow(self.norm_type)
         finite = torch.isfinite(norms) & (norms > 0)
         mantissa, exponent = torch.frexp(torch.where(finite, norms, 1.0))
         bits = exponent.double() * self.norm_type
@@ -52,9 +52,9 @@ class Encoding:
         return summands
 
     def decode(self, sums: Tensor) -> Tensor:
-        """float64 ``(n, slots)`` sums to float64 ``(n,)`` norms."""
+        """Sums of what :meth:`encode` gave to float64 ``(n,)`` norms."""
         if not self.wide:
-            return sums.squeeze(1).pow(1.0 / self.norm_type)
+            return sums.pow(1.0 / self.norm_type)
         slot = torch.arange(self.slots, dtype=torch.float64, device=sums.device) + self.lowest
         root = sums.pow(1.0 / self.norm_type)
         # In two factors: the exponent of a slot can exceed float64's where its content is 0.

@@ -16,13 +16,13 @@ Nothing here reads a value of an accelerator tensor on the host.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import cast
 
 import torch
 from torch import Tensor
 
-from distclip.statistics.neighbours import LANE, UNDERFLOW, Neighbours
+from distclip.statistics.neighbours import LANE, UNDERFLOW, Together
 
 CHUNK = 1 << 16
 """Elements converted at a time: the only temporary, 256 KiB as float32."""
@@ -44,7 +44,7 @@ def norms(
     bounds: Sequence[float | None] | None = None,
     *,
     device: torch.device,
-    neighbours: Neighbours | None = None,
+    together: Together | None = None,
 ) -> Tensor:
     """p-norm of each tensor, as if clamped to its bound first.
 
@@ -53,20 +53,29 @@ def norms(
         norm_type: p > 0 or inf.
         bounds: per tensor, measure ``clamp(x, -bound, bound)`` instead; None for as it is.
         device: where the result goes.
-        neighbours: what is known of the same tensors' places in memory from earlier calls.
+        together: those of them that were found to lie side by side in memory.
 
     Returns:
         float64 tensor of shape ``(len(tensors),)``. NaN and inf elements give NaN and inf.
     """
-    result = torch.zeros(len(tensors), dtype=torch.float64)
-    measured: frozenset[int] = frozenset()
-    doubtful: list[int] = []
-    if neighbours is not None and bounds is None and norm_type in (1.0, 2.0):
-        measured, doubtful = neighbours.measure(tensors, norm_type, result)
+    rest: Iterable[int] = range(len(tensors))
+    if together is None or bounds is not None or norm_type not in (1.0, 2.0):
+        result = torch.zeros(len(tensors), dtype=torch.float64)
+    else:
+        known = together.known
+        found, rest = together.norms(norm_type)
+        if known.order is not None:
+            result = found[known.order]
+            if not rest:
+                return result.to(device)
+        else:
+            result = torch.zeros(len(tensors), dtype=torch.float64)
+            result[known.index] = found
+            done = set(known.positions)
+            rest = (*rest, *(each for each in range(len(tensors)) if each not in done))
     elsewhere: dict[int, Tensor] = {}
     values: dict[int, float] = {}
-    rest = range(len(tensors)) if len(measured) < len(tensors) else ()
-    for position in (*doubtful, *(each for each in rest if each not in measured)):
+    for position in rest:
         tensor = tensors[position]
         if tensor is None or tensor.numel() == 0:
             continue
@@ -77,8 +86,9 @@ def norms(
         else:
             elsewhere[position] = _exact_norm(tensor, norm_type, bound).to(device)
     if values:
-        found = torch.tensor(list(values.values()), dtype=torch.float64)
-        result[torch.tensor(list(values))] = found
+        result[torch.tensor(list(values))] = torch.tensor(
+            list(values.values()), dtype=torch.float64
+        )
     result = result.to(device)
     if elsewhere:
         where = torch.tensor(list(elsewhere), device=device)

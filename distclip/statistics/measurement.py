@@ -15,7 +15,7 @@ from distclip.layouts import dtensor
 from distclip.layouts.piece import Piece
 from distclip.layouts.plan import Plan
 from distclip.statistics import local
-from distclip.statistics.neighbours import Neighbours
+from distclip.statistics.neighbours import Neighbours, Together
 
 
 @dataclass(frozen=True)
@@ -134,6 +134,7 @@ class LocalMeasurement:
         units: the units on this rank, of the pieces that are measured so.
         trouble: what went wrong here; every rank has to learn of it before anybody raises.
         present: pieces that have a gradient, with it.
+        together: those of them that lie side by side in memory and were measured as one.
     """
 
     norms: dict[float, Tensor] = field(default_factory=dict)
@@ -142,6 +143,7 @@ class LocalMeasurement:
     units: LocalUnits = field(default_factory=lambda: LocalUnits())
     trouble: DistclipError | None = None
     present: list[Tensor | None] = field(default_factory=list)
+    together: Together | None = None
 
     def divide(self, scale: Tensor) -> None:
         """Divide all gradient norms by a 0-dim loss scale."""
@@ -158,29 +160,22 @@ class Memory:
     weights: Neighbours = field(default_factory=Neighbours)
 
 
-def measure(plan: Plan, request: Request, neighbours: Memory) -> LocalMeasurement:
+def measure(plan: Plan, request: Request, memory: Memory) -> LocalMeasurement:
     """Measure this rank's pieces. Issues no collective (except to reduce ``Partial`` gradients)."""
     result = LocalMeasurement()
-    quick = None if plan.holds is None else dtensor.quick_gradients(plan.holds)
-    present = result.present = quick or []
-    for piece in plan.pieces if quick is None else ():
-        try:
-            present.append(piece.gradient())
-        except DistclipError as trouble:
-            present.append(None)
-            result.trouble = result.trouble or trouble
-    plain: list[Tensor | None] = list(result.present)
+    quick = None if plan.holds is None else dtensor.quick_gradients(plan.holds, plan.specs)
+    result.present = present = _fetched(plan, result) if quick is None else quick
+    plain = _counted(plan, request, present)
+    result.together = None if request.bounds else memory.gradients.find(plain)
+    everything = result.together is not None and result.together.known.order is not None
+    if quick is not None and not everything and not dtensor.are_strided(quick):
+        result.present = present = _fetched(plan, result)  # refuses by name
+        plain = _counted(plan, request, present)
     bounds = [request.bounds.get(piece.index) for piece in plan.pieces] if request.bounds else None
-    if request.unit_dims or plan.shares is not None:
-        for position, piece in enumerate(plan.pieces):
-            if piece.share == 0.0 or piece.index in request.unit_dims:
-                plain[position] = None
     if request.unit_dims:
         result.units = _measure_units(plan, request, present)
     for order in request.orders:
-        norms = local.norms(
-            plain, order, bounds, device=plan.device, neighbours=neighbours.gradients
-        )
+        norms = local.norms(plain, order, bounds, device=plan.device, together=result.together)
         _insert_units(plan, norms, result.units, order)
         result.norms[order] = norms
     if request.bounds:
@@ -197,9 +192,33 @@ def measure(plan: Plan, request: Request, neighbours: Memory) -> LocalMeasuremen
     ]
     for order in request.weight_orders:
         result.weights[order] = local.norms(
-            counted, order, device=plan.device, neighbours=neighbours.weights
+            counted, order, device=plan.device, together=memory.weights.find(counted)
         )
     return result
+
+
+def _fetched(plan: Plan, result: LocalMeasurement) -> list[Tensor | None]:
+    """The gradient of every piece, asked one by one; what cannot be measured is noted."""
+    present: list[Tensor | None] = []
+    for piece in plan.pieces:
+        try:
+            present.append(piece.gradient())
+        except DistclipError as trouble:
+            present.append(None)
+            result.trouble = result.trouble or trouble
+    return present
+
+
+def _counted(
+    plan: Plan, request: Request, present: Sequence[Tensor | None]
+) -> Sequence[Tensor | None]:
+    """Those that are measured as a whole, and by this rank."""
+    if not request.unit_dims and plan.shares is None:
+        return present
+    return [
+        None if piece.share == 0.0 or piece.index in request.unit_dims else gradient
+        for piece, gradient in zip(plan.pieces, present, strict=True)
+    ]
 
 
 def _measure_raw(plan: Plan, request: Request, result: LocalMeasurement) -> None:

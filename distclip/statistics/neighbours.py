@@ -1,4 +1,4 @@
-"""Float32 CPU tensors measured together where they are neighbours in memory.
+"""Float32 CPU tensors measured, and scaled, together where they are neighbours in memory.
 
 The sharded gradients of an FSDP2 module lie side by side in one buffer: one call measures them all,
 in lanes that no boundary cuts. Who lies beside whom is the same at every step, so it is learnt once
@@ -8,7 +8,8 @@ and then only checked.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,10 @@ SHORTEST_LANE = 32
 PATIENCE = 4
 """Arrangements that may turn out to have changed before nothing is learnt any more."""
 
+FLOAT32 = {torch.float32}
+_numel, _is_contiguous, _address = Tensor.numel, Tensor.is_contiguous, Tensor.data_ptr
+_dtype = operator.attrgetter("dtype")
+
 UNDERFLOW = {1.0: 0.0, 2.0: 1e-30}
 """Mean p-th power below which powers lost to float32 underflow (1e-38 each) could matter."""
 
@@ -33,86 +38,121 @@ class Arrangement:
     """Which tensors lie side by side.
 
     Attributes:
-        positions: in order of address, of all tensors that have a neighbour.
+        positions: of all tensors that have a neighbour, run by run, in order of address in each.
+        pick: gives the tensors at these positions.
+        order: where the norm of each of the tensors lies, if these are all there are; else None.
         numels: their sizes.
         gaps: bytes from each to the next.
         runs: per run of neighbours, where it starts in ``positions``, its elements, its lane.
         within: bool, whether the next of each belongs to the same run.
-        index, lengths, floor: as tensors: positions, lanes per tensor, and the sum of squares below
+        index, lengths, least: as tensors: positions, lanes per tensor, and the sum of squares below
             which a tensor has to be measured again.
     """
 
     positions: tuple[int, ...]
+    pick: Callable[[Any], Any]
+    order: Tensor | None
     numels: list[int]
     gaps: npt.NDArray[np.int64]
     runs: tuple[tuple[int, int, int], ...]
     within: npt.NDArray[np.bool_]
     index: Tensor
     lengths: Tensor
-    floor: Tensor
+    least: Tensor
 
-    def fits(self, tensors: Sequence[Tensor | None]) -> bool:
-        """Whether these tensors are arranged so."""
-        chosen: list[Any] = [tensors[position] for position in self.positions]
-        float32 = torch.float32
+    def spans(self, tensors: Sequence[Tensor | None]) -> list[Tensor] | None:
+        """One ``(lanes, elements)`` view over each run; None if the tensors are not arranged so.
+
+        Asked at every step, so without a Python loop over the tensors.
+        """
+        if not self.positions:
+            return []
         try:
-            if [tensor.numel() for tensor in chosen] != self.numels or not all(
-                tensor.dtype is float32 and tensor.is_contiguous() for tensor in chosen
+            chosen: Any = self.pick(tensors)
+            if (
+                list(map(_numel, chosen)) != self.numels
+                or set(map(_dtype, chosen)) != FLOAT32
+                or not all(map(_is_contiguous, chosen))
             ):
-                return False
-            addresses = np.array([tensor.data_ptr() for tensor in chosen], dtype=np.int64)
-        except AttributeError:  # a gradient that is missing now
-            return False
-        # One storage is on one device: the first of each run speaks for its neighbours. And it has
-        # to be one storage still, or reading on past the first would leave it.
-        return np.array_equal(_gaps(addresses)[self.within], self.gaps[self.within]) and all(
-            chosen[start].is_cpu and _holds(chosen[start], numel) for start, numel, _ in self.runs
-        )
+                return None
+            addresses = np.fromiter(map(_address, chosen), np.int64, len(chosen))
+            if not np.array_equal(_gaps(addresses)[self.within], self.gaps[self.within]):
+                return None
+            # One storage is on one device: the first of each run speaks for its neighbours. And it
+            # has to be one storage still: torch refuses a view that would leave it.
+            firsts = [(chosen[start], numel, lane) for start, numel, lane in self.runs]
+            if not all(first.is_cpu for first, _, _ in firsts):
+                return None
+            return [
+                first.as_strided((numel // lane, lane), (lane, 1)) for first, numel, lane in firsts
+            ]
+        except (TypeError, AttributeError, RuntimeError):  # missing now, or without an address
+            return None
 
 
 def is_eligible(tensor: Tensor) -> bool:
     """Whether a tensor can share lanes with a neighbour."""
-    return tensor.dtype is torch.float32 and tensor.is_cpu and tensor.is_contiguous()
+    return (
+        tensor.layout is torch.strided
+        and tensor.dtype is torch.float32
+        and tensor.is_cpu
+        and tensor.is_contiguous()
+    )
 
 
 class Neighbours:
-    """Measures neighbours, and remembers who they are. One for the tensors of one plan."""
+    """Remembers who lies beside whom. One for the tensors of one plan."""
 
     def __init__(self) -> None:
         self._known: Arrangement | None = None
         self._misses = 0
 
-    def measure(
-        self, tensors: Sequence[Tensor | None], norm_type: float, result: Tensor
-    ) -> tuple[frozenset[int], list[int]]:
-        """Write the p-norms, p = 1 or 2, of all tensors that have a neighbour into ``result``.
-
-        Returns:
-            The positions that were measured, and among them those whose float32 partial sums were
-            zero, not finite, or too small to be sure of.
-        """
+    def find(self, tensors: Sequence[Tensor | None]) -> Together | None:
+        """The tensors that have a neighbour; None where none has."""
         if self._misses > PATIENCE:
-            return frozenset(), []
-        known = self._known
-        if known is None or not known.fits(tensors):
+            return None
+        known, spans = self._known, None
+        if known is not None:
+            spans = known.spans(tensors)
+        if known is None or spans is None:
             self._misses += known is not None
             known = self._known = learn(tensors)
-        if not known.positions:
-            return frozenset(), []
-        partials = []
-        for start, numel, lane in known.runs:
-            first = tensors[known.positions[start]]
-            assert first is not None
-            lanes = first.as_strided((numel // lane, lane), (lane, 1))
-            partials.append(torch.linalg.vector_norm(lanes, norm_type, dim=1))
+            spans = known.spans(tensors)
+        return Together(known, spans) if spans else None
+
+
+@dataclass(frozen=True)
+class Together:
+    """Tensors that lie side by side, to be treated as one.
+
+    Attributes:
+        known: which tensors these are.
+        spans: float32 ``(lanes, elements)`` views, one of each run, that cover exactly them.
+    """
+
+    known: Arrangement
+    spans: Sequence[Tensor]
+
+    def norms(self, norm_type: float) -> tuple[Tensor, list[int]]:
+        """Their p-norms, p = 1 or 2.
+
+        Returns:
+            Float64 ``(len(known.positions),)``, in that order; and the positions whose float32
+            partial sums were zero, not finite, or too small to be sure of.
+        """
+        known = self.known
+        partials = [torch.linalg.vector_norm(span, norm_type, dim=1) for span in self.spans]
         powers = torch.cat(partials).double()
         if norm_type == 2.0:
             powers = powers * powers
         sums = torch.segment_reduce(powers, "sum", lengths=known.lengths, unsafe=True)
-        result[known.index] = sums if norm_type == 1.0 else sums.sqrt()
-        sound = (sums > known.floor * UNDERFLOW[norm_type]) & torch.isfinite(sums)
-        doubtful = [] if bool(sound.all()) else known.index[~sound].tolist()
-        return frozenset(known.positions), doubtful
+        least = known.least if norm_type == 2.0 else 0.0
+        low, high = torch.aminmax(sums - least)
+        doubtful: list[int] = []
+        if not (low.item() > 0.0 and high.item() < math.inf):  # so that NaN is doubtful too
+            sound = (sums > least) & torch.isfinite(sums)
+            doubtful = known.index[~sound].tolist()
+        return sums if norm_type == 1.0 else sums.sqrt(), doubtful
 
 
 def learn(tensors: Sequence[Tensor | None]) -> Arrangement:
@@ -145,15 +185,18 @@ def learn(tensors: Sequence[Tensor | None]) -> Arrangement:
             within += [True] * (len(run) - 1) + [False]
             lengths += [each[1] // lane for each in run]
         start = stop
+    positions = tuple(position for _, _, position in found)
     return Arrangement(
-        positions=tuple(position for _, _, position in found),
+        positions=positions,
+        pick=operator.itemgetter(*(positions or (0,))),
+        order=torch.tensor(np.argsort(positions)) if len(positions) == len(tensors) else None,
         numels=[numel for _, numel, _ in found],
         gaps=_gaps(np.array([address for address, _, _ in found], dtype=np.int64)),
         runs=tuple(runs),
         within=np.array(within[:-1], dtype=np.bool_),
-        index=torch.tensor([position for _, _, position in found], dtype=torch.long),
+        index=torch.tensor(positions, dtype=torch.long),
         lengths=torch.tensor(lengths, dtype=torch.long),
-        floor=torch.tensor([numel for _, numel, _ in found], dtype=torch.float64),
+        least=torch.tensor([numel * UNDERFLOW[2.0] for _, numel, _ in found], dtype=torch.float64),
     )
 
 

@@ -7,8 +7,9 @@ alone where nothing else is asked for.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,7 +52,7 @@ class Measurement:
         unit_weights: ``(units,)`` their weight 2-norms.
         clipped: ``(parameters,)`` units scaled before the reduction.
         smallest: 0-dim, the smallest coefficient decided before the reduction.
-        troubled: 0-dim, > 0 if any rank ran into an error.
+        troubled: one element, > 0 if any rank ran into an error.
     """
 
     raw: Mapping[float, Tensor]
@@ -103,10 +104,10 @@ class Packet:
         encoding = Encoding(order, self._wide[order])
         summands = encoding.encode(norms)
         if shares is not None:
-            counted = shares.unsqueeze(1)
+            counted = shares.unsqueeze(1) if encoding.wide else shares
             summands = torch.where(counted > 0, summands * counted, 0.0)
         if rows is not None:
-            empty = norms.new_zeros(size, encoding.slots)
+            empty = norms.new_zeros(size, *summands.shape[1:])
             summands = empty.index_add_(0, rows, summands)
         self._sums[key] = (summands, encoding)
 
@@ -116,25 +117,30 @@ class Packet:
         summed = _joined([summands for summands, _ in self._sums.values()])
         if summed is not None and self._group is not None:
             collectives.all_reduce_sum(summed, self._group)
-        start = 0
-        for key, (summands, encoding) in self._sums.items():
-            assert summed is not None
-            part = summed[start : start + summands.numel()].view(summands.shape)
-            start += summands.numel()
-            result[key] = part if encoding is None else encoding.decode(part)
+        for (key, (summands, encoding)), part in zip(
+            self._sums.items(), _parted(summed, [s for s, _ in self._sums.values()]), strict=True
+        ):
+            shaped = part if summands.dim() == 1 else part.view(summands.shape)
+            result[key] = shaped if encoding is None else encoding.decode(shaped)
         largest = _joined(list(self._maxima.values()))
         if largest is not None and self._group is not None:
             largest = collectives.all_reduce_max(largest, self._group)
-        start = 0
-        for key, maxima in self._maxima.items():
-            assert largest is not None
-            result[key] = largest[start : start + maxima.numel()]
-            start += maxima.numel()
+        parts = _parted(largest, list(self._maxima.values()))
+        result.update(zip(self._maxima, parts, strict=True))
         return result
 
 
 def _joined(tensors: list[Tensor]) -> Tensor | None:
-    return torch.cat([tensor.reshape(-1) for tensor in tensors]) if tensors else None
+    if not tensors:
+        return None
+    return torch.cat([tensor if tensor.dim() == 1 else tensor.reshape(-1) for tensor in tensors])
+
+
+def _parted(joined: Tensor | None, tensors: list[Tensor]) -> Sequence[Tensor]:
+    """The flat parts of what :func:`_joined` joined."""
+    if joined is None:
+        return ()
+    return torch.split(joined, [tensor.numel() for tensor in tensors])
 
 
 def reduce(
@@ -146,12 +152,7 @@ def reduce(
 ) -> Measurement:
     """All ranks' measurements as one. One all-reduce; a second one for maxima beside sums."""
     group = plan.group if request.reduced else None
-    dtypes = [getattr(torch, dtype) for dtype in plan.dtypes]
-    wide = {
-        order: any(local.is_wide(dtype, order) for dtype in dtypes)
-        for order in {2.0, *request.orders, *request.raw_orders, *request.weight_orders}
-    }
-    packet = Packet(group, wide=wide)
+    packet = Packet(group, wide=_wide(plan.dtypes, (*request.unit_orders, *request.weight_orders)))
     kinds: dict[str, Mapping[float, Tensor]] = {
         "norms": measured.norms,
         "raw": measured.raw,
@@ -178,8 +179,7 @@ def reduce(
     if request.decided_locally and group is not None:
         packet.add_sum("clipped", decided.clipped)
         packet.add_sum("smallest", _own_slot(decided.smallest, group))
-    troubled = torch.full_like(decided.smallest.reshape(1), float(measured.trouble is not None))
-    packet.add_flag("trouble", troubled)
+    packet.add_flag("trouble", plan.flag(measured.trouble is not None))
     got.update(packet.exchange())
 
     def reduced(kind: str) -> dict[float, Tensor]:
@@ -192,11 +192,18 @@ def reduce(
         norms={**clamped, **reduced("after")},
         weights=reduced("weights"),
         units={order: got["units", order] for order in request.unit_orders if table.size},
-        unit_weights=got.get("unit weights", decided.clipped.new_empty(0)),
+        unit_weights=got.get("unit weights", plan.no_units),
         clipped=got.get("clipped", decided.clipped),
         smallest=got["smallest"].min() if "smallest" in got else decided.smallest,
-        troubled=got["trouble"].squeeze(0),
+        troubled=got["trouble"],
     )
+
+
+@functools.lru_cache(maxsize=64)
+def _wide(dtypes: frozenset[str], orders: tuple[float, ...]) -> Mapping[float, bool]:
+    """Per order, whether p-th powers of values of these dtypes can leave float64."""
+    kinds = [getattr(torch, dtype) for dtype in dtypes]
+    return {order: any(local.is_wide(kind, order) for kind in kinds) for order in orders}
 
 
 def _own_slot(value: Tensor, group: ProcessGroup) -> Tensor:

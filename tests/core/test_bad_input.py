@@ -307,6 +307,25 @@ def test_a_gradient_that_one_rank_cannot_measure(how: str, kind: str) -> None:
     assert all(map(same_bits, before, after))
 
 
+@pytest.mark.ranks(2)
+def test_a_sparse_shard_is_named() -> None:
+    """Its sharding is the parameter's own, so only a look at the shard itself tells."""
+    mesh = mesh_of((2,), ("x",))
+    parameters = [
+        (name, nn.Parameter(distribute_tensor(torch.ones(8, 8), mesh, [Shard(0)])))
+        for name in ("first", "second")
+    ]
+    clipper = GradClipper(parameters, policies.global_norm(1.0))
+    for _, parameter in parameters:
+        parameter.grad = distribute_tensor(torch.ones(8, 8), mesh, [Shard(0)])
+    bad: Any = parameters[1][1].grad
+    owner: Any = parameters[1][1]
+    bad._spec = owner._spec
+    for layout in (torch.sparse_coo, torch.sparse_csr):
+        bad._local_tensor = torch.ones(4, 8).to_sparse(layout=layout)
+        refused(clipper.clip_, UnsupportedGradientError, "'second'", "sparse")
+
+
 def test_a_sparse_gradient_is_named() -> None:
     embedding = nn.Embedding(5, 3, sparse=True)
     embedding(torch.tensor([1])).sum().backward()

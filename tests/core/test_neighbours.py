@@ -7,10 +7,16 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
+from distclip import GradClipper, policies
+from distclip.application import inplace
 from distclip.statistics import local, neighbours
 from distclip.statistics.neighbours import Neighbours, learn
+from distclip.testing import assert_rounded
+from tests.core.watching import watch
 
 SIZES = [64, 2048, 32, 4096, 96, 7, 512, 64]
 CPU = torch.device("cpu")
@@ -23,7 +29,7 @@ def buffer(sizes: Sequence[int] = SIZES, seed: int = 0, scale: float = 1.0) -> l
 
 
 def check(tensors: Sequence[Tensor | None], known: Neighbours, order: float = 2.0) -> None:
-    found = local.norms(tensors, order, device=CPU, neighbours=known)
+    found = local.norms(tensors, order, device=CPU, together=known.find(tensors))
     for have, tensor in zip(found.tolist(), tensors, strict=True):
         want = 0.0 if tensor is None else torch.linalg.vector_norm(tensor.double(), order).item()
         assert have == pytest.approx(want, rel=1e-6, abs=0.0, nan_ok=True)
@@ -122,3 +128,41 @@ def test_neighbours_by_chance_in_two_storages_are_not_read_across() -> None:
     assert apart[0].data_ptr() + 256 == apart[1].data_ptr()
     check(apart, known)
     check(apart, Neighbours())
+
+
+@pytest.mark.ranks(2, 3)
+def test_neighbours_are_scaled_together_and_others_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """FSDP2's gradients of one module lie side by side; a plain one beside them does not."""
+    torch.manual_seed(0)
+    modules = nn.ModuleList(nn.Linear(192, 192) for _ in range(3))
+    for module in modules:
+        fully_shard(module)
+    for module in modules:
+        module(torch.randn(2, 192)).square().sum().backward()
+    alone = nn.Parameter(torch.ones(5))
+    alone.grad = torch.full((5,), 2.0)
+    named = [*modules.named_parameters(), ("alone", alone)]
+    before = {name: full(parameter) for name, parameter in named}
+    total = math.sqrt(sum(g.double().square().sum().item() for g in before.values()))
+    clipper = GradClipper(named, policies.global_norm(0.5))
+    scaled: list[int] = []
+    scale = inplace.scale_
+    monkeypatch.setattr(
+        inplace, "scale_", lambda tensors, c: scaled.append(len(tensors)) or scale(tensors, c)
+    )
+    with watch() as seen:
+        report = clipper.clip_()
+    assert report.total_norm.item() == pytest.approx(total, rel=1e-6)
+    for name, parameter in named:
+        assert_rounded(full(parameter), before[name].double() * (0.5 / (total + 1e-6)), name=name)
+    # One for each module and one for the plain one, and none for each parameter.
+    assert scaled == [3 + 1]
+    assert seen.ops["aten.linalg_vector_norm.default"] <= 3 + 2
+
+
+def full(parameter: Tensor) -> Tensor:
+    gradient = parameter.grad
+    assert gradient is not None
+    return (gradient.full_tensor() if isinstance(gradient, DTensor) else gradient).clone()

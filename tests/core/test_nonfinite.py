@@ -460,3 +460,16 @@ def test_a_nan_on_one_rank_skips_the_step_on_all() -> None:
     after = [p.to_local() for p in model.parameters() if isinstance(p, DTensor)]
     assert unchanged(before, after)
     assert all(state["step"].item() == 1 for state in optimizer.state.values())
+
+
+@pytest.mark.parametrize("mode", ["error", "skip", "zero", "pass"])
+def test_norms_whose_sum_leaves_float64_are_finite(mode: Any) -> None:
+    named = [(str(i), nn.Parameter(torch.ones(2, dtype=torch.float64))) for i in range(3)]
+    for _, parameter in named:
+        parameter.grad = torch.tensor([1.5e308, 0.0], dtype=torch.float64)
+    report = GradClipper(named, policies.parameter_norm(1.0), on_nonfinite=mode).clip_()
+    assert report.nonfinite == ()
+    assert not bool(report.skipped)
+    for _, parameter in named:
+        assert parameter.grad is not None
+        assert parameter.grad.tolist() == pytest.approx([1.0, 0.0])

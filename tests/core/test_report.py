@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
+import pickle
 from typing import Any
 
 import pytest
@@ -171,6 +173,29 @@ def test_a_report_stays_what_it_was() -> None:
         parameter.grad = None
     clipper.clip_()
     assert ClipReport.to_dict(first) == shown
+
+
+@pytest.mark.parametrize("label", list(POLICIES))
+def test_a_report_may_be_read_late_copied_and_pickled(label: str) -> None:
+    """What is read is computed from the books, which later steps must not write into."""
+    values = whole()
+    model_ = shard("plain", values)
+    clipper = GradClipper(model_.named(), build(POLICIES[label]))
+    reports = []
+    for scale in (1.0, 3.0):
+        scaled = whole(scale=scale)
+        for read in (False, True):
+            model_.set_gradients(scaled.gradients)
+            report = clipper.clip_()
+            if read:
+                report.to_dict()
+            reports.append(report)
+    for late, early in ((reports[0], reports[1]), (reports[2], reports[3])):
+        copied = pickle.loads(pickle.dumps(late))
+        assert "_program" not in repr(copied.__dict__)
+        assert json.dumps(late.to_dict()) == json.dumps(early.to_dict())
+        assert json.dumps(copied.to_dict()) == json.dumps(early.to_dict())
+        assert json.dumps(copy.deepcopy(early).to_dict()) == json.dumps(early.to_dict())
 
 
 def test_sinks_get_every_step() -> None:
