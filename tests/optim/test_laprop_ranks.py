@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Any
 
@@ -163,7 +164,7 @@ def test_distributed_checkpoint_of_fsdp2_is_bitwise() -> None:
         weights = {n: p.detach().clone() for n, p in model.named_parameters()}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            saved = get_optimizer_state_dict(model, optimizer, options=options)
+            saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=options))
         _train(model, optimizer, range(4, 8))
 
         again = _model()
