@@ -46,7 +46,7 @@ def gradients(step: int, scale: float = 1.0) -> dict[str, Tensor]:
 
 def give(model: dict[str, Tensor], values: dict[str, Tensor]) -> None:
     for name, parameter in model.items():
-        parameter.grad = values[name].to(parameter.dtype)
+        parameter.grad = values[name].to(parameter.dtype, copy=True)  # clipped in place
 
 
 def train(model: dict[str, Tensor], optimizer: torch.optim.Optimizer, steps: range) -> None:
@@ -212,7 +212,7 @@ def test_what_is_not_there_is_left_alone() -> None:
         if step == 1:
             values["fc.bias"] = None
         for name, parameter in model.items():
-            parameter.grad = values[name]
+            parameter.grad = None if values[name] is None else values[name].clone()
         optimizer.step()
         chain.step({n: None if g is None else g.numpy() for n, g in values.items()})
     follows(model, chain)
@@ -443,7 +443,7 @@ def test_what_cannot_be_meant_is_refused(options: dict[str, Any], message: str) 
         LaProp(make().items(), **options)
     if "on_nonfinite" not in options:
         optimizer = LaProp([nn.Parameter(torch.ones(2))])
-        with pytest.raises(ConfigurationError, match=f"LaProp group 1: .*{message}"):
+        with pytest.raises(ConfigurationError, match=message):
             optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], **options})
         assert len(optimizer.param_groups) == 1
 
