@@ -39,9 +39,7 @@ def make(seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]
 
 def gradients(step: int, scale: float = 1.0) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(100 + step)
-    return {
-        name: torch.randn(shape, generator=generator) * scale for name, shape in SHAPES.items()
-    }
+    return {name: torch.randn(shape, generator=generator) * scale for name, shape in SHAPES.items()}
 
 
 def give(model: dict[str, Tensor], values: dict[str, Tensor]) -> None:
@@ -63,9 +61,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return all(torch.equal(one[name], other[name]) for name in one)
 
 
-def follows(
-    model: dict[str, Tensor], chain: Chain, rtol: float = 2e-5, atol: float = 2e-6
-) -> None:
+def follows(model: dict[str, Tensor], chain: Chain, rtol: float = 2e-5, atol: float = 2e-6) -> None:
     for name, value in arrays(model).items():
         np.testing.assert_allclose(value, chain.p[name], rtol=rtol, atol=atol, err_msg=name)
 
