@@ -36,10 +36,11 @@ from distclip.functional import grad_norms as grad_norms
 from distclip.report import ClipReport as ClipReport
 
 if TYPE_CHECKING:
+    from distclip import optim as optim
     from distclip.integrations import accelerate as accelerate
 
-_LAZY = {"accelerate": "distclip.integrations.accelerate"}
-"""Namespaces that import their framework, and only when they are used."""
+_LAZY = {"accelerate": "distclip.integrations.accelerate", "optim": "distclip.optim"}
+"""Namespaces that are imported when they are used; some import a framework."""
 
 __all__ = [
     "ClipReport",
