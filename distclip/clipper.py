@@ -261,7 +261,7 @@ class GradClipper:
             if any(piece.share == 0.0 for piece in pieces)
         )
         hail = handshake.Hail(__version__, mine.digest(), copies=copies)
-        hails = handshake.refuse_troubled(collectives.gather(hail, group), __version__, ranks)
+        hails = handshake.refuse_troubled(collectives.gather(tuple(hail), group), ranks)
         notes = [mine] * len(ranks)
         if any(other.digest != hails[0].digest for other in hails):
             notes = collectives.gather(mine, group)

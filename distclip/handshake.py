@@ -38,7 +38,7 @@ class Notes:
 
 
 class Hail(NamedTuple):
-    """The first word of every rank: short, and the same in every version of distclip.
+    """The first word of every rank: short, and sent as a plain tuple that any version can read.
 
     Attributes:
         version: of distclip.
@@ -53,19 +53,22 @@ class Hail(NamedTuple):
     copies: int = 0
 
 
-def trouble(version: str, error: Exception) -> Hail:
+def trouble(version: str, error: Exception) -> tuple[object, ...]:
     """What a rank says before it raises, so that the others do not wait for it."""
     known = isinstance(error, DistclipError)
-    return Hail(version, b"", str(error) if known else f"{type(error).__name__}: {error}")
+    return tuple(Hail(version, b"", str(error) if known else f"{type(error).__name__}: {error}"))
 
 
-def refuse_troubled(hails: Sequence[object], version: str, ranks: Sequence[int]) -> list[Hail]:
-    """Refuse where another rank has said what went wrong there, or speaks another version.
+def refuse_troubled(hails: Sequence[object], ranks: Sequence[int]) -> list[Hail]:
+    """Refuse where another rank has said what went wrong there, or runs another version.
 
     Raises:
         RankMismatchError: names such ranks, and the trouble of the first.
     """
-    heard = [hail if isinstance(hail, Hail) else Hail("another one", b"") for hail in hails]
+    heard = [
+        Hail(*hail) if isinstance(hail, tuple) and len(hail) == 4 else Hail("another one", b"")
+        for hail in hails
+    ]
     _refuse_apart("distclip versions", "Install the same", ranks, [h.version for h in heard])
     for rank, hail in zip(ranks, heard, strict=True):
         if hail.trouble:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from distclip.errors import Drift, ReplicaDriftError
-from distclip.layouts.piece import Box, Entry
+from distclip.layouts.piece import Box
 from distclip.layouts.plan import Plan
 from distclip.statistics import collectives
 from distclip.statistics.fingerprint import fingerprint
@@ -42,7 +42,7 @@ class ReplicaCheck:
         plan: the plan.
         group: ranks that compare; the plan has none where nothing is sharded.
         positions: the local pieces of tensors that lie on more than one rank.
-        rows: the tensors, as rows of the plan's table, the same on every rank.
+        rows: the tensors, as rows of the plan's table, in the same order on every rank.
     """
 
     plan: Plan
@@ -55,7 +55,9 @@ class ReplicaCheck:
         """The check of the named tensors; None if there are none."""
         if not names:
             return None
-        rows = tuple(row for row, entry in enumerate(plan.entries) if entry.name in names)
+        # By name: where nothing is sharded, each rank's table has an order of its own.
+        place = {entry.name: row for row, entry in enumerate(plan.entries)}
+        rows = tuple(place[name] for name in sorted(names))
         positions = tuple(i for i, piece in enumerate(plan.pieces) if piece.index in set(rows))
         return cls(plan, group, positions, rows)
 
@@ -101,7 +103,8 @@ class ReplicaCheck:
             return
         ranks = collectives.ranks_of(self.group)
         told = collectives.gather(self._tell(apart, present), self.group)
-        raise _error(self.plan.entries, apart, dict(zip(ranks, told, strict=True)))
+        named = [(self.plan.entries[row].name, what) for row, what in apart]
+        raise _error(named, dict(zip(ranks, told, strict=True)))
 
     def _counts(self, position: int) -> bool:
         if self.plan.group is None:
@@ -152,12 +155,13 @@ class ReplicaCheck:
             for what, value, number in zip(KINDS, values, prints, strict=True):
                 if (piece.index, what) in apart:
                     norm = None if value is None else _norm(value)
-                    told.append((piece.index, what, piece.box, int(number), norm))
+                    name = self.plan.entries[piece.index].name
+                    told.append((name, what, piece.box, int(number), norm))
         return told
 
 
-_Told: TypeAlias = tuple[int, str, Box, int, float | None]
-"""Row, gradient or weights, where, fingerprint, and norm (None: there is none)."""
+_Told: TypeAlias = tuple[str, str, Box, int, float | None]
+"""Name, gradient or weights, where, fingerprint, and norm (None: there is none)."""
 
 
 def _norm(value: Tensor) -> float:
@@ -166,21 +170,19 @@ def _norm(value: Tensor) -> float:
 
 
 def _error(
-    entries: Sequence[Entry],
-    apart: Sequence[tuple[int, str]],
+    apart: Sequence[tuple[str, str]],
     told: Mapping[int, Sequence[_Told]],
 ) -> ReplicaDriftError:
     """Who differs from whom: of each piece, from the fingerprint that most of its copies have."""
-    copies: dict[tuple[int, str], dict[Box, dict[int, tuple[int, float | None]]]] = {}
+    copies: dict[tuple[str, str], dict[Box, dict[int, tuple[int, float | None]]]] = {}
     for rank, pieces in told.items():
-        for row, what, box, number, norm in pieces:
-            copies.setdefault((row, what), {}).setdefault(box, {})[rank] = (number, norm)
+        for name, what, box, number, norm in pieces:
+            copies.setdefault((name, what), {}).setdefault(box, {})[rank] = (number, norm)
     drifts, lines = [], []
-    for row, what in apart:
-        name = entries[row].name
+    for name, what in apart:
         differ: set[int] = set()
         detail = ""
-        for by_rank in copies[row, what].values():
+        for by_rank in copies[name, what].values():
             votes = Counter(number for number, _ in by_rank.values())
             usual = next(n for n, _ in by_rank.values() if votes[n] == max(votes.values()))
             odd = [rank for rank, (number, _) in by_rank.items() if number != usual]

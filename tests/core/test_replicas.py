@@ -225,7 +225,7 @@ def test_a_backward_without_synchronisation() -> None:
     with model.no_sync():
         model(data).square().sum().backward()
     error = raised(clipper)
-    assert error.parameters == ("weight", "bias")
+    assert error.parameters == ("bias", "weight")
     assert {drift.what for drift in error.drifts} == {"gradient"}
     # With it, all is well: nothing of the refused step is kept.
     model.zero_grad()
