@@ -216,8 +216,8 @@ _MENDS = {
 
 _ON_PURPOSE = (
     "Tensors that are meant to differ between ranks, such as local experts, need "
-    "distclip.declare_sharded(parameter, process_group); for models that are meant to differ, "
-    'or to leave this unchecked, use verify_replicas="never".'
+    "distclip.declare_sharded(parameter, process_group); where ranks are meant to differ (local "
+    'SGD, a model of its own on each), or to leave this unchecked, use verify_replicas="never".'
 )
 
 

@@ -117,7 +117,7 @@ def _run(
         task = progress.add_task("", total=len(groups) * len(chosen["policies"]))
         for world, layout, dtype in groups:
             progress.update(task, description=f"{layout}, {dtype}, {world} ranks")
-            if model is None:
+            if model is None or batch is None:
                 seed = DTYPES.index(dtype)
                 call = functools.partial(verify_cells.run_group, layout, dtype, seed=seed)
             else:
@@ -172,9 +172,8 @@ def _chosen(
     # Some names of policies have a comma in them.
     asked, rest = [], text.strip()
     while rest:
-        whole = max(
-            (n for n in known if rest == n or rest.startswith(f"{n},")), key=len, default=""
-        )
+        fits = [name for name in known if rest == name or rest.startswith(f"{name},")]
+        whole = max(fits, key=len, default="")
         part = whole or rest.split(",")[0]
         asked.append(part.strip())
         rest = rest[len(part) :].lstrip(", ")

@@ -158,9 +158,8 @@ def judge(
     for name, gradient, part in parts:
         if gradient is None or part is None:
             if (gradient is None) != (part is None):
-                faults.append(
-                    f"gradient of {name!r}: one is there and should not be, or the reverse"
-                )
+                there = "a gradient" if part is None else "no gradient"
+                faults.append(f"{name!r} has {there}, unlike the whole model")
             continue
         try:
             assert_rounded(gradient, part, ulps=roundings, coefficient_error=error, name=name)

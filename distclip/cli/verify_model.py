@@ -35,7 +35,7 @@ LAYOUTS: dict[str, str] = {
 }
 
 BACKWARD_ERROR = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 2e-2}
-"""Of the gradients of the wrapped model, relative to their norm: sums are taken in another order."""
+"""Of a gradient of the wrapped model, relative to its norm: sums are taken in another order."""
 
 
 def load_target(spec: str, option: str) -> Callable[[], Any]:
@@ -72,9 +72,7 @@ def run_group(
         batch: ``module:function`` that gives a batch.
     """
     if layout == "hsdp" and (dist.get_world_size() < 4 or dist.get_world_size() % 2):
-        return [
-            Found("not run", "a mesh of 2 x 2 ranks needs 4 of them, or a larger even number")
-        ] * len(labels)
+        return [Found("not run", "needs an even number of ranks, at least 4")] * len(labels)
     kind = getattr(torch, dtype)
     data = _cast(load_target(batch, "--batch")(), kind)
     alone = _made(model, kind)
@@ -150,7 +148,8 @@ def _wrapped(module: nn.Module, layout: str) -> nn.Module:
         if layout == "fsdp2"
         else init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=names)
     )
-    return fully_shard(module, mesh=mesh)
+    fully_shard(module, mesh=mesh)
+    return module
 
 
 def _backward(module: nn.Module, data: Any) -> None:
@@ -161,7 +160,7 @@ def _backward(module: nn.Module, data: Any) -> None:
         output = module(*data)
     else:
         output = module(data)
-    loss_of(output).backward()
+    torch.autograd.backward(loss_of(output))
 
 
 def loss_of(output: Any) -> Tensor:

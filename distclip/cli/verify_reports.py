@@ -147,10 +147,9 @@ def as_json(matrix: Matrix) -> str:
         "model": matrix.model,
         **matrix.versions,
         "seconds": round(matrix.seconds, 1),
-        **{
-            status.replace(" ", "_"): matrix.count(status)
-            for status in ("passed", "failed", "not run")
-        },
+        "passed": matrix.count("passed"),
+        "failed": matrix.count("failed"),
+        "not_run": matrix.count("not run"),
         "left_out": matrix.left_out,
         "cells": cells,
     }
@@ -181,9 +180,8 @@ def as_junit(matrix: Matrix) -> str:
             first = found.detail.partition("\n")[0]
             ElementTree.SubElement(case, kind, message=_legal(first)).text = _legal(found.detail)
     ElementTree.indent(suite)
-    return (
-        '<?xml version="1.0" encoding="utf-8"?>\n' + ElementTree.tostring(suite, "unicode") + "\n"
-    )
+    text = ElementTree.tostring(suite, "unicode")
+    return f'<?xml version="1.0" encoding="utf-8"?>\n{text}\n'
 
 
 def _legal(text: str) -> str:
