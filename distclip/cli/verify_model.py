@@ -79,7 +79,7 @@ def run_group(
     _backward(alone, data)
     truth = {clean(n): p.grad for n, p in alone.named_parameters()}
     try:
-        module = _wrapped(_made(model, kind), layout)
+        module = _wrapped(_made(model, kind), layout, unused=_unused(alone))
         GradClipper(module, build({"name": "measure"}))
     except (DistclipError, ValueError, TypeError, NotImplementedError) as error:
         return [Found("not run", f"{type(error).__name__}: {error}")] * len(labels)
@@ -136,10 +136,14 @@ def _made(model: str, dtype: torch.dtype) -> nn.Module:
     return module.to(dtype)
 
 
-def _wrapped(module: nn.Module, layout: str) -> nn.Module:
+def _unused(module: nn.Module) -> bool:
+    return any(p.requires_grad and p.grad is None for p in module.parameters())
+
+
+def _wrapped(module: nn.Module, layout: str, *, unused: bool) -> nn.Module:
     world = dist.get_world_size()
     if layout == "ddp":
-        return DistributedDataParallel(module, find_unused_parameters=True)
+        return DistributedDataParallel(module, find_unused_parameters=unused)
     if layout == "fsdp1":
         return FullyShardedDataParallel(module, use_orig_params=True, device_id=torch.device("cpu"))
     names = ("replicate", "shard")
