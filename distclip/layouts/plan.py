@@ -172,11 +172,10 @@ def check_tables(tables: Sequence[Sequence[Entry]], ranks: Sequence[int], *, sta
         shown = {rank: entry.layout for rank, entry in by_rank.items()}
         if len(set(kinds.values())) > 1:
             _refuse_apart(name, shown, "shard it alike on every rank")
-        for entry in by_rank.values():
-            # The members of one mesh hold parts of one tensor; other meshes may cut it otherwise.
-            mesh = {
-                r: e for r, e in by_rank.items() if entry.ranks is not None and r in entry.ranks
-            }
+        # The members of one mesh hold parts of one tensor; other meshes may cut it otherwise.
+        meshes = dict.fromkeys(e.ranks for e in by_rank.values() if e.ranks is not None)
+        for members in meshes:
+            mesh = {rank: by_rank[rank] for rank in members if rank in by_rank}
             _refuse_apart(
                 name,
                 {r: f"{e.layout} over {ranked(e.ranks or ())}" for r, e in mesh.items()},
