@@ -26,6 +26,7 @@ from distclip.errors import DistclipError as DistclipError
 from distclip.errors import NonFiniteGradientError as NonFiniteGradientError
 from distclip.errors import ProcessGroupError as ProcessGroupError
 from distclip.errors import RankMismatchError as RankMismatchError
+from distclip.errors import ReplicaDriftError as ReplicaDriftError
 from distclip.errors import StateError as StateError
 from distclip.errors import UnsupportedGradientError as UnsupportedGradientError
 from distclip.functional import clip_grad_agc_ as clip_grad_agc_
@@ -50,6 +51,7 @@ __all__ = [
     "NonFiniteGradientError",
     "ProcessGroupError",
     "RankMismatchError",
+    "ReplicaDriftError",
     "StateError",
     "UnsupportedGradientError",
     "__version__",

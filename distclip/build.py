@@ -42,6 +42,7 @@ def from_config(
         process_group=process_group,
         sinks=sinks_of(checked),
         norms=checked.norms,
+        verify_replicas=checked.verify_replicas,
     )
 
 

@@ -10,26 +10,27 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
+from distclip import handshake
 from distclip._version import __version__
 from distclip.application.stepping import StepHandle
-from distclip.errors import ConfigurationError, DistclipError, StateError
-from distclip.handshake import Notes, compare, refuse_troubled
+from distclip.errors import ConfigurationError, StateError
 from distclip.layouts import names as naming
 from distclip.layouts import plan as plans
 from distclip.layouts.detect import detect
 from distclip.layouts.names import Named, Target
-from distclip.layouts.piece import Described
+from distclip.layouts.piece import Described, Entry
 from distclip.ledger import Program, States
 from distclip.passes import compile_passes, report_order
 from distclip.policies import ParameterInfo, Policy
 from distclip.policies._compose import stages
+from distclip.replicas import ReplicaCheck
 from distclip.report import ClipReport
 from distclip.statistics import collectives
 from distclip.walk import walk
 
 OnNonfinite: TypeAlias = Literal["error", "skip", "zero", "pass"]
+VerifyReplicas: TypeAlias = Literal["first", "never"] | int
 Sink: TypeAlias = Callable[[int, ClipReport], None]
-
 
 in_use = False
 """Whether a GradClipper has clipped in this process."""
@@ -61,6 +62,10 @@ class GradClipper:
         sinks: called after every step as ``sink(step, report)``, with steps counted from 0.
         norms: False: do not measure what only the report would show. With ``on_nonfinite="pass"``
             a policy that needs nothing from other ranks then communicates nothing.
+        verify_replicas: when to compare the copies of tensors that lie on several ranks, weights
+            and gradients, bit by bit: ``"first"`` (the first step), ``"never"``, or a number n (the
+            first and every n-th step after it). Rides on the step's all-reduce; under plain DDP,
+            which has none, a compared step costs one. Other steps cost nothing.
 
     Raises:
         ConfigurationError: an argument that cannot be meant.
@@ -79,9 +84,13 @@ class GradClipper:
         process_group: ProcessGroup | None = None,
         sinks: Sequence[Sink] = (),
         norms: bool = True,
+        verify_replicas: VerifyReplicas = "first",
     ) -> None:
         self.policy = policy
         self.on_nonfinite = on_nonfinite
+        self.verify_replicas = verify_replicas
+        self._replicas: ReplicaCheck | None = None
+        self._walks = 0
         self.sinks = tuple(sinks)
         self._norms = norms
         self._named: Named = []
@@ -107,6 +116,7 @@ class GradClipper:
 
         Raises:
             NonFiniteGradientError: under ``on_nonfinite="error"``.
+            ReplicaDriftError: copies of one tensor differ between ranks, where it is looked for.
             UnsupportedGradientError: a sparse gradient, or a ``Partial`` that cannot be reduced.
             ProcessGroupError: the process group has been closed.
         """
@@ -198,7 +208,14 @@ class GradClipper:
         if self._plan.group is not None:
             collectives.check_open(self._plan.group)
         with torch.no_grad():
-            walked = walk(self._program, self._states, on_nonfinite=mode, loss_scale=loss_scale)
+            walked = walk(
+                self._program,
+                self._states,
+                on_nonfinite=mode,
+                loss_scale=loss_scale,
+                replicas=self._replicas if self._compares_now() else None,
+            )
+            self._walks += 1
             self._states = walked.states
             report = ClipReport(
                 names=self.names,
@@ -212,14 +229,18 @@ class GradClipper:
             sink(step, report)
         return report
 
+    def _compares_now(self) -> bool:
+        every = self.verify_replicas
+        return self._walks == 0 if isinstance(every, str) else self._walks % every == 0
+
     def _compare_notes(self, target: Target, process_group: ProcessGroup | None) -> plans.Plan:
         """The one conversation between the ranks: do all of them mean the same model and policy?"""
         group = collectives.default_group(process_group)
         try:
             described = self._describe(target)
-        except DistclipError as error:
+        except Exception as error:
             if group is not None:  # the others are waiting to hear from this rank
-                collectives.gather(str(error), group)
+                collectives.gather(handshake.trouble(__version__, error), group)
             raise
         device = self._named[0][1].device if self._named else torch.device("cpu")
         device = collectives.device_for(group, device)
@@ -227,19 +248,29 @@ class GradClipper:
             return plans.local_plan(described, device)
         table = tuple(entry for entry, _ in described)
         ranks = collectives.ranks_of(group)
-        mine = Notes(__version__, self._configuration(), table)
-        digests = collectives.gather(mine.digest(), group)
-        refuse_troubled(digests, ranks)
+        mine = self._notes(table)
+        copies = sum(
+            1 << row
+            for row, (_, pieces) in enumerate(described)
+            if any(piece.share == 0.0 for piece in pieces)
+        )
+        hail = handshake.Hail(__version__, mine.digest(), copies=copies)
+        hails = handshake.refuse_troubled(collectives.gather(tuple(hail), group), ranks)
         notes = [mine] * len(ranks)
-        if any(digest != digests[0] for digest in digests):
+        if any(other.digest != hails[0].digest for other in hails):
             notes = collectives.gather(mine, group)
-            compare(notes, ranks)
+            handshake.compare(notes, ranks)
         tables = [each.table for each in notes]
         plans.check_tables(tables, ranks, stages=naming.is_list_of_modules(target))
-        if not plans.needs_reduction(tables):
-            return plans.local_plan(described, device)
-        rank = collectives.rank_in(group)
-        return plans.merged_plan(described, tables, rank, ranks, device, group)
+        if plans.needs_reduction(tables):
+            rank = collectives.rank_in(group)
+            plan = plans.merged_plan(described, tables, rank, ranks, device, group)
+        else:
+            plan = plans.local_plan(described, device)
+        if self.verify_replicas != "never":
+            copied = plans.copied(tables, [other.copies for other in hails])
+            self._replicas = ReplicaCheck.of(plan, group, copied)
+        return plan
 
     def _describe(self, target: Target) -> list[Described]:
         """Check what this rank was given, and read off its parameters."""
@@ -252,12 +283,27 @@ class GradClipper:
                 f"on_nonfinite must be one of {', '.join(map(repr, get_args(OnNonfinite)))}, got "
                 f"{self.on_nonfinite!r}"
             )
+        every = self.verify_replicas
+        if every not in ("first", "never") and (type(every) is not int or every < 1):
+            raise ConfigurationError(
+                f"verify_replicas must be 'first', 'never' or a number of steps >= 1, got {every!r}"
+            )
         self._named = naming.named_parameters(target)
         naming.refuse_meta(self._named)
         return [detect(name, parameter) for name, parameter in self._named]
 
-    def _configuration(self) -> str:
-        return f"policy={self.policy!r}, on_nonfinite={self.on_nonfinite!r}, norms={self._norms}"
+    def _notes(self, table: tuple[Entry, ...]) -> handshake.Notes:
+        return handshake.Notes(
+            versions=(("torch", torch.__version__),),
+            options=(
+                ("policy", repr(self.policy)),
+                ("on_nonfinite", repr(self.on_nonfinite)),
+                ("norms", repr(self._norms)),
+                ("verify_replicas", repr(self.verify_replicas)),
+            ),
+            table=table,
+            frozen=tuple(name for name, parameter in self._named if not parameter.requires_grad),
+        )
 
     def _compile(self, optimizer: Optimizer | None) -> Program:
         groups: dict[int, int] = {}

@@ -10,6 +10,7 @@
     on_nonfinite: skip                       # error (default) | skip | zero | pass
     log: {jsonl: runs/clip.jsonl, every: 10, per_parameter: true}
     norms: true                              # false: do not measure what only a report would show
+    verify_replicas: first                   # compare replicas: first (default) | never | every n
 
 A file with the key ``gradient_clip_norm`` and none of the above, such as the
 ``hyperparams_config.json`` of a training project, means ``global_norm`` with that threshold; its
@@ -33,6 +34,7 @@ from distclip._config_problems import Problems, shown
 from distclip.policies import Policy
 
 OnNonfinite = Literal["error", "skip", "zero", "pass"]
+VerifyReplicas = Literal["first", "never"] | int
 
 HYPERPARAMETER = "gradient_clip_norm"
 """The key of a hyperparameter file that is read as ``global_norm``."""
@@ -61,12 +63,14 @@ class Config:
 
     ``on_nonfinite`` is what becomes of NaN and inf gradients, ``log`` where reports are written
     (None: nowhere), and ``norms=False`` allows not to measure what only a report would show.
+    ``verify_replicas`` says when replicas are compared.
     """
 
     policy: Policy
     on_nonfinite: OnNonfinite = "error"
     log: LogConfig | None = None
     norms: bool = True
+    verify_replicas: VerifyReplicas = "first"
 
 
 class _Document(BaseModel):
@@ -91,6 +95,11 @@ class _Document(BaseModel):
     log: LogConfig | None = None
     norms: bool = Field(
         default=True, description="false: do not measure what only a report would show."
+    )
+    verify_replicas: Literal["first", "never"] | Annotated[int, Field(ge=1)] = Field(
+        default="first",
+        description="When to compare the copies of tensors that lie on several ranks: in the first "
+        "step, never, or in the first and every n-th step after it.",
     )
     schema_: str | None = Field(
         default=None, alias="$schema", description="For editors; ignored by distclip."
@@ -141,7 +150,9 @@ def _checked(raw: Mapping[Any, Any], source: str) -> Config:
     problems.raise_if_any(source)
     assert document is not None  # None comes with a problem only
     assert policy is not None
-    return Config(policy, document.on_nonfinite, document.log, document.norms)
+    return Config(
+        policy, document.on_nonfinite, document.log, document.norms, document.verify_replicas
+    )
 
 
 def _from_hyperparameters(raw: Mapping[Any, Any], problems: Problems) -> Mapping[Any, Any]:

@@ -8,6 +8,7 @@ The tree::
         ├── UnsupportedGradientError (TypeError)  a gradient that cannot be clipped correctly
         ├── RankMismatchError (RuntimeError)      the ranks do not agree on what to clip, or how
         ├── ProcessGroupError (RuntimeError)      a group that is closed, or that misses this rank
+        ├── ReplicaDriftError (RuntimeError)      copies of one tensor differ between ranks
         ├── StateError (ValueError)               a state dict of another policy or model
         └── NonFiniteGradientError (FloatingPointError, RuntimeError)
                                                   NaN or inf under on_nonfinite="error"
@@ -19,6 +20,7 @@ gradient changes, and alike on all ranks wherever all ranks can know.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 
 class DistclipError(Exception):
@@ -39,6 +41,35 @@ class RankMismatchError(DistclipError, RuntimeError):
 
 class ProcessGroupError(DistclipError, RuntimeError):
     """The process group is closed, or this rank is not a member of it."""
+
+
+class Drift(NamedTuple):
+    """A tensor whose copies differ.
+
+    Attributes:
+        parameter: its name.
+        what: ``"gradient"`` or ``"weights"``.
+        ranks: global ranks whose copy differs from that of most (of the lowest rank in a tie);
+            empty where copies are cut differently, so that no two ranks hold the same piece.
+    """
+
+    parameter: str
+    what: str
+    ranks: tuple[int, ...]
+
+
+class ReplicaDriftError(DistclipError, RuntimeError):
+    """Copies of the same tensor differ between ranks; gradients are left as they were.
+
+    ``drifts`` holds a :class:`Drift` for each tensor concerned, the same on every rank;
+    ``parameters`` and ``ranks`` are those that occur in it.
+    """
+
+    def __init__(self, message: str, drifts: Sequence[Drift] = ()) -> None:
+        super().__init__(message)
+        self.drifts = tuple(drifts)
+        self.parameters = tuple(dict.fromkeys(drift.parameter for drift in drifts))
+        self.ranks = tuple(sorted({rank for drift in drifts for rank in drift.ranks}))
 
 
 class StateError(DistclipError, ValueError):

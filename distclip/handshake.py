@@ -5,53 +5,124 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from distclip.errors import RankMismatchError
+from distclip.errors import DistclipError, RankMismatchError
+from distclip.layouts.differences import ranked, sides
 from distclip.layouts.piece import Entry
+
+Options = tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Notes:
-    """One rank's view: version, policy and options in words, and the table of parameters."""
+    """One rank's view.
 
-    version: str
-    configuration: str
+    Attributes:
+        versions: of distclip and torch.
+        options: policy and arguments in words, by name.
+        table: the parameters.
+        frozen: names of those that require no gradient.
+    """
+
+    versions: Options
+    options: Options
     table: tuple[Entry, ...]
+    frozen: tuple[str, ...] = ()
 
     def digest(self) -> bytes:
         """A short fingerprint: where all ranks have the same, nothing else needs comparing."""
         return hashlib.sha256(
-            repr((self.version, self.configuration, self.table)).encode()
+            repr((self.versions, self.options, self.table, self.frozen)).encode()
         ).digest()
 
 
-def refuse_troubled(digests: Sequence[bytes | str], ranks: Sequence[int]) -> None:
-    """Refuse where another rank sent what went wrong there, instead of its digest.
+class Hail(NamedTuple):
+    """The first word of every rank: short, and sent as a plain tuple that any version can read.
+
+    Attributes:
+        version: of distclip.
+        digest: of its notes; empty where this rank cannot build its clipper.
+        trouble: why it cannot.
+        copies: bit ``i``: this rank holds an uncounted copy of the ``i``-th parameter of its table.
+    """
+
+    version: str
+    digest: bytes
+    trouble: str = ""
+    copies: int = 0
+
+
+def trouble(version: str, error: Exception) -> tuple[object, ...]:
+    """What a rank says before it raises, so that the others do not wait for it."""
+    known = isinstance(error, DistclipError)
+    return tuple(Hail(version, b"", str(error) if known else f"{type(error).__name__}: {error}"))
+
+
+def refuse_troubled(hails: Sequence[object], ranks: Sequence[int]) -> list[Hail]:
+    """Refuse where another rank has said what went wrong there, or runs another version.
 
     Raises:
-        RankMismatchError: names the first such rank and its trouble.
+        RankMismatchError: names such ranks, and the trouble of the first.
     """
-    for rank, digest in zip(ranks, digests, strict=True):
-        if isinstance(digest, str):
-            raise RankMismatchError(f"rank {rank} cannot build its GradClipper: {digest}")
+    heard = [
+        Hail(*hail) if isinstance(hail, tuple) and len(hail) == 4 else Hail("another one", b"")
+        for hail in hails
+    ]
+    _refuse_apart("distclip versions", "Install the same", ranks, [h.version for h in heard])
+    for rank, hail in zip(ranks, heard, strict=True):
+        if hail.trouble:
+            raise RankMismatchError(f"rank {rank} cannot build its GradClipper: {hail.trouble}")
+    return heard
 
 
 def compare(notes: Sequence[Notes], ranks: Sequence[int]) -> None:
     """Refuse ranks that run another version, policy or option; tables are compared elsewhere.
 
     Raises:
-        RankMismatchError: names the ranks and the difference.
+        RankMismatchError: names the ranks and every difference.
     """
-    for what in ("version", "configuration"):
-        groups: dict[str, list[int]] = {}
-        for rank, note in zip(ranks, notes, strict=True):
-            groups.setdefault(getattr(note, what), []).append(rank)
-        if len(groups) > 1:
-            listed = "; ".join(
-                f"rank{'s' if len(members) > 1 else ''} {', '.join(map(str, members))}: {value}"
-                for value, members in groups.items()
-            )
+    first = notes[0]
+    for position, (what, _) in enumerate(first.versions):
+        values = [note.versions[position][1] for note in notes]
+        _refuse_apart(f"{what} versions", "Install the same", ranks, values)
+    differences = []
+    for position, (what, _) in enumerate(first.options):
+        values = [f"{what}={note.options[position][1]}" for note in notes]
+        if len(set(values)) > 1:
+            differences.append(told(ranks, values))
+    if differences:
+        raise RankMismatchError(
+            f"the ranks were given different policies or options: {'. And '.join(differences)}. "
+            f"Build the same GradClipper on every rank"
+        )
+    _refuse_frozen(notes, ranks)
+
+
+def told(ranks: Sequence[int], values: Sequence[str]) -> str:
+    """Who has what, those in the minority first: ``rank 2: a; ranks 0, 1, 3: b``."""
+    return "; ".join(f"{ranked(members)}: {value}" for value, members in sides(ranks, values))
+
+
+def _refuse_apart(what: str, mend: str, ranks: Sequence[int], values: Sequence[str]) -> None:
+    if len(set(values)) > 1:
+        raise RankMismatchError(
+            f"the ranks have different {what}: {told(ranks, values)}. {mend} on every rank"
+        )
+
+
+def _refuse_frozen(notes: Sequence[Notes], ranks: Sequence[int]) -> None:
+    names = {name for note in notes for name in note.frozen}
+    for name in sorted(names):
+        holders = [
+            (rank, "frozen" if name in note.frozen else "trained")
+            for rank, note in zip(ranks, notes, strict=True)
+            if any(entry.name == name for entry in note.table)
+        ]
+        states = [state for _, state in holders]
+        if len(set(states)) > 1:
+            shown = told([rank for rank, _ in holders], states)
             raise RankMismatchError(
-                f"the ranks have different distclip {what}s: {listed}. Give every rank the same "
-                f"{what}"
+                f"parameter {name!r} requires a gradient on some ranks only: {shown}. Set "
+                f"requires_grad alike on every rank"
             )

@@ -16,6 +16,7 @@ from distclip.layouts.plan import Plan
 from distclip.ledger import Ledger, Program, Round, States, Walked
 from distclip.passes import Pass
 from distclip.policies import UnitPolicy
+from distclip.replicas import ReplicaCheck
 from distclip.statistics.measurement import (
     LocalMeasurement,
     combine_segments,
@@ -30,6 +31,7 @@ def walk(
     *,
     on_nonfinite: str = "pass",
     loss_scale: Tensor | None = None,
+    replicas: ReplicaCheck | None = None,
 ) -> Walked:
     """Measure, decide and act once over all the gradients of a plan.
 
@@ -38,8 +40,10 @@ def walk(
         states: state per stage path; left as it is, the new one is in the result.
         on_nonfinite: ``"pass"``, ``"zero"``, ``"skip"`` or ``"error"``.
         loss_scale: 0-dim; the gradients are this many times too large, and stay so.
+        replicas: what is to be compared between the ranks this time; reads on the host.
 
     Raises:
+        ReplicaDriftError: copies differ; on every rank, before any changes.
         DistclipError: a gradient that cannot be measured, on every rank, before any changes.
         NonFiniteGradientError: under ``"error"``, on every rank, before any changes.
     """
@@ -54,7 +58,17 @@ def walk(
         if loss_scale is not None:
             measured.divide(loss_scale.double().to(program.plan.device))
         decided = decide_locally(program, one, measured)
-        measurement = reduce(program.plan, request, program.tables[number], measured, decided)
+        comparing = replicas if number == 0 else None
+        packed = None
+        if comparing is not None:
+            packed = comparing.pack(measured.present, measured.trouble is not None)
+        table = program.tables[number]
+        measurement = reduce(program.plan, request, table, measured, decided, packed)
+        if comparing is not None and packed is not None:
+            summed = measurement.passengers
+            summed = comparing.exchange(packed) if summed is None else summed
+            raise_together(measured.trouble, summed[-1])
+            comparing.judge(summed, measured.present)
         # Where a value is read on the host anyway. Elsewhere the raising rank ends the run.
         reads = program.plan.device.type == "cpu" or on_nonfinite == "error"
         raise_together(measured.trouble, measurement.troubled if reads else None)

@@ -47,6 +47,7 @@ def test_a_whole_configuration(write: Write) -> None:
         on_nonfinite: skip
         log: {jsonl: runs/clip.jsonl, every: 10, per_parameter: true}
         norms: false
+        verify_replicas: 100
         """
     )
     assert config.load(path) == config.Config(
@@ -56,6 +57,7 @@ def test_a_whole_configuration(write: Write) -> None:
         on_nonfinite="skip",
         log=config.LogConfig(jsonl="runs/clip.jsonl", every=10, per_parameter=True),
         norms=False,
+        verify_replicas=100,
     )
 
 
@@ -151,7 +153,9 @@ def test_hyperparameter_that_cannot_be_meant(value: object) -> None:
     assert message.startswith("configuration: gradient_clip_norm: must be a number > 0, got")
 
 
-@pytest.mark.parametrize("key", ["policy", "by_name", "on_nonfinite", "log", "norms"])
+@pytest.mark.parametrize(
+    "key", ["policy", "by_name", "on_nonfinite", "log", "norms", "verify_replicas"]
+)
 def test_hyperparameter_beside_a_configuration(key: str) -> None:
     message = fault({"gradient_clip_norm": 5.0, key: None})
     assert f"but {key} stands beside it; remove gradient_clip_norm" in message
@@ -386,6 +390,9 @@ def test_schema_is_valid_and_agrees_with_load(write: Write) -> None:
         {"policy": {"name": "global_norm", "max_norm": 1, "maxnorm": 1}},
         {"policy": "measure", "log": {"every": 1}},
         {"policy": "measure", "norms": "yes"},
+        {"policy": "measure", "verify_replicas": 0},
+        {"policy": "measure", "verify_replicas": "always"},
+        {"policy": "measure", "verify_replicas": True},
         {"policy": "measure", "lr": 1},
     ]
     for raw in good:

@@ -30,8 +30,8 @@ IMPORTERS: dict[str, set[str]] = {
     "pydantic": {"config.py", "_config_policies.py", "_config_problems.py"},
     "pydantic_core": {"_config_problems.py"},
     "yaml": {"_config_files.py"},
-    "typer": {f"cli/{name}.py" for name in ("app", "bench", "config", "report", "run")},
-    "rich": {"cli/bench.py", "monitor/table.py"},
+    "typer": {f"cli/{name}.py" for name in ("app", "bench", "config", "report", "run", "verify")},
+    "rich": {"cli/bench.py", "cli/verify.py", "cli/verify_reports.py", "monitor/table.py"},
     "hypothesis": set(),
     "pytest": {"testing/plugin.py", "testing/pool.py"},
     "_pytest": {"testing/rewriting.py"},
@@ -50,7 +50,7 @@ HARMLESS = {
 }
 """What of ``torch.distributed`` talks to no other rank."""
 
-ALLOWED_TO_TALK = ("statistics/collectives.py", "testing/", "cli/bench_cases.py")
+ALLOWED_TO_TALK = ("statistics/collectives.py", "testing/", "cli/bench_cases.py", "cli/verify_")
 """The one file that issues collectives, and what is no part of a training run."""
 
 MOVING = {"redistribute", "full_tensor", "distribute_tensor", "distribute_module"}

@@ -28,6 +28,7 @@ EXPORTED = {
         "NonFiniteGradientError",
         "ProcessGroupError",
         "RankMismatchError",
+        "ReplicaDriftError",
         "StateError",
         "UnsupportedGradientError",
         "__version__",
@@ -104,7 +105,8 @@ SIGNATURES = {
     "-> GradClipper",
     "GradClipper": "(target: Target, policy: Policy, *, optimizer: Optimizer | None = None, "
     "on_nonfinite: OnNonfinite = error, process_group: ProcessGroup | None = None, "
-    "sinks: Sequence[Sink] = (), norms: bool = True) -> None",
+    "sinks: Sequence[Sink] = (), norms: bool = True, "
+    "verify_replicas: VerifyReplicas = first) -> None",
     "GradClipper.clip_": "(self) -> ClipReport",
     "GradClipper.attach": "(self, optimizer: Optimizer) -> StepHandle",
     "GradClipper.state_dict": "(self) -> dict[str, object]",

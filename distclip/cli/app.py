@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from distclip._version import __version__
-from distclip.cli import bench, config, report, run
+from distclip.cli import bench, config, report, run, verify
 from distclip.errors import DistclipError
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ app = typer.Typer(
 app.command(name="run", context_settings=run.CONTEXT)(run.run)
 app.add_typer(config.app, name="config")
 app.command(name="report")(report.report)
+app.command(name="verify")(verify.verify)
 app.command(name="bench")(bench.bench)
 # A further command is one line here and one file beside this one.
 

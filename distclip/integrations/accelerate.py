@@ -350,6 +350,7 @@ class Attachment:
                 on_nonfinite="pass" if measuring else self.config.on_nonfinite,
                 sinks=() if measuring else self._next_sinks(),
                 norms=True if measuring else self.config.norms,
+                verify_replicas="never" if measuring else self.config.verify_replicas,
             )
             if not measuring and self.accelerator.is_main_process:
                 _logger.info("clipping %d parameters by %r", len(key), policy)

@@ -6,7 +6,7 @@ issues the same collectives at every step.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -16,6 +16,7 @@ from torch.distributed import ProcessGroup
 
 from distclip.errors import ProcessGroupError, RankMismatchError
 from distclip.layouts import dtensor
+from distclip.layouts.differences import listed, ranked, sides
 from distclip.layouts.piece import Described, Entry, Holder, Piece
 
 
@@ -170,36 +171,98 @@ def check_tables(tables: Sequence[Sequence[Entry]], ranks: Sequence[int], *, sta
         RankMismatchError: names the ranks, the parameter and the difference.
         ProcessGroupError: a parameter that is spread over ranks outside of the group.
     """
-    members = set(ranks)
-    first: dict[str, tuple[int, Entry]] = {}
+    holders: dict[str, dict[int, Entry]] = {}
     for rank, table in zip(ranks, tables, strict=True):
         for entry in table:
-            if entry.ranks is not None and not members.issuperset(entry.ranks):
-                raise ProcessGroupError(
-                    f"parameter {entry.name!r} is spread over ranks {sorted(entry.ranks)}, but the "
-                    f"process group has only ranks {sorted(members)}: give the group of all ranks "
-                    f"that hold the model, or none for all ranks"
-                )
-            other_rank, other = first.setdefault(entry.name, (rank, entry))
-            if (other.shape, other.dtype) != (entry.shape, entry.dtype):
-                raise RankMismatchError(
-                    f"parameter {entry.name!r} is {other.dtype} {list(other.shape)} on rank "
-                    f"{other_rank} but {entry.dtype} {list(entry.shape)} on rank {rank}: the "
-                    f"ranks were given different models; give every rank the same parameters"
-                )
-            if (other.ranks is None) != (entry.ranks is None):
-                raise RankMismatchError(
-                    f"parameter {entry.name!r} is {other.layout} on rank {other_rank} but "
-                    f"{entry.layout} on rank {rank}: shard it alike on every rank"
-                )
-    if stages:
+            holders.setdefault(entry.name, {})[rank] = entry
+    everybody = set(ranks)
+    for name, by_rank in holders.items():
+        first = next(iter(by_rank.values()))
+        if all(entry == first for entry in by_rank.values()):
+            _check_group(first, everybody)
+            continue
+        for entry in by_rank.values():
+            _check_group(entry, everybody)
+        _refuse_apart(
+            name,
+            {rank: f"{entry.dtype} {list(entry.shape)}" for rank, entry in by_rank.items()},
+            "the ranks were given different models; give every rank the same parameters",
+        )
+        kinds = {r: "plain" if e.ranks is None else "sharded" for r, e in by_rank.items()}
+        shown = {rank: entry.layout for rank, entry in by_rank.items()}
+        if len(set(kinds.values())) > 1:
+            _refuse_apart(name, shown, "shard it alike on every rank")
+        # The members of one mesh hold parts of one tensor; other meshes may cut it otherwise.
+        meshes = dict.fromkeys(e.ranks for e in by_rank.values() if e.ranks is not None)
+        for members in meshes:
+            mesh = {rank: by_rank[rank] for rank in members if rank in by_rank}
+            _refuse_apart(
+                name,
+                {r: f"{e.layout} over {ranked(e.ranks or ())}" for r, e in mesh.items()},
+                "the ranks of one device mesh must shard it alike",
+            )
+    if not stages:
+        _refuse_missing(holders, ranks)
+
+
+def _check_group(entry: Entry, members: set[int]) -> None:
+    if entry.ranks is not None and not members.issuperset(entry.ranks):
+        raise ProcessGroupError(
+            f"parameter {entry.name!r} is spread over ranks {sorted(entry.ranks)}, but the "
+            f"process group has only ranks {sorted(members)}: give the group of all ranks "
+            f"that hold the model, or none for all ranks"
+        )
+
+
+def _refuse_apart(name: str, by_rank: Mapping[int, str], mend: str) -> None:
+    found = sides(list(by_rank), list(by_rank.values()))
+    if len(found) > 1:
+        shown = " but ".join(f"{value} on {ranked(members)}" for value, members in found)
+        raise RankMismatchError(f"parameter {name!r} is {shown}: {mend}")
+
+
+def _refuse_missing(holders: Mapping[str, Mapping[int, Entry]], ranks: Sequence[int]) -> None:
+    """Every rank has every name, but for ranks outside of the mesh that a tensor lives on."""
+    usual = len(ranks) / 2
+    extra: dict[int, list[str]] = {}
+    missing: dict[int, list[str]] = {}
+    for name, by_rank in holders.items():
+        lacking = [
+            rank
+            for rank in ranks
+            if rank not in by_rank
+            and any(entry.ranks is None or rank in entry.ranks for entry in by_rank.values())
+        ]
+        few = lacking and (len(by_rank) < usual or (len(by_rank) == usual and ranks[0] in lacking))
+        for rank in by_rank if few else lacking:
+            (extra if few else missing).setdefault(rank, []).append(name)
+    if not extra and not missing:
         return
-    for rank, table in zip(ranks, tables, strict=True):
-        mine = {entry.name for entry in table}
-        for name, (other_rank, entry) in first.items():
-            if name not in mine and (entry.ranks is None or rank in entry.ranks):
-                raise RankMismatchError(
-                    f"parameter {name!r} exists on rank {other_rank} but not on rank {rank}: the "
-                    f"ranks were given different parameters; for pipeline stages give a list of "
-                    f"modules, GradClipper([stage], ...)"
-                )
+    stories = [f"{ranked(who)} lacks {listed(names)}" for names, who in _together(missing)]
+    stories += [f"only {ranked(who)} has {listed(names)}" for names, who in _together(extra)]
+    raise RankMismatchError(
+        f"the ranks were given different parameters: {'; '.join(stories)}. Give every rank the "
+        f"same; for pipeline stages give a list of modules, GradClipper([stage], ...)"
+    )
+
+
+def _together(by_rank: Mapping[int, Sequence[str]]) -> list[tuple[tuple[str, ...], list[int]]]:
+    return sides(list(by_rank), [tuple(names) for names in by_rank.values()])
+
+
+def copied(tables: Sequence[Sequence[Entry]], held: Sequence[int]) -> frozenset[str]:
+    """Names of the tensors of which there is more than one copy.
+
+    Args:
+        tables: the table of each rank.
+        held: of each rank a bit per entry of its table: it has a copy that the layout counts
+            elsewhere.
+    """
+    found: set[str] = set()
+    owners: dict[str, object] = {}
+    for member, (table, bits) in enumerate(zip(tables, held, strict=True)):
+        for row, entry in enumerate(table):
+            mine = entry.ranks if entry.ranks is not None else member
+            if bits >> row & 1 or owners.setdefault(entry.name, mine) != mine:
+                found.add(entry.name)
+    return frozenset(found)

@@ -53,6 +53,7 @@ class Measurement:
         clipped: ``(parameters,)`` units scaled before the reduction.
         smallest: 0-dim, the smallest coefficient decided before the reduction.
         troubled: one element, > 0 if any rank ran into an error.
+        passengers: what else was summed along; None where nothing travelled.
     """
 
     raw: Mapping[float, Tensor]
@@ -64,6 +65,7 @@ class Measurement:
     clipped: Tensor
     smallest: Tensor
     troubled: Tensor
+    passengers: Tensor | None
 
 
 class Packet:
@@ -149,8 +151,12 @@ def reduce(
     table: UnitTable,
     measured: LocalMeasurement,
     decided: LocalDecision,
+    passengers: Tensor | None = None,
 ) -> Measurement:
-    """All ranks' measurements as one. One all-reduce; a second one for maxima beside sums."""
+    """All ranks' measurements as one. One all-reduce; a second one for maxima beside sums.
+
+    ``passengers``, float64 of any shape, are summed along where something is reduced.
+    """
     group = plan.group if request.reduced else None
     packet = Packet(group, wide=_wide(plan.dtypes, (*request.unit_orders, *request.weight_orders)))
     kinds: dict[str, Mapping[float, Tensor]] = {
@@ -179,6 +185,8 @@ def reduce(
     if request.decided_locally and group is not None:
         packet.add_sum("clipped", decided.clipped)
         packet.add_sum("smallest", _own_slot(decided.smallest, group))
+    if passengers is not None and group is not None:
+        packet.add_sum("passengers", passengers)
     packet.add_flag("trouble", plan.flag(measured.trouble is not None))
     got.update(packet.exchange())
 
@@ -196,6 +204,7 @@ def reduce(
         clipped=got.get("clipped", decided.clipped),
         smallest=got["smallest"].min() if "smallest" in got else decided.smallest,
         troubled=got["trouble"],
+        passengers=got.get("passengers"),
     )
 
 

@@ -60,6 +60,12 @@ def test_one_all_reduce_a_step(layout: str) -> None:
         model.set_gradients(values.gradients)
         clipper = GradClipper(model.named(), build(configuration))
         with watch() as seen:
+            clipper.clip_()
+        # The replica check of the first step rides along, but no sum can ride on a maximum.
+        wanted = COUNTS.get(label, 2 if label.endswith("p=inf") else 1)
+        assert seen.collective_names == ["allreduce_"] * wanted, label
+        model.set_gradients(values.gradients)
+        with watch() as seen:
             report = clipper.clip_()
         assert seen.collective_names == ["allreduce_"] * COUNTS.get(label, 1), label
         with watch() as seen:
@@ -99,6 +105,10 @@ def test_plain_ddp_communicates_nothing() -> None:
     clippers = [GradClipper(model, build(policy)) for policy in POLICIES.values()]
     model(torch.full((2, 5), dist.get_rank() + 1.0)).sum().backward()
     for clipper in clippers:
+        with watch() as seen:
+            clipper.clip_()
+        # The replica check, once: 10 numbers for each of 2 parameters, and a flag.
+        assert seen.collectives == [("allreduce_", 8 * 21)]
         with watch() as seen:
             clipper.clip_()
         assert seen.collectives == []

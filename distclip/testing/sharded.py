@@ -7,7 +7,7 @@ torch itself, in the same way as the parameters.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -85,6 +85,7 @@ class Sharded:
     """Flat element numbers of this rank's part, in the shape of the part."""
 
     def named(self) -> list[tuple[str, Tensor]]:
+        """What a GradClipper takes."""
         return list(self.parameters.items())
 
     def set_gradients(self, gradients: Mapping[str, Tensor | None]) -> None:
@@ -117,15 +118,29 @@ def like(parameter: Tensor, part: Tensor) -> Tensor:
 
 
 def numbers(shape: tuple[int, ...]) -> Tensor:
+    """The flat number of every element, int64 of that shape."""
     return torch.arange(math.prod(shape)).view(shape)
 
 
-def shard(layout: str, values: Whole) -> Sharded:
-    """Shard a whole model over all ranks.
+LAYOUTS: dict[str, str] = {
+    "plain": "whole on every rank: one process, DDP",
+    "fsdp2": "fully_shard over all ranks",
+    "hsdp": "fully_shard over a 2-D mesh: sharded, and replicated",
+    "tp": "tensor parallel: cut by rows, by columns, replicated",
+    "replicate": "DTensors, whole on every rank",
+    "fsdp2_tp": "fully_shard over tensor parallel parameters (strided shards)",
+    "mixed": "plain tensors, all ranks and sub-meshes, in one model",
+}
+"""Every layout that :func:`shard` makes, in words: what the matrix runs."""
 
-    Layouts: ``plain`` (single process, DDP), ``fsdp2``, ``hsdp``, ``tp`` (rows, columns and
-    replicas), ``replicate``, ``fsdp2_tp`` (strided), ``mixed`` (plain, world and sub-meshes).
-    """
+MAKERS: dict[str, Callable[[Whole], Sharded]] = {}
+"""Layouts that are made by a function of their own, such as those of an engine."""
+
+
+def shard(layout: str, values: Whole) -> Sharded:
+    """Shard a whole model over all ranks, in one of ``LAYOUTS``."""
+    if layout in MAKERS:
+        return MAKERS[layout](values)
     meshes: dict[str, Tensor] = {}
     world = dist.get_world_size() if dist.is_initialized() else 1
     if layout == "plain":
@@ -141,7 +156,8 @@ def shard(layout: str, values: Whole) -> Sharded:
                 meshes[name] = distribute_tensor(
                     numbers(shape), mesh, placements, src_data_rank=None
                 )
-    parameters, elements = {}, {}
+    parameters: dict[str, Tensor] = {}
+    elements: dict[str, Tensor] = {}
     for name, reference in meshes.items():
         local = reference.to_local() if isinstance(reference, DTensor) else reference
         elements[name] = local.long()
@@ -216,4 +232,4 @@ def _fully_sharded(layout: str, world: int) -> dict[str, Tensor]:
     else:
         fully_shard(module, mesh=grid["outer"])
     found = {name.replace("__", "."): p.detach() for name, p in module.named_parameters()}
-    return {name: kept.get(name, found.get(name)) for name in SHAPES}
+    return {name: kept[name] if name in kept else found[name] for name in SHAPES}

@@ -1,0 +1,31 @@
+"""Which rank differs from the others, and how to say so."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import TypeVar
+
+Value = TypeVar("Value", bound=Hashable)
+
+
+def sides(ranks: Sequence[int], values: Sequence[Value]) -> list[tuple[Value, list[int]]]:
+    """The ranks by their value, the smallest side first: those are to blame.
+
+    Of two sides of one size the one without the lowest rank comes first.
+    """
+    members: dict[Value, list[int]] = {}
+    for rank, value in zip(ranks, values, strict=True):
+        members.setdefault(value, []).append(rank)
+    return sorted(members.items(), key=lambda side: (len(side[1]), -side[1][0]))
+
+
+def ranked(ranks: Sequence[int]) -> str:
+    """``rank 2``, ``ranks 0, 1, 3``."""
+    shown = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" * (len(ranks) > 8))
+    return f"rank{'s' if len(ranks) > 1 else ''} {shown}"
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first of the names, quoted, and how many more there are."""
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return ", ".join(map(repr, names[:4])) + more
