@@ -16,7 +16,7 @@ from distclip.errors import ConfigurationError, DistclipError, StateError
 from distclip.handshake import Notes, compare, refuse_troubled
 from distclip.layouts import names as naming
 from distclip.layouts import plan as plans
-from distclip.layouts.detect import detect
+from distclip.layouts.detect import describe
 from distclip.layouts.names import Named, Target
 from distclip.layouts.piece import Described
 from distclip.ledger import Program, States
@@ -258,9 +258,10 @@ class GradClipper:
                 f"on_nonfinite must be one of {', '.join(map(repr, get_args(OnNonfinite)))}, got "
                 f"{self.on_nonfinite!r}"
             )
-        self._named = naming.named_parameters(target)
-        naming.refuse_meta(self._named)
-        return [detect(name, parameter) for name, parameter in self._named]
+        named = naming.named_parameters(target)
+        naming.refuse_meta(named)
+        self._named, described = describe(named)
+        return described
 
     def _configuration(self) -> str:
         return f"policy={self.policy!r}, on_nonfinite={self.on_nonfinite!r}, norms={self._norms}"
