@@ -97,6 +97,7 @@ class Sharded:
             parameter.grad = like(parameter, part)
 
     def local_gradients(self) -> Iterator[tuple[str, Tensor | None]]:
+        """Each parameter's gradient on this rank, in the shape of its ``elements``."""
         for name, parameter in self.parameters.items():
             gradient = parameter.grad
             yield name, gradient.to_local() if isinstance(gradient, DTensor) else gradient
@@ -124,8 +125,13 @@ def shard(layout: str, values: Whole) -> Sharded:
     """Shard a whole model over all ranks.
 
     Layouts: ``plain`` (single process, DDP), ``fsdp2``, ``hsdp``, ``tp`` (rows, columns and
-    replicas), ``replicate``, ``fsdp2_tp`` (strided), ``mixed`` (plain, world and sub-meshes).
+    replicas), ``replicate``, ``fsdp2_tp`` (strided), ``mixed`` (plain, world and sub-meshes), and
+    those of FSDP1 (:mod:`tests.flattened`).
     """
+    if layout.startswith("fsdp1"):
+        from tests.flattened import flatten
+
+        return flatten(layout, values)
     meshes: dict[str, Tensor] = {}
     world = dist.get_world_size() if dist.is_initialized() else 1
     if layout == "plain":

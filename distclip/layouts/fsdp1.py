@@ -150,9 +150,7 @@ def _describe(name: str, handle: Any, index: int) -> Described:
     else:
         shape, offsets, owned, ranks = _within_mesh(name, handle, spec, local)
     memory = _memory_order(name, local, flattened._strides[index])
-    split = {
-        memory[dim] for dim in flat.split_dims([local[dim] for dim in memory], borders)
-    }
+    split = {memory[dim] for dim in flat.split_dims([local[dim] for dim in memory], borders)}
     if any(each is not None for each in flattened._param_extensions):
         # Shards of an uneven DTensor differ in size, and with them where the borders fall: other
         # ranks may have other cuts than this one knows of.

@@ -14,7 +14,10 @@ from distclip.config import load
 from distclip.testing import assert_rounded, expected
 from tests.sharded import shard, whole
 
-LAYOUTS = ["plain", "fsdp2", "hsdp", "tp", "replicate", "fsdp2_tp", "mixed"]
+LAYOUTS = [
+    *("plain", "fsdp2", "hsdp", "tp", "replicate", "fsdp2_tp", "mixed"),
+    *("fsdp1", "fsdp1_orig", "fsdp1_hybrid", "fsdp1_mixed"),
+]
 
 POLICIES: dict[str, Any] = {
     "measure": {"name": "measure"},
