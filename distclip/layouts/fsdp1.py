@@ -45,6 +45,17 @@ def owner_of_gradient(parameter: Tensor) -> Tensor:
     return owner
 
 
+def is_reduced(parameter: Tensor) -> bool:
+    """Whether the gradient, if there is one, is not the one of a backward under ``no_sync()``.
+
+    True of anything that is not of FSDP1. The answer is the same on all ranks.
+    """
+    if not is_flattened(parameter):
+        return True
+    flattened: Any = owner_of_gradient(parameter)
+    return flattened.grad is None or _is_reduced(flattened)
+
+
 def describe(name: str, parameter: Tensor) -> list[Described]:
     """Entries and local pieces of what ``parameter`` stands for.
 
@@ -306,8 +317,7 @@ class _Source:
         gradient = parameter.grad
         if gradient is None:
             return None
-        flattened: Any = self.hold()
-        if gradient.numel() != self.numel or flattened._post_backward_called:
+        if gradient.numel() != self.numel or not _is_reduced(self.hold()):
             raise UnsupportedGradientError(
                 f"the gradient of {self.name!r} is this rank's own and not reduced yet: the last "
                 f"backward ran under FSDP1's no_sync(). Clip after a backward outside of "
@@ -344,6 +354,13 @@ class _Cut:
         for place, dim in enumerate(self.memory):
             back[dim] = place
         return part.permute(back)
+
+
+def _is_reduced(flattened: Any) -> bool:
+    # FSDP1 takes the mark off again when a backward ends, but for one under no_sync().
+    gradient = flattened.grad
+    sharded = gradient is None or gradient.size() == flattened._sharded_size
+    return sharded and not flattened._post_backward_called
 
 
 def _refuse_unsharded(name: str, flattened: Any) -> None:
