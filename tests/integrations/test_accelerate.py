@@ -550,6 +550,54 @@ def test_group_norm_knows_the_groups_of_several_optimizers(layout: str) -> None:
     same(whole(model), whole(plain))
 
 
+@pytest.mark.ranks(1, 2, 3)
+@pytest.mark.parametrize("name", ["agc", "by_name"])
+def test_flat_parameters_of_fsdp1(name: str) -> None:
+    """``use_orig_params: false``: the script sees one parameter, the policy those it stands for."""
+    document = ORACLE[name]
+    policy = document["policy"]
+    if "by_name" in document:
+        policy = {"by_name": document["by_name"], "default": policy}
+    for path in (by_hook, by_norm, by_value, by_both, by_presence, by_hand, by_abandoning):
+        accelerator, handle, model, optimizer = prepared("fsdp1 flat", document)
+        reference = Reference(plain := make(), sgd(plain))
+        assert len(list(model.parameters())) == 1
+        for number in range(3):
+            x = batch(number, 6)
+            path(accelerator, model, optimizer, mine(x))
+            reference.update(policy, loss_of(plain, x))
+        assert handle.last_report.names == ("body.weight", "body.bias", "head.weight", "head.bias")
+        try:
+            same(whole(model), whole(plain))
+        except AssertionError as error:
+            raise AssertionError(f"{path.__name__}: {error}") from None
+
+
+@pytest.mark.ranks(2, 3)
+def test_parts_of_a_model_under_fsdp1_by_name_and_by_presence() -> None:
+    """Each rank may hold elements of another part: the ranks agree on which part is meant."""
+    accelerator, handle, model, optimizer = prepared("fsdp1", Halve())
+    reference = Reference(plain := make(), sgd(plain))
+    for number, part in enumerate(["head", "body", "body", "head", ""]):
+        for present in (True, False):
+            x = batch(2 * number + present, 6)
+            optimizer.zero_grad()
+            accelerator.backward(loss_of(model, mine(x)))
+            chosen = [p for n, p in model.named_parameters() if part in n]
+            if present:
+                chosen = [p for p in chosen if p.grad is not None]
+            norm = accelerator.clip_grad_norm_(chosen, 1e-9)
+            optimizer.step()
+            factors = {n: 0.5 if part in n else 1.0 for n, _ in plain.named_parameters()}
+            loss_of(plain, x).backward()
+            wanted = [p.grad for n, p in plain.named_parameters() if part in n]
+            norms = torch.stack([gradient.norm() for gradient in wanted])
+            assert norm.item() == pytest.approx(norms.norm().item(), rel=1e-5), part
+            plain.zero_grad()
+            reference.update(factors, loss_of(plain, x))
+    same(whole(model), whole(plain))
+
+
 # ---- several models and optimizers ---------------------------------------------------------------
 
 
@@ -940,7 +988,6 @@ def test_a_bad_configuration_leaves_the_accelerator_alone() -> None:
     ("kind", "message"),
     [
         ("DEEPSPEED", "under DeepSpeed"),
-        ("FSDP", "set fsdp_version: 2"),
         ("XLA", "under XLA"),
         ("MEGATRON_LM", "under MEGATRON_LM"),
     ],
@@ -1353,6 +1400,8 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str,
         ("ddp_cpu", 2, "agc", "MULTI_CPU"),
         ("fsdp2_cpu", 3, "agc", "FSDP"),
         ("fsdp2_cpu", 2, "global_norm", "FSDP"),
+        ("fsdp1_cpu", 2, "agc", "FSDP"),
+        ("fsdp1_cpu", 3, "global_norm", "FSDP"),
     ],
 )
 def test_a_launch_trains_as_one_process(
@@ -1375,6 +1424,7 @@ def test_a_launch_trains_as_one_process(
         assert error <= (1e-2 if variant == "bf16" else 1e-6), variant
     assert result["bf16"] != result["fused"]
     # The policy acts, and acts alike, however the script says it.
+    assert result["parts"] != result["norm"]
     for variant in ("value", "never", "accumulate"):
         found, wanted = torch.tensor(result[variant]), torch.tensor(result["norm"])
         assert (found - wanted).norm() <= 1e-6 * wanted.norm(), variant
