@@ -579,7 +579,7 @@ def test_flat_parameters_of_fsdp1(name: str) -> None:
 @pytest.mark.ranks(2, 3)
 def test_parts_of_a_model_under_fsdp1_by_name_and_by_presence() -> None:
     """Each rank may hold elements of another part: the ranks agree on which part is meant."""
-    accelerator, handle, model, optimizer = prepared("fsdp1", Halve())
+    accelerator, _, model, optimizer = prepared("fsdp1", Halve())
     reference = Reference(plain := make(), sgd(plain))
     for number, part in enumerate(["head", "body", "body", "head", ""]):
         for present in (True, False):
