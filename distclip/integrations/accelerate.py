@@ -347,9 +347,9 @@ class Attachment:
         wholes = [trained(model.parameters()) for model in self.accelerator._models]
         chosen = trained(listed)
         present = {key for whole in wholes for key, p in whole.items() if p.grad is not None}
-        if self.accelerator.distributed_type == DistributedType.FSDP:
-            if not getattr(self.accelerator, "is_fsdp2", False):
-                chosen, present = self._agreed(chosen, present)
+        sharded = self.accelerator.distributed_type == DistributedType.FSDP
+        if sharded and not getattr(self.accelerator, "is_fsdp2", False):
+            chosen, present = self._agreed(chosen, present)
         if frozenset(chosen) in self._clippers:
             return list(chosen.values())
         for whole in wholes:
@@ -513,7 +513,7 @@ def _refuse_engines(accelerator: Any) -> None:
     if kind == DistributedType.DEEPSPEED:
         raise DistclipError(
             "under DeepSpeed, Accelerate's clip_grad_norm_ runs after the update; distclip does "
-            "not support it yet. Remove distclip from this launch, or launch with DDP, FSDP1 or FSDP2"
+            "not support it yet. Remove distclip from this launch, or launch with DDP or FSDP"
         )
     if kind in (DistributedType.XLA, DistributedType.MEGATRON_LM):
         raise DistclipError(f"distclip does not know how gradients are laid out under {kind.value}")

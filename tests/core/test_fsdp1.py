@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from typing import Any
@@ -93,7 +94,9 @@ def test_every_element_is_on_one_rank() -> None:
             dist.all_gather_object(everywhere, mine_)
             if name == "scalar":  # ignored: FSDP1 takes none
                 continue
-            assert sorted(sum(everywhere, [])) == list(range(math.prod(shape)))
+            assert sorted(itertools.chain.from_iterable(everywhere)) == list(
+                range(math.prod(shape))
+            )
         assert any(
             len(model.elements[name].flatten()) % math.prod(shape[1:])
             for name, shape in SHAPES.items()
@@ -235,9 +238,11 @@ def test_gathered_parameters_are_refused(orig: bool) -> None:
     model = wrapped(orig)
     clipper = GradClipper(model, policies.agc(0.1))
     loss_of(model, mine(batch())).backward()
-    with FullyShardedDataParallel.summon_full_params(model):
-        with pytest.raises(UnsupportedGradientError, match="has gathered"):
-            clipper.clip_()
+    with (
+        FullyShardedDataParallel.summon_full_params(model),
+        pytest.raises(UnsupportedGradientError, match="has gathered"),
+    ):
+        clipper.clip_()
     assert clipper.clip_().total_norm.item() == pytest.approx(total(truth()), rel=1e-5)
 
 

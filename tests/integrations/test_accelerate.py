@@ -566,7 +566,7 @@ def test_flat_parameters_of_fsdp1(name: str) -> None:
         reference = Reference(plain := make(), sgd(plain))
         assert len(list(model.parameters())) == 1
         for number in range(3):
-            x = batch(number, 6)
+            x = batch(number, 12)
             path(accelerator, model, optimizer, mine(x))
             reference.update(policy, loss_of(plain, x))
         assert handle.last_report.names == ("body.weight", "body.bias", "head.weight", "head.bias")
