@@ -16,7 +16,7 @@ from distclip.application.stepping import StepHandle
 from distclip.errors import ConfigurationError, StateError
 from distclip.layouts import names as naming
 from distclip.layouts import plan as plans
-from distclip.layouts.detect import detect
+from distclip.layouts.detect import describe
 from distclip.layouts.names import Named, Target
 from distclip.layouts.piece import Described, Entry
 from distclip.ledger import Program, States
@@ -288,9 +288,10 @@ class GradClipper:
             raise ConfigurationError(
                 f"verify_replicas must be 'first', 'never' or a number of steps >= 1, got {every!r}"
             )
-        self._named = naming.named_parameters(target)
-        naming.refuse_meta(self._named)
-        return [detect(name, parameter) for name, parameter in self._named]
+        named = naming.named_parameters(target)
+        naming.refuse_meta(named)
+        self._named, described = describe(named)
+        return described
 
     def _notes(self, table: tuple[Entry, ...]) -> handshake.Notes:
         return handshake.Notes(

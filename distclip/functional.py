@@ -1,8 +1,9 @@
 """Drop-ins with the signatures of ``torch.nn.utils``, right under any sharding.
 
-They know no names and keep no state. A DTensor is reduced over its mesh; a plain tensor, and what
-lies outside of a DTensor's mesh, is taken as a replica. ``process_group`` says that its members
-hold different parameters instead (pipeline stages), which are then all counted.
+They know no names and keep no state. A DTensor is reduced over its mesh, a shard of FSDP1 over its
+process group; a plain tensor, and what lies outside of a mesh or group, is taken as a replica.
+``process_group=`` says that its members hold different parameters instead (pipeline stages), which
+are then all counted.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ from distclip.errors import (
     NonFiniteGradientError,
     ProcessGroupError,
 )
-from distclip.layouts import dtensor, plain
+from distclip.layouts import dtensor, fsdp1, plain
 from distclip.layouts import names as naming
 from distclip.layouts import plan as plans
-from distclip.layouts.detect import detect
+from distclip.layouts.detect import describe
 from distclip.layouts.names import Named
 from distclip.layouts.piece import Box, Described, Entry, Piece
 from distclip.ledger import Program, Walked
@@ -44,6 +45,9 @@ from distclip.walk import raise_together, walk
 
 Parameters: TypeAlias = Tensor | Iterable[Tensor]
 Tensors: TypeAlias = Tensor | Iterable[Tensor]
+
+DOUBLE = ("float64", "complex128")
+"""Names of the dtypes whose norms are float64."""
 
 
 def clip_grad_norm_(
@@ -203,10 +207,12 @@ def grad_norms(
         # Other members have other parameters, whose norms nothing here is added to: each DTensor
         # is reduced over its own mesh.
         collectives.check_open(process_group)
-    walked = _walk(named, Measure(norm_type), "pass")
+    policy = Measure(norm_type)
+    walked = _walk(named, policy, "pass")
+    entries = _programs.get(named, policy, norms=True).plan.entries
     return {
-        name: norm.to(_norm_dtype([parameter]))
-        for (name, parameter), norm in zip(named, walked.raw.unbind(), strict=True)
+        entry.name: norm.to(torch.float64 if entry.dtype in DOUBLE else torch.float32)
+        for entry, norm in zip(entries, walked.raw.unbind(), strict=True)
     }
 
 
@@ -365,7 +371,7 @@ class _Programs:
             self._known.move_to_end(key)
             return found[1]
         naming.refuse_meta(named)
-        described = [detect(name, parameter) for name, parameter in named]
+        _, described = describe(named)
         program = _program(described, policy, _device(parameters), norms=norms)
         self._known[key] = (_Fingerprint(parameters), program)
         if len(self._known) > self._size:
@@ -395,7 +401,9 @@ _FACTS = tuple(map(operator.attrgetter, ("requires_grad", "dtype", "device")))
 
 
 def _sharding(parameter: Tensor) -> object:
-    return parameter._spec if isinstance(parameter, DTensor) else parameter.shape
+    if isinstance(parameter, DTensor):
+        return parameter._spec
+    return parameter.shape, fsdp1.is_flattened(parameter)
 
 
 _programs = _Programs()

@@ -32,10 +32,13 @@ from distclip.build import sinks_of
 from distclip.clipper import GradClipper, Sink
 from distclip.config import Config, load
 from distclip.errors import ConfigurationError, DistclipError
+from distclip.functional import get_total_norm
 from distclip.integrations import accelerate_cpu, hooks
+from distclip.layouts import fsdp1
 from distclip.layouts.names import named_parameters
 from distclip.policies import Policy
 from distclip.report import ClipReport
+from distclip.statistics import collectives
 
 _logger = logging.getLogger("distclip.accelerate")
 
@@ -65,7 +68,7 @@ def attach(accelerator: accelerate.Accelerator, policy_or_config: PolicyOrConfig
     Call it before or after ``prepare``, on every rank.
 
     Args:
-        accelerator: single process, DDP or FSDP2; any mixed precision.
+        accelerator: single process, DDP, FSDP1 or FSDP2; any mixed precision.
         policy_or_config: a policy, a configuration file or mapping.
 
     Returns:
@@ -73,7 +76,7 @@ def attach(accelerator: accelerate.Accelerator, policy_or_config: PolicyOrConfig
 
     Raises:
         ConfigurationError: a bad configuration, or an accelerator that has a policy already.
-        DistclipError: DeepSpeed, FSDP1, XLA or Megatron-LM, which need other hooks than these.
+        DistclipError: DeepSpeed, XLA or Megatron-LM, which need other hooks than these.
     """
     if getattr(accelerator, "_distclip", None) is not None:
         raise ConfigurationError(
@@ -172,24 +175,28 @@ class Attachment:
             Their norm before clipping, 0-dim float32 (float64 for float64 gradients); where an
             earlier call has clipped the very same gradients, the norm that it found. Between
             synchronised steps, under ``accumulate()``, gradients are only measured: under DDP the
-            result is then that of this rank, and under FSDP2 there are none to measure.
+            result is then that of this rank, as under FSDP1, and under FSDP2 there are none to
+            measure.
         """
         self._announce(f"clip_grad_norm_(max_norm={max_norm})")
-        return self._clip(parameters).total_norm
+        return self._clip(parameters)
 
     def clip_grad_value_(self, parameters: Tensor | Iterable[Tensor], clip_value: float) -> None:
         """What ``accelerator.clip_grad_value_`` does now: the policy, on these parameters."""
         self._announce(f"clip_grad_value_(clip_value={clip_value})")
         self._clip(parameters)
 
-    def _clip(self, parameters: Tensor | Iterable[Tensor]) -> ClipReport:
+    def _clip(self, parameters: Tensor | Iterable[Tensor]) -> Tensor:
         chosen = self._chosen([parameters] if isinstance(parameters, Tensor) else list(parameters))
         scaler = self.accelerator.scaler
         scaling = scaler is not None and scaler.is_enabled()
         if not chosen or not self.accelerator.sync_gradients:
             # Left scaled: more gradients are to come on top of them.
             scale = torch.tensor(scaler.get_scale()) if scaling else None
-            return self._clipper(chosen, measuring=True).clip_before_step(scale)
+            if not all(map(fsdp1.is_reduced, chosen)):
+                norm = get_total_norm([p.grad for p in chosen if p.grad is not None])
+                return norm if scale is None else norm / scale
+            return self._clipper(chosen, measuring=True).clip_before_step(scale).total_norm
         self._unscale(chosen)
         marks = [self._called.get(id(parameter)) for parameter in chosen]
         if any(mark and mark.outdated(p) for mark, p in zip(marks, chosen, strict=True)):
@@ -197,13 +204,19 @@ class Attachment:
         else:
             fresh = [p for mark, p in zip(marks, chosen, strict=True) if mark is None]
         if marks and not fresh and marks[0] is not None:
-            return marks[0].report
+            return marks[0].report.total_norm
+        # Gradients may be views of one buffer, as under FSDP1, and with it share its count of
+        # changes: what is clipped now changes the marks of the others.
+        sound = [p for p in self._stepped() if (m := self._called.get(id(p))) and not m.outdated(p)]
         # While a gradient scaler looks for its scale, an overflow is its business and no error.
         watched = torch.zeros(1) if scaling else None
         report = self._clipper(fresh).clip_before_step(found_inf=watched)
+        for parameter in sound:
+            known = self._called[id(parameter)].report
+            self._called[id(parameter)] = _Mark.of(parameter, known)
         self._called.update((id(parameter), _Mark.of(parameter, report)) for parameter in fresh)
         self.last_report = report
-        return report
+        return report.total_norm
 
     def _before_step(
         self,
@@ -311,6 +324,14 @@ class Attachment:
             and not wanted.isdisjoint(map(id, _parameters_of(accelerated.optimizer)))
         ]
 
+    def _stepped(self) -> dict[Tensor, None]:
+        """All parameters of all prepared optimizers, each once."""
+        return {
+            parameter: None
+            for accelerated in self.accelerator._optimizers
+            for parameter in _parameters_of(accelerated.optimizer)
+        }
+
     def _chosen(self, listed: list[Tensor]) -> list[Tensor]:
         """The parameters that a call means, by their part in the model and not in this step.
 
@@ -318,25 +339,48 @@ class Attachment:
         is not None``) the whole model is meant: so the list, and with it the policy's state, does
         not depend on what happens to be there.
         """
-        stepped = {
-            id(parameter)
-            for accelerated in self.accelerator._optimizers
-            for parameter in _parameters_of(accelerated.optimizer)
-        }
+        stepped = set(map(id, self._stepped()))
 
         def trained(parameters: Iterable[Tensor]) -> dict[int, Tensor]:
             return {id(p): p for p in parameters if p.requires_grad or id(p) in stepped}
 
+        wholes = [trained(model.parameters()) for model in self.accelerator._models]
         chosen = trained(listed)
+        present = {key for whole in wholes for key, p in whole.items() if p.grad is not None}
+        sharded = self.accelerator.distributed_type == DistributedType.FSDP
+        if sharded and not getattr(self.accelerator, "is_fsdp2", False):
+            chosen, present = self._agreed(chosen, present)
         if frozenset(chosen) in self._clippers:
             return list(chosen.values())
-        for model in self.accelerator._models:
-            whole = trained(model.parameters())
+        for whole in wholes:
             if chosen and chosen.keys() < whole.keys():
                 missing = whole.keys() - chosen.keys()
-                if all(whole[key].grad is None for key in missing):
+                if missing.isdisjoint(present):
                     return list(whole.values())
         return list(chosen.values())
+
+    def _agreed(
+        self, chosen: dict[int, Tensor], present: set[int]
+    ) -> tuple[dict[int, Tensor], set[int]]:
+        """What all ranks together have chosen, and which gradients any of them has.
+
+        One small reduction per call, over the parameters that all ranks have in the same order.
+        """
+        known = {id(p): p for model in self.accelerator._models for p in model.parameters()}
+        known |= {id(p): p for p in self._stepped()}
+        group = collectives.default_group(None)
+        if group is None:
+            return chosen, present
+        device = collectives.device_for(group, self.accelerator.device)
+        flags = torch.tensor(
+            [[key in chosen for key in known], [key in present for key in known]],
+            dtype=torch.float64,
+            device=device,
+        )
+        listed, there = (collectives.all_reduce_max(flags, group) > 0).tolist()
+        agreed = {key: p for (key, p), flag in zip(known.items(), listed, strict=True) if flag}
+        unknown = {key: p for key, p in chosen.items() if key not in known}
+        return agreed | unknown, {key for key, flag in zip(known, there, strict=True) if flag}
 
     def _clipper(self, parameters: list[Tensor], *, measuring: bool = False) -> GradClipper:
         known = self._measurers if measuring else self._clippers
@@ -409,7 +453,11 @@ class Attachment:
 
 
 class _Mark(NamedTuple):
-    """A call of the script has clipped a parameter; its gradient as the call left it."""
+    """A call of the script has clipped a parameter; its gradient as the call left it.
+
+    Under FSDP1 it is the flat gradient of the whole unit: a parameter that has none on this rank
+    has one on others, and all ranks have to see that there has been a backward.
+    """
 
     report: ClipReport
     gradient: weakref.ref[Tensor] | None
@@ -417,14 +465,14 @@ class _Mark(NamedTuple):
 
     @classmethod
     def of(cls, parameter: Tensor, report: ClipReport) -> _Mark:
-        gradient = parameter.grad
+        gradient = fsdp1.owner_of_gradient(parameter).grad
         if gradient is None:
             return cls(report, None, 0)
         return cls(report, weakref.ref(gradient), _version(gradient))
 
     def outdated(self, parameter: Tensor) -> bool:
         """Whether there has been a backward since, be it ``loss.backward()``."""
-        gradient = parameter.grad
+        gradient = fsdp1.owner_of_gradient(parameter).grad
         if gradient is None or self.gradient is None:
             return (gradient is None) != (self.gradient is None)
         return self.gradient() is not gradient or self.version != _version(gradient)
@@ -466,12 +514,7 @@ def _refuse_engines(accelerator: Any) -> None:
     if kind == DistributedType.DEEPSPEED:
         raise DistclipError(
             "under DeepSpeed, Accelerate's clip_grad_norm_ runs after the update; distclip does "
-            "not support it yet. Remove distclip from this launch, or launch with DDP or FSDP2"
-        )
-    if kind == DistributedType.FSDP and not getattr(accelerator, "is_fsdp2", False):
-        raise DistclipError(
-            "FSDP1 keeps flat shards that distclip cannot read yet; set fsdp_version: 2 in the "
-            "Accelerate configuration"
+            "not support it yet. Remove distclip from this launch, or launch with DDP or FSDP"
         )
     if kind in (DistributedType.XLA, DistributedType.MEGATRON_LM):
         raise DistclipError(f"distclip does not know how gradients are laid out under {kind.value}")

@@ -45,14 +45,23 @@ def named_parameters(target: Target) -> Named:
         if id(parameter) not in seen:
             seen.add(id(parameter))
             pairs.append((clean(name), parameter))
-    counts = Counter(name for name, _ in pairs)
+    refuse_repeated(pairs)
+    return pairs
+
+
+def refuse_repeated(named: Named) -> None:
+    """Refuse two parameters of one name.
+
+    Raises:
+        ConfigurationError: names the first such name.
+    """
+    counts = Counter(name for name, _ in named)
     repeated = [name for name, count in counts.items() if count > 1]
     if repeated:
         raise ConfigurationError(
             f"two different parameters are called {repeated[0]!r}; give (name, parameter) pairs "
             f"with distinct names, so that statistics and state can be told apart"
         )
-    return pairs
 
 
 def is_list_of_modules(target: Target) -> bool:

@@ -166,7 +166,11 @@ def decayed(named: Named, mask: DecayMask) -> list[bool]:
             has two dims or more.
     """
     if mask is None:
-        return [len(detect(name, parameter)[0].shape) > 1 for name, parameter in named]
+        # A flat tensor that stands for many parameters decays as a whole if any of them does.
+        return [
+            any(len(entry.shape) > 1 for entry, _ in detect(name, parameter))
+            for name, parameter in named
+        ]
     if callable(mask):
         return [bool(mask(name, parameter)) for name, parameter in named]
     return [any(fnmatch.fnmatchcase(name, pattern) for pattern in mask) for name, _ in named]

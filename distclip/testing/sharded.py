@@ -98,6 +98,7 @@ class Sharded:
             parameter.grad = like(parameter, part)
 
     def local_gradients(self) -> Iterator[tuple[str, Tensor | None]]:
+        """Each parameter's gradient on this rank, in the shape of its ``elements``."""
         for name, parameter in self.parameters.items():
             gradient = parameter.grad
             yield name, gradient.to_local() if isinstance(gradient, DTensor) else gradient
@@ -130,6 +131,10 @@ LAYOUTS: dict[str, str] = {
     "replicate": "DTensors, whole on every rank",
     "fsdp2_tp": "fully_shard over tensor parallel parameters (strided shards)",
     "mixed": "plain tensors, all ranks and sub-meshes, in one model",
+    "fsdp1": "FullyShardedDataParallel, FULL_SHARD, the optimizer sees flat parameters",
+    "fsdp1_orig": "the same with use_orig_params=True",
+    "fsdp1_hybrid": "the same with HYBRID_SHARD: sharded, and replicated",
+    "fsdp1_mixed": "FULL_SHARD, SHARD_GRAD_OP and NO_SHARD in one model, nested",
 }
 """Every layout that :func:`shard` makes, in words: what the matrix runs."""
 
@@ -139,6 +144,10 @@ MAKERS: dict[str, Callable[[Whole], Sharded]] = {}
 
 def shard(layout: str, values: Whole) -> Sharded:
     """Shard a whole model over all ranks, in one of ``LAYOUTS``."""
+    if layout.startswith("fsdp1"):
+        from distclip.testing.flattened import flatten
+
+        return flatten(layout, values)
     if layout in MAKERS:
         return MAKERS[layout](values)
     meshes: dict[str, Tensor] = {}

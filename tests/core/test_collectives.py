@@ -18,7 +18,7 @@ from tests.core.test_matrix import POLICIES, build
 from tests.core.watching import watch
 from tests.sharded import mesh_of, shard, whole
 
-SHARDED = ["fsdp2", "hsdp", "tp", "fsdp2_tp", "mixed"]
+SHARDED = ["fsdp2", "hsdp", "tp", "fsdp2_tp", "mixed", "fsdp1", "fsdp1_mixed"]
 
 
 COUNTS = {

@@ -190,7 +190,7 @@ def test_the_state_of_adam_is_refused() -> None:
     adam = torch.optim.AdamW(model.values())
     train(model, adam, range(1))
     optimizer = dreamer_v3(model.values())
-    with pytest.raises(distclip.StateError, match="not the state of a LaProp.*'agc'"):
+    with pytest.raises(distclip.StateError, match=r"not the state of a LaProp.*'agc'"):
         optimizer.load_state_dict(adam.state_dict())
 
 
@@ -376,7 +376,7 @@ def test_a_skip_of_an_attached_clipper_leaves_counters_alone() -> None:
     assert optimizer.state[model["fc.bias"]]["step"] == 2
 
 
-def test_capturable_reads_nothing_and_is_the_same() -> None:
+def test_capturable_is_the_same() -> None:
     first, second = make(), make()
     options: dict[str, Any] = {
         "warmup": 2,
