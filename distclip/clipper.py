@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from distclip._version import __version__
 from distclip.application.stepping import StepHandle
 from distclip.errors import ConfigurationError, DistclipError, StateError
-from distclip.handshake import Notes, compare, refuse_troubled
+from distclip.handshake import Notes, compare, merge_groups, refuse_troubled
 from distclip.layouts import names as naming
 from distclip.layouts import plan as plans
 from distclip.layouts.detect import detect
@@ -85,6 +85,8 @@ class GradClipper:
         self.sinks = tuple(sinks)
         self._norms = norms
         self._named: Named = []
+        self._here: dict[str, Tensor] = {}
+        self._parts = False
         self._plan = self._compare_notes(target, process_group)
         wide = any(entry.dtype in ("float64", "complex128") for entry in self._plan.entries)
         self._dtype = torch.float64 if wide else torch.float32
@@ -116,7 +118,8 @@ class GradClipper:
         """Clip before every ``optimizer.step()`` from now on.
 
         A step that the policy, or ``on_nonfinite="skip"``, drops leaves momentum, weight decay and
-        step counters as they are. Works under ``torch.amp.GradScaler``, with fused optimizers too:
+        step counters as they are. Where ranks hold different parameters (stages, experts), every
+        rank attaches at the same point. Works under ``torch.amp.GradScaler``, with fused optimizers too:
         norms are of the unscaled gradients, and a step that the scaler drops is left to it.
 
         Args:
@@ -245,6 +248,7 @@ class GradClipper:
         if not plans.needs_reduction(tables):
             return plans.local_plan(described, device)
         rank = collectives.rank_in(group)
+        self._parts = plans.differ(tables)
         return plans.merged_plan(described, tables, rank, ranks, device, group)
 
     def _describe(self, target: Target) -> list[Described]:
@@ -260,7 +264,12 @@ class GradClipper:
             )
         self._named = naming.named_parameters(target)
         naming.refuse_meta(self._named)
-        return [detect(name, parameter) for name, parameter in self._named]
+        described = [detect(name, parameter) for name, parameter in self._named]
+        self._here = {
+            entry.name: parameter
+            for (entry, _), (_, parameter) in zip(described, self._named, strict=True)
+        }
+        return described
 
     def _configuration(self) -> str:
         return f"policy={self.policy!r}, on_nonfinite={self.on_nonfinite!r}, norms={self._norms}"
@@ -270,9 +279,18 @@ class GradClipper:
         if optimizer is not None:
             for number, group in enumerate(optimizer.param_groups):
                 groups.update({id(parameter): number for parameter in group["params"]})
-        by_name = {name: groups.get(id(parameter)) for name, parameter in self._named}
+        here = {
+            name: groups[id(parameter)]
+            for name, parameter in self._here.items()
+            if id(parameter) in groups
+        }
+        parameters = [ParameterInfo(entry.name, entry.shape) for entry in self._plan.entries]
+        if self._parts and any(s.policy.needs.groups for s in stages(self.policy, parameters)):
+            assert self._plan.group is not None
+            ranks = collectives.ranks_of(self._plan.group)
+            here = merge_groups(collectives.gather(here, self._plan.group), ranks)
         parameters = [
-            ParameterInfo(entry.name, entry.shape, by_name.get(entry.name))
+            ParameterInfo(entry.name, entry.shape, here.get(entry.name))
             for entry in self._plan.entries
         ]
         passes = compile_passes(

@@ -1,6 +1,7 @@
 """Drop-ins with the signatures of ``torch.nn.utils``, right under any sharding.
 
-They know no names and keep no state. A DTensor is reduced over its mesh; a plain tensor, and what
+They know no names and keep no state. A DTensor is reduced over its mesh, a parameter that was
+declared sharded over its group; any other plain tensor, and what
 lies outside of a DTensor's mesh, is taken as a replica. ``process_group`` says that its members
 hold different parameters instead (pipeline stages), which are then all counted.
 """
@@ -26,7 +27,7 @@ from distclip.errors import (
     NonFiniteGradientError,
     ProcessGroupError,
 )
-from distclip.layouts import dtensor, plain
+from distclip.layouts import declared, dtensor, plain
 from distclip.layouts import names as naming
 from distclip.layouts import plan as plans
 from distclip.layouts.detect import detect
@@ -41,6 +42,7 @@ from distclip.statistics import collectives
 from distclip.statistics.packing import Packet
 from distclip.walk import raise_together, walk
 
+DOUBLE = ("float64", "complex128")
 Parameters: TypeAlias = Tensor | Iterable[Tensor]
 Tensors: TypeAlias = Tensor | Iterable[Tensor]
 
@@ -195,17 +197,20 @@ def grad_norms(
             norms of its own.
 
     Returns:
-        Name -> 0-dim float32 (float64 for a float64 gradient); 0 where there is no gradient.
+        Name -> 0-dim float32 (float64 for a float64 gradient); 0 where there is no gradient. Of
+        declared experts all of the group's, as ``name@rank``.
     """
     named = naming.named_parameters(module_or_named_parameters)
     if process_group is not None:
         # Other members have other parameters, whose norms nothing here is added to: each DTensor
         # is reduced over its own mesh.
         collectives.check_open(process_group)
-    walked = _walk(named, Measure(norm_type), "pass")
+    policy = Measure(norm_type)
+    walked = _walk(named, policy, "pass")
+    entries = _programs.get(named, policy, norms=True).plan.entries
     return {
-        name: norm.to(_norm_dtype([parameter]))
-        for (name, parameter), norm in zip(named, walked.raw.unbind(), strict=True)
+        entry.name: norm.to(torch.float64 if entry.dtype in DOUBLE else torch.float32)
+        for entry, norm in zip(entries, walked.raw.unbind(), strict=True)
     }
 
 
@@ -250,7 +255,11 @@ def _joint_norm(
         trouble, norms = error, torch.zeros(len(plan.entries), dtype=torch.float64)
     device = collectives.device_for(group, norms.device)
     members = set(collectives.ranks_of(group))
-    holders = [1 if e.ranks is None else len(members & set(e.ranks)) for e in plan.entries]
+    spread = [e.ranks is not None or bool(e.others) for e in plan.entries]
+    holders = [
+        declared.holders(entry, members) if has else 1
+        for entry, has in zip(plan.entries, spread, strict=True)
+    ]
     shares = [1.0 / count if count else 0.0 for count in holders]
     packet = Packet(group, wide={norm_type: True})
     packet.add_norms(
@@ -310,18 +319,22 @@ def _plan(described: Sequence[Described], device: torch.device) -> plans.Plan:
     members = set(collectives.ranks_of(group))
     shared: list[Described] = []
     for entry, pieces in described:
-        if entry.ranks is not None:
+        if entry.ranks is not None or entry.others:
             # Each sub-mesh of the group holds a replica: their mean is what one of them has.
-            share = len(members & set(entry.ranks)) / size
+            share = min(1.0, declared.holders(entry, members) / size)
         else:
             share = 1.0 if first else 0.0
-        shared.append((entry, [piece.numbered(0, share) for piece in pieces]))
+        for place in declared.all_places(entry):
+            mine = pieces if place.name == entry.name else ()
+            shared.append((place, [piece.numbered(0, share) for piece in mine]))
     return plans.local_plan(shared, collectives.device_for(group, device), group)
 
 
 def _group(entries: Sequence[Entry]) -> ProcessGroup | None:
     """The group to sum over: the DTensors' common mesh, or else all ranks."""
-    meshes = {frozenset(entry.ranks) for entry in entries if entry.ranks is not None}
+    meshes = {
+        frozenset(ranks) for entry in entries for ranks in (entry.ranks, entry.others) if ranks
+    }
     if not meshes:
         return None
     union = frozenset[int]().union(*meshes)
@@ -382,6 +395,8 @@ def _fingerprint(parameter: Tensor) -> tuple[object, ...]:
         parameter.dtype,
         parameter.device,
         sharding,
+        declared.fingerprint(parameter),
+        hasattr(parameter, "_in_backward_optimizers"),
     )
 
 

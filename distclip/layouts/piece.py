@@ -41,6 +41,8 @@ class Entry:
             of them is not whole on any rank).
         ranks: global ranks of the device mesh, in mesh order; None for a plain tensor.
         layout: the sharding in words, for messages and for comparing ranks.
+        others: global ranks that hold other tensors under the same name (experts); empty where there are none.
+            The entry's name then says whose it is: ``name@place``.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Entry:
     split_dims: tuple[int, ...] = ()
     ranks: tuple[int, ...] | None = None
     layout: str = "plain"
+    others: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -104,7 +104,7 @@ def merged_plan(
 
     Parameters of the same name and shape are the same tensor: of identical replicas (plain tensors
     on several ranks, DTensors on several sub-meshes) those of the lowest rank count. A name that
-    only some ranks have is a parameter of theirs (pipeline stages).
+    only some ranks have is a parameter of theirs (pipeline stages, experts).
     """
     order: dict[str, int] = {}
     owners: dict[str, tuple[int, ...]] = {}
@@ -132,8 +132,13 @@ def merged_plan(
 
 def needs_reduction(tables: Sequence[Sequence[Entry]]) -> bool:
     """Whether any tensor is spread over ranks, or any parameter is not on every rank."""
-    if any(entry.ranks is not None for table in tables for entry in table):
+    if any(entry.ranks is not None or entry.others for table in tables for entry in table):
         return True
+    return differ(tables)
+
+
+def differ(tables: Sequence[Sequence[Entry]]) -> bool:
+    """Whether any parameter is not on every rank (pipeline stages, experts)."""
     names = [{entry.name for entry in table} for table in tables]
     return any(other != names[0] for other in names)
 
@@ -154,9 +159,10 @@ def check_tables(tables: Sequence[Sequence[Entry]], ranks: Sequence[int], *, sta
     first: dict[str, tuple[int, Entry]] = {}
     for rank, table in zip(ranks, tables, strict=True):
         for entry in table:
-            if entry.ranks is not None and not members.issuperset(entry.ranks):
+            spread = {*(entry.ranks or ()), *entry.others}
+            if not members.issuperset(spread):
                 raise ProcessGroupError(
-                    f"parameter {entry.name!r} is spread over ranks {sorted(entry.ranks)}, but the "
+                    f"parameter {entry.name!r} is spread over ranks {sorted(spread)}, but the "
                     f"process group has only ranks {sorted(members)}: give the group of all ranks "
                     f"that hold the model, or none for all ranks"
                 )
@@ -167,7 +173,7 @@ def check_tables(tables: Sequence[Sequence[Entry]], ranks: Sequence[int], *, sta
                     f"{other_rank} but {entry.dtype} {list(entry.shape)} on rank {rank}: the "
                     f"ranks were given different models; give every rank the same parameters"
                 )
-            if (other.ranks is None) != (entry.ranks is None):
+            if (other.ranks is None, not other.others) != (entry.ranks is None, not entry.others):
                 raise RankMismatchError(
                     f"parameter {entry.name!r} is {other.layout} on rank {other_rank} but "
                     f"{entry.layout} on rank {rank}: shard it alike on every rank"
@@ -177,6 +183,8 @@ def check_tables(tables: Sequence[Sequence[Entry]], ranks: Sequence[int], *, sta
     for rank, table in zip(ranks, tables, strict=True):
         mine = {entry.name for entry in table}
         for name, (other_rank, entry) in first.items():
+            if entry.others:  # every rank of the group has its own
+                continue
             if name not in mine and (entry.ranks is None or rank in entry.ranks):
                 raise RankMismatchError(
                     f"parameter {name!r} exists on rank {other_rank} but not on rank {rank}: the "
