@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Literal, TypeAlias, get_args
 
@@ -16,7 +17,7 @@ from distclip.errors import ConfigurationError, DistclipError, StateError
 from distclip.handshake import Notes, compare, merge_groups, refuse_troubled
 from distclip.layouts import names as naming
 from distclip.layouts import plan as plans
-from distclip.layouts.detect import detect
+from distclip.layouts.detect import detect, refuse_stepped_in_backward
 from distclip.layouts.names import Named, Target
 from distclip.layouts.piece import Described
 from distclip.ledger import Program, States
@@ -86,8 +87,12 @@ class GradClipper:
         self._norms = norms
         self._named: Named = []
         self._here: dict[str, Tensor] = {}
+        self._optimizer: weakref.ref[Optimizer] | None = None
+        self._stepped = 0
         self._parts = False
         self._plan = self._compare_notes(target, process_group)
+        self._watched = naming.Watched(target)
+        self._known = {id(parameter) for _, parameter in self._named}
         wide = any(entry.dtype in ("float64", "complex128") for entry in self._plan.entries)
         self._dtype = torch.float64 if wide else torch.float32
         self._step = 0
@@ -119,8 +124,9 @@ class GradClipper:
 
         A step that the policy, or ``on_nonfinite="skip"``, drops leaves momentum, weight decay and
         step counters as they are. Where ranks hold different parameters (stages, experts), every
-        rank attaches at the same point. Works under ``torch.amp.GradScaler``, with fused optimizers too:
-        norms are of the unscaled gradients, and a step that the scaler drops is left to it.
+        rank attaches at the same point. Works under ``torch.amp.GradScaler``, with fused
+        optimizers too: norms are of the unscaled gradients, and a step that the scaler drops is
+        left to it.
 
         Args:
             optimizer: the torch optimizer that steps this model's parameters.
@@ -145,7 +151,11 @@ class GradClipper:
                 "the optimizer steps none of this GradClipper's parameters; FSDP2 (fully_shard) "
                 "replaces parameters: build both after sharding, from the same model"
             )
+        for name, parameter in self._named:
+            refuse_stepped_in_backward(name, parameter)
         self._program = self._compile(optimizer)
+        self._optimizer = weakref.ref(optimizer)
+        self._stepped = sum(len(group["params"]) for group in optimizer.param_groups)
         self._attached = StepHandle(optimizer, self.clip_before_step)
         return self._attached
 
@@ -201,7 +211,13 @@ class GradClipper:
         if self._plan.group is not None:
             collectives.check_open(self._plan.group)
         with torch.no_grad():
-            walked = walk(self._program, self._states, on_nonfinite=mode, loss_scale=loss_scale)
+            walked = walk(
+                self._program,
+                self._states,
+                on_nonfinite=mode,
+                loss_scale=loss_scale,
+                trouble=self._trouble(),
+            )
             self._states = walked.states
             report = ClipReport(
                 names=self.names,
@@ -220,6 +236,27 @@ class GradClipper:
         for sink in self.sinks:
             sink(step, report)
         return report
+
+    def _trouble(self) -> DistclipError | None:
+        """What is wrong on this rank before a gradient is looked at: parameters that came later."""
+        newcomers = self._watched.newcomers(self._known)
+        optimizer = None if self._optimizer is None else self._optimizer()
+        if not newcomers and optimizer is not None:
+            listed = [p for group in optimizer.param_groups for p in group["params"]]
+            if len(listed) != self._stepped:
+                newcomers = [
+                    f"one of shape {list(p.shape)} in the optimizer"
+                    for p in listed[self._stepped :]
+                    if id(p) not in self._known
+                ]
+        if not newcomers:
+            return None
+        more = f" and {len(newcomers) - 1} more" if len(newcomers) > 1 else ""
+        return ConfigurationError(
+            f"parameter {newcomers[0]!r}{more} came (or was replaced) after this GradClipper was "
+            f"built, and would not be clipped; build the GradClipper anew, after everything that "
+            f"changes the model (fully_shard, adapters such as LoRA)"
+        )
 
     def _compare_notes(self, target: Target, process_group: ProcessGroup | None) -> plans.Plan:
         """The one conversation between the ranks: do all of them mean the same model and policy?"""

@@ -67,6 +67,11 @@ class Plan:
         )
 
     @cached_property
+    def replicated(self) -> bool:
+        """Whether a mesh holds replicas of anything."""
+        return any(entry.replicated for entry in self.entries)
+
+    @cached_property
     def shares(self) -> Tensor | None:
         """Share of each piece, float64 ``(pieces,)``; None where all of them count fully."""
         if all(piece.share == 1.0 for piece in self.pieces):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from distclip.errors import DistclipError
 from distclip.layouts import dtensor
-from distclip.layouts.piece import Piece
+from distclip.layouts.piece import Misplaced, Piece
 from distclip.layouts.plan import Plan
 from distclip.statistics import local
 from distclip.statistics.neighbours import Neighbours
@@ -134,6 +134,7 @@ class LocalMeasurement:
         units: the units on this rank, of the pieces that are measured so.
         trouble: what went wrong here; every rank has to learn of it before anybody raises.
         present: pieces that have a gradient, with it.
+        misplaced: whether a gradient here has to be redistributed, by all ranks of its mesh.
     """
 
     norms: dict[float, Tensor] = field(default_factory=dict)
@@ -142,6 +143,7 @@ class LocalMeasurement:
     units: LocalUnits = field(default_factory=lambda: LocalUnits())
     trouble: DistclipError | None = None
     present: list[Tensor | None] = field(default_factory=list)
+    misplaced: bool = False
 
     def divide(self, scale: Tensor) -> None:
         """Divide all gradient norms by a 0-dim loss scale."""
@@ -156,10 +158,12 @@ class Memory:
 
     gradients: Neighbours = field(default_factory=Neighbours)
     weights: Neighbours = field(default_factory=Neighbours)
+    habits: set[str] = field(default_factory=set)
+    """``"misplaced"`` once gradients had to be redistributed; the same on every rank."""
 
 
 def measure(plan: Plan, request: Request, neighbours: Memory) -> LocalMeasurement:
-    """Measure this rank's pieces. Issues no collective (except to reduce ``Partial`` gradients)."""
+    """Measure this rank's pieces. Issues no collective."""
     result = LocalMeasurement()
     quick = None if plan.holds is None else dtensor.quick_gradients(plan.holds)
     present = result.present = quick or []
@@ -169,6 +173,9 @@ def measure(plan: Plan, request: Request, neighbours: Memory) -> LocalMeasuremen
         except DistclipError as trouble:
             present.append(None)
             result.trouble = result.trouble or trouble
+        except Misplaced:
+            present.append(None)
+            result.misplaced = True
     plain: list[Tensor | None] = list(result.present)
     bounds = [request.bounds.get(piece.index) for piece in plan.pieces] if request.bounds else None
     if request.unit_dims or plan.shares is not None:

@@ -17,6 +17,7 @@ from torch.distributed import ProcessGroup
 
 from distclip.layouts.plan import Plan
 from distclip.statistics import collectives, local
+from distclip.statistics.alignment import MISPLACED
 from distclip.statistics.encoding import Encoding
 from distclip.statistics.measurement import LocalMeasurement, LocalUnits, Request, UnitTable
 
@@ -51,7 +52,8 @@ class Measurement:
         unit_weights: ``(units,)`` their weight 2-norms.
         clipped: ``(parameters,)`` units scaled before the reduction.
         smallest: 0-dim, the smallest coefficient decided before the reduction.
-        troubled: 0-dim, > 0 if any rank ran into an error.
+        troubled: 0-dim, >= 1 if any rank ran into an error, else > 0 if any has a gradient that
+            must be redistributed.
     """
 
     raw: Mapping[float, Tensor]
@@ -178,7 +180,8 @@ def reduce(
     if request.decided_locally and group is not None:
         packet.add_sum("clipped", decided.clipped)
         packet.add_sum("smallest", _own_slot(decided.smallest, group))
-    troubled = torch.full_like(decided.smallest.reshape(1), float(measured.trouble is not None))
+    flag = float(measured.trouble is not None) + MISPLACED * measured.misplaced
+    troubled = torch.full_like(decided.smallest.reshape(1), flag)
     packet.add_flag("trouble", troubled)
     got.update(packet.exchange())
 
