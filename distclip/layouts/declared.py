@@ -109,7 +109,8 @@ def spread_of(name: str, parameter: Tensor) -> Spread | None:
     marks = parameter.__dict__
     expert = marks.get("allreduce") is False
     sliced = bool(marks.get("tensor_model_parallel")) and marks.get("partition_dim", -1) >= 0
-    others = slices = ()
+    others: tuple[int, ...] = ()
+    slices: tuple[int, ...] = ()
     if expert and not (declared and declared.others):
         others = _others(name, marks.get("group_name"))
     if sliced and not (declared and declared.slices):

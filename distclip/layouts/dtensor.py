@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
 
 from distclip.errors import UnsupportedGradientError
 from distclip.layouts import plain
-from distclip.layouts.piece import Box, Described, Entry, Holder, Misplaced, Piece, held
+from distclip.layouts.piece import Box, Described, Entry, Holder, MisplacedError, Piece, held
 
 Span: TypeAlias = tuple[int, int]
 """``start, stop`` along one dim of the logical tensor."""
@@ -233,8 +233,8 @@ def local_gradient(name: str, hold: Holder) -> Tensor | None:
     """This rank's shard of the gradient, in the parameter's own placements; None if there is none.
 
     Raises:
-        Misplaced: autograd left it in other placements (``Partial`` under tensor parallelism); to
-            redistribute it (:func:`align`) takes all ranks of the mesh.
+        MisplacedError: autograd left it in other placements (``Partial`` under tensor
+            parallelism); to redistribute it (:func:`align`) takes all ranks of the mesh.
         UnsupportedGradientError: a plain, sparse or meta gradient, or one that cannot be reduced.
     """
     parameter: Any = hold()  # untyped: this runs once per parameter and step
@@ -254,7 +254,7 @@ def local_gradient(name: str, hold: Holder) -> Tensor | None:
         or (found.mesh is not wanted.mesh and found.mesh != wanted.mesh)
     ):
         check_movable(name, gradient, parameter)
-        raise Misplaced(name)
+        raise MisplacedError(name)
     local: Tensor = gradient._local_tensor
     if type(local) is Tensor and local.layout is torch.strided and not local.is_meta:
         return local
@@ -278,7 +278,7 @@ def found_placements(hold: Holder) -> tuple[Placement, ...] | None:
 
 
 def align(hold: Holder, placements: Sequence[Placement]) -> None:
-    """Redistribute a gradient from ``placements`` to its parameter's own; where it is missing, zeros.
+    """Redistribute a gradient from ``placements`` to its parameter's own; zeros if it is missing.
 
     A collective over the parameter's mesh. ``parameter.grad`` is replaced by the result: the same
     tensor, now fully reduced.

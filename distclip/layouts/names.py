@@ -6,7 +6,7 @@ import itertools
 import operator
 from collections import Counter
 from collections.abc import Container, Iterable, Sequence
-from typing import TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -127,7 +127,10 @@ class Watched:
 
     def _look(self) -> None:
         modules = [each for module in self._modules for each in module.modules()]
-        self._places = [*(m._parameters for m in modules), *(m._modules for m in modules)]
+        self._places: list[dict[str, Any]] = [
+            *(m._parameters for m in modules),
+            *(m._modules for m in modules),
+        ]
         self._seen = self._contents()
 
     def _contents(self) -> list[object]:

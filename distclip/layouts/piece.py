@@ -41,8 +41,8 @@ class Entry:
             of them is not whole on any rank).
         ranks: global ranks of the device mesh, in mesh order; None for a plain tensor.
         layout: the sharding in words, for messages and for comparing ranks.
-        others: global ranks that hold other tensors under the same name (experts); empty where there
-            are none. The entry's name then says whose it is: ``name@place``.
+        others: global ranks that hold other tensors under the same name (experts); empty where
+            there are none. The entry's name then says whose it is: ``name@place``.
         replicated: whether the mesh holds replicas of it, whose gradients may come unreduced.
     """
 
@@ -86,7 +86,7 @@ class Piece:
         return replace(self, index=index, share=self.share * share)
 
 
-class Misplaced(Exception):
+class MisplacedError(Exception):
     """A gradient lies otherwise than its parameter: the mesh's ranks must move it together."""
 
 

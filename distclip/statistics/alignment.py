@@ -74,9 +74,9 @@ def align_together(plan: Plan) -> None:
                     f"{wanted} on other ranks of its mesh; redistribute it alike on all of them"
                 )
     for row, hold in spread.items():
-        wanted = moves.get((row, _mesh_of(hold)))
-        if wanted is not None:
-            dtensor.align(hold, wanted)
+        placements = moves.get((row, _mesh_of(hold)))
+        if placements is not None:
+            dtensor.align(hold, placements)
 
 
 def _spread(plan: Plan) -> dict[int, Holder]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from distclip.errors import DistclipError
 from distclip.layouts import dtensor
-from distclip.layouts.piece import Misplaced, Piece
+from distclip.layouts.piece import MisplacedError, Piece
 from distclip.layouts.plan import Plan
 from distclip.statistics import local
 from distclip.statistics.neighbours import Neighbours
@@ -173,7 +173,7 @@ def measure(plan: Plan, request: Request, neighbours: Memory) -> LocalMeasuremen
         except DistclipError as trouble:
             present.append(None)
             result.trouble = result.trouble or trouble
-        except Misplaced:
+        except MisplacedError:
             present.append(None)
             result.misplaced = True
     plain: list[Tensor | None] = list(result.present)

@@ -264,3 +264,98 @@ def test_declarations_that_cannot_be_meant() -> None:
         distclip.declare_sharded(p, group)
     with pytest.raises(distclip.RankMismatchError, match="'w"):
         GradClipper([("w", p)], policies.measure())
+
+
+class Moe(nn.Module):
+    """A dense layer, then experts, of which every token visits all."""
+
+    def __init__(self, experts: int) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.dense = nn.Linear(6, 6)
+        self.experts = nn.ModuleList(nn.Linear(6, 6) for _ in range(experts))
+
+
+@pytest.mark.ranks(2, 4, timeout=SECONDS)
+def test_experts_beside_fsdp2_train_as_one_process() -> None:
+    """20 steps, to the same weights (fp32, 1e-6)."""
+    mesh = expert_mesh()
+    place, group = mesh["ep"].get_local_rank(), mesh["ep"].get_group()
+    whole, mine = Moe(2), Moe(2)
+    fully_shard(mine.dense, mesh=mesh_of((dist.get_world_size(),), ("dp",)))
+    mine.experts = nn.ModuleList([mine.experts[place]])
+    for p in mine.experts.parameters():
+        distclip.declare_sharded(p, group)
+    policy = policies.chain(policies.agc(0.05), policies.global_norm(0.05))
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.5, momentum=0.9) for m in (whole, mine)]
+    # The whole model is every rank's own: alone in a group of one.
+    alone: Any = [dist.new_group([r]) for r in range(dist.get_world_size())][dist.get_rank()]
+    GradClipper(whole, policy, process_group=alone).attach(optimizers[0])
+    clipper = GradClipper(mine, policy)
+    clipper.attach(optimizers[1])
+    assert {"experts.0.weight@0", "experts.0.weight@1"} <= set(clipper.names)
+    for step in range(20):
+        value, target = randn(8, 6, seed=step), randn(8, 6, seed=1000 + step)
+        hidden = whole.dense(value).tanh()
+        nn.functional.mse_loss(sum(e(hidden) for e in whole.experts), target).backward()
+        hidden = mine.dense(value).tanh()
+        # An all-reduce of the outputs forward, and of the gradient of their input backward.
+        shared = hidden.detach().requires_grad_()
+        out = mine.experts[0](shared)
+        total = out.detach().clone()
+        dist.all_reduce(total, group=group)
+        total.requires_grad_()
+        nn.functional.mse_loss(total, target).backward()
+        out.backward(total.grad)
+        assert shared.grad is not None
+        dist.all_reduce(shared.grad, group=group)
+        hidden.backward(shared.grad)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    for name, p in mine.dense.named_parameters():
+        want = whole.dense.get_parameter(name)
+        torch.testing.assert_close(p.full_tensor(), want.detach(), rtol=1e-6, atol=1e-6)
+    for name, p in mine.experts[0].named_parameters():
+        want = whole.experts[place].get_parameter(name)
+        torch.testing.assert_close(p.detach(), want.detach(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.ranks(1, 2, 4, timeout=SECONDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64, torch.complex128])
+def test_other_dtypes_empty_and_tiny_shards(dtype: torch.dtype) -> None:
+    """Float64 and complex, sharded; no elements; one element on four ranks; frozen; LoRA."""
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    shapes = {"w": (5, 3), "empty": (0, 3), "one": (1,), "frozen": (4,)}
+    pairs, total = [], 0.0
+    for number, (name, shape) in enumerate(shapes.items()):
+        gradient = torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(number))
+        p: Tensor = nn.Parameter(torch.ones(shape, dtype=dtype), requires_grad=name != "frozen")
+        if world > 1:
+            cut = mesh_of((world,), ("x",))
+            place = [torch.distributed.tensor.Shard(0)]
+            distribute = torch.distributed.tensor.distribute_tensor
+            p = nn.Parameter(
+                distribute(p.detach(), cut, place, src_data_rank=None),
+                requires_grad=name != "frozen",
+            )
+            gradient_here: Tensor = distribute(gradient, cut, place, src_data_rank=None)
+        else:
+            gradient_here = gradient
+        if name != "frozen":
+            p.grad = gradient_here
+            total += gradient.abs().double().square().sum().item()
+        pairs.append((name, p))
+    for policy in (policies.agc(0.1), policies.parameter_norm(0.5), policies.global_norm(1e9)):
+        report = GradClipper(pairs, policies.chain(policies.measure(), policy)).clip_()
+        if policy.name == "agc":
+            assert report.total_norm.item() == pytest.approx(math.sqrt(total), rel=1e-6)
+    assert report.total_norm.item() <= math.sqrt(2 * 0.5**2) * (1 + 1e-6)
+
+
+def test_names_are_clean_under_compile_and_checkpointing() -> None:
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    model = nn.Sequential(checkpoint_wrapper(nn.Linear(2, 2)), torch.compile(nn.Linear(2, 2)))
+    names = GradClipper(torch.compile(model), policies.measure()).names
+    assert names == ("0.weight", "0.bias", "1.weight", "1.bias")

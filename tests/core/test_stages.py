@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -10,7 +11,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
@@ -216,7 +216,7 @@ def test_a_gradient_that_lies_differently_on_the_ranks_is_refused_on_all() -> No
     p = nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh, [Replicate()]))
     placement: Any = Partial() if dist.get_rank() else Replicate()
     p.grad = DTensor.from_local(torch.ones(4, 4), mesh, [placement], run_check=False)
-    with pytest.raises(distclip.UnsupportedGradientError, match="'w' is .* on rank 0 but"):
+    with pytest.raises(distclip.UnsupportedGradientError, match=r"'w' is .* on rank 0 but"):
         GradClipper([("w", p)], policies.global_norm(0.5)).clip_()
     dist.barrier()
 
@@ -259,7 +259,9 @@ def test_changes_that_bring_no_parameter_are_no_matter() -> None:
 
 
 def test_row_30_an_optimizer_in_backward_is_refused() -> None:
-    from torch.distributed.optim import _apply_optimizer_in_backward
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from torch.distributed.optim import _apply_optimizer_in_backward
 
     model = nn.Linear(3, 2)
     clipper = GradClipper(model, policies.global_norm(1.0))
@@ -271,12 +273,16 @@ def test_row_30_an_optimizer_in_backward_is_refused() -> None:
         lambda: clipper.attach(optimizer),
         lambda: distclip.clip_grad_norm_(model.parameters(), 1.0),
     ):
-        with pytest.raises(distclip.UnsupportedGradientError, match="'(0|weight)' is stepped"):
+        with pytest.raises(distclip.UnsupportedGradientError, match=r"'(0|weight)' is stepped"):
             call()
 
 
 @pytest.mark.ranks(2, 3, timeout=SECONDS)
 def test_zero_redundancy_optimizer() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+
     torch.manual_seed(0)
     model, twin = nn.Linear(5, 3), nn.Linear(5, 3)
     twin.load_state_dict(model.state_dict())
