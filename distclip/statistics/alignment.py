@@ -7,6 +7,8 @@ So the ranks tell each other first what they have.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch.distributed.tensor import Placement
 
 from distclip.errors import DistclipError, UnsupportedGradientError
@@ -45,7 +47,7 @@ def align_together(plan: Plan) -> None:
     """
     assert plan.group is not None
     spread = _spread(plan)
-    mine: dict[int, tuple[object, ...] | str] = {}
+    mine: dict[int, Any] = {}
     for row, hold in spread.items():
         found = dtensor.found_placements(hold)
         if found is not None and found != _own(hold):
@@ -64,7 +66,7 @@ def align_together(plan: Plan) -> None:
                 raise UnsupportedGradientError(entry)
             mesh, found, moved = entry
             if moved:
-                moves[row, mesh] = found  # type: ignore[assignment]
+                moves[row, mesh] = found
     for rank, there in zip(collectives.ranks_of(plan.group), everybody, strict=True):
         for row, entry in there.items():
             wanted = moves.get((row, entry[0]))
