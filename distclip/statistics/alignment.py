@@ -13,7 +13,7 @@ from torch.distributed.tensor import Placement
 
 from distclip.errors import DistclipError, UnsupportedGradientError
 from distclip.layouts import dtensor
-from distclip.layouts.piece import Holder
+from distclip.layouts.piece import Holder, MisplacedError
 from distclip.layouts.plan import Plan
 from distclip.statistics import collectives
 
@@ -50,12 +50,13 @@ def align_together(plan: Plan) -> None:
     mine: dict[int, Any] = {}
     for row, hold in spread.items():
         found = dtensor.found_placements(hold)
-        if found is not None and found != _own(hold):
-            try:
-                dtensor.check_movable(plan.names[row], hold().grad, hold())  # type: ignore[arg-type]
-            except DistclipError as error:
-                mine[row] = str(error)
-                continue
+        try:
+            dtensor.local_gradient(plan.names[row], hold)
+        except MisplacedError:
+            pass
+        except DistclipError as error:  # told to all: the others would wait for this rank
+            mine[row] = str(error)
+            continue
         if found is not None:
             mine[row] = (_mesh_of(hold), found, found != _own(hold))
     everybody = collectives.gather(mine, plan.group)

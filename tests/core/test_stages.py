@@ -221,6 +221,22 @@ def test_a_gradient_that_lies_differently_on_the_ranks_is_refused_on_all() -> No
     dist.barrier()
 
 
+@pytest.mark.ranks(2, 3, timeout=20)
+def test_a_wrong_gradient_where_partial_ones_are_expected_is_told_to_all() -> None:
+    """From the second step on gradients are moved before anything is measured."""
+    mesh = mesh_of((dist.get_world_size(),), ("x",))
+    p = nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh, [Replicate()]))
+    clipper = GradClipper([("w", p)], policies.global_norm(0.5))
+    p.grad = DTensor.from_local(torch.ones(4, 4), mesh, [Partial()], run_check=False)
+    clipper.clip_()
+    p.grad = DTensor.from_local(torch.ones(4, 4), mesh, [Partial()], run_check=False)
+    if dist.get_rank() == 1:
+        p.grad = torch.ones(4, 4)  # type: ignore[assignment]
+    with pytest.raises(distclip.UnsupportedGradientError, match="'w' is a DTensor but"):
+        clipper.clip_()
+    dist.barrier()
+
+
 @pytest.mark.ranks(1, 2, timeout=20)
 def test_parameters_that_came_later() -> None:
     """Also where only one rank has them: its peers would wait for it."""
