@@ -34,6 +34,7 @@ from distclip.functional import clip_grad_norm_ as clip_grad_norm_
 from distclip.functional import clip_grad_value_ as clip_grad_value_
 from distclip.functional import get_total_norm as get_total_norm
 from distclip.functional import grad_norms as grad_norms
+from distclip.layouts.declared import declare_sharded as declare_sharded
 from distclip.report import ClipReport as ClipReport
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ __all__ = [
     "clip_grad_agc_",
     "clip_grad_norm_",
     "clip_grad_value_",
+    "declare_sharded",
     "errors",
     "from_config",
     "get_total_norm",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Literal, TypeAlias, get_args
 
@@ -13,10 +14,10 @@ from torch.optim import Optimizer
 from distclip import handshake
 from distclip._version import __version__
 from distclip.application.stepping import StepHandle
-from distclip.errors import ConfigurationError, StateError
+from distclip.errors import ConfigurationError, DistclipError, StateError
 from distclip.layouts import names as naming
 from distclip.layouts import plan as plans
-from distclip.layouts.detect import describe
+from distclip.layouts.detect import describe, refuse_stepped_in_backward
 from distclip.layouts.names import Named, Target
 from distclip.layouts.piece import Described, Entry
 from distclip.ledger import Program, States
@@ -94,7 +95,13 @@ class GradClipper:
         self.sinks = tuple(sinks)
         self._norms = norms
         self._named: Named = []
+        self._here: dict[str, Tensor] = {}
+        self._optimizer: weakref.ref[Optimizer] | None = None
+        self._stepped = 0
+        self._parts = False
         self._plan = self._compare_notes(target, process_group)
+        self._watched = naming.Watched(target)
+        self._known = {id(parameter) for _, parameter in self._named}
         wide = any(entry.dtype in ("float64", "complex128") for entry in self._plan.entries)
         self._dtype = torch.float64 if wide else torch.float32
         self._step = 0
@@ -126,8 +133,10 @@ class GradClipper:
         """Clip before every ``optimizer.step()`` from now on.
 
         A step that the policy, or ``on_nonfinite="skip"``, drops leaves momentum, weight decay and
-        step counters as they are. Works under ``torch.amp.GradScaler``, with fused optimizers too:
-        norms are of the unscaled gradients, and a step that the scaler drops is left to it.
+        step counters as they are. Where ranks hold different parameters (stages, experts), every
+        rank attaches at the same point. Works under ``torch.amp.GradScaler``, with fused
+        optimizers too: norms are of the unscaled gradients, and a step that the scaler drops is
+        left to it.
 
         Args:
             optimizer: the torch optimizer that steps this model's parameters.
@@ -152,7 +161,11 @@ class GradClipper:
                 "the optimizer steps none of this GradClipper's parameters; FSDP2 (fully_shard) "
                 "replaces parameters: build both after sharding, from the same model"
             )
+        for name, parameter in self._named:
+            refuse_stepped_in_backward(name, parameter)
         self._program = self._compile(optimizer)
+        self._optimizer = weakref.ref(optimizer)
+        self._stepped = sum(len(group["params"]) for group in optimizer.param_groups)
         self._attached = StepHandle(optimizer, self.clip_before_step)
         return self._attached
 
@@ -214,6 +227,7 @@ class GradClipper:
                 on_nonfinite=mode,
                 loss_scale=loss_scale,
                 replicas=self._replicas if self._compares_now() else None,
+                trouble=self._trouble(),
             )
             self._walks += 1
             self._states = walked.states
@@ -232,6 +246,27 @@ class GradClipper:
     def _compares_now(self) -> bool:
         every = self.verify_replicas
         return self._walks == 0 if isinstance(every, str) else self._walks % every == 0
+
+    def _trouble(self) -> DistclipError | None:
+        """What is wrong on this rank before a gradient is looked at: parameters that came later."""
+        newcomers = self._watched.newcomers(self._known)
+        optimizer = None if self._optimizer is None else self._optimizer()
+        if not newcomers and optimizer is not None:
+            listed = [p for group in optimizer.param_groups for p in group["params"]]
+            if len(listed) != self._stepped:
+                newcomers = [
+                    f"one of shape {list(p.shape)} in the optimizer"
+                    for p in listed[self._stepped :]
+                    if id(p) not in self._known
+                ]
+        if not newcomers:
+            return None
+        more = f" and {len(newcomers) - 1} more" if len(newcomers) > 1 else ""
+        return ConfigurationError(
+            f"parameter {newcomers[0]!r}{more} came (or was replaced) after this GradClipper was "
+            f"built, and would not be clipped; build the GradClipper anew, after everything that "
+            f"changes the model (fully_shard, adapters such as LoRA)"
+        )
 
     def _compare_notes(self, target: Target, process_group: ProcessGroup | None) -> plans.Plan:
         """The one conversation between the ranks: do all of them mean the same model and policy?"""
@@ -264,6 +299,7 @@ class GradClipper:
         plans.check_tables(tables, ranks, stages=naming.is_list_of_modules(target))
         if plans.needs_reduction(tables):
             rank = collectives.rank_in(group)
+            self._parts = plans.differ(tables)
             plan = plans.merged_plan(described, tables, rank, ranks, device, group)
         else:
             plan = plans.local_plan(described, device)
@@ -291,6 +327,7 @@ class GradClipper:
         named = naming.named_parameters(target)
         naming.refuse_meta(named)
         self._named, described = describe(named)
+        self._here = dict(self._named)
         return described
 
     def _notes(self, table: tuple[Entry, ...]) -> handshake.Notes:
@@ -311,9 +348,18 @@ class GradClipper:
         if optimizer is not None:
             for number, group in enumerate(optimizer.param_groups):
                 groups.update({id(parameter): number for parameter in group["params"]})
-        by_name = {name: groups.get(id(parameter)) for name, parameter in self._named}
+        here = {
+            name: groups[id(parameter)]
+            for name, parameter in self._here.items()
+            if id(parameter) in groups
+        }
+        parameters = [ParameterInfo(entry.name, entry.shape) for entry in self._plan.entries]
+        if self._parts and any(s.policy.needs.groups for s in stages(self.policy, parameters)):
+            assert self._plan.group is not None
+            ranks = collectives.ranks_of(self._plan.group)
+            here = handshake.merge_groups(collectives.gather(here, self._plan.group), ranks)
         parameters = [
-            ParameterInfo(entry.name, entry.shape, by_name.get(entry.name))
+            ParameterInfo(entry.name, entry.shape, here.get(entry.name))
             for entry in self._plan.entries
         ]
         passes = compile_passes(

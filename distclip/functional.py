@@ -1,13 +1,14 @@
 """Drop-ins with the signatures of ``torch.nn.utils``, right under any sharding.
 
 They know no names and keep no state. A DTensor is reduced over its mesh, a shard of FSDP1 over its
-process group; a plain tensor, and what lies outside of a mesh or group, is taken as a replica.
-``process_group=`` says that its members hold different parameters instead (pipeline stages), which
-are then all counted.
+process group, and a parameter that was declared sharded over its group; a plain tensor, and what
+lies outside of a mesh or group, is taken as a replica. ``process_group=`` says that its members
+hold different parameters instead (pipeline stages), which are then all counted.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 import weakref
@@ -28,7 +29,7 @@ from distclip.errors import (
     NonFiniteGradientError,
     ProcessGroupError,
 )
-from distclip.layouts import dtensor, fsdp1, plain
+from distclip.layouts import declared, dtensor, fsdp1, plain
 from distclip.layouts import names as naming
 from distclip.layouts import plan as plans
 from distclip.layouts.detect import describe
@@ -43,6 +44,7 @@ from distclip.statistics import collectives
 from distclip.statistics.packing import Packet
 from distclip.walk import raise_together, walk
 
+DOUBLE = ("float64", "complex128")
 Parameters: TypeAlias = Tensor | Iterable[Tensor]
 Tensors: TypeAlias = Tensor | Iterable[Tensor]
 
@@ -200,7 +202,8 @@ def grad_norms(
             norms of its own.
 
     Returns:
-        Name -> 0-dim float32 (float64 for a float64 gradient); 0 where there is no gradient.
+        Name -> 0-dim float32 (float64 for a float64 gradient); 0 where there is no gradient. Of
+        declared experts all of the group's, as ``name@rank``.
     """
     named = naming.named_parameters(module_or_named_parameters)
     if process_group is not None:
@@ -259,7 +262,11 @@ def _joint_norm(
         trouble, norms = error, torch.zeros(len(plan.entries), dtype=torch.float64)
     device = collectives.device_for(group, norms.device)
     members = set(collectives.ranks_of(group))
-    holders = [1 if e.ranks is None else len(members & set(e.ranks)) for e in plan.entries]
+    spread = [e.ranks is not None or bool(e.others) for e in plan.entries]
+    holders = [
+        declared.holders(entry, members) if has else 1
+        for entry, has in zip(plan.entries, spread, strict=True)
+    ]
     shares = [1.0 / count if count else 0.0 for count in holders]
     packet = Packet(group, wide={norm_type: True})
     packet.add_norms(
@@ -319,18 +326,22 @@ def _plan(described: Sequence[Described], device: torch.device) -> plans.Plan:
     members = set(collectives.ranks_of(group))
     shared: list[Described] = []
     for entry, pieces in described:
-        if entry.ranks is not None:
+        if entry.ranks is not None or entry.others:
             # Each sub-mesh of the group holds a replica: their mean is what one of them has.
-            share = len(members & set(entry.ranks)) / size
+            share = min(1.0, declared.holders(entry, members) / size)
         else:
             share = 1.0 if first else 0.0
-        shared.append((entry, [piece.numbered(0, share) for piece in pieces]))
+        for place in declared.all_places(entry):
+            mine = pieces if place.name == entry.name else ()
+            shared.append((place, [piece.numbered(0, share) for piece in mine]))
     return plans.local_plan(shared, collectives.device_for(group, device), group)
 
 
 def _group(entries: Sequence[Entry]) -> ProcessGroup | None:
     """The group to sum over: the DTensors' common mesh, or else all ranks."""
-    meshes = {frozenset(entry.ranks) for entry in entries if entry.ranks is not None}
+    meshes = {
+        frozenset(ranks) for entry in entries for ranks in (entry.ranks, entry.others) if ranks
+    }
     if not meshes:
         return None
     union = frozenset[int]().union(*meshes)
@@ -389,11 +400,13 @@ class _Fingerprint:
         self._references = list(map(weakref.ref, parameters))
         sharded = all(issubclass(kind, DTensor) for kind in set(map(type, parameters)))
         sharding = operator.attrgetter("_spec") if sharded else _sharding
+        self._stepped = _stepped_in_backward(parameters)
         self._facts = [(fact, list(map(fact, parameters))) for fact in (*_FACTS, sharding)]
 
     def fits(self, parameters: Sequence[Tensor]) -> bool:
         """Whether these are the same parameters, unchanged."""
         same = all(map(operator.is_, [alive() for alive in self._references], parameters))
+        same = same and self._stepped == _stepped_in_backward(parameters)
         return same and all(list(map(fact, parameters)) == known for fact, known in self._facts)
 
 
@@ -403,7 +416,11 @@ _FACTS = tuple(map(operator.attrgetter, ("requires_grad", "dtype", "device")))
 def _sharding(parameter: Tensor) -> object:
     if isinstance(parameter, DTensor):
         return parameter._spec
-    return parameter.shape, fsdp1.is_flattened(parameter)
+    return parameter.shape, fsdp1.is_flattened(parameter), declared.fingerprint(parameter)
+
+
+def _stepped_in_backward(parameters: Sequence[Tensor]) -> list[bool]:
+    return list(map(hasattr, parameters, itertools.repeat("_in_backward_optimizers")))
 
 
 _programs = _Programs()

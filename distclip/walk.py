@@ -17,8 +17,10 @@ from distclip.ledger import Ledger, Program, Round, States, Walked
 from distclip.passes import Pass
 from distclip.policies import UnitPolicy
 from distclip.replicas import ReplicaCheck
+from distclip.statistics.alignment import align_alone, align_together
 from distclip.statistics.measurement import (
     LocalMeasurement,
+    Request,
     combine_segments,
     measure,
 )
@@ -32,6 +34,7 @@ def walk(
     on_nonfinite: str = "pass",
     loss_scale: Tensor | None = None,
     replicas: ReplicaCheck | None = None,
+    trouble: DistclipError | None = None,
 ) -> Walked:
     """Measure, decide and act once over all the gradients of a plan.
 
@@ -41,6 +44,7 @@ def walk(
         on_nonfinite: ``"pass"``, ``"zero"``, ``"skip"`` or ``"error"``.
         loss_scale: 0-dim; the gradients are this many times too large, and stay so.
         replicas: what is to be compared between the ranks this time; reads on the host.
+        trouble: what is wrong on this rank already; raised when all ranks have heard of it.
 
     Raises:
         ReplicaDriftError: copies differ; on every rank, before any changes.
@@ -54,23 +58,21 @@ def walk(
             factor = float(loss_scale)  # a host sync, for clamping under a loss scale only
             scaled = {member: bound * factor for member, bound in request.bounds.items()}
             request = replace(request, bounds=scaled)
-        measured = measure(program.plan, request, program.memory)
-        if loss_scale is not None:
-            measured.divide(loss_scale.double().to(program.plan.device))
-        decided = decide_locally(program, one, measured)
+        # Where a value is read on the host anyway, or has to be. Elsewhere the raising rank ends
+        # the run.
+        reads = (
+            program.plan.device.type == "cpu" or on_nonfinite == "error" or program.plan.replicated
+        )
+        together = reads and request.reduced and program.plan.group is not None
         comparing = replicas if number == 0 else None
-        packed = None
-        if comparing is not None:
-            packed = comparing.pack(measured.present, measured.trouble is not None)
-        table = program.tables[number]
-        measurement = reduce(program.plan, request, table, measured, decided, packed)
+        measured, decided, measurement, packed = _measured(
+            program, number, request, loss_scale, comparing, together=together, trouble=trouble
+        )
         if comparing is not None and packed is not None:
             summed = measurement.passengers
             summed = comparing.exchange(packed) if summed is None else summed
             raise_together(measured.trouble, summed[-1])
             comparing.judge(summed, measured.present)
-        # Where a value is read on the host anyway. Elsewhere the raising rank ends the run.
-        reads = program.plan.device.type == "cpu" or on_nonfinite == "error"
         raise_together(measured.trouble, measurement.troubled if reads else None)
         ledger = Ledger(program, number, measurement)
         if number == 0 and measurement.raw:
@@ -89,6 +91,40 @@ def walk(
         flags = walked.nonfinite if bad and on_nonfinite == "zero" and number == 0 else None
         act(program, measured, decided, ledger, walked.skipped, flags, loss_scale)
     return walked
+
+
+def _measured(
+    program: Program,
+    number: int,
+    request: Request,
+    loss_scale: Tensor | None,
+    comparing: ReplicaCheck | None,
+    *,
+    together: bool,
+    trouble: DistclipError | None,
+) -> tuple[LocalMeasurement, LocalDecision, Measurement, Tensor | None]:
+    """Measure and reduce; a second time where gradients had to be brought into place first."""
+    plan, habits = program.plan, program.memory.habits
+    if number == 0 and habits and together:
+        align_together(plan)  # as at the steps before: then once is enough
+    while True:
+        measured = measure(plan, request, program.memory)
+        if measured.misplaced and not together:
+            align_alone(plan)
+            measured = measure(plan, request, program.memory)
+        measured.trouble = measured.trouble or trouble
+        if loss_scale is not None:
+            measured.divide(loss_scale.double().to(plan.device))
+        decided = decide_locally(program, program.passes[number], measured)
+        packed = None
+        if comparing is not None:
+            packed = comparing.pack(measured.present, measured.trouble is not None)
+        table = program.tables[number]
+        measurement = reduce(plan, request, table, measured, decided, packed)
+        if not together or not 0.0 < measurement.troubled.item() < 1.0:
+            return measured, decided, measurement, packed
+        align_together(plan)
+        habits.add("misplaced")
 
 
 def _look_for_nonfinite(

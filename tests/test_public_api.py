@@ -35,6 +35,7 @@ EXPORTED = {
         "clip_grad_agc_",
         "clip_grad_norm_",
         "clip_grad_value_",
+        "declare_sharded",
         "errors",
         "from_config",
         "get_total_norm",
@@ -100,6 +101,8 @@ SIGNATURES = {
     "process_group: ProcessGroup | None = None) -> Tensor",
     "grad_norms": "(module_or_named_parameters: nn.Module | Iterable[tuple[str, Tensor]], "
     "norm_type: float = 2.0, *, process_group: ProcessGroup | None = None) -> dict[str, Tensor]",
+    "declare_sharded": "(parameter: Tensor, process_group: ProcessGroup, *, "
+    "dim: int | None = None) -> None",
     "from_config": "(config: str | os.PathLike[str] | Mapping[str, Any] | Config, target: Target, "
     "*, optimizer: Optimizer | None = None, process_group: ProcessGroup | None = None) "
     "-> GradClipper",

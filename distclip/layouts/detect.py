@@ -6,9 +6,23 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from distclip.errors import UnsupportedGradientError
-from distclip.layouts import dtensor, fsdp1, names, plain
+from distclip.layouts import declared, dtensor, fsdp1, names, plain
 from distclip.layouts.names import Named
 from distclip.layouts.piece import Described
+
+
+def refuse_stepped_in_backward(name: str, parameter: Tensor) -> None:
+    """Refuse a parameter that ``torch.distributed.optim._apply_optimizer_in_backward`` steps.
+
+    Raises:
+        UnsupportedGradientError: it is named.
+    """
+    if getattr(parameter, "_in_backward_optimizers", None):
+        raise UnsupportedGradientError(
+            f"parameter {name!r} is stepped during backward (_apply_optimizer_in_backward): its "
+            f"gradient is gone before the others are there, so no norm over the model can clip it; "
+            f"use an optimizer that steps after backward"
+        )
 
 
 def describe(named: Named) -> tuple[Named, list[Described]]:
@@ -40,6 +54,7 @@ def detect(name: str, parameter: Tensor) -> list[Described]:
     Raises:
         UnsupportedGradientError: a sharding that distclip cannot read; it is named.
     """
+    refuse_stepped_in_backward(name, parameter)
     # These may look like plain tensors, and would be taken for whole ones.
     if fsdp1.is_flattened(parameter):
         return fsdp1.describe(name, parameter)
@@ -50,4 +65,7 @@ def detect(name: str, parameter: Tensor) -> list[Described]:
             f"parameter {name!r} is partitioned by DeepSpeed ZeRO-3, which distclip cannot read "
             f"yet; use FSDP2, or ZeRO with DeepSpeed's own gradient_clipping"
         )
+    spread = declared.spread_of(name, parameter)
+    if spread is not None:
+        return [declared.describe(name, parameter, spread)]
     return [plain.describe(name, parameter)]

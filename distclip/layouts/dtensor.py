@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
 
 from distclip.errors import UnsupportedGradientError
 from distclip.layouts import plain
-from distclip.layouts.piece import Box, Described, Entry, Holder, Piece, held
+from distclip.layouts.piece import Box, Described, Entry, Holder, MisplacedError, Piece, held
 
 Span: TypeAlias = tuple[int, int]
 """``start, stop`` along one dim of the logical tensor."""
@@ -43,6 +43,10 @@ def describe(name: str, parameter: DTensor, hold: Holder | None = None) -> Descr
         tuple(sorted(split)),
         tuple(mesh.mesh.flatten().tolist()),
         f"{tuple(mesh.shape)} {' '.join(map(str, placements))}",
+        replicated=any(
+            size > 1 and shard_dim(placement) is None
+            for size, placement in zip(mesh.shape, placements, strict=True)
+        ),
     )
     coordinate = mesh.get_coordinate()
     if coordinate is None:
@@ -71,6 +75,7 @@ def describe(name: str, parameter: DTensor, hold: Holder | None = None) -> Descr
             weight if whole else partial(_cut, weight, local),
             parameter.requires_grad,
             hold if whole else None,
+            hold,
         )
         for box, local, whole in _boxes(spans)
     ]
@@ -241,11 +246,9 @@ def are_strided(tensors: Sequence[Tensor | None]) -> bool:
 def local_gradient(name: str, hold: Holder) -> Tensor | None:
     """This rank's shard of the gradient, in the parameter's own placements; None if there is none.
 
-    A gradient that autograd left in other placements (``Partial`` under tensor parallelism) is
-    redistributed, which is a collective over the parameter's mesh, and ``parameter.grad`` is
-    replaced by the result: the same tensor, now fully reduced.
-
     Raises:
+        MisplacedError: autograd left it in other placements (``Partial`` under tensor
+            parallelism); to redistribute it (:func:`align`) takes all ranks of the mesh.
         UnsupportedGradientError: a plain, sparse or meta gradient, or one that cannot be reduced.
     """
     parameter: Any = hold()  # untyped: this runs once per parameter and step
@@ -264,23 +267,58 @@ def local_gradient(name: str, hold: Holder) -> Tensor | None:
         found.placements != wanted.placements
         or (found.mesh is not wanted.mesh and found.mesh != wanted.mesh)
     ):
-        gradient = aligned(name, gradient, parameter)
-        parameter.grad = gradient
+        check_movable(name, gradient, parameter)
+        raise MisplacedError(name)
     local: Tensor = gradient._local_tensor
     if type(local) is Tensor and local.layout is torch.strided and not local.is_meta:
         return local
     return plain.check_dense(name, local_part(gradient))
 
 
-def aligned(name: str, gradient: DTensor, parameter: DTensor) -> DTensor:
-    """``gradient`` in the parameter's placements."""
+def check_movable(name: str, gradient: DTensor, parameter: DTensor) -> None:
+    """Refuse a gradient that no redistribution brings to its parameter's placements."""
     if gradient.device_mesh != parameter.device_mesh:
         raise UnsupportedGradientError(
             f"the gradient of {name!r} lives on another device mesh ({gradient.device_mesh}) than "
             f"the parameter ({parameter.device_mesh}); redistribute it before clipping"
         )
     reduced(name, gradient)
-    return redistributed(gradient, parameter.placements)
+
+
+def found_placements(hold: Holder) -> tuple[Placement, ...] | None:
+    """Placements of the gradient on this rank, None where there is none; for all to compare."""
+    gradient = hold().grad
+    return tuple(gradient.placements) if isinstance(gradient, DTensor) else None
+
+
+def align(hold: Holder, placements: Sequence[Placement]) -> None:
+    """Redistribute a gradient from ``placements`` to its parameter's own; zeros if it is missing.
+
+    A collective over the parameter's mesh. ``parameter.grad`` is replaced by the result: the same
+    tensor, now fully reduced.
+    """
+    parameter: Any = hold()
+    gradient = parameter.grad
+    if gradient is None:
+        shape = list(parameter.shape)
+        spans = local_spans(
+            shape,
+            tuple(parameter.device_mesh.shape),
+            parameter.device_mesh.get_coordinate(),
+            [Replicate() if isinstance(each, Partial) else each for each in placements],
+        )
+        local = parameter._local_tensor.new_zeros(
+            [sum(stop - start for start, stop in dim) for dim in spans]
+        )
+        gradient = DTensor.from_local(
+            local,
+            parameter.device_mesh,
+            placements,
+            run_check=False,
+            shape=parameter.shape,
+            stride=parameter.stride(),
+        )
+    parameter.grad = redistributed(gradient, parameter.placements)
 
 
 def redistributed(tensor: DTensor, placements: Sequence[Placement]) -> DTensor:

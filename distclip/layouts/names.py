@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import operator
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from typing import TypeAlias, cast
+from collections.abc import Container, Iterable, Sequence
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -121,6 +123,42 @@ def _not_a_target(item: object) -> ConfigurationError:
         f"expected a module, a list of modules, parameters or (name, parameter) pairs, got "
         f"{type(item).__module__}.{type(item).__qualname__}"
     )
+
+
+class Watched:
+    """Modules that are looked at again at every step: have parameters come, or been replaced?"""
+
+    def __init__(self, target: Target) -> None:
+        self._modules = [target] if isinstance(target, nn.Module) else []
+        if is_list_of_modules(target):
+            self._modules = list(cast(Sequence[nn.Module], target))
+        self._look()
+
+    def _look(self) -> None:
+        modules = [each for module in self._modules for each in module.modules()]
+        self._places: list[dict[str, Any]] = [
+            *(m._parameters for m in modules),
+            *(m._modules for m in modules),
+        ]
+        self._seen = self._contents()
+
+    def _contents(self) -> list[object]:
+        return list(itertools.chain.from_iterable(place.values() for place in self._places))
+
+    def newcomers(self, known: Container[int]) -> list[str]:
+        """Names of the parameters whose ``id`` is not in ``known``; cheap if nothing changed."""
+        now = self._contents()
+        if len(now) == len(self._seen) and all(map(operator.is_, now, self._seen)):
+            return []
+        found = [
+            clean(name)
+            for module in self._modules
+            for name, parameter in module.named_parameters()
+            if parameter.requires_grad and id(parameter) not in known
+        ]
+        if not found:
+            self._look()
+        return found
 
 
 def refuse_meta(named: Iterable[tuple[str, torch.Tensor]]) -> None:

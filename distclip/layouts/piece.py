@@ -41,6 +41,9 @@ class Entry:
             of them is not whole on any rank).
         ranks: global ranks of the device mesh, in mesh order; None for a plain tensor.
         layout: the sharding in words, for messages and for comparing ranks.
+        others: global ranks that hold other tensors under the same name (experts); empty where
+            there are none. The entry's name then says whose it is: ``name@place``.
+        replicated: whether the mesh holds replicas of it, whose gradients may come unreduced.
     """
 
     name: str
@@ -49,6 +52,8 @@ class Entry:
     split_dims: tuple[int, ...] = ()
     ranks: tuple[int, ...] | None = None
     layout: str = "plain"
+    others: tuple[int, ...] = ()
+    replicated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +69,7 @@ class Piece:
         weight: gives the local weights, of shape ``box.extents``.
         trainable: whether the parameter requires a gradient.
         hold: the DTensor parameter itself where the piece is all that this rank has of it.
+        spread: the DTensor parameter itself, whatever the piece.
     """
 
     index: int
@@ -73,10 +79,15 @@ class Piece:
     weight: Callable[[], Tensor]
     trainable: bool = True
     hold: Holder | None = None
+    spread: Holder | None = None
 
     def numbered(self, index: int, share: float) -> Piece:
         """The same piece under another table row, its share multiplied."""
         return replace(self, index=index, share=self.share * share)
+
+
+class MisplacedError(Exception):
+    """A gradient lies otherwise than its parameter: the mesh's ranks must move it together."""
 
 
 Described: TypeAlias = tuple[Entry, Sequence[Piece]]

@@ -74,6 +74,11 @@ class Plan:
         )
 
     @cached_property
+    def replicated(self) -> bool:
+        """Whether a mesh holds replicas of anything."""
+        return any(entry.replicated for entry in self.entries)
+
+    @cached_property
     def shares(self) -> Tensor | None:
         """Share of each piece, float64 ``(pieces,)``; None where all of them count fully."""
         if all(piece.share == 1.0 for piece in self.pieces):
@@ -125,7 +130,7 @@ def merged_plan(
 
     Parameters of the same name and shape are the same tensor: of identical replicas (plain tensors
     on several ranks, DTensors on several sub-meshes) those of the lowest rank count. A name that
-    only some ranks have is a parameter of theirs (pipeline stages).
+    only some ranks have is a parameter of theirs (pipeline stages, experts).
     """
     order: dict[str, int] = {}
     owners: dict[str, tuple[int, ...]] = {}
@@ -153,8 +158,13 @@ def merged_plan(
 
 def needs_reduction(tables: Sequence[Sequence[Entry]]) -> bool:
     """Whether any tensor is spread over ranks, or any parameter is not on every rank."""
-    if any(entry.ranks is not None for table in tables for entry in table):
+    if any(entry.ranks is not None or entry.others for table in tables for entry in table):
         return True
+    return differ(tables)
+
+
+def differ(tables: Sequence[Sequence[Entry]]) -> bool:
+    """Whether any parameter is not on every rank (pipeline stages, experts)."""
     names = [{entry.name for entry in table} for table in tables]
     return any(other != names[0] for other in names)
 
@@ -188,7 +198,7 @@ def check_tables(tables: Sequence[Sequence[Entry]], ranks: Sequence[int], *, sta
             {rank: f"{entry.dtype} {list(entry.shape)}" for rank, entry in by_rank.items()},
             "the ranks were given different models; give every rank the same parameters",
         )
-        kinds = {r: "plain" if e.ranks is None else "sharded" for r, e in by_rank.items()}
+        kinds = {r: (e.ranks is None, not e.others) for r, e in by_rank.items()}
         shown = {rank: entry.layout for rank, entry in by_rank.items()}
         if len(set(kinds.values())) > 1:
             _refuse_apart(name, shown, "shard it alike on every rank")
@@ -206,9 +216,10 @@ def check_tables(tables: Sequence[Sequence[Entry]], ranks: Sequence[int], *, sta
 
 
 def _check_group(entry: Entry, members: set[int]) -> None:
-    if entry.ranks is not None and not members.issuperset(entry.ranks):
+    spread = {*(entry.ranks or ()), *entry.others}
+    if not members.issuperset(spread):
         raise ProcessGroupError(
-            f"parameter {entry.name!r} is spread over ranks {sorted(entry.ranks)}, but the "
+            f"parameter {entry.name!r} is spread over ranks {sorted(spread)}, but the "
             f"process group has only ranks {sorted(members)}: give the group of all ranks "
             f"that hold the model, or none for all ranks"
         )
@@ -232,6 +243,7 @@ def _refuse_missing(holders: Mapping[str, Mapping[int, Entry]], ranks: Sequence[
             for rank in ranks
             if rank not in by_rank
             and any(entry.ranks is None or rank in entry.ranks for entry in by_rank.values())
+            and not any(entry.others for entry in by_rank.values())  # every rank has its own
         ]
         few = lacking and (len(by_rank) < usual or (len(by_rank) == usual and ranks[0] in lacking))
         for rank in by_rank if few else lacking:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from distclip.errors import ConfigurationError
 from distclip.policies import _checks
-from distclip.policies._protocol import Needs, ParameterInfo, UnitPolicy
+from distclip.policies._protocol import Needs, ParameterInfo, UnitPolicy, matches
 
 GRADIENT_FLOOR = 1e-6
 """Floor of the gradient norm in the division, as timm and the NFNet code have it."""
@@ -81,7 +80,7 @@ class AGC(UnitPolicy):
     def unit_dims(self, parameter: ParameterInfo) -> tuple[int, ...]:
         ndim = len(parameter.shape)
         for pattern, dims in self.unit_dims_by_name:
-            if fnmatch.fnmatchcase(parameter.name, pattern):
+            if matches(parameter.name, pattern):
                 if any(not -ndim <= dim < ndim for dim in dims):
                     raise ConfigurationError(
                         f"agc: unit_dims[{pattern!r}] = {list(dims)} does not fit parameter "

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from distclip.errors import ConfigurationError
-from distclip.policies._protocol import Action, ParameterInfo, Policy, State, Statistics
+from distclip.policies._protocol import Action, ParameterInfo, Policy, State, Statistics, matches
 
 
 class Composite(Policy):
@@ -70,7 +69,7 @@ class ByName(Composite):
     def pattern_of(self, name: str) -> str | None:
         """The first pattern that matches, or None (the default's turn)."""
         for pattern, _ in self.mapping:
-            if fnmatch.fnmatchcase(name, pattern):
+            if matches(name, pattern):
                 return pattern
         return None
 

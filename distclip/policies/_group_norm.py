@@ -12,6 +12,7 @@ from distclip.errors import ConfigurationError
 from distclip.policies._norm_threshold import NormThreshold, norm_coefficient
 from distclip.policies._protocol import (
     Action,
+    Needs,
     Scale,
     State,
     Statistics,
@@ -35,6 +36,10 @@ class GroupNorm(NormThreshold):
     """
 
     name: ClassVar[str] = "group_norm"
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(gradient_norms=frozenset((self.norm_type,)), groups=True)
 
     def update(self, statistics: Statistics, state: State) -> tuple[Sequence[Action], State]:
         norms = statistics.gradient_norms(self.norm_type)

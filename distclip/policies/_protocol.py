@@ -8,6 +8,7 @@ the statistics' device; nothing here may read a value on the host.
 from __future__ import annotations
 
 import abc
+import fnmatch
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -38,12 +39,27 @@ class ParameterInfo:
         return math.prod(self.shape)
 
 
+def matches(name: str, pattern: str) -> bool:
+    """Whether a parameter's name matches a pattern (``fnmatch``, case-sensitive).
+
+    Of ranks that hold different experts under one name, that of rank r is called ``name@r``; a
+    pattern matches it with or without the place.
+    """
+    return fnmatch.fnmatchcase(name, pattern) or (
+        "@" in name and fnmatch.fnmatchcase(name.rpartition("@")[0], pattern)
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """The statistics that a policy reads, by norm order ``p`` (``math.inf`` for the maximum)."""
+    """The statistics that a policy reads, by norm order ``p`` (``math.inf`` for the maximum).
+
+    ``groups``: whether it reads ``ParameterInfo.group``.
+    """
 
     gradient_norms: frozenset[float] = frozenset()
     weight_norms: frozenset[float] = frozenset()
+    groups: bool = False
 
     @classmethod
     def of(cls, *, gradients: Sequence[float] = (), weights: Sequence[float] = ()) -> Needs:

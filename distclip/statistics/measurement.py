@@ -12,7 +12,7 @@ from torch import Tensor
 
 from distclip.errors import DistclipError
 from distclip.layouts import dtensor
-from distclip.layouts.piece import Piece
+from distclip.layouts.piece import MisplacedError, Piece
 from distclip.layouts.plan import Plan
 from distclip.statistics import local
 from distclip.statistics.neighbours import Neighbours, Together
@@ -135,6 +135,7 @@ class LocalMeasurement:
         trouble: what went wrong here; every rank has to learn of it before anybody raises.
         present: pieces that have a gradient, with it.
         together: those of them that lie side by side in memory and were measured as one.
+        misplaced: whether a gradient here has to be redistributed, by all ranks of its mesh.
     """
 
     norms: dict[float, Tensor] = field(default_factory=dict)
@@ -144,6 +145,7 @@ class LocalMeasurement:
     trouble: DistclipError | None = None
     present: list[Tensor | None] = field(default_factory=list)
     together: Together | None = None
+    misplaced: bool = False
 
     def divide(self, scale: Tensor) -> None:
         """Divide all gradient norms by a 0-dim loss scale."""
@@ -158,10 +160,12 @@ class Memory:
 
     gradients: Neighbours = field(default_factory=Neighbours)
     weights: Neighbours = field(default_factory=Neighbours)
+    habits: set[str] = field(default_factory=set)
+    """``"misplaced"`` once gradients had to be redistributed; the same on every rank."""
 
 
 def measure(plan: Plan, request: Request, memory: Memory) -> LocalMeasurement:
-    """Measure this rank's pieces. Issues no collective (except to reduce ``Partial`` gradients)."""
+    """Measure this rank's pieces. Issues no collective."""
     result = LocalMeasurement()
     quick = None if plan.holds is None else dtensor.quick_gradients(plan.holds, plan.specs)
     result.present = present = _fetched(plan, result) if quick is None else quick
@@ -206,6 +210,9 @@ def _fetched(plan: Plan, result: LocalMeasurement) -> list[Tensor | None]:
         except DistclipError as trouble:
             present.append(None)
             result.trouble = result.trouble or trouble
+        except MisplacedError:
+            present.append(None)
+            result.misplaced = True
     return present
 
 

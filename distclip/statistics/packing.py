@@ -18,6 +18,7 @@ from torch.distributed import ProcessGroup
 
 from distclip.layouts.plan import Plan
 from distclip.statistics import collectives, local
+from distclip.statistics.alignment import MISPLACED
 from distclip.statistics.encoding import Encoding
 from distclip.statistics.measurement import LocalMeasurement, LocalUnits, Request, UnitTable
 
@@ -52,7 +53,8 @@ class Measurement:
         unit_weights: ``(units,)`` their weight 2-norms.
         clipped: ``(parameters,)`` units scaled before the reduction.
         smallest: 0-dim, the smallest coefficient decided before the reduction.
-        troubled: one element, > 0 if any rank ran into an error.
+        troubled: one element, >= 1 if any rank ran into an error, else > 0 if any has a gradient
+            that must be redistributed.
         passengers: what else was summed along; None where nothing travelled.
     """
 
@@ -187,7 +189,8 @@ def reduce(
         packet.add_sum("smallest", _own_slot(decided.smallest, group))
     if passengers is not None and group is not None:
         packet.add_sum("passengers", passengers)
-    packet.add_flag("trouble", plan.flag(measured.trouble is not None))
+    flag = plan.flag(measured.trouble is not None)
+    packet.add_flag("trouble", flag + MISPLACED if measured.misplaced else flag)
     got.update(packet.exchange())
 
     def reduced(kind: str) -> dict[float, Tensor]:

@@ -1,0 +1,95 @@
+"""Gradients that lie otherwise than their parameters, brought there by all ranks together.
+
+Under tensor parallelism autograd may leave a gradient ``Partial``: unreduced terms. Reducing it is
+a collective, and a rank on which that gradient is missing cannot know that the others wait for it.
+So the ranks tell each other first what they have.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.distributed.tensor import Placement
+
+from distclip.errors import DistclipError, UnsupportedGradientError
+from distclip.layouts import dtensor
+from distclip.layouts.piece import Holder, MisplacedError
+from distclip.layouts.plan import Plan
+from distclip.statistics import collectives
+
+MISPLACED = 2.0**-20
+"""How much a misplaced gradient adds to the flag that travels; trouble adds 1."""
+
+
+def align_alone(plan: Plan) -> None:
+    """Redistribute what lies otherwise here, without asking whether the others will.
+
+    For passes that reduce nothing: all ranks of the mesh must have these gradients.
+
+    Raises:
+        UnsupportedGradientError: a gradient that cannot be reduced.
+    """
+    for row, hold in _spread(plan).items():
+        found = dtensor.found_placements(hold)
+        if found is not None and found != _own(hold):
+            dtensor.check_movable(plan.names[row], hold().grad, hold())  # type: ignore[arg-type]
+            dtensor.align(hold, found)
+
+
+def align_together(plan: Plan) -> None:
+    """Redistribute what lies otherwise on any rank, on all ranks of its mesh. Collective.
+
+    A gradient that is missing on a rank counts as zeros there. One that no rank has stays missing.
+
+    Raises:
+        UnsupportedGradientError: one that cannot be reduced, or that lies differently on the ranks
+            of one mesh; on every rank, before any is touched.
+    """
+    assert plan.group is not None
+    spread = _spread(plan)
+    mine: dict[int, Any] = {}
+    for row, hold in spread.items():
+        found = dtensor.found_placements(hold)
+        try:
+            dtensor.local_gradient(plan.names[row], hold)
+        except MisplacedError:
+            pass
+        except DistclipError as error:  # told to all: the others would wait for this rank
+            mine[row] = str(error)
+            continue
+        if found is not None:
+            mine[row] = (_mesh_of(hold), found, found != _own(hold))
+    everybody = collectives.gather(mine, plan.group)
+    moves: dict[tuple[int, object], tuple[Placement, ...]] = {}
+    for there in everybody:
+        for row, entry in there.items():
+            if isinstance(entry, str):
+                raise UnsupportedGradientError(entry)
+            mesh, found, moved = entry
+            if moved:
+                moves[row, mesh] = found
+    for rank, there in zip(collectives.ranks_of(plan.group), everybody, strict=True):
+        for row, entry in there.items():
+            wanted = moves.get((row, entry[0]))
+            if wanted is not None and entry[1] != wanted:
+                raise UnsupportedGradientError(
+                    f"the gradient of {plan.names[row]!r} is {entry[1]} on rank {rank} but "
+                    f"{wanted} on other ranks of its mesh; redistribute it alike on all of them"
+                )
+    for row, hold in spread.items():
+        placements = moves.get((row, _mesh_of(hold)))
+        if placements is not None:
+            dtensor.align(hold, placements)
+
+
+def _spread(plan: Plan) -> dict[int, Holder]:
+    """Table row -> DTensor parameter, of those with a piece here, in table order."""
+    return {piece.index: piece.spread for piece in plan.pieces if piece.spread is not None}
+
+
+def _own(hold: Holder) -> tuple[Placement, ...]:
+    return tuple(hold().placements)  # type: ignore[attr-defined]
+
+
+def _mesh_of(hold: Holder) -> tuple[int, ...]:
+    return tuple(hold().device_mesh.mesh.flatten().tolist())  # type: ignore[attr-defined]

@@ -1,0 +1,363 @@
+"""Plain tensors that are not replicas: experts and slices, declared or marked."""
+
+from __future__ import annotations
+
+import functools
+import math
+import sys
+import types
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+import distclip
+from distclip import GradClipper, policies
+from distclip.testing import assert_rounded, expected
+from tests.core.test_matrix import POLICIES, ROUNDINGS, build
+from tests.core.watching import watch
+from tests.sharded import mesh_of
+
+SECONDS = 60
+
+
+def expert_mesh() -> Any:
+    """Expert-data-parallel replicas outside, expert-parallel ranks inside; 2 of them, or 3."""
+    world = dist.get_world_size()
+    return mesh_of((world // 2, 2) if world % 2 == 0 else (1, world), ("edp", "ep"))
+
+
+def randn(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def values(places: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """Weight and gradient of every tensor of the whole model, by its name in the table."""
+    shapes = {"dense.weight": (7, 5), "dense.bias": (7,)}
+    for place in range(places):
+        shapes |= {
+            f"moe.0.weight@{place}": (4, 3),
+            f"moe.0.bias@{place}": (4,),
+            f"moe.stacked@{place}": (2, 3, 4),
+        }
+    return {
+        name: (
+            randn(*shape, seed=number) * 0.5,
+            randn(*shape, seed=100 + number) * 10.0 ** (number % 3 - 1),
+        )
+        for number, (name, shape) in enumerate(shapes.items())
+    }
+
+
+def model(mesh: Any, known: dict[str, tuple[Tensor, Tensor]], *, idle: bool = False) -> dict:
+    """This rank's parameters, by plain names: FSDP2 dense ones, and its own experts."""
+    place = mesh["ep"].get_local_rank()
+    dense = nn.Module()
+    dense.weight = nn.Parameter(known["dense.weight"][0])
+    dense.bias = nn.Parameter(known["dense.bias"][0])
+    fully_shard(dense, mesh=mesh_of((dist.get_world_size(),), ("dp",)))
+    found: dict[str, Tensor] = {}
+    for name, parameter in dense.named_parameters():
+        assert isinstance(parameter, DTensor)
+        found[f"dense.{name}"] = parameter
+        full = known[f"dense.{name}"][1]
+        parameter.grad = torch.distributed.tensor.distribute_tensor(
+            full, parameter.device_mesh, parameter.placements, src_data_rank=None
+        )
+    for name, (weight, gradient) in known.items():
+        base, _, at = name.partition("@")
+        if at and int(at) == place:
+            found[base] = nn.Parameter(weight.clone())
+            found[base].grad = None if idle and place == 1 else gradient.clone()
+            distclip.declare_sharded(found[base], mesh["ep"].get_group())
+    return found
+
+
+@pytest.mark.ranks(2, 3, 4, timeout=120)
+@pytest.mark.parametrize("idle", [False, True])
+def test_every_policy_on_declared_experts(idle: bool) -> None:
+    """FSDP2 beside them; counted once over their replicas; named apart; one all-reduce."""
+    mesh = expert_mesh()
+    known = values(mesh["ep"].size())
+    gradients: dict[str, Any] = {
+        name: None if idle and name.endswith("@1") else gradient.double().numpy()
+        for name, (_, gradient) in known.items()
+    }
+    weights = {name: weight.double().numpy() for name, (weight, _) in known.items()}
+    for label, configuration in POLICIES.items():
+        words = _expert_words(configuration)
+        mine = model(mesh, known, idle=idle)
+        # The oracle's patterns know no places.
+        want = expected(_placed(words), gradients, weights)
+        clipper = GradClipper(mine.items(), build(words))
+        with watch() as seen:
+            report = clipper.clip_()
+        assert set(seen.collective_names) == {"allreduce_"}, label
+        if label in ("global", "agc", "parameter"):
+            assert seen.collective_names == ["allreduce_"]
+        assert report.total_norm.item() == pytest.approx(want.total_norm, rel=1e-6), label
+        assert set(report.parameter_norms) == set(known)
+        for name, norm in report.parameter_norms.items():
+            assert norm == pytest.approx(want.parameter_norms[name], rel=1e-6), (label, name)
+        place = mesh["ep"].get_local_rank()
+        for name, parameter in mine.items():
+            full = want.gradients[name if name.startswith("dense") else f"{name}@{place}"]
+            if full is None:
+                assert parameter.grad is None
+                continue
+            grad = parameter.grad
+            got = grad.full_tensor() if isinstance(grad, DTensor) else grad
+            assert_rounded(
+                got, full, ulps=ROUNDINGS.get(label, 1), coefficient_error=3e-7, name=name
+            )
+
+
+def _expert_words(configuration: Any) -> Any:
+    text = repr(configuration).replace("experts.*", "*.stacked").replace("conv*", "moe.0*")
+    return eval(text, {"inf": math.inf})
+
+
+def _placed(words: Any) -> Any:
+    text = repr(words).replace("*.stacked'", "*.stacked@*'").replace("*.bias'", "*.bias*'")
+    text = text.replace("*.weight'", "*.weight*'")
+    return eval(text, {"inf": math.inf})
+
+
+@pytest.mark.ranks(2, 3, 4, timeout=SECONDS)
+def test_the_functions_know_declared_experts() -> None:
+    mesh = expert_mesh()
+    known = values(mesh["ep"].size())
+    truth = math.sqrt(sum(g.double().norm().item() ** 2 for _, g in known.values()))
+    mine = model(mesh, known)
+    norm = distclip.clip_grad_norm_(mine.values(), 0.5)
+    assert norm.item() == pytest.approx(truth, rel=1e-6)
+    place = mesh["ep"].get_local_rank()
+    torch.testing.assert_close(
+        mine["moe.stacked"].grad, known[f"moe.stacked@{place}"][1] * 0.5 / (truth + 1e-6)
+    )
+    mine = model(mesh, known)
+    norms = distclip.grad_norms(mine.items())
+    assert set(norms) == set(known)
+    for name, norm in norms.items():
+        assert norm.item() == pytest.approx(known[name][1].double().norm().item(), rel=1e-6)
+    gradients = {name: g.double().numpy() for name, (_, g) in known.items()}
+    weights = {name: w.double().numpy() for name, (w, _) in known.items()}
+    want = expected({"name": "agc", "clip_factor": 0.1}, gradients, weights)
+    norm = distclip.clip_grad_agc_(mine.values(), 0.1)
+    assert norm.item() == pytest.approx(truth, rel=1e-6)
+    for name in ("moe.0.weight", "moe.0.bias", "moe.stacked"):
+        assert_rounded(
+            mine[name].grad,
+            want.gradients[f"{name}@{place}"],
+            ulps=1,
+            coefficient_error=3e-7,
+            name=name,
+        )
+
+
+@pytest.mark.ranks(2, 3, 4, timeout=SECONDS)
+@pytest.mark.parametrize("dim", [0, 1])
+def test_slices_of_one_tensor(dim: int) -> None:
+    """Megatron's tensor parallelism: one tensor, rows summed over ranks where they are cut."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    weight, gradient = randn(12, 24, seed=1), randn(12, 24, seed=2)
+    for label in ("global", "agc", "parameter", "value", "block rms"):
+        p = nn.Parameter(weight.chunk(world, dim)[rank].clone())
+        p.grad = gradient.chunk(world, dim)[rank].clone()
+        q = nn.Parameter(torch.ones(3))
+        q.grad = torch.full((3,), 2.0)
+        distclip.declare_sharded(p, dist.group.WORLD, dim=dim)
+        want = expected(
+            POLICIES[label],
+            {"w": gradient.double().numpy(), "q": q.grad.double().numpy()},
+            {"w": weight.double().numpy(), "q": q.detach().double().numpy()},
+        )
+        pairs = [("w", p), ("q", q)]
+        report = GradClipper(pairs, build(POLICIES[label])).clip_()
+        assert report.total_norm.item() == pytest.approx(want.total_norm, rel=1e-6)
+        full = torch.from_numpy(want.gradients["w"]).chunk(world, dim)[rank].numpy()
+        assert_rounded(p.grad, full, ulps=1, coefficient_error=3e-7, name=label)
+    p.grad = gradient.chunk(world, dim)[rank].clone()
+    assert distclip.clip_grad_norm_([p], 1.0).item() == pytest.approx(
+        gradient.double().norm().item(), rel=1e-6
+    )
+
+
+@pytest.mark.ranks(4, timeout=SECONDS)
+def test_experts_that_are_sliced_too() -> None:
+    mesh = mesh_of((2, 2), ("ep", "etp"))
+    place, part = (mesh[name].get_local_rank() for name in ("ep", "etp"))
+    full = [randn(4, 6, seed=expert) for expert in range(2)]
+    p = nn.Parameter(torch.ones(4, 3))
+    p.grad = full[place].chunk(2, 1)[part].clone()
+    distclip.declare_sharded(p, mesh["ep"].get_group())
+    distclip.declare_sharded(p, mesh["etp"].get_group(), dim=1)
+    truth = torch.stack(full).double().norm().item()
+    report = GradClipper([("e", p)], policies.measure()).clip_()
+    assert report.total_norm.item() == pytest.approx(truth, rel=1e-6)
+    for expert in range(2):
+        norm = full[expert].double().norm().item()
+        assert report.parameter_norms[f"e@{expert}"] == pytest.approx(norm, rel=1e-6)
+    assert distclip.clip_grad_norm_([p], 1e9).item() == pytest.approx(truth, rel=1e-6)
+
+
+@pytest.mark.ranks(2, 4, timeout=SECONDS)
+@pytest.mark.parametrize("framework", ["deepspeed", "megatron"])
+def test_marks_of_frameworks(framework: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked for where the framework is loaded (here: a stand-in for it), else refused by name."""
+    group = expert_mesh()["ep"].get_group()
+    rank = dist.get_rank(group)
+    p = nn.Parameter(torch.ones(3))
+    p.grad = torch.full((3,), float(rank + 1))
+    p.allreduce = False
+    if framework == "deepspeed":
+        p.group_name = "ep_size_2"
+    for call in (
+        lambda: GradClipper([("moe.w", p)], policies.measure()),
+        lambda: distclip.clip_grad_norm_([p], 1.0),
+    ):
+        with pytest.raises((distclip.UnsupportedGradientError, distclip.RankMismatchError)) as e:
+            call()
+        assert "declare_sharded(parameter, process_group)" in str(e.value)
+        dist.barrier()
+    stand_in: Any = types.ModuleType("stand_in")
+    if framework == "deepspeed":
+        stand_in._EXPERT_PARALLEL_GROUP = {"ep_size_2": group}
+        monkeypatch.setitem(sys.modules, "deepspeed.utils.groups", stand_in)
+    else:
+        stand_in.get_expert_model_parallel_group = lambda check_initialized=True: group
+        stand_in.get_tensor_model_parallel_group = lambda check_initialized=True: group
+        monkeypatch.setitem(sys.modules, "megatron.core.parallel_state", stand_in)
+    report = GradClipper([("moe.w", p)], policies.measure()).clip_()
+    assert report.total_norm.item() == pytest.approx(math.sqrt(3 * (1 + 4)))
+    assert set(report.parameter_norms) == {"moe.w@0", "moe.w@1"}
+    if framework == "megatron":
+        del p.allreduce
+        p.tensor_model_parallel, p.partition_dim = True, 0
+        report = GradClipper([("w", p)], policies.measure()).clip_()
+        assert report.parameter_norms == {"w": pytest.approx(math.sqrt(3 * (1 + 4)))}
+
+
+@pytest.mark.ranks(2, timeout=SECONDS)
+def test_declarations_that_cannot_be_meant() -> None:
+    group: Any = dist.group.WORLD
+    p = nn.Parameter(torch.ones(3, 2))
+    for dim in (2, -3, True):
+        with pytest.raises(distclip.ConfigurationError, match="does not fit"):
+            distclip.declare_sharded(p, group, dim=dim)
+    with pytest.raises(distclip.ProcessGroupError, match="get_group"):
+        distclip.declare_sharded(p, mesh_of((2,), ("x",)))  # type: ignore[arg-type]
+    only: Any = dist.new_group([0])
+    if dist.get_rank() == 1:
+        with pytest.raises(distclip.ProcessGroupError, match="with this rank"):
+            distclip.declare_sharded(p, only)
+    cut = nn.Parameter(
+        torch.distributed.tensor.distribute_tensor(torch.ones(2), mesh_of((2,), ("x",)))
+    )
+    with pytest.raises(distclip.ConfigurationError, match="placements"):
+        distclip.declare_sharded(cut, group)
+    # Declared on one rank only: all ranks hear of it.
+    if dist.get_rank() == 0:
+        distclip.declare_sharded(p, group)
+    with pytest.raises(distclip.RankMismatchError, match="'w"):
+        GradClipper([("w", p)], policies.measure())
+
+
+class Moe(nn.Module):
+    """A dense layer, then experts, of which every token visits all."""
+
+    def __init__(self, experts: int) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.dense = nn.Linear(6, 6)
+        self.experts = nn.ModuleList(nn.Linear(6, 6) for _ in range(experts))
+
+
+@pytest.mark.ranks(2, 4, timeout=SECONDS)
+def test_experts_beside_fsdp2_train_as_one_process() -> None:
+    """20 steps, to the same weights (fp32, 1e-6)."""
+    mesh = expert_mesh()
+    place, group = mesh["ep"].get_local_rank(), mesh["ep"].get_group()
+    whole, mine = Moe(2), Moe(2)
+    fully_shard(mine.dense, mesh=mesh_of((dist.get_world_size(),), ("dp",)))
+    mine.experts = nn.ModuleList([mine.experts[place]])
+    for p in mine.experts.parameters():
+        distclip.declare_sharded(p, group)
+    policy = policies.chain(policies.agc(0.05), policies.global_norm(0.05))
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.5, momentum=0.9) for m in (whole, mine)]
+    # The whole model is every rank's own: alone in a group of one.
+    alone: Any = [dist.new_group([r]) for r in range(dist.get_world_size())][dist.get_rank()]
+    GradClipper(whole, policy, process_group=alone).attach(optimizers[0])
+    clipper = GradClipper(mine, policy)
+    clipper.attach(optimizers[1])
+    assert {"experts.0.weight@0", "experts.0.weight@1"} <= set(clipper.names)
+    for step in range(20):
+        value, target = randn(8, 6, seed=step), randn(8, 6, seed=1000 + step)
+        hidden = whole.dense(value).tanh()
+        nn.functional.mse_loss(sum(e(hidden) for e in whole.experts), target).backward()
+        hidden = mine.dense(value).tanh()
+        # An all-reduce of the outputs forward, and of the gradient of their input backward.
+        shared = hidden.detach().requires_grad_()
+        out = mine.experts[0](shared)
+        total = out.detach().clone()
+        dist.all_reduce(total, group=group)
+        total.requires_grad_()
+        nn.functional.mse_loss(total, target).backward()
+        out.backward(total.grad)
+        assert shared.grad is not None
+        dist.all_reduce(shared.grad, group=group)
+        hidden.backward(shared.grad)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    for name, p in mine.dense.named_parameters():
+        want = whole.dense.get_parameter(name)
+        torch.testing.assert_close(p.full_tensor(), want.detach(), rtol=1e-6, atol=1e-6)
+    for name, p in mine.experts[0].named_parameters():
+        want = whole.experts[place].get_parameter(name)
+        torch.testing.assert_close(p.detach(), want.detach(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.ranks(1, 2, 4, timeout=SECONDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64, torch.complex128])
+def test_other_dtypes_empty_and_tiny_shards(dtype: torch.dtype) -> None:
+    """Float64 and complex, sharded; no elements; one element on four ranks; frozen; LoRA."""
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    shapes = {"w": (5, 3), "empty": (0, 3), "one": (1,), "frozen": (4,)}
+    pairs, total = [], 0.0
+    for number, (name, shape) in enumerate(shapes.items()):
+        gradient = torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(number))
+        p: Tensor = nn.Parameter(torch.ones(shape, dtype=dtype), requires_grad=name != "frozen")
+        if world > 1:
+            cut = mesh_of((world,), ("x",))
+            place = [torch.distributed.tensor.Shard(0)]
+            distribute = torch.distributed.tensor.distribute_tensor
+            p = nn.Parameter(
+                distribute(p.detach(), cut, place, src_data_rank=None),
+                requires_grad=name != "frozen",
+            )
+            gradient_here: Tensor = distribute(gradient, cut, place, src_data_rank=None)
+        else:
+            gradient_here = gradient
+        if name != "frozen":
+            p.grad = gradient_here
+            total += gradient.abs().double().square().sum().item()
+        pairs.append((name, p))
+    for policy in (policies.agc(0.1), policies.parameter_norm(0.5), policies.global_norm(1e9)):
+        report = GradClipper(pairs, policies.chain(policies.measure(), policy)).clip_()
+        if policy.name == "agc":
+            assert report.total_norm.item() == pytest.approx(math.sqrt(total), rel=1e-6)
+    assert report.total_norm.item() <= math.sqrt(2 * 0.5**2) * (1 + 1e-6)
+
+
+def test_names_are_clean_under_compile_and_checkpointing() -> None:
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    compile_ = functools.partial(torch.compile, backend="eager")
+    model = nn.Sequential(checkpoint_wrapper(nn.Linear(2, 2)), compile_(nn.Linear(2, 2)))
+    names = GradClipper(compile_(model), policies.measure()).names
+    assert names == ("0.weight", "0.bias", "1.weight", "1.bias")
