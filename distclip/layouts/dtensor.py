@@ -339,6 +339,23 @@ def reduced(name: str, tensor: DTensor) -> None:
             )
 
 
+def gradient_moved_alone(name: str, hold: Holder) -> Tensor | None:
+    """As :func:`local_gradient`, but one that lies otherwise is redistributed here and now.
+
+    That is a collective over its mesh: all of its ranks must have this gradient, and ask for it.
+
+    Raises:
+        UnsupportedGradientError: a gradient that cannot be measured or reduced.
+    """
+    try:
+        return local_gradient(name, hold)
+    except MisplacedError:
+        found = found_placements(hold)
+        assert found is not None
+        align(hold, found)
+        return local_gradient(name, hold)
+
+
 def describe_tensor(name: str, tensor: DTensor) -> Described:
     """Entry and pieces of a DTensor that is measured itself (``get_total_norm``)."""
     if any(isinstance(placement, Partial) for placement in tensor.placements):

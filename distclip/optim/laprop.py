@@ -223,7 +223,7 @@ class LaProp(Optimizer):
         for number, parameter in enumerate(group["params"]):
             if parameter.grad is None:
                 continue
-            read = dtensor.local_gradient if _is_sharded(parameter) else plain.gradient_of
+            read = dtensor.gradient_moved_alone if _is_sharded(parameter) else plain.gradient_of
             gradient = read(group["param_names"][number], partial(_itself, parameter))
             if gradient is not None:
                 pairs.append((number, gradient))
