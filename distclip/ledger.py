@@ -45,6 +45,11 @@ class Program:
         return torch.ones(len(self.plan.entries), dtype=torch.float64, device=self.plan.device)
 
     @cached_property
+    def no_loss(self) -> Tensor:
+        """float64 ``(2,)``: no loss was given, whose mean is 0 / 0."""
+        return torch.zeros(2, dtype=torch.float64, device=self.plan.device)
+
+    @cached_property
     def nothing(self) -> Walked:
         """Nothing found and nothing done; its tensors are shared by all steps too."""
         unknown = torch.full_like(self.ones, math.nan)
@@ -115,6 +120,8 @@ class Ledger:
         self.rounds = [Round(bounds=dict(self.one.request.bounds))]
         self.threshold: Tensor | None = None
         self.skip = program.nothing.skipped
+        self.asked: dict[str, Tensor] = {}
+        """Stage path -> its own flag, of the stages that may ask for a skip."""
         if program.shown in self.norms and self.one.local_units:
             self._book(measurement.clamped[program.shown], list(self.one.local_units))
 
@@ -140,6 +147,7 @@ class Ledger:
             self._infos(stage.members),
             {p: self.norms[p][where] for p in policy.needs.gradient_norms},
             {p: self.measurement.weights[p][where] for p in policy.needs.weight_norms},
+            self.measurement.loss if policy.needs.loss else None,
         )
         actions, state = policy.update(statistics, state)
         for action in actions:
@@ -148,6 +156,8 @@ class Ledger:
                 self._show(action.threshold)
             elif isinstance(action, Skip):
                 self.skip = self.skip | action.flag
+                asked = self.asked.get(stage.path)
+                self.asked[stage.path] = action.flag if asked is None else asked | action.flag
             else:
                 raise TypeError(
                     f"{policy!r} returned {action!r} but its `bound` is None: declare the bound, "
@@ -288,6 +298,7 @@ class Walked:
         skipped: 0-dim bool.
         nonfinite: bool ``(parameters,)``.
         states: the new state of every stage.
+        asked: path -> flag, of the stages that may ask for a skip.
     """
 
     raw: Tensor
@@ -299,11 +310,12 @@ class Walked:
     skipped: Tensor
     nonfinite: Tensor
     states: States
+    asked: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def start(cls, program: Program, states: States) -> Walked:
         """Nothing found and nothing done yet."""
-        return replace(program.nothing, states=dict(states))
+        return replace(program.nothing, states=dict(states), asked={})
 
     def absorb(self, ledger: Ledger) -> None:
         """Add what one pass decided."""
@@ -316,3 +328,23 @@ class Walked:
                 torch.isnan(self.threshold), ledger.threshold, self.threshold
             )
         self.skipped = self.skipped | ledger.skip
+        self.asked.update(ledger.asked)
+
+    def undo(self, before: States, *, dropped: Tensor | None) -> None:
+        """Let a skipped step leave no trace in any state but that of the stage that asked for it.
+
+        Args:
+            before: the states before the step.
+            dropped: 0-dim bool, whether the step is dropped whatever the stages say; None: never.
+        """
+        if dropped is None and not self.asked:
+            return
+        for path, new in self.states.items():
+            stop = self.skipped
+            if path in self.asked:
+                stop = stop & ~self.asked[path]
+            if dropped is not None:
+                stop = stop | dropped
+            old = before.get(path, {})
+            self.states[path] = {k: torch.where(stop, old[k], v) for k, v in new.items()}
+

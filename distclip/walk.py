@@ -29,6 +29,7 @@ def walk(
     *,
     on_nonfinite: str = "pass",
     loss_scale: Tensor | None = None,
+    loss: Tensor | None = None,
 ) -> Walked:
     """Measure, decide and act once over all the gradients of a plan.
 
@@ -37,6 +38,8 @@ def walk(
         states: state per stage path; left as it is, the new one is in the result.
         on_nonfinite: ``"pass"``, ``"zero"``, ``"skip"`` or ``"error"``.
         loss_scale: 0-dim; the gradients are this many times too large, and stay so.
+        loss: float64 ``(2,)``, the sum of this rank's losses and their number; for a policy that
+            reads the loss.
 
     Raises:
         DistclipError: a gradient that cannot be measured, on every rank, before any changes.
@@ -50,6 +53,8 @@ def walk(
             scaled = {member: bound * factor for member, bound in request.bounds.items()}
             request = replace(request, bounds=scaled)
         measured = measure(program.plan, request, program.memory)
+        if request.loss:
+            measured.loss = program.no_loss if loss is None else loss
         if loss_scale is not None:
             measured.divide(loss_scale.double().to(program.plan.device))
         decided = decide_locally(program, one, measured)
@@ -64,14 +69,11 @@ def walk(
             ledger.forget(walked.nonfinite)
         for position, stage in enumerate(one.stages):
             state = states.get(stage.path, {})
-            new = ledger.run(position, stage, state)
-            if on_nonfinite == "skip":  # a dropped step leaves no trace in any state
-                stop = walked.nonfinite.any()
-                new = {key: torch.where(stop, state[key], value) for key, value in new.items()}
-            walked.states[stage.path] = new
+            walked.states[stage.path] = ledger.run(position, stage, state)
         walked.absorb(ledger)
         flags = walked.nonfinite if on_nonfinite == "zero" and number == 0 else None
         act(program, measured, decided, ledger, walked.skipped, flags, loss_scale)
+    walked.undo(states, dropped=walked.nonfinite.any() if on_nonfinite == "skip" else None)
     return walked
 
 

@@ -32,6 +32,7 @@ class Request:
         bounds: parameters to measure as if clamped to +-bound.
         raw_orders: orders to measure also without the clamping.
         reduced: whether anything has to be known on all ranks.
+        loss: whether the loss is averaged over ranks along with the norms.
     """
 
     orders: tuple[float, ...]
@@ -42,6 +43,7 @@ class Request:
     bounds: Mapping[int, float] = field(default_factory=dict)
     raw_orders: tuple[float, ...] = ()
     reduced: bool = True
+    loss: bool = False
 
     @property
     def unit_orders(self) -> tuple[float, ...]:
@@ -134,6 +136,7 @@ class LocalMeasurement:
         units: the units on this rank, of the pieces that are measured so.
         trouble: what went wrong here; every rank has to learn of it before anybody raises.
         present: pieces that have a gradient, with it.
+        loss: float64 ``(2,)``, the sum of the losses given on this rank, and how many those are.
     """
 
     norms: dict[float, Tensor] = field(default_factory=dict)
@@ -142,6 +145,7 @@ class LocalMeasurement:
     units: LocalUnits = field(default_factory=lambda: LocalUnits())
     trouble: DistclipError | None = None
     present: list[Tensor | None] = field(default_factory=list)
+    loss: Tensor | None = None
 
     def divide(self, scale: Tensor) -> None:
         """Divide all gradient norms by a 0-dim loss scale."""

@@ -52,6 +52,7 @@ class Measurement:
         clipped: ``(parameters,)`` units scaled before the reduction.
         smallest: 0-dim, the smallest coefficient decided before the reduction.
         troubled: 0-dim, > 0 if any rank ran into an error.
+        loss: 0-dim, mean of the losses that ranks gave, NaN for none; None where not asked for.
     """
 
     raw: Mapping[float, Tensor]
@@ -63,6 +64,7 @@ class Measurement:
     clipped: Tensor
     smallest: Tensor
     troubled: Tensor
+    loss: Tensor | None = None
 
 
 class Packet:
@@ -178,6 +180,8 @@ def reduce(
     if request.decided_locally and group is not None:
         packet.add_sum("clipped", decided.clipped)
         packet.add_sum("smallest", _own_slot(decided.smallest, group))
+    if request.loss and measured.loss is not None:
+        packet.add_sum("loss", measured.loss)
     troubled = torch.full_like(decided.smallest.reshape(1), float(measured.trouble is not None))
     packet.add_flag("trouble", troubled)
     got.update(packet.exchange())
@@ -196,6 +200,7 @@ def reduce(
         clipped=got.get("clipped", decided.clipped),
         smallest=got["smallest"].min() if "smallest" in got else decided.smallest,
         troubled=got["trouble"].squeeze(0),
+        loss=got["loss"][0] / got["loss"][1] if "loss" in got else None,
     )
 
 
