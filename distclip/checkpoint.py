@@ -168,6 +168,4 @@ def _refuse_difference(what: str, wanted: Iterable[str], found: Iterable[str]) -
 
 def _shown(names: set[str]) -> str:
     some = sorted(names)
-    return ", ".join(map(repr, some[:8])) + (
-        f" and {len(some) - 8} more" if len(some) > 8 else ""
-    )
+    return ", ".join(map(repr, some[:8])) + (f" and {len(some) - 8} more" if len(some) > 8 else "")

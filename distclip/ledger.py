@@ -347,4 +347,3 @@ class Walked:
                 stop = stop | dropped
             old = before.get(path, {})
             self.states[path] = {k: torch.where(stop, old[k], v) for k, v in new.items()}
-

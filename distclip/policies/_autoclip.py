@@ -29,9 +29,9 @@ class AutoClip(Policy):
     ``history.append(||g||)``, ``c = percentile(history, p)``, ``g *= min(1, c / (||g|| + 1e-6))``,
     linear between order statistics. Seetharaman et al. 2020 (arXiv 2007.14469, algorithm 1).
 
-    ``window=None`` is the paper's whole history, in bounded memory: norms are counted in 16384 bins
-    of equal ratio (128 per octave, from 2**-64 to 2**64; int64, 128 KiB), and the threshold is
-    within 0.28 % (``2 ** (1 / 256) - 1``) of the exact percentile while the norms lie in that range.
+    ``window=None`` is the paper's whole history, in bounded memory: norms are counted in 16384
+    bins of equal ratio (128 per octave, from 2**-64 to 2**64; int64, 128 KiB), and the threshold is
+    within 0.28 % (``2 ** (1 / 256) - 1``) of the exact percentile while norms lie in that range.
     With a window the last ``window`` norms are kept and the percentile is exact.
 
     NaN, inf and 0 are not norms of the history. The threshold lies between the smallest and the

@@ -105,9 +105,7 @@ class ZClip(Policy):
         return mean, torch.hypot(past, (sample - mean) * math.sqrt(1.0 - self.alpha))
 
 
-def _first(
-    mean: Tensor, deviation: Tensor, seen: Tensor, sample: Tensor
-) -> tuple[Tensor, Tensor]:
+def _first(mean: Tensor, deviation: Tensor, seen: Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and deviation (n) with one sample more (Welford)."""
     count = seen.double() + 1.0
     step = sample - mean
