@@ -10,6 +10,7 @@
     on_nonfinite: skip                       # error (default) | skip | zero | pass
     log: {jsonl: runs/clip.jsonl, every: 10, per_parameter: true}
     norms: true                              # false: do not measure what only a report would show
+    imports: [my_project.clipping]           # modules that register policies of one's own
 
 A file with the key ``gradient_clip_norm`` and none of the above, such as the
 ``hyperparams_config.json`` of a training project, means ``global_norm`` with that threshold; its
@@ -19,6 +20,7 @@ other keys are not ours and are ignored.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -92,6 +94,11 @@ class _Document(BaseModel):
     norms: bool = Field(
         default=True, description="false: do not measure what only a report would show."
     )
+    imports: list[str] = Field(
+        default_factory=list,
+        description="Modules to import before the policies are looked up: those that register "
+        "policies of one's own. Their code is run.",
+    )
     schema_: str | None = Field(
         default=None, alias="$schema", description="For editors; ignored by distclip."
     )
@@ -133,6 +140,7 @@ def digest(config: Config) -> str:
 
 def _checked(raw: Mapping[Any, Any], source: str) -> Config:
     problems = Problems()
+    _import(raw.get("imports"), problems)
     if HYPERPARAMETER in raw:
         raw = _from_hyperparameters(raw, problems)
         problems.raise_if_any(source)
@@ -142,6 +150,30 @@ def _checked(raw: Mapping[Any, Any], source: str) -> Config:
     assert document is not None  # None comes with a problem only
     assert policy is not None
     return Config(policy, document.on_nonfinite, document.log, document.norms)
+
+
+def _import(modules: object, problems: Problems) -> None:
+    """Import what a configuration names; of another type it is refused with the document."""
+    for position, name in enumerate(modules if isinstance(modules, list) else ()):
+        if not isinstance(name, str):
+            continue
+        path = ("imports", position)
+        if not all(part.isidentifier() for part in name.split(".")):
+            mend = "; a file my/policies.py is called my.policies" if "/" in name else ""
+            problems.add(path, f"must be the name of a module, got {shown(name)}{mend}")
+            continue
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            problems.add(
+                path,
+                f"no module named {error.name!r}"
+                + ("" if error.name == name else f", which {name} imports")
+                + "; it has to be installed, or lie beside the script that is run, in the current "
+                "folder, or on PYTHONPATH",
+            )
+        except Exception as error:
+            problems.add(path, f"{name} could not be imported: {type(error).__name__}: {error}")
 
 
 def _from_hyperparameters(raw: Mapping[Any, Any], problems: Problems) -> Mapping[Any, Any]:

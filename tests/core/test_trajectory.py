@@ -99,7 +99,7 @@ def check(label: str, layout: str, values: Whole) -> None:
         where = f"{label}, step {step}"
         assert bool(report.skipped) == want.skipped, where
         shown = report.threshold.item()
-        if not want.skipped and "chain" not in label and not math.isnan(want.threshold):
+        if not want.skipped and "name" in configuration and not math.isnan(want.threshold):
             assert shown == pytest.approx(want.threshold, rel=tolerance), where
         for name, coefficient in report.parameter_coefficients.items():
             one = float(want.coefficients[name])
@@ -117,9 +117,10 @@ def check(label: str, layout: str, values: Whole) -> None:
 @pytest.mark.ranks(1, 3, 4, timeout=240)
 def test_the_same_trajectory_everywhere(world_size: int) -> None:
     values = whole()
-    layouts = {1: ["plain"], 3: ["fsdp2", "tp"], 4: LAYOUTS}[world_size]
+    layouts = {1: ["plain"], 3: ["fsdp2"], 4: LAYOUTS}[world_size]
+    labels = ["chain", "by name"] if world_size == 3 else list(POLICIES)
     for layout in layouts:
-        for label in POLICIES:
+        for label in labels:
             check(label, layout, values)
 
 
@@ -156,8 +157,9 @@ def test_four_ranks_stop_and_two_go_on_with_the_same_decisions() -> None:
         assert bits(same[label]) == bits(whole_run[label][100:]), label  # bitwise
         assert any(step[0] or min(step[2:]) < 1 for step in same[label]), label
         for one, other in zip(fewer[label], same[label], strict=True):
-            # Sums over another number of ranks are rounded otherwise, in the last digit.
-            assert one == pytest.approx(other, rel=1e-12, nan_ok=True), label
+            # The norms of float32 gradients cut otherwise differ by some 5e-9.
+            assert one[0] == other[0], label
+            assert one == pytest.approx(other, rel=1e-7, nan_ok=True), label
 
 
 @pytest.mark.ranks(2)
