@@ -32,7 +32,7 @@ def steps(run: Any, first: int, last: int) -> list[Any]:
         accelerator.backward(loss_of(model, batch(number)))
         optimizer.step()
         optimizer.zero_grad()
-        taken.append(handle.last_report.to_dict())
+        taken.append(repr(handle.last_report.to_dict()))  # thresholds may be NaN
     return taken
 
 
