@@ -37,8 +37,12 @@ from distclip.report import ClipReport as ClipReport
 
 if TYPE_CHECKING:
     from distclip.integrations import accelerate as accelerate
+    from distclip.integrations import deepspeed as deepspeed
 
-_LAZY = {"accelerate": "distclip.integrations.accelerate"}
+_LAZY = {
+    "accelerate": "distclip.integrations.accelerate",
+    "deepspeed": "distclip.integrations.deepspeed",
+}
 """Namespaces that import their framework, and only when they are used."""
 
 __all__ = [

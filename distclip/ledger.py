@@ -7,7 +7,7 @@ kept without another look at the gradients.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -20,6 +20,8 @@ from distclip.policies import ParameterInfo, Scale, Skip, State, Statistics, Uni
 from distclip.policies._compose import Stage
 from distclip.statistics.measurement import Memory, UnitTable, combine_segments
 from distclip.statistics.packing import Measurement
+
+Apply = Callable[[Sequence[tuple[int, Tensor]], Tensor | None], None]
 
 States = dict[str, State]
 """State of each stage that has one, by the stage's path."""
@@ -288,6 +290,8 @@ class Walked:
         skipped: 0-dim bool.
         nonfinite: bool ``(parameters,)``.
         states: the new state of every stage.
+        apply: under ``later``, what is still to be done: called with ``(position, gradient)`` pairs
+            and the loss scale that those gradients carry, for any pieces at a time.
     """
 
     raw: Tensor
@@ -299,6 +303,7 @@ class Walked:
     skipped: Tensor
     nonfinite: Tensor
     states: States
+    apply: Apply | None = None
 
     @classmethod
     def start(cls, program: Program, states: States) -> Walked:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ def walk(
     *,
     on_nonfinite: str = "pass",
     loss_scale: Tensor | None = None,
+    later: bool = False,
 ) -> Walked:
     """Measure, decide and act once over all the gradients of a plan.
 
@@ -37,6 +39,8 @@ def walk(
         states: state per stage path; left as it is, the new one is in the result.
         on_nonfinite: ``"pass"``, ``"zero"``, ``"skip"`` or ``"error"``.
         loss_scale: 0-dim; the gradients are this many times too large, and stay so.
+        later: leave what the last pass decides to ``Walked.apply``, for engines that step with
+            other tensors than the measured ones. Dropping and earlier passes happen here.
 
     Raises:
         DistclipError: a gradient that cannot be measured, on every rank, before any changes.
@@ -70,8 +74,15 @@ def walk(
                 new = {key: torch.where(stop, state[key], value) for key, value in new.items()}
             walked.states[stage.path] = new
         walked.absorb(ledger)
+        present = [(p, g) for p, g in enumerate(measured.present) if g is not None]
+        if on_nonfinite == "zero" and number == 0:
+            drop(program.plan, present, walked.nonfinite)
         flags = walked.nonfinite if on_nonfinite == "zero" and number == 0 else None
-        act(program, measured, decided, ledger, walked.skipped, flags, loss_scale)
+        apply = partial(act, program, decided, ledger, walked.skipped, flags)
+        if later and number == len(program.passes) - 1:
+            walked.apply = apply
+        else:
+            apply(present, loss_scale)
     return walked
 
 
@@ -162,24 +173,39 @@ def decide_locally(program: Program, one: Pass, measured: LocalMeasurement) -> L
     return LocalDecision(coefficients, after, clipped, smallest)
 
 
+def drop(plan: Plan, present: Sequence[tuple[int, Tensor]], dropped: Tensor) -> None:
+    """Set the gradients of the flagged parameters to 0."""
+    if plan.device.type == "cpu" and not bool(dropped.any()):
+        return
+    rows = torch.tensor([plan.pieces[p].index for p, _ in present], device=plan.device).long()
+    inplace.zero_([gradient for _, gradient in present], dropped[rows])
+
+
 def act(
     program: Program,
-    measured: LocalMeasurement,
     decided: LocalDecision,
     ledger: Ledger,
     skip: Tensor,
     dropped: Tensor | None,
+    present: Sequence[tuple[int, Tensor]],
     loss_scale: Tensor | None,
 ) -> None:
-    """Change the local gradients as the ledger says."""
+    """Change local gradients as the ledger says.
+
+    Args:
+        program: the compiled policy.
+        decided: what this rank decided on whole units.
+        ledger: what was decided on all ranks.
+        skip: 0-dim bool: change nothing.
+        dropped: bool ``(parameters,)``, gradients that :func:`drop` has set to 0.
+        present: ``(position of the piece in the plan, its gradient)``.
+        loss_scale: 0-dim; these gradients are this many times too large.
+    """
     plan = program.plan
     on_host = plan.device.type == "cpu"
-    if on_host and (bool(skip) or (dropped is None and ledger.is_idle() and _all_one(decided))):
+    if on_host and (bool(skip) or (ledger.is_idle() and _all_one(decided))):
         return
-    present = [(p, g) for p, g in enumerate(measured.present) if g is not None]
     rows = torch.tensor([plan.pieces[p].index for p, _ in present], device=plan.device).long()
-    if dropped is not None:
-        inplace.zero_([gradient for _, gradient in present], dropped[rows])
     for number, turn in enumerate(ledger.rounds):
         _clamp(plan, present, turn, loss_scale, None if on_host else skip)
         units = dict(decided.coefficients) if number == 0 else {}

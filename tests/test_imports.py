@@ -20,7 +20,7 @@ SOURCES = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE
 
 IMPORTERS: dict[str, set[str]] = {
     "accelerate": {"integrations/accelerate.py", "integrations/accelerate_cpu.py"},
-    "deepspeed": set(),
+    "deepspeed": {"integrations/deepspeed.py"},
     "lightning": set(),
     "pytorch_lightning": set(),
     "transformers": set(),

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from distclip.errors import UnsupportedGradientError
-from distclip.layouts import dtensor, plain
+from distclip.layouts import dtensor, plain, zero
 from distclip.layouts.piece import Described
 
 
@@ -16,6 +16,8 @@ def detect(name: str, parameter: Tensor) -> Described:
     Raises:
         UnsupportedGradientError: a sharding that distclip cannot read; it is named.
     """
+    if (extent := zero.extent_of(parameter)) is not None:
+        return zero.describe(name, parameter, extent)
     if isinstance(parameter, DTensor):
         return dtensor.describe(name, parameter)
     # These look like plain tensors, and would be taken for whole ones.
@@ -26,7 +28,7 @@ def detect(name: str, parameter: Tensor) -> Described:
         )
     if hasattr(parameter, "ds_tensor"):
         raise UnsupportedGradientError(
-            f"parameter {name!r} is partitioned by DeepSpeed ZeRO-3, which distclip cannot read "
-            f"yet; use FSDP2, or ZeRO with DeepSpeed's own gradient_clipping"
+            f"parameter {name!r} is partitioned by DeepSpeed ZeRO-3: attach to the engine instead, "
+            f"distclip.deepspeed.attach(engine, policy)"
         )
     return plain.describe(name, parameter)
