@@ -41,6 +41,7 @@ IMPORTERS: dict[str, set[str]] = {
 HARMLESS = {
     "ProcessGroup",
     "fsdp",
+    "get_process_group_ranks",
     "get_rank",
     "get_world_size",
     "group",
