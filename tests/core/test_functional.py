@@ -385,10 +385,12 @@ def test_grad_norms_of_stages_are_each_stages_own() -> None:
         assert norms[name].item() == pytest.approx(truth, rel=1e-6)
 
 
+@pytest.mark.ranks(2)
 def test_a_parameter_that_is_stepped_in_backward_from_now_on_is_noticed() -> None:
     """The drop-ins remember what they know of parameters; this changes it."""
-    p = nn.Parameter(torch.ones(3))
-    p.grad = torch.ones(3)
+    mesh = mesh_of((2,), ("x",))
+    p = nn.Parameter(distribute_tensor(torch.ones(4), mesh, [Shard(0)]))
+    p.grad = distribute_tensor(torch.ones(4), mesh, [Shard(0)])
     distclip.clip_grad_norm_([p], 1.0)
     setattr(p, "_in_backward_optimizers", [object()])  # noqa: B010 - as torch sets it
     with pytest.raises(distclip.UnsupportedGradientError, match="stepped during backward"):
