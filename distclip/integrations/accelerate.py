@@ -34,6 +34,7 @@ from distclip.config import Config, load
 from distclip.errors import ConfigurationError, DistclipError
 from distclip.functional import get_total_norm
 from distclip.integrations import accelerate_cpu, hooks
+from distclip.integrations.checkpoints import Shelf
 from distclip.layouts import fsdp1
 from distclip.layouts.names import named_parameters
 from distclip.policies import Policy
@@ -63,7 +64,8 @@ def attach(accelerator: accelerate.Accelerator, policy_or_config: PolicyOrConfig
 
     Parameters are called as in the prepared model that they belong to. Each set of parameters that
     is clipped by itself (generator and discriminator) has its own policy state, and from the second
-    on its own log: ``clip.jsonl``, ``clip.2.jsonl``.
+    on its own log: ``clip.jsonl``, ``clip.2.jsonl``. ``accelerator.save_state`` keeps these states
+    in ``distclip.pt``, and ``load_state`` restores them, on any number of ranks.
 
     Call it before or after ``prepare``, on every rank.
 
@@ -145,6 +147,11 @@ class Attachment:
         accelerator.prepare_optimizer = self._prepare_optimizer
         accelerator.free_memory = self._free_memory
         accelerator._distclip = self
+        self._shelf = Shelf()
+        self._hooks = [
+            accelerator.register_save_state_pre_hook(self._save),
+            accelerator.register_load_state_pre_hook(self._load),
+        ]
         for optimizer in accelerator._optimizers:
             self._adopt(optimizer)
 
@@ -158,6 +165,8 @@ class Attachment:
             else:
                 setattr(self.accelerator, name, before)
         self.accelerator._distclip = None
+        for hook in self._hooks:
+            hook.remove()
         for optimizer, handle in self._handles.items():
             handle.remove()
             for accelerated in self._wrappers(optimizer):
@@ -165,6 +174,15 @@ class Attachment:
                     accelerated._is_overflow = False
         self._handles.clear()
         self._forget_models()
+
+    def _save(self, models: object, weights: object, folder: str) -> None:
+        on_each_node = self.accelerator.project_configuration.save_on_each_node
+        here = self.accelerator.is_local_main_process
+        if here if on_each_node else self.accelerator.is_main_process:
+            self._shelf.save(self._clippers.values(), folder)
+
+    def _load(self, models: object, folder: str) -> None:
+        self._shelf.load(self._clippers.values(), folder)
 
     def clip_grad_norm_(
         self, parameters: Tensor | Iterable[Tensor], max_norm: float, norm_type: float = 2
@@ -396,6 +414,8 @@ class Attachment:
                 norms=True if measuring else self.config.norms,
                 verify_replicas="never" if measuring else self.config.verify_replicas,
             )
+            if not measuring:
+                self._shelf.hand_over(known[key])
             if not measuring and self.accelerator.is_main_process:
                 _logger.info("clipping %d parameters by %r", len(key), policy)
         return known[key]

@@ -56,6 +56,8 @@ class Measurement:
         troubled: one element, >= 1 if any rank ran into an error, else > 0 if any has a gradient
             that must be redistributed.
         passengers: what else was summed along; None where nothing travelled.
+        troubled: 0-dim, > 0 if any rank ran into an error.
+        loss: 0-dim, mean of the losses that ranks gave, NaN for none; None where not asked for.
     """
 
     raw: Mapping[float, Tensor]
@@ -68,6 +70,7 @@ class Measurement:
     smallest: Tensor
     troubled: Tensor
     passengers: Tensor | None
+    loss: Tensor | None = None
 
 
 class Packet:
@@ -189,6 +192,8 @@ def reduce(
         packet.add_sum("smallest", _own_slot(decided.smallest, group))
     if passengers is not None and group is not None:
         packet.add_sum("passengers", passengers)
+    if measured.loss is not None:
+        packet.add_sum("loss", measured.loss)
     flag = plan.flag(measured.trouble is not None)
     packet.add_flag("trouble", flag + MISPLACED if measured.misplaced else flag)
     got.update(packet.exchange())
@@ -208,6 +213,7 @@ def reduce(
         smallest=got["smallest"].min() if "smallest" in got else decided.smallest,
         troubled=got["trouble"],
         passengers=got.get("passengers"),
+        loss=got["loss"][0] / got["loss"][1] if "loss" in got else None,
     )
 
 
