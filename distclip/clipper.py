@@ -298,6 +298,7 @@ class GradClipper:
             f"built, and would not be clipped; build the GradClipper anew, after everything that "
             f"changes the model (fully_shard, adapters such as LoRA)"
         )
+
     def _warn_of_no_loss(self) -> None:
         if not self._warned_of_no_loss:
             warnings.warn(
