@@ -24,7 +24,7 @@ from distclip.layouts.piece import Described, Entry
 from distclip.ledger import Program, States
 from distclip.passes import compile_passes, report_order
 from distclip.policies import ParameterInfo, Policy
-from distclip.policies._compose import stages
+from distclip.policies._compose import reads_loss, stages
 from distclip.replicas import ReplicaCheck
 from distclip.report import ClipReport
 from distclip.statistics import collectives
@@ -303,7 +303,8 @@ class GradClipper:
         if not self._warned_of_no_loss:
             warnings.warn(
                 f"{self.policy!r} reads the loss, and this step has none: call "
-                f"clipper.observe(loss) before the step, or clipper.clip_(loss=loss). Steps "
+                f"clipper.observe(loss) before the step, or clipper.clip_(loss=loss); with "
+                f"Accelerate accelerator.backward(loss), or the handle's observe(loss). Steps "
                 f"without one are judged by their norm alone",
                 stacklevel=4,
             )
@@ -365,7 +366,7 @@ class GradClipper:
             raise ConfigurationError(
                 f"verify_replicas must be 'first', 'never' or a number of steps >= 1, got {every!r}"
             )
-        self._reads_loss = any(stage.policy.needs.loss for stage in stages(self.policy, ()))
+        self._reads_loss = reads_loss(self.policy)
         named = naming.named_parameters(target)
         naming.refuse_meta(named)
         self._named, described = describe(named)

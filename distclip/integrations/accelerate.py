@@ -38,6 +38,7 @@ from distclip.integrations.checkpoints import Shelf
 from distclip.layouts import fsdp1
 from distclip.layouts.names import named_parameters
 from distclip.policies import Policy
+from distclip.policies._compose import reads_loss
 from distclip.report import ClipReport
 from distclip.statistics import collectives
 
@@ -67,6 +68,10 @@ def attach(accelerator: accelerate.Accelerator, policy_or_config: PolicyOrConfig
     on its own log: ``clip.jsonl``, ``clip.2.jsonl``. ``accelerator.save_state`` keeps these states
     in ``distclip.pt``, and ``load_state`` restores them, on any number of ranks.
 
+    A policy that reads the loss gets it from ``accelerator.backward(loss)``, averaged over the
+    micro-batches of an update and over the ranks; a script that calls ``loss.backward()`` gives it
+    by ``handle.observe(loss)``.
+
     Call it before or after ``prepare``, on every rank.
 
     Args:
@@ -77,7 +82,8 @@ def attach(accelerator: accelerate.Accelerator, policy_or_config: PolicyOrConfig
         A handle: ``remove()`` undoes everything, ``last_report`` is the newest report.
 
     Raises:
-        ConfigurationError: a bad configuration, or an accelerator that has a policy already.
+        ConfigurationError: a bad configuration, or an accelerator that has a policy already. At a
+            step: a policy that reads the loss, where several sets of parameters are clipped.
         DistclipError: DeepSpeed, XLA or Megatron-LM, which need other hooks than these.
     """
     if getattr(accelerator, "_distclip", None) is not None:
@@ -138,14 +144,22 @@ class Attachment:
         self._called: dict[int, _Mark] = {}
         """Parameters (by id) that a call of the script has clipped since their last update."""
         self._announced = False
-        self._originals = {
-            name: (getattr(accelerator, name), accelerator.__dict__.get(name))
-            for name in ("clip_grad_norm_", "clip_grad_value_", "prepare_optimizer", "free_memory")
+        self._reads_loss = reads_loss(config.policy)
+        self._losses: list[Tensor] = []
+        """Those of the first update, which come before there is a clipper."""
+        replaced: dict[str, Any] = {
+            "clip_grad_norm_": self.clip_grad_norm_,
+            "clip_grad_value_": self.clip_grad_value_,
+            "prepare_optimizer": self._prepare_optimizer,
+            "free_memory": self._free_memory,
         }
-        accelerator.clip_grad_norm_ = self.clip_grad_norm_
-        accelerator.clip_grad_value_ = self.clip_grad_value_
-        accelerator.prepare_optimizer = self._prepare_optimizer
-        accelerator.free_memory = self._free_memory
+        if self._reads_loss:
+            replaced["backward"] = self._backward
+        self._originals = {
+            name: (getattr(accelerator, name), accelerator.__dict__.get(name)) for name in replaced
+        }
+        for name, replacement in replaced.items():
+            setattr(accelerator, name, replacement)
         accelerator._distclip = self
         self._shelf = Shelf()
         self._hooks = [
@@ -286,6 +300,22 @@ class Attachment:
         for parameter in _parameters_of(optimizer):
             self._called.pop(id(parameter), None)
 
+    def observe(self, loss: Tensor | float) -> None:
+        """Tell a loss of the update to come, as :meth:`distclip.GradClipper.observe`.
+
+        For scripts that do not go through ``accelerator.backward(loss)``.
+        """
+        if not self._reads_loss:
+            return
+        for clipper in self._clippers.values():
+            clipper.observe(loss)
+        if not self._clippers:
+            self._losses.append(torch.as_tensor(loss).detach())
+
+    def _backward(self, loss: Tensor, **kwargs: Any) -> None:
+        self._originals["backward"][0](loss, **kwargs)
+        self.observe(loss)
+
     def _prepare_optimizer(self, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
         prepared = self._originals["prepare_optimizer"][0](optimizer, *args, **kwargs)
         self._adopt(prepared)
@@ -299,6 +329,7 @@ class Attachment:
         self._clippers.clear()
         self._measurers.clear()
         self._called.clear()
+        self._losses.clear()
 
     def _adopt(self, accelerated: Any) -> None:
         """Hook an optimizer. Its parameters are looked at first at a step: FSDP2 replaces them."""
@@ -405,6 +436,14 @@ class Attachment:
         key = frozenset(map(id, parameters))
         if key not in known:
             policy = policies.measure() if measuring else self.config.policy
+            if known and not measuring and self._reads_loss:
+                raise ConfigurationError(
+                    f"{policy!r} reads the loss, and this script clips several sets of parameters "
+                    f"by themselves (several optimizers, or clip_grad_norm_ on parts of a model): "
+                    f"accelerator.backward(loss) does not say to which of them a loss belongs. "
+                    f"Leave `loss` off, or build a GradClipper for each set and give it its own "
+                    f"by clipper.observe(loss)"
+                )
             known[key] = GradClipper(
                 self._named(parameters),
                 policy,
@@ -416,6 +455,9 @@ class Attachment:
             )
             if not measuring:
                 self._shelf.hand_over(known[key])
+                for loss in self._losses:
+                    known[key].observe(loss)
+                self._losses.clear()
             if not measuring and self.accelerator.is_main_process:
                 _logger.info("clipping %d parameters by %r", len(key), policy)
         return known[key]

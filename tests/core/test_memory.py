@@ -251,7 +251,7 @@ def nasty(steps: int, seed: int = 0) -> np.ndarray:
 
 LONG: dict[str, Policy] = {
     "autoclip": policies.autoclip(90),
-    "autoclip window": policies.autoclip(90, window=1000),
+    "autoclip window": policies.autoclip(90, window=200),
     "zclip": policies.zclip(max_norm=None),
     "adagc": policies.adagc(max_growth=100.0),
     "skip_spikes": policies.skip_spikes(),

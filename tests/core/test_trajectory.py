@@ -24,8 +24,8 @@ from tests.core.test_matrix import build
 from tests.sharded import Whole, shard, whole
 
 STEPS = 200
-LAYOUTS = ["plain", "fsdp2", "hsdp", "fsdp1", "fsdp1_orig", "tp"]
-"""On 4 ranks, where ``plain`` is DDP."""
+LAYOUTS = {2: ["plain", "fsdp2", "fsdp1", "fsdp1_orig", "tp"], 3: ["fsdp2"], 4: ["hsdp"]}
+"""By the number of ranks; ``plain`` is DDP."""
 
 COUNTED = {"name": "autoclip", "percentile": 60.0}
 AUTOCLIP = {"name": "autoclip", "percentile": 60.0, "window": 50}
@@ -141,9 +141,9 @@ def test_each_policy_follows_the_oracle() -> None:
         check(label, "plain", whole())
 
 
-@pytest.mark.ranks(3, 4, timeout=180)
+@pytest.mark.ranks(2, 3, 4, timeout=180)
 def test_the_same_trajectory_under_every_sharding(world_size: int) -> None:
-    for layout in LAYOUTS if world_size == 4 else ["fsdp2"]:
+    for layout in LAYOUTS[world_size]:
         for label in TOGETHER:
             check(label, layout, whole())
 
