@@ -152,6 +152,7 @@ class Ledger:
             self._infos(stage.members),
             {p: self.norms[p][where] for p in policy.needs.gradient_norms},
             {p: self.measurement.weights[p][where] for p in policy.needs.weight_norms},
+            self.total is self.ones and self.measurement.in_range,
         )
         actions, state = policy.update(statistics, state)
         for action in actions:

@@ -38,9 +38,9 @@ def check(tensors: Sequence[Tensor | None], known: Neighbours, order: float = 2.
 def test_neighbours_are_found_and_no_boundary_cuts_a_lane() -> None:
     known = learn(buffer())
     # The one of 7 elements shares no lane, and parts the buffer in two.
-    assert [known.positions[start] for start, _, _ in known.runs] == [0, 6]
-    assert [numel for _, numel, _ in known.runs] == [64 + 2048 + 32 + 4096 + 96, 512 + 64]
-    assert [lane for _, _, lane in known.runs] == [32, 64]
+    assert [known.positions[run.first] for run in known.runs] == [0, 6]
+    sizes = [64 + 2048 + 32 + 4096 + 96, 512 + 64]
+    assert [run.shape for run in known.runs] == [(sizes[0] // 32, 32), (sizes[1] // 64, 64)]
     assert 5 not in known.positions
 
 
