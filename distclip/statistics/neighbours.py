@@ -34,8 +34,10 @@ UNDERFLOW = {1.0: 0.0, 2.0: 1e-30}
 
 
 class Run(NamedTuple):
-    """Neighbours without a gap: the places in ``positions`` of the first and the last of them, and
-    the shape of the view over all of them, ``(lanes, elements)``.
+    """Neighbours without a gap.
+
+    ``first`` and ``last``: their places in ``positions``; ``shape``: of the view over all of them,
+    ``(lanes, elements)``.
     """
 
     first: int
