@@ -104,7 +104,7 @@ class Statistics:
     All tensors are float64 of shape ``(len(parameters),)``, in the order of ``parameters``. A
     parameter without a gradient has norm 0.
 
-    ``in_range``: p-th powers of the gradients' norms neither leave float64's range nor vanish in it.
+    ``in_range``: powers of the gradients' norms neither leave float64's range nor vanish in it.
     """
 
     parameters: Sequence[ParameterInfo]
