@@ -158,7 +158,8 @@ class Ledger:
             self._infos(stage.members),
             {p: self.norms[p][where] for p in policy.needs.gradient_norms},
             {p: self.measurement.weights[p][where] for p in policy.needs.weight_norms},
-            self.measurement.loss if policy.needs.loss else None,
+            in_range=self.total is self.ones and self.measurement.in_range,
+            loss=self.measurement.loss if policy.needs.loss else None,
         )
         actions, state = policy.update(statistics, state)
         for action in actions:

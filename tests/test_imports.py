@@ -19,7 +19,11 @@ PACKAGE = Path(__file__).parent.parent / "distclip"
 SOURCES = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 IMPORTERS: dict[str, set[str]] = {
-    "accelerate": {"integrations/accelerate.py", "integrations/accelerate_cpu.py"},
+    "accelerate": {
+        "integrations/accelerate.py",
+        "integrations/accelerate_cpu.py",
+        "integrations/accelerate_prepared.py",
+    },
     "deepspeed": set(),
     "lightning": set(),
     "pytorch_lightning": set(),

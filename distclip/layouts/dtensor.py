@@ -229,7 +229,8 @@ def quick_gradients(holds: Sequence[Holder], specs: list[object]) -> list[Tensor
         are not looked at; see :func:`are_strided`.
     """
     try:
-        gradients = list(map(_grad, [hold() for hold in holds]))
+        with torch._C.DisableTorchFunctionSubclass():  # nothing to look up: twice as fast
+            gradients = list(map(_grad, [hold() for hold in holds]))
         # FSDP2 gives the gradient the parameter's own spec object: then this is quick too.
         same = list(map(_spec, gradients)) == specs
         shards: list[Tensor | None] = list(map(_shard, gradients))

@@ -22,7 +22,7 @@ def norm_coefficient(norms: Tensor, max_norm: float) -> Tensor:
     """
     if math.isinf(max_norm):
         return torch.ones_like(norms)
-    return torch.clamp(max_norm / (norms + TORCH_EPS), max=1.0)
+    return (norms + TORCH_EPS).reciprocal_().mul_(max_norm).clamp_(max=1.0)
 
 
 def coefficient_to(norms: Tensor, limits: Tensor) -> Tensor:

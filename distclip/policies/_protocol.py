@@ -72,7 +72,7 @@ class Needs:
 SMALLEST = torch.finfo(torch.float64).tiny
 
 
-def combine_norms(norms: Tensor, norm_type: float) -> Tensor:
+def combine_norms(norms: Tensor, norm_type: float, *, in_range: bool = False) -> Tensor:
     """The p-norm of a whole from the p-norms of its disjoint parts.
 
     Scaled by the largest part, so nothing overflows or underflows on the way.
@@ -80,15 +80,19 @@ def combine_norms(norms: Tensor, norm_type: float) -> Tensor:
     Args:
         norms: float64, shape ``(parts,)``.
         norm_type: the order p > 0, or ``math.inf``.
+        in_range: their p-th powers are known to stay in float64's range; saves the scaling.
 
     Returns:
         0-dim float64 tensor; 0 for no parts; NaN and inf pass through.
     """
     if norms.numel() == 0:
         return norms.new_zeros(())
-    largest = norms.max()
     if math.isinf(norm_type):
-        return largest
+        return norms.max()
+    if in_range:
+        whole: Tensor = torch.linalg.vector_norm(norms, norm_type)
+        return whole
+    largest = norms.max()
     # 1 instead of NaN and inf, which then speak for themselves; and never a division by 0.
     unit = torch.nan_to_num(largest, nan=1.0, posinf=1.0).clamp_(min=SMALLEST)
     total: Tensor = torch.linalg.vector_norm(norms / unit, norm_type) * unit
@@ -102,11 +106,14 @@ class Statistics:
     All tensors are float64 of shape ``(len(parameters),)``, in the order of ``parameters``. A
     parameter without a gradient has norm 0. ``loss`` is 0-dim float64, the mean over the ranks that
     gave one, NaN where none did; None for a policy that does not need it.
+
+    ``in_range``: powers of the gradients' norms neither leave float64's range nor vanish in it.
     """
 
     parameters: Sequence[ParameterInfo]
     gradients: Mapping[float, Tensor]
     weights: Mapping[float, Tensor] = field(default_factory=dict)
+    in_range: bool = False
     loss: Tensor | None = None
 
     def gradient_norms(self, norm_type: float = 2.0) -> Tensor:
@@ -119,7 +126,7 @@ class Statistics:
 
     def total_norm(self, norm_type: float = 2.0) -> Tensor:
         """p-norm of all the gradients together, 0-dim float64."""
-        return combine_norms(self.gradients[norm_type], norm_type)
+        return combine_norms(self.gradients[norm_type], norm_type, in_range=self.in_range)
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,8 +64,8 @@ def norms(
     else:
         known = together.known
         found, rest = together.norms(norm_type)
-        if known.order is not None:
-            result = found[known.order]
+        if known.complete:
+            result = found if known.order is None else found[known.order]
             if not rest:
                 return result.to(device)
         else:

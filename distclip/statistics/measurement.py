@@ -174,8 +174,10 @@ def measure(plan: Plan, request: Request, memory: Memory) -> LocalMeasurement:
     quick = None if plan.holds is None else dtensor.quick_gradients(plan.holds, plan.specs)
     result.present = present = _fetched(plan, result) if quick is None else quick
     plain = _counted(plan, request, present)
-    result.together = None if request.bounds else memory.gradients.find(plain)
-    everything = result.together is not None and result.together.known.order is not None
+    if not request.bounds:
+        # With the parameters' own specs the gradients have the parameters' shapes and dtypes.
+        result.together = memory.gradients.find(plain, shaped=quick is not None)
+    everything = result.together is not None and result.together.known.complete
     if quick is not None and not everything and not dtensor.are_strided(quick):
         result.present = present = _fetched(plan, result)  # refuses by name
         plain = _counted(plan, request, present)

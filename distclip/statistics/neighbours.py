@@ -11,7 +11,7 @@ import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +33,18 @@ UNDERFLOW = {1.0: 0.0, 2.0: 1e-30}
 """Mean p-th power below which powers lost to float32 underflow (1e-38 each) could matter."""
 
 
+class Run(NamedTuple):
+    """Neighbours without a gap.
+
+    ``first`` and ``last``: their places in ``positions``; ``shape``: of the view over all of them,
+    ``(lanes, elements)``.
+    """
+
+    first: int
+    last: int
+    shape: tuple[int, int]
+
+
 @dataclass(frozen=True)
 class Arrangement:
     """Which tensors lie side by side.
@@ -40,10 +52,11 @@ class Arrangement:
     Attributes:
         positions: of all tensors that have a neighbour, run by run, in order of address in each.
         pick: gives the tensors at these positions.
-        order: where the norm of each of the tensors lies, if these are all there are; else None.
+        complete: whether these are all there are.
+        order: which of them is the first tensor, the second, ...; None where they are in order.
         numels: their sizes.
         gaps: bytes from each to the next.
-        runs: per run of neighbours, where it starts in ``positions``, its elements, its lane.
+        runs: of neighbours.
         within: bool, whether the next of each belongs to the same run.
         index, lengths, least: as tensors: positions, lanes per tensor, and the sum of squares below
             which a tensor has to be measured again.
@@ -51,43 +64,62 @@ class Arrangement:
 
     positions: tuple[int, ...]
     pick: Callable[[Any], Any]
+    complete: bool
     order: Tensor | None
     numels: list[int]
     gaps: npt.NDArray[np.int64]
-    runs: tuple[tuple[int, int, int], ...]
+    runs: tuple[Run, ...]
     within: npt.NDArray[np.bool_]
     index: Tensor
     lengths: Tensor
     least: Tensor
 
-    def spans(self, tensors: Sequence[Tensor | None]) -> list[Tensor] | None:
+    def spans(
+        self, tensors: Sequence[Tensor | None], *, shaped: bool = False
+    ) -> list[Tensor] | None:
         """One ``(lanes, elements)`` view over each run; None if the tensors are not arranged so.
 
         Asked at every step, so without a Python loop over the tensors.
+
+        Args:
+            tensors: as at every step.
+            shaped: their shapes and dtypes are known to be those that were learnt. Then the places
+                of all and the ends of each run tell the rest: within one storage, tensors of the
+                same sizes that start where they started cover what they covered.
         """
         if not self.positions:
             return []
         try:
             chosen: Any = self.pick(tensors)
-            if (
-                list(map(_numel, chosen)) != self.numels
-                or set(map(_dtype, chosen)) != FLOAT32
-                or not all(map(_is_contiguous, chosen))
-            ):
+            if not shaped and not self._are_alike(chosen):
                 return None
             addresses = np.fromiter(map(_address, chosen), np.int64, len(chosen))
-            if not np.array_equal(_gaps(addresses)[self.within], self.gaps[self.within]):
+            if (_gaps(addresses) != self.gaps)[self.within].any():
                 return None
-            # One storage is on one device: the first of each run speaks for its neighbours. And it
-            # has to be one storage still: torch refuses a view that would leave it.
-            firsts = [(chosen[start], numel, lane) for start, numel, lane in self.runs]
-            if not all(first.is_cpu for first, _, _ in firsts):
-                return None
-            return [
-                first.as_strided((numel // lane, lane), (lane, 1)) for first, numel, lane in firsts
-            ]
+            spans: list[Tensor] = []
+            for run in self.runs:
+                first, last = chosen[run.first], chosen[run.last]
+                # One storage is on one device: the first of each run speaks for its neighbours.
+                # And it has to be one storage still: torch refuses a view that would leave it.
+                if not (
+                    first.is_cpu
+                    and first.dtype is torch.float32
+                    and last.dtype is torch.float32
+                    and last.is_contiguous()
+                    and last.numel() == self.numels[run.last]
+                ):
+                    return None
+                spans.append(first.as_strided(run.shape, (run.shape[1], 1)))
+            return spans
         except (TypeError, AttributeError, RuntimeError):  # missing now, or without an address
             return None
+
+    def _are_alike(self, chosen: Sequence[Tensor]) -> bool:
+        return (
+            list(map(_numel, chosen)) == self.numels
+            and set(map(_dtype, chosen)) == FLOAT32
+            and all(map(_is_contiguous, chosen))
+        )
 
 
 def is_eligible(tensor: Tensor) -> bool:
@@ -107,13 +139,13 @@ class Neighbours:
         self._known: Arrangement | None = None
         self._misses = 0
 
-    def find(self, tensors: Sequence[Tensor | None]) -> Together | None:
-        """The tensors that have a neighbour; None where none has."""
+    def find(self, tensors: Sequence[Tensor | None], *, shaped: bool = False) -> Together | None:
+        """The tensors that have a neighbour; None where none has. For ``shaped`` see ``spans``."""
         if self._misses > PATIENCE:
             return None
         known, spans = self._known, None
         if known is not None:
-            spans = known.spans(tensors)
+            spans = known.spans(tensors, shaped=shaped)
         if known is None or spans is None:
             self._misses += known is not None
             known = self._known = learn(tensors)
@@ -144,7 +176,7 @@ class Together:
         partials = [torch.linalg.vector_norm(span, norm_type, dim=1) for span in self.spans]
         powers = torch.cat(partials).double()
         if norm_type == 2.0:
-            powers = powers * powers
+            powers.mul_(powers)
         sums = torch.segment_reduce(powers, "sum", lengths=known.lengths, unsafe=True)
         least = known.least if norm_type == 2.0 else 0.0
         low, high = torch.aminmax(sums - least)
@@ -152,7 +184,7 @@ class Together:
         if not (low.item() > 0.0 and high.item() < math.inf):  # so that NaN is doubtful too
             sound = (sums > least) & torch.isfinite(sums)
             doubtful = known.index[~sound].tolist()
-        return sums if norm_type == 1.0 else sums.sqrt(), doubtful
+        return sums if norm_type == 1.0 else sums.sqrt_(), doubtful
 
 
 def learn(tensors: Sequence[Tensor | None]) -> Arrangement:
@@ -165,10 +197,7 @@ def learn(tensors: Sequence[Tensor | None]) -> Arrangement:
         and tensor.numel() % SHORTEST_LANE == 0
         and is_eligible(tensor)
     )
-    found: list[tuple[int, int, int]] = []
-    runs: list[tuple[int, int, int]] = []
-    within: list[bool] = []
-    lengths: list[int] = []
+    together: list[tuple[list[tuple[int, int, int]], int]] = []
     start = 0
     while start < len(eligible):
         address, numel, position = eligible[start]
@@ -179,17 +208,25 @@ def learn(tensors: Sequence[Tensor | None]) -> Arrangement:
         run = eligible[start:stop]
         total = (end - address) // 4
         if len(run) > 1 and _holds(tensors[position], total):
-            lane = math.gcd(LANE, *(each[1] for each in run))
-            runs.append((len(found), total, lane))
-            found += run
-            within += [True] * (len(run) - 1) + [False]
-            lengths += [each[1] // lane for each in run]
+            together.append((run, total))
         start = stop
+    found: list[tuple[int, int, int]] = []
+    runs: list[Run] = []
+    within: list[bool] = []
+    lengths: list[int] = []
+    for run, total in sorted(together, key=lambda each: each[0][0][2]):  # in order of the tensors
+        lane = math.gcd(LANE, *(each[1] for each in run))
+        runs.append(Run(len(found), len(found) + len(run) - 1, (total // lane, lane)))
+        found += run
+        within += [True] * (len(run) - 1) + [False]
+        lengths += [each[1] // lane for each in run]
     positions = tuple(position for _, _, position in found)
+    sorted_already = all(map(operator.lt, positions, positions[1:]))
     return Arrangement(
         positions=positions,
         pick=operator.itemgetter(*(positions or (0,))),
-        order=torch.tensor(np.argsort(positions)) if len(positions) == len(tensors) else None,
+        complete=len(positions) == len(tensors),
+        order=None if sorted_already else torch.tensor(np.argsort(positions)),
         numels=[numel for _, numel, _ in found],
         gaps=_gaps(np.array([address for address, _, _ in found], dtype=np.int64)),
         runs=tuple(runs),

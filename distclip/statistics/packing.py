@@ -56,7 +56,7 @@ class Measurement:
         troubled: one element, >= 1 if any rank ran into an error, else > 0 if any has a gradient
             that must be redistributed.
         passengers: what else was summed along; None where nothing travelled.
-        troubled: 0-dim, > 0 if any rank ran into an error.
+        in_range: whether powers of the norms stay in float64's range.
         loss: 0-dim, mean of the losses that ranks gave, NaN for none; None where not asked for.
     """
 
@@ -70,6 +70,7 @@ class Measurement:
     smallest: Tensor
     troubled: Tensor
     passengers: Tensor | None
+    in_range: bool
     loss: Tensor | None = None
 
 
@@ -163,7 +164,8 @@ def reduce(
     ``passengers``, float64 of any shape, are summed along where something is reduced.
     """
     group = plan.group if request.reduced else None
-    packet = Packet(group, wide=_wide(plan.dtypes, (*request.unit_orders, *request.weight_orders)))
+    wide = _wide(plan.dtypes, (*request.unit_orders, *request.weight_orders))
+    packet = Packet(group, wide=wide)
     kinds: dict[str, Mapping[float, Tensor]] = {
         "norms": measured.norms,
         "raw": measured.raw,
@@ -213,6 +215,7 @@ def reduce(
         smallest=got["smallest"].min() if "smallest" in got else decided.smallest,
         troubled=got["trouble"],
         passengers=got.get("passengers"),
+        in_range=True not in wide.values(),
         loss=got["loss"][0] / got["loss"][1] if "loss" in got else None,
     )
 

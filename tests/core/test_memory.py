@@ -36,7 +36,7 @@ def drive(
     state, actions, states = policy.init(infos), [], []
     for step, row in enumerate(table):
         loss = None if losses is None else torch.tensor(float(losses[step]), dtype=torch.float64)
-        (action, *_), state = policy.update(Statistics(infos, {2.0: row}, {}, loss), state)
+        (action, *_), state = policy.update(Statistics(infos, {2.0: row}, loss=loss), state)
         actions.append(action)
         states.append(state)
     return actions, states

@@ -38,9 +38,9 @@ def check(tensors: Sequence[Tensor | None], known: Neighbours, order: float = 2.
 def test_neighbours_are_found_and_no_boundary_cuts_a_lane() -> None:
     known = learn(buffer())
     # The one of 7 elements shares no lane, and parts the buffer in two.
-    assert [known.positions[start] for start, _, _ in known.runs] == [0, 6]
-    assert [numel for _, numel, _ in known.runs] == [64 + 2048 + 32 + 4096 + 96, 512 + 64]
-    assert [lane for _, _, lane in known.runs] == [32, 64]
+    assert [known.positions[run.first] for run in known.runs] == [0, 6]
+    sizes = [64 + 2048 + 32 + 4096 + 96, 512 + 64]
+    assert [run.shape for run in known.runs] == [(sizes[0] // 32, 32), (sizes[1] // 64, 64)]
     assert 5 not in known.positions
 
 
@@ -89,6 +89,35 @@ def test_what_only_one_check_can_tell_is_noticed(second: Callable[[Tensor], Tens
     known = Neighbours()
     check([flat[:64], flat[64:128]], known)
     check([flat[:64], second(flat)], known)
+
+
+def half(tensor: Tensor) -> Tensor:
+    """As many elements at the same place, of another dtype."""
+    return tensor.view(torch.float16)[: tensor.numel()]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        pytest.param(lambda flat: [flat[:64], flat[128:192], flat[192:256]], id="further on"),
+        pytest.param(lambda flat: [flat[64:128], flat[:64], flat[128:192]], id="swapped"),
+        pytest.param(lambda flat: [flat[:64], flat[64:128], flat[128:256]], id="a longer last one"),
+        pytest.param(lambda flat: [flat[:64], flat[64:128], flat[128:256:2]], id="gaps at the end"),
+        pytest.param(lambda flat: [flat[:64], None, flat[128:192]], id="missing"),
+        pytest.param(lambda flat: list(flat.double()[:192].split(64)), id="of another dtype"),
+        pytest.param(lambda flat: [half(flat[:64]), flat[64:128], flat[128:192]], id="first half"),
+        pytest.param(lambda flat: [flat[:64], flat[64:128], half(flat[128:192])], id="last half"),
+    ],
+)
+def test_where_shapes_are_known_places_tell_the_rest(
+    changed: Callable[[Tensor], list[Tensor | None]],
+) -> None:
+    """What the parameters' specs cannot say about gradients: where they lie."""
+    flat = torch.rand(256) + 1.0
+    known = learn(list(flat[:192].split(64)))
+    assert known.spans(list(flat[:192].split(64)), shaped=True) is not None
+    assert known.spans(list((flat * 2)[:192].split(64)), shaped=True) is not None
+    assert known.spans(changed(flat), shaped=True) is None
 
 
 def test_a_missing_gradient_is_noticed() -> None:

@@ -226,7 +226,7 @@ class Reference:
 def counted(handle: Any) -> list[int]:
     """The number of each report that the sinks of this attachment are given from now on."""
     steps: list[int] = []
-    handle._next_sinks = lambda: ((lambda step, report: steps.append(step)),)
+    handle._clippers.next_sinks = lambda: ((lambda step, report: steps.append(step)),)
     return steps
 
 
@@ -429,7 +429,7 @@ def test_a_list_of_what_has_a_gradient_is_the_whole_model() -> None:
         optimizer.step()
 
     assert reports == [0, 1, 2, 3]
-    assert len(handle._clippers) == 1
+    assert len(handle._clippers.known) == 1
 
 
 @pytest.mark.ranks(2)
@@ -643,7 +643,7 @@ def test_two_models(order: str, tmp_path: Path) -> None:
         assert [line["step"] for line in lines] == [0, 2]
         assert set(lines[0]["parameters"]) == set(whole(plains[0]))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["clip.2.jsonl", "clip.jsonl"]
-    assert len(handle._clippers) == 2
+    assert len(handle._clippers.known) == 2
 
 
 def test_parameters_of_models_that_share_names_are_told_apart() -> None:

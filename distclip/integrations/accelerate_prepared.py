@@ -1,0 +1,165 @@
+"""What an ``Accelerator`` has prepared: models and optimizers, and what they call parameters."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Container, Iterable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import DistributedType
+from torch import Tensor
+from torch.optim import Optimizer
+
+from distclip.errors import DistclipError
+from distclip.layouts.names import named_parameters
+from distclip.statistics import collectives
+
+_logger = logging.getLogger("distclip.accelerate")
+
+
+class Prepared:
+    """Questions about one ``Accelerator``, answered anew each time: more may be prepared later."""
+
+    def __init__(self, accelerator: Any) -> None:
+        self.accelerator = accelerator
+
+    def wrappers(self, optimizer: Optimizer) -> list[AcceleratedOptimizer]:
+        """The prepared optimizers around a torch optimizer, from outside to inside."""
+        found = []
+        for accelerated in self.accelerator._optimizers:
+            if isinstance(accelerated, AcceleratedOptimizer):
+                chain = [accelerated]
+                while isinstance(chain[-1].optimizer, AcceleratedOptimizer):
+                    chain.append(chain[-1].optimizer)
+                if chain[-1].optimizer is optimizer:
+                    found += chain
+        return found
+
+    def owners(self, parameters: list[Tensor]) -> list[AcceleratedOptimizer]:
+        """The prepared optimizers that step any of these."""
+        wanted = set(map(id, parameters))
+        return [
+            accelerated
+            for accelerated in self.accelerator._optimizers
+            if not isinstance(accelerated.optimizer, AcceleratedOptimizer)
+            and not wanted.isdisjoint(map(id, parameters_of(accelerated.optimizer)))
+        ]
+
+    def stepped(self) -> dict[Tensor, None]:
+        """All parameters of all prepared optimizers, each once."""
+        return {
+            parameter: None
+            for accelerated in self.accelerator._optimizers
+            for parameter in parameters_of(accelerated.optimizer)
+        }
+
+    def chosen(self, listed: list[Tensor], known: Container[frozenset[int]]) -> list[Tensor]:
+        """The parameters that a call means, by their part in the model and not in this step.
+
+        Frozen ones are left out. Where only parameters without a gradient are missing (``if p.grad
+        is not None``) the whole model is meant: so the list, and with it the policy's state, does
+        not depend on what happens to be there.
+        """
+        stepped = set(map(id, self.stepped()))
+
+        def trained(parameters: Iterable[Tensor]) -> dict[int, Tensor]:
+            return {id(p): p for p in parameters if p.requires_grad or id(p) in stepped}
+
+        wholes = [trained(model.parameters()) for model in self.accelerator._models]
+        chosen = trained(listed)
+        present = {key for whole in wholes for key, p in whole.items() if p.grad is not None}
+        sharded = self.accelerator.distributed_type == DistributedType.FSDP
+        if sharded and not getattr(self.accelerator, "is_fsdp2", False):
+            chosen, present = self._agreed(chosen, present)
+        if frozenset(chosen) in known:
+            return list(chosen.values())
+        for whole in wholes:
+            if chosen and chosen.keys() < whole.keys():
+                missing = whole.keys() - chosen.keys()
+                if missing.isdisjoint(present):
+                    return list(whole.values())
+        return list(chosen.values())
+
+    def _agreed(
+        self, chosen: dict[int, Tensor], present: set[int]
+    ) -> tuple[dict[int, Tensor], set[int]]:
+        """What all ranks together have chosen, and which gradients any of them has.
+
+        One small reduction per call, over the parameters that all ranks have in the same order.
+        """
+        known = {id(p): p for model in self.accelerator._models for p in model.parameters()}
+        known |= {id(p): p for p in self.stepped()}
+        group = collectives.default_group(None)
+        if group is None:
+            return chosen, present
+        device = collectives.device_for(group, self.accelerator.device)
+        flags = torch.tensor(
+            [[key in chosen for key in known], [key in present for key in known]],
+            dtype=torch.float64,
+            device=device,
+        )
+        listed, there = (collectives.all_reduce_max(flags, group) > 0).tolist()
+        agreed = {key: p for (key, p), flag in zip(known.items(), listed, strict=True) if flag}
+        unknown = {key: p for key, p in chosen.items() if key not in known}
+        return agreed | unknown, {key for key, flag in zip(known, there, strict=True) if flag}
+
+    def named(self, parameters: list[Tensor]) -> list[tuple[str, Tensor]]:
+        """Names as in the prepared models concerned; a number for a parameter that is in none."""
+        wanted = set(map(id, parameters))
+        concerned = [
+            model
+            for model in self.accelerator._models
+            if not wanted.isdisjoint(map(id, model.parameters()))
+        ]
+        names = {id(p): name for name, p in named_parameters(concerned)} if concerned else {}
+        unknown = sum(id(parameter) not in names for parameter in parameters)
+        if unknown and self.accelerator.is_main_process:
+            _logger.warning(
+                "%d of %d parameters are in no model that Accelerator.prepare was given; they are "
+                "called unnamed.0, unnamed.1, ..., which name patterns will not match",
+                unknown,
+                len(parameters),
+            )
+        return [
+            (names.get(id(parameter), f"unnamed.{position}"), parameter)
+            for position, parameter in enumerate(parameters)
+        ]
+
+    def groups(self, parameters: list[Tensor]) -> Any:
+        """The parameter groups of all optimizers that step these, in the shape of one optimizer."""
+        owners = self.owners(parameters)
+        return SimpleNamespace(
+            param_groups=[group for owner in owners for group in owner.optimizer.param_groups]
+        )
+
+
+def innermost(accelerated: AcceleratedOptimizer) -> Optimizer:
+    """The torch optimizer within."""
+    optimizer: Optimizer = accelerated
+    while isinstance(optimizer, AcceleratedOptimizer):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def parameters_of(optimizer: Optimizer) -> list[Tensor]:
+    """Those of all its groups."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def refuse_engines(accelerator: Any) -> None:
+    """Refuse what needs other hooks than these.
+
+    Raises:
+        DistclipError: DeepSpeed, XLA or Megatron-LM.
+    """
+    kind = accelerator.distributed_type
+    if kind == DistributedType.DEEPSPEED:
+        raise DistclipError(
+            "under DeepSpeed, Accelerate's clip_grad_norm_ runs after the update; distclip does "
+            "not support it yet. Remove distclip from this launch, or launch with DDP or FSDP"
+        )
+    if kind in (DistributedType.XLA, DistributedType.MEGATRON_LM):
+        raise DistclipError(f"distclip does not know how gradients are laid out under {kind.value}")
