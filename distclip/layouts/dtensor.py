@@ -239,6 +239,12 @@ def quick_gradients(holds: Sequence[Holder], specs: list[object]) -> list[Tensor
     return shards if same and set(map(type, shards)) == TENSOR else None
 
 
+def quick_weights(holds: Sequence[Holder]) -> list[Tensor] | None:
+    """All local weights at once; None where any of them needs a closer look."""
+    shards = list(map(_shard, [hold() for hold in holds]))
+    return shards if set(map(type, shards)) == TENSOR else None
+
+
 def are_strided(tensors: Sequence[Tensor | None]) -> bool:
     """Whether none of the tensors is sparse."""
     return set(map(_layout, tensors)) == STRIDED
