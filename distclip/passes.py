@@ -168,7 +168,7 @@ def _finished(
             reads = reads or any(m not in local for m in stage.members)
             continue
         orders.update(dict.fromkeys(sorted(stage.policy.needs.gradient_norms)))
-        reads = reads or bool(stage.policy.needs.gradient_norms)
+        reads = reads or bool(stage.policy.needs.gradient_norms) or stage.policy.needs.loss
         if stage.policy.needs.weight_norms:
             weight_orders.update(dict.fromkeys(sorted(stage.policy.needs.weight_norms)))
             weighted.update(plain)
@@ -181,6 +181,7 @@ def _finished(
         bounds=dict(draft.bounds),
         raw_orders=(shown,) if shown is not None and first and draft.bounds else (),
         reduced=reads or shown is not None,
+        loss=any(stage.policy.needs.loss for stage in draft.stages),
     )
     return Pass(tuple(draft.stages), request, local, dict(draft.late_clamps))
 

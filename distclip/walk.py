@@ -30,6 +30,7 @@ def walk(
     loss_scale: Tensor | None = None,
     replicas: ReplicaCheck | None = None,
     trouble: DistclipError | None = None,
+    loss: Tensor | None = None,
 ) -> Walked:
     """Measure, decide and act once over all the gradients of a plan.
 
@@ -40,6 +41,8 @@ def walk(
         loss_scale: 0-dim; the gradients are this many times too large, and stay so.
         replicas: what is to be compared between the ranks this time; reads on the host.
         trouble: what is wrong on this rank already; raised when all ranks have heard of it.
+        loss: float64 ``(2,)``, the sum of this rank's losses and their number; for a policy that
+            reads the loss.
 
     Raises:
         ReplicaDriftError: copies differ; on every rank, before any changes.
@@ -61,7 +64,14 @@ def walk(
         together = reads and request.reduced and program.plan.group is not None
         comparing = replicas if number == 0 else None
         measured, decided, measurement, packed = _measured(
-            program, number, request, loss_scale, comparing, together=together, trouble=trouble
+            program,
+            number,
+            request,
+            loss_scale,
+            comparing,
+            together=together,
+            trouble=trouble,
+            loss=loss,
         )
         if comparing is not None and packed is not None:
             summed = measurement.passengers
@@ -77,14 +87,12 @@ def walk(
             ledger.forget(walked.nonfinite)
         for position, stage in enumerate(one.stages):
             state = states.get(stage.path, {})
-            new = ledger.run(position, stage, state)
-            if bad and on_nonfinite == "skip":  # a dropped step leaves no trace in any state
-                stop = walked.nonfinite.any()
-                new = {key: torch.where(stop, state[key], value) for key, value in new.items()}
-            walked.states[stage.path] = new
+            walked.states[stage.path] = ledger.run(position, stage, state)
         walked.absorb(ledger)
         flags = walked.nonfinite if bad and on_nonfinite == "zero" and number == 0 else None
         act(program, measured, decided, ledger, walked.skipped, flags, loss_scale)
+    found = walked.nonfinite is not program.all_finite
+    walked.undo(states, dropped=found and on_nonfinite == "skip")
     return walked
 
 
@@ -97,6 +105,7 @@ def _measured(
     *,
     together: bool,
     trouble: DistclipError | None,
+    loss: Tensor | None,
 ) -> tuple[LocalMeasurement, LocalDecision, Measurement, Tensor | None]:
     """Measure and reduce; a second time where gradients had to be brought into place first."""
     plan, table, habits = program.plan, program.tables[number], program.memory.habits
@@ -108,6 +117,8 @@ def _measured(
             align_alone(plan)
             measured = measure(plan, request, table, program.memory)
         measured.trouble = measured.trouble or trouble
+        if request.loss:
+            measured.loss = program.no_loss if loss is None else loss
         if loss_scale is not None:
             measured.divide(loss_scale.double().to(plan.device))
         decided = decide_locally(program, number, measured)

@@ -32,6 +32,7 @@ class LocalMeasurement:
         present: pieces that have a gradient, with it.
         together: those of them that lie side by side in memory and were measured as one.
         misplaced: whether a gradient here has to be redistributed, by all ranks of its mesh.
+        loss: float64 ``(2,)``, the sum of the losses given on this rank, and how many those are.
     """
 
     norms: dict[float, Tensor] = field(default_factory=dict)
@@ -42,6 +43,7 @@ class LocalMeasurement:
     present: list[Tensor | None] = field(default_factory=list)
     together: Together | None = None
     misplaced: bool = False
+    loss: Tensor | None = None
 
     def divide(self, scale: Tensor) -> None:
         """Divide all gradient norms by a 0-dim loss scale."""

@@ -20,6 +20,7 @@ class Request:
         bounds: parameters to measure as if clamped to +-bound.
         raw_orders: orders to measure also without the clamping.
         reduced: whether anything has to be known on all ranks.
+        loss: whether the loss is averaged over ranks along with the norms.
     """
 
     orders: tuple[float, ...]
@@ -30,6 +31,7 @@ class Request:
     bounds: Mapping[int, float] = field(default_factory=dict)
     raw_orders: tuple[float, ...] = ()
     reduced: bool = True
+    loss: bool = False
 
     @property
     def unit_orders(self) -> tuple[float, ...]:
