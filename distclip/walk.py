@@ -17,7 +17,7 @@ from distclip.ledger import Ledger, Program, Round, States, Walked
 from distclip.passes import Pass
 from distclip.policies import UnitPolicy
 from distclip.replicas import ReplicaCheck
-from distclip.statistics.alignment import align_alone, align_together
+from distclip.statistics.alignment import align_alone, align_together, cannot_move
 from distclip.statistics.measurement import (
     LocalMeasurement,
     Request,
@@ -110,8 +110,11 @@ def _measured(
     while True:
         measured = measure(plan, request, program.memory)
         if measured.misplaced and not together:
-            align_alone(plan)
-            measured = measure(plan, request, program.memory)
+            if plan.group is None:
+                align_alone(plan)
+                measured = measure(plan, request, program.memory)
+            else:  # ranks that lack this gradient would not come along
+                measured.trouble = measured.trouble or cannot_move(plan)
         measured.trouble = measured.trouble or trouble
         if loss_scale is not None:
             measured.divide(loss_scale.double().to(plan.device))
