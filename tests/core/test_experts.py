@@ -116,6 +116,56 @@ def test_every_policy_on_declared_experts(idle: bool) -> None:
             )
 
 
+@pytest.mark.ranks(2, 3, 4, timeout=SECONDS)
+@pytest.mark.parametrize("idle", [False, True])
+def test_stacked_experts_on_a_mesh_of_their_own(idle: bool) -> None:
+    """Nothing beside them: `[E, out, in]` over a sub-mesh, its replicas counted once."""
+    mesh = expert_mesh()["ep"]
+    place, shape = mesh.get_local_rank(), (2 * mesh.size() - 1, 3, 5)
+    cut = functools.partial(
+        torch.distributed.tensor.distribute_tensor,
+        device_mesh=mesh,
+        placements=[torch.distributed.tensor.Shard(0)],
+        src_data_rank=None,
+    )
+    weight, gradient = randn(*shape, seed=1), randn(*shape, seed=2)
+    if idle:
+        gradient[2:4] = 0.0  # of place 1
+    for label, words in POLICIES.items():
+        p = nn.Parameter(cut(weight.clone()))
+
+        def give(p: nn.Parameter = p) -> list[nn.Parameter]:
+            p.grad = None if idle and place == 1 else cut(gradient.clone())
+            return [p]
+
+        want = expected(
+            words,
+            {"experts.weight": gradient.double().numpy()},
+            {"experts.weight": weight.double().numpy()},
+        )
+
+        def check(p: nn.Parameter, full: Any, label: str = label) -> None:
+            if idle and place == 1:
+                assert p.grad is None
+                return
+            mine = torch.from_numpy(full).chunk(mesh.size())[place]
+            assert isinstance(p.grad, DTensor)
+            ulps = ROUNDINGS.get(label, 1)
+            assert_rounded(p.grad.to_local(), mine.numpy(), ulps=ulps, coefficient_error=3e-7)
+
+        clipper = GradClipper([("experts.weight", p)], build(words), verify_replicas="never")
+        give()
+        with watch() as seen:
+            report = clipper.clip_()
+        assert set(seen.collective_names) == {"allreduce_"}, label
+        assert report.total_norm.item() == pytest.approx(want.total_norm, rel=1e-6), label
+        check(p, want.gradients["experts.weight"])
+        if label == "global":
+            norm = distclip.clip_grad_norm_(give(), 1.0)
+            assert norm.item() == pytest.approx(want.total_norm, rel=1e-6)
+            check(p, want.gradients["experts.weight"])
+
+
 def _expert_words(configuration: Any) -> Any:
     text = repr(configuration).replace("experts.*", "*.stacked").replace("conv*", "moe.0*")
     return eval(text, {"inf": math.inf})
