@@ -276,7 +276,7 @@ def _joint_norm(
     members = set(collectives.ranks_of(group))
     spread = [e.ranks is not None or bool(e.others) for e in entries]
     holders = [
-        declared.holders(entry, members) if has else 1
+        0 if entry.copy else declared.holders(entry, members) if has else 1
         for entry, has in zip(entries, spread, strict=True)
     ]
     shares = [1.0 / count if count else 0.0 for count in holders]
