@@ -92,7 +92,7 @@ def main() -> None:
     rows[2] *= 1e-25
     short = torch.randn(5, generator=generator)
     cpu = torch.device("cpu")
-    with pytest.raises(RuntimeError, match="same device|two devices"):  # it is strict
+    with pytest.raises(RuntimeError, match=r"same device|two devices"):  # it is strict
         torch.ones(2).to(there) + torch.ones(2)
     # So a layout has to bring such gradients from elsewhere, as an engine that offloads does.
     with pytest.raises(RuntimeError, match="same device"):
