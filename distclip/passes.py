@@ -172,6 +172,9 @@ def _finished(
         if stage.policy.needs.weight_norms:
             weight_orders.update(dict.fromkeys(sorted(stage.policy.needs.weight_norms)))
             weighted.update(plain)
+    # Autograd may leave the gradient of a replicated tensor Partial. To reduce it takes all ranks
+    # of the mesh, and one that lacks it has to hear of it: a flag travels, whatever else does.
+    moves = first and any(entry.replicated for entry in entries)
     request = Request(
         orders=tuple(orders),
         weight_orders=tuple(weight_orders),
@@ -180,7 +183,7 @@ def _finished(
         decided_locally=frozenset(local),
         bounds=dict(draft.bounds),
         raw_orders=(shown,) if shown is not None and first and draft.bounds else (),
-        reduced=reads or shown is not None,
+        reduced=reads or shown is not None or moves,
         loss=any(stage.policy.needs.loss for stage in draft.stages),
     )
     return Pass(tuple(draft.stages), request, local, dict(draft.late_clamps))

@@ -15,7 +15,7 @@ from distclip.errors import DistclipError, NonFiniteGradientError, UnsupportedGr
 from distclip.layouts.plan import Plan
 from distclip.ledger import Ledger, Program, Round, States, Walked
 from distclip.replicas import ReplicaCheck
-from distclip.statistics.alignment import align_alone, align_together
+from distclip.statistics.alignment import align_alone, align_together, cannot_move
 from distclip.statistics.measurement import LocalMeasurement, measure
 from distclip.statistics.packing import LocalDecision, Measurement, reduce
 from distclip.statistics.request import Request
@@ -114,8 +114,11 @@ def _measured(
     while True:
         measured = measure(plan, request, table, program.memory)
         if measured.misplaced and not together:
-            align_alone(plan)
-            measured = measure(plan, request, table, program.memory)
+            if plan.group is None:
+                align_alone(plan)
+                measured = measure(plan, request, table, program.memory)
+            else:  # ranks that lack this gradient would not come along
+                measured.trouble = measured.trouble or cannot_move(plan)
         measured.trouble = measured.trouble or trouble
         if request.loss:
             measured.loss = program.no_loss if loss is None else loss

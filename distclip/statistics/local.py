@@ -312,12 +312,13 @@ def _remeasure(
     """Measure the doubtful rows again in float64, but not those that are simply zero."""
     step = max(1, CHUNK // rows.shape[1])
     for indices in torch.split(doubtful.nonzero().flatten(), step):
-        part = rows.index_select(0, indices)
+        part = rows.index_select(0, indices.to(rows.device))
         largest = part.abs().amax(dim=1)
-        result[indices] = largest.double()
+        result[indices] = largest.double().to(result.device)
         rest = (largest != 0).nonzero().flatten()
         if len(rest):
-            result[indices[rest]] = _exact_row_norms(part[rest], norm_type, bound)
+            again = _exact_row_norms(part[rest], norm_type, bound)
+            result[indices[rest.to(indices.device)]] = again.to(result.device)
 
 
 def largest_magnitude(tensor: Tensor) -> Tensor:
