@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from distclip.layouts.plan import Plan
-from distclip.passes import Pass
+from distclip.passes import Group, Pass, grouped
 from distclip.policies import ParameterInfo, Scale, Skip, State, Statistics, UnitPolicy
 from distclip.policies._compose import Stage
-from distclip.statistics.measurement import Memory, UnitTable, combine_segments
+from distclip.statistics.measurement import Memory
 from distclip.statistics.packing import LocalDecision, Measurement
+from distclip.statistics.units import LocalUnits, UnitTable, combine_segments
 
 States = dict[str, State]
 """State of each stage that has one, by the stage's path."""
@@ -38,6 +39,16 @@ class Program:
     unit_counts: tuple[Tensor, ...]
     """Per pass, float64 ``(parameters,)``: how many units each has; 1 where it is one."""
     memory: Memory = field(default_factory=Memory)
+    _grouped: dict[int, tuple[Sequence[int], Sequence[Group]]] = field(default_factory=dict)
+
+    def groups(self, number: int, units: LocalUnits) -> Sequence[Group]:
+        """How the units on this rank are decided on in pass ``number``. Remembered."""
+        known = self._grouped.get(number)
+        if known is None or known[0] is not units.positions:
+            local = self.passes[number].local_units
+            found = grouped(self.plan, local, units.positions, units.counts)
+            known = self._grouped[number] = units.positions, found
+        return known[1]
 
     @cached_property
     def ones(self) -> Tensor:

@@ -20,7 +20,9 @@ from distclip.layouts.plan import Plan
 from distclip.statistics import collectives, local
 from distclip.statistics.alignment import MISPLACED
 from distclip.statistics.encoding import Encoding
-from distclip.statistics.measurement import LocalMeasurement, LocalUnits, Request, UnitTable
+from distclip.statistics.measurement import LocalMeasurement
+from distclip.statistics.request import Request
+from distclip.statistics.units import LocalUnits, UnitTable
 
 
 @dataclass(frozen=True)
