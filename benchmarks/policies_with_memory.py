@@ -149,7 +149,7 @@ def draw(numbers: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context({**STYLE, "font.size": 9}):
-        figure = Figure(figsize=(15, 6.4), layout="constrained")
+        figure = Figure(figsize=(15, 6.6), layout="constrained")
         panels = figure.subplots(
             3, len(POLICIES), sharex=True, sharey="row", height_ratios=(3, 3, 1.1), squeeze=False
         )
@@ -165,8 +165,8 @@ def draw(numbers: dict[str, Any], path: Path) -> None:
             _losses(panels[0][column], label, runs, colour)
             _norms(panels[1][column], runs[0], colour)
             _deeds(panels[2][column], runs, colour)
-        panels[0][0].set_ylabel("loss of the good batch (nats per byte)")
-        panels[1][0].set_ylabel("gradient norm, first seed")
+        panels[0][0].set_ylabel("training loss\n(nats per byte)")
+        panels[1][0].set_ylabel("gradient norm\n(first seed)")
         panels[2][0].set_ylabel("seed")
         figure.savefig(path, dpi=80)
 
@@ -194,7 +194,8 @@ def _norms(axes: Any, run: dict[str, Any], colour: str) -> None:
     axes.semilogy(applied, color=colour, linewidth=1.1, label="applied")
     for step in run["bad"]:
         axes.axvline(step, color=LOST, linewidth=0.6, alpha=0.6, zorder=0)
-    axes.legend(loc="lower left", handlelength=1.2, fontsize=8)
+    axes.set_ylim(0.15, 2e3)
+    axes.legend(loc="upper left", handlelength=1.2, fontsize=8, ncols=2)
 
 
 def _deeds(axes: Any, runs: list[Any], colour: str) -> None:

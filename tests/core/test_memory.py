@@ -160,6 +160,12 @@ def test_row_22_a_nan_does_not_make_every_step_skip(golden: dict[str, np.ndarray
     norms[60] = math.nan
     actions, _ = drive(policies.skip_spikes(16, 6.0, 8), norms)
     assert [step for step in skipped(actions) if 60 <= step < 77] == [60]
+    # Nor does it make the window deaf: spikes after it are skipped as without the NaN.
+    norms[70] = 1e3 * norms[69]
+    spiky = skipped(drive(policies.skip_spikes(16, 6.0, 8), norms)[0])
+    without = skipped(drive(policies.skip_spikes(16, 6.0, 8), np.delete(norms, 60))[0])
+    assert 70 in spiky
+    assert [step - (step > 60) for step in spiky if step != 60] == without
 
 
 def test_row_23_adagc_does_not_collapse_nor_freeze(golden: dict[str, np.ndarray]) -> None:
