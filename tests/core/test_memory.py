@@ -262,8 +262,8 @@ LONG: dict[str, Policy] = {
     "adagc": policies.adagc(max_growth=100.0),
     "skip_spikes": policies.skip_spikes(),
 }
-RUNS, STEPS = 20, 5_000
-"""Twenty runs of 5,000 steps side by side: 100,000 steps of each policy."""
+RUNS, STEPS = 50, 2_000
+"""Fifty runs of 2,000 steps side by side: 100,000 steps of each policy."""
 
 
 def bounds(label: str, seen: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

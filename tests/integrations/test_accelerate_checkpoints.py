@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,26 @@ def test_a_resumed_run_decides_as_one_that_was_not_stopped(layout: str, tmp_path
     assert steps(resumed, 6, 10) == want
     resumed[1].remove()
     assert not resumed[0]._save_model_state_pre_hook
+
+
+@pytest.mark.ranks(1, 2)
+def test_a_checkpoint_that_the_accelerator_does_not_make(tmp_path: Path) -> None:
+    """As Trainer's, whose callback would keep ``handle.state_dict()``."""
+    import torch
+
+    run = begin("ddp")
+    steps(run, 0, 6)
+    weights, moments = copy.deepcopy((run[2].state_dict(), run[3].state_dict()))
+    file = tmp_path / f"{run[0].process_index}.pt"
+    torch.save(run[1].state_dict(), file)
+    want = steps(run, 6, 9)
+    resumed = begin("ddp")
+    resumed[2].load_state_dict(weights)
+    resumed[3].load_state_dict(moments)
+    resumed[1].load_state_dict(torch.load(file, weights_only=True))
+    assert steps(resumed, 6, 9) == want
+    with pytest.raises(StateError, match="was given is no state of distclip"):
+        resumed[1].load_state_dict({"clippers": 3})
 
 
 @pytest.mark.ranks(1)
