@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import Replicate, distribute_tensor
 
 from distclip import ConfigurationError, GradClipper, policies
 from distclip.policies import ParameterInfo, Policy, Scale, Skip, Statistics
 from distclip.testing import memory as reference
+from tests.sharded import mesh_of
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "golden_stateful.npz"
 
@@ -373,6 +375,15 @@ def test_the_loss_is_judged_too() -> None:
         stepped(silent, parameter, 1.0)
     with pytest.raises(ConfigurationError, match=r"one number, got a tensor of shape \[2\]"):
         clipper.observe(torch.ones(2))
+
+
+@pytest.mark.ranks(2)
+def test_a_loss_that_is_spread_over_ranks_is_refused() -> None:
+    parameter = nn.Parameter(torch.zeros(2))
+    policy = policies.skip_spikes(window=16, min_history=4, loss=True)
+    clipper = GradClipper([("p", parameter)], policy)
+    with pytest.raises(ConfigurationError, match=r"loss\.full_tensor\(\)"):
+        clipper.observe(distribute_tensor(torch.tensor(1.0), mesh_of((2,), ("x",)), [Replicate()]))
 
 
 def test_the_reference_agrees_on_scripted_norms() -> None:
