@@ -20,7 +20,7 @@ from distclip.layouts import plan as plans
 from distclip.layouts.detect import describe, refuse_stepped_in_backward
 from distclip.layouts.names import Named, Target
 from distclip.layouts.piece import Described, Entry
-from distclip.ledger import Program, States
+from distclip.ledger import Apply, Program, States
 from distclip.passes import compile_passes, report_order
 from distclip.policies import ParameterInfo, Policy
 from distclip.policies._compose import stages
@@ -107,6 +107,7 @@ class GradClipper:
         self._step = 0
         self._attached: StepHandle | None = None
         self._states: States = {}
+        self._apply: Apply | None = None
         self._program = self._compile(optimizer)
 
     @property
@@ -184,6 +185,31 @@ class GradClipper:
             mode = "skip"
         return self._clip(mode, loss_scale)
 
+    def decide(
+        self, on_nonfinite: OnNonfinite, loss_scale: Tensor | None = None
+    ) -> tuple[ClipReport, Apply]:
+        """Measure and decide, and leave the acting to the caller; for integrations of engines.
+
+        DeepSpeed steps with fp32 copies of what is measured: clipped there, nothing is rounded to
+        the gradients' own dtype. What cannot wait (dropping, passes before the last) is done here.
+
+        Args:
+            on_nonfinite: in place of the clipper's own.
+            loss_scale: 0-dim; the measured gradients are this many times too large.
+
+        Returns:
+            The report, and a function that clips: of ``(position in the plan, gradient)`` pairs and
+            the loss scale that these gradients carry.
+        """
+        report = self._clip(on_nonfinite, loss_scale, later=True)
+        assert self._apply is not None  # `later` leaves it
+        return report, self._apply
+
+    @property
+    def plan(self) -> plans.Plan:
+        """The table of parameters, and where this rank's pieces of them lie."""
+        return self._plan
+
     def state_dict(self) -> dict[str, object]:
         """Plain values and tensors: the policy, its state by stage and name, the step count."""
         return {
@@ -215,7 +241,7 @@ class GradClipper:
             device = self._plan.device
             self._states[path] = {key: value.to(device) for key, value in saved.items()}
 
-    def _clip(self, mode: str, loss_scale: Tensor | None) -> ClipReport:
+    def _clip(self, mode: str, loss_scale: Tensor | None, *, later: bool = False) -> ClipReport:
         global in_use
         in_use = True
         if self._plan.group is not None:
@@ -228,9 +254,10 @@ class GradClipper:
                 loss_scale=loss_scale,
                 replicas=self._replicas if self._compares_now() else None,
                 trouble=self._trouble(),
+                later=later,
             )
             self._walks += 1
-            self._states = walked.states
+            self._states, self._apply = walked.states, walked.apply
             report = ClipReport(
                 names=self.names,
                 skipped=walked.skipped,

@@ -7,7 +7,7 @@ kept without another look at the gradients.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -20,6 +20,8 @@ from distclip.policies import ParameterInfo, Scale, Skip, State, Statistics, Uni
 from distclip.policies._compose import Stage
 from distclip.statistics.measurement import Memory, UnitTable, combine_segments
 from distclip.statistics.packing import LocalDecision, Measurement
+
+Apply = Callable[[Sequence[tuple[int, Tensor]], Tensor | None], None]
 
 States = dict[str, State]
 """State of each stage that has one, by the stage's path."""
@@ -313,6 +315,8 @@ class Walked:
         skipped: 0-dim bool.
         nonfinite: bool ``(parameters,)``.
         states: the new state of every stage.
+        apply: under ``later``, what is still to be done: called with ``(position, gradient)`` pairs
+            and the loss scale that those gradients carry, for any pieces at a time.
     """
 
     def __init__(self, program: Program, states: States) -> None:
@@ -320,6 +324,7 @@ class Walked:
         self.skipped = program.no_skip
         self.nonfinite = program.all_finite
         self.states = dict(states)
+        self.apply: Apply | None = None
         self._program: Program | None = program
         self._ledgers: list[Ledger] = []
 
@@ -367,7 +372,7 @@ class Walked:
         """With everything computed, and without the model and the books behind it."""
         for name in ("after", "coefficients", "smallest", "clipped", "threshold"):
             getattr(self, name)
-        return {**self.__dict__, "_program": None, "_ledgers": []}
+        return {**self.__dict__, "apply": None, "_program": None, "_ledgers": []}
 
     @property
     def _compiled(self) -> Program:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import cast
 
 import torch
@@ -24,6 +25,7 @@ from distclip.statistics.measurement import (
     combine_segments,
     measure,
 )
+from distclip.statistics.neighbours import Together
 from distclip.statistics.packing import LocalDecision, Measurement, reduce
 
 
@@ -35,6 +37,7 @@ def walk(
     loss_scale: Tensor | None = None,
     replicas: ReplicaCheck | None = None,
     trouble: DistclipError | None = None,
+    later: bool = False,
 ) -> Walked:
     """Measure, decide and act once over all the gradients of a plan.
 
@@ -45,6 +48,8 @@ def walk(
         loss_scale: 0-dim; the gradients are this many times too large, and stay so.
         replicas: what is to be compared between the ranks this time; reads on the host.
         trouble: what is wrong on this rank already; raised when all ranks have heard of it.
+        later: leave what the last pass decides to ``Walked.apply``, for engines that step with
+            other tensors than the measured ones. Earlier passes act here.
 
     Raises:
         ReplicaDriftError: copies differ; on every rank, before any changes.
@@ -89,7 +94,12 @@ def walk(
             walked.states[stage.path] = new
         walked.absorb(ledger)
         flags = walked.nonfinite if bad and on_nonfinite == "zero" and number == 0 else None
-        act(program, measured, decided, ledger, walked.skipped, flags, loss_scale)
+        apply = partial(act, program, decided, ledger, walked.skipped, flags)
+        if later and one is program.passes[-1]:
+            walked.apply = apply
+        else:
+            present = [(p, g) for p, g in enumerate(measured.present) if g is not None]
+            apply(present, loss_scale, measured.together)
     return walked
 
 
@@ -223,14 +233,26 @@ def decide_locally(program: Program, one: Pass, measured: LocalMeasurement) -> L
 
 def act(
     program: Program,
-    measured: LocalMeasurement,
     decided: LocalDecision,
     ledger: Ledger,
     skip: Tensor,
     dropped: Tensor | None,
-    loss_scale: Tensor | None,
+    present: Sequence[tuple[int, Tensor]],
+    loss_scale: Tensor | None = None,
+    together: Together | None = None,
 ) -> None:
-    """Change the local gradients as the ledger says."""
+    """Change local gradients as the ledger says.
+
+    Args:
+        program: the compiled policy.
+        decided: what this rank decided on whole units.
+        ledger: what was decided on all ranks.
+        skip: 0-dim bool: change nothing.
+        dropped: bool ``(parameters,)``: these gradients become 0.
+        present: ``(position of the piece in the plan, its gradient)``, of any pieces.
+        loss_scale: 0-dim; these gradients are this many times too large.
+        together: those of them that are neighbours in memory.
+    """
     plan = program.plan
     on_host = plan.device.type == "cpu"
     if on_host:
@@ -239,9 +261,8 @@ def act(
         if dropped is None and ledger.is_idle() and _all_one(decided):
             return
         if dropped is None and ledger.is_uniform() and not decided.coefficients:
-            _scale_all(measured, cast(Tensor, ledger.rounds[0].coefficients))
+            _scale_all(present, together, cast(Tensor, ledger.rounds[0].coefficients))
             return
-    present = [(p, g) for p, g in enumerate(measured.present) if g is not None]
     rows = torch.tensor([plan.pieces[p].index for p, _ in present], device=plan.device).long()
     if dropped is not None:
         inplace.zero_([gradient for _, gradient in present], dropped[rows])
@@ -270,16 +291,14 @@ def act(
             inplace.scale_([present[i][1] for i in whole], factors[chosen])
 
 
-def _scale_all(measured: LocalMeasurement, coefficient: Tensor) -> None:
-    """Multiply all gradients on the host by one number, neighbours in memory as one tensor."""
-    tensors: list[Tensor] = []
-    covered: Sequence[int] = ()
-    if measured.together is not None:
-        tensors += measured.together.spans
-        covered = measured.together.known.positions
-    if len(covered) < len(measured.present):
-        alone = set(range(len(measured.present))).difference(covered)
-        tensors += [g for p in alone if (g := measured.present[p]) is not None]
+def _scale_all(
+    present: Sequence[tuple[int, Tensor]], together: Together | None, coefficient: Tensor
+) -> None:
+    """Multiply gradients on the host by one number, neighbours in memory as one tensor."""
+    tensors = [] if together is None else list(together.spans)
+    covered = frozenset() if together is None else frozenset(together.known.positions)
+    if len(covered) < len(present):
+        tensors += [gradient for position, gradient in present if position not in covered]
     inplace.scale_(tensors, coefficient.expand(len(tensors)))
 
 
