@@ -200,7 +200,8 @@ class Attachment:
         self.outer = outer = engine.optimizer
         self.last_report: ClipReport | None = None
         self._apply: Apply | None = None
-        self._growth: bool | None = None
+        self._growth: Callable[[], Any] | None = None
+        self._scale, self._skips = 1.0, False
         self._extents = zero.extents(outer, _trained(engine))
         self._plain = isinstance(outer, Optimizer) and type(outer).__name__ not in zero.READERS
         self._inners: list[Optimizer] = [outer] if self._plain else [outer.optimizer]
@@ -293,7 +294,7 @@ class Attachment:
         self._switch_off()
         outer.overflow = False  # up to 0.19.5 never reset in fp32 and bf16
         self._scale = float(getattr(outer, "loss_scale", None) or 1.0)
-        self._growth = None
+        self._growth = None  # set by `_update_scale`, within the step
         wait = getattr(outer, "_wait_for_offload_copies", None)
         if wait is not None:
             wait()
@@ -306,12 +307,15 @@ class Attachment:
             result = original(*args, **kwargs)
         finally:
             self._apply = None
-        if self._growth is not None:
-            self._original_update_scale(self._growth)
+        self._grow()
         if self._skips:
             outer.overflow = True  # a skipped step for the engine, and none for its scheduler
         outer._global_grad_norm = report.total_norm
         return result
+
+    def _grow(self) -> None:
+        if self._growth is not None:
+            self._growth()
 
     def _before_inner_step(
         self,
@@ -364,11 +368,10 @@ class Attachment:
 
         So the growth waits until the step is done; and a step that a policy skips says nothing.
         """
-        self._original_update_scale = original
         if has_overflow and not self._skips:
             original(has_overflow)
         elif not self._skips:
-            self._growth = has_overflow
+            self._growth = functools.partial(original, has_overflow)
 
     # ---- checkpoints ---------------------------------------------------------------------
 

@@ -150,8 +150,8 @@ def extents(optimizer: Any, parameters: Sequence[Tensor]) -> list[tuple[Tensor, 
         ]
     raise UnsupportedGradientError(
         f"distclip does not know DeepSpeed's optimizer wrapper {type(optimizer).__module__}."
-        f"{kind}; it reads {', '.join(READERS)} and plain torch optimizers. Run without distclip, or with "
-        f"ZeRO stage 1, 2 or 3 without the option that brings this wrapper"
+        f"{kind}; it reads {', '.join(READERS)} and plain torch optimizers. Run without "
+        f"distclip, or with ZeRO stage 1, 2 or 3 without the option that brings this wrapper"
     )
 
 

@@ -1,0 +1,86 @@
+"""DeepSpeed, ZeRO 0 to 3, against the same training in one process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+pytest.importorskip("deepspeed")
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+import distclip
+from tests.core.test_matrix import build
+from tests.integrations.engines import (
+    Reference,
+    close,
+    engine_of,
+    json_of,
+    step,
+    weights_of,
+)
+
+GLOBAL = {"name": "global_norm", "max_norm": 0.5}
+POLICIES: dict[str, Any] = {
+    "global": GLOBAL,
+    "value": {"name": "value", "clip_value": 0.05},
+    "agc": {"name": "agc", "clip_factor": 0.05},
+    "group": {"name": "group_norm", "max_norm": 0.4},
+    "chain": [
+        {"name": "agc", "clip_factor": 0.1},
+        {"name": "value", "clip_value": 0.02},
+        {"name": "global_norm", "max_norm": 0.1},
+    ],
+}
+
+
+def compare(
+    policy: Any,
+    document: dict[str, Any],
+    kind: str = "fp32",
+    optimizer: str = "sgd",
+    *,
+    groups: bool = False,
+    micro: int = 1,
+    steps: int = 10,
+    norm_error: float = 1e-6,
+    weight_error: float = 1e-6,
+) -> None:
+    """Norms at every step and weights after the last, against the reference."""
+    engine = engine_of(document, kind, optimizer, groups)
+    try:
+        handle = distclip.deepspeed.attach(engine, build(policy))
+        reference = Reference(policy, kind, optimizer, groups=groups, micro=micro)
+        for number in range(steps):
+            step(engine, number, micro)
+            want = reference.step(number)
+            report = handle.last_report
+            assert report is not None
+            scale = want.total_norm
+            for name, norm in report.parameter_norms.items():
+                error = abs(norm - want.parameter_norms[name])
+                assert error <= norm_error * scale, (number, name, norm, want.parameter_norms[name])
+            shown = float(engine.get_global_grad_norm())
+            assert shown == pytest.approx(want.total_norm, rel=norm_error)
+            assert engine.was_step_applied()
+        assert engine.skipped_steps == 0
+        whole = reference.weights()
+        for name, weight in weights_of(engine).items():
+            error = float((weight - whole[name]).abs().max())
+            assert error <= weight_error * max(1.0, float(whole[name].abs().max())), (name, error)
+    finally:
+        close(engine)
+
+
+@pytest.mark.ranks(2, 3, 4, timeout=240)
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_every_policy_in_fp32(stage: int, world_size: int) -> None:
+    for label, policy in POLICIES.items():
+        if world_size != 3 and label in ("value", "group"):
+            continue
+        try:
+            compare(policy, json_of(stage), groups=label == "group", norm_error=2e-6)
+        except Exception as error:
+            raise AssertionError(f"policy {label!r}: {error}") from error
