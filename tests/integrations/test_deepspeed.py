@@ -5,11 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
-import torch.distributed as dist
 
 pytest.importorskip("deepspeed")
-pytestmark = pytest.mark.filterwarnings("ignore")
 
 import distclip
 from tests.core.test_matrix import build
@@ -21,6 +18,8 @@ from tests.integrations.engines import (
     step,
     weights_of,
 )
+
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 GLOBAL = {"name": "global_norm", "max_norm": 0.5}
 POLICIES: dict[str, Any] = {
