@@ -198,8 +198,7 @@ class GradClipper:
             loss_scale: 0-dim; the measured gradients are this many times too large.
 
         Returns:
-            The report, and a function that clips: of ``(position in the plan, gradient)`` pairs and
-            the loss scale that these gradients carry.
+            The report, and what is still to be done.
         """
         report = self._clip(on_nonfinite, loss_scale, later=True)
         assert self._apply is not None  # `later` leaves it

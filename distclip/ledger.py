@@ -7,9 +7,10 @@ kept without another look at the gradients.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,8 +21,6 @@ from distclip.policies import ParameterInfo, Scale, Skip, State, Statistics, Uni
 from distclip.policies._compose import Stage
 from distclip.statistics.measurement import Memory, UnitTable, combine_segments
 from distclip.statistics.packing import LocalDecision, Measurement
-
-Apply = Callable[[Sequence[tuple[int, Tensor]], Tensor | None], None]
 
 States = dict[str, State]
 """State of each stage that has one, by the stage's path."""
@@ -305,6 +304,23 @@ class Ledger:
         self.total = total
 
 
+class Apply(Protocol):
+    """What a walk has decided and not done, for tensors that are not the measured ones."""
+
+    def __call__(
+        self, present: Sequence[tuple[int, Tensor]], loss_scale: Tensor | None = None
+    ) -> None:
+        """Clip these ``(position of the piece in the plan, gradient)`` pairs, of any pieces.
+
+        Only where :meth:`factor` gives None.
+        """
+        ...
+
+    def factor(self) -> float | Tensor | None:
+        """The number, or 0-dim tensor, that everything is multiplied by; None: it is not so."""
+        ...
+
+
 class Walked:
     """What one walk found and did. All tensors on the plan's device.
 
@@ -315,8 +331,7 @@ class Walked:
         skipped: 0-dim bool.
         nonfinite: bool ``(parameters,)``.
         states: the new state of every stage.
-        apply: under ``later``, what is still to be done: called with ``(position, gradient)`` pairs
-            and the loss scale that those gradients carry, for any pieces at a time.
+        apply: under ``later``, what is still to be done.
     """
 
     def __init__(self, program: Program, states: States) -> None:

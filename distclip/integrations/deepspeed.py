@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import os
 import warnings
 import weakref
@@ -19,7 +20,6 @@ from typing import Any
 
 import deepspeed
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -80,7 +80,7 @@ def attach(engine: Any, policy_or_config: PolicyOrConfig | None = None) -> Attac
             "this DeepSpeed engine has a distclip policy already, from an earlier attach() or from "
             "`distclip run`; call remove() on the first handle, or start without `distclip run`"
         )
-    return Attachment(engine, configured(_json_of(engine._config), policy_or_config))
+    return Attachment(engine, _configured(engine, policy_or_config))
 
 
 def enable(module: ModuleType, config: Config | None) -> None:
@@ -95,28 +95,42 @@ def enable(module: ModuleType, config: Config | None) -> None:
     @functools.wraps(original)
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         given = kwargs.get("config_class")
-        if given is None:  # told before the engine is built, where that is possible
+        if given is None:  # mistakes are told before the engine is built, where that is possible
             given = next((a for a in args if hasattr(a, "_param_dict")), None)
         if given is not None:
             configured(_json_of(given), config)
         original(self, *args, **kwargs)
-        if self.optimizer is not None and hasattr(self.optimizer, "step"):
-            Attachment(self, configured(_json_of(self._config), config))
+        if hasattr(self.optimizer, "step"):  # an engine for inference has nothing to clip
+            Attachment(self, _configured(self, config))
 
     module.DeepSpeedEngine.__init__ = init
 
 
+def _configured(engine: Any, policy_or_config: PolicyOrConfig | None) -> Config:
+    config = configured(_json_of(engine._config), policy_or_config)
+    if config is None:
+        raise ConfigurationError(
+            f'no policy: the DeepSpeed JSON has neither a "{SECTION}" section nor '
+            f'"{CLIPPING}" > 0; write "{SECTION}": {{"policy": {{"name": "global_norm", '
+            f'"max_norm": 1.0}}}}'
+        )
+    return config
+
+
 def configured(
     document: Mapping[str, Any], policy_or_config: PolicyOrConfig | None = None
-) -> Config:
+) -> Config | None:
     """The one configuration that is meant, by a DeepSpeed JSON and what else was given.
 
     Args:
         document: the JSON, as a mapping.
         policy_or_config: what was given beside it; it also replaces ``gradient_clipping``.
 
+    Returns:
+        None: there is none.
+
     Raises:
-        ConfigurationError: none, several, or a bad one.
+        ConfigurationError: several, or a bad one; names the key and the mend.
     """
     section, clipping = document.get(SECTION), document.get(CLIPPING)
     for key, value in document.items():
@@ -151,11 +165,7 @@ def configured(
         _refuse_auto(section, SECTION)
         return load(section, name=f"DeepSpeed JSON: {SECTION}")
     if off:
-        raise ConfigurationError(
-            f'no policy: the DeepSpeed JSON has neither a "{SECTION}" section nor '
-            f'"{CLIPPING}" > 0; write "{SECTION}": {{"policy": {{"name": "global_norm", '
-            f'"max_norm": 1.0}}}}'
-        )
+        return None
     if isinstance(clipping, bool) or not isinstance(clipping, (int, float)) or not clipping > 0:
         raise ConfigurationError(
             f'DeepSpeed JSON: {CLIPPING}: must be a number > 0, got {clipping!r}; "auto" has a '
@@ -200,16 +210,15 @@ class Attachment:
         self.outer = outer = engine.optimizer
         self.last_report: ClipReport | None = None
         self._apply: Apply | None = None
+        self._factor: float | Tensor | None = 1.0
         self._growth: Callable[[], Any] | None = None
-        self._scale, self._skips = 1.0, False
+        self._scale, self._skips, self._overflowed = 1.0, False, False
         self._extents = zero.extents(outer, _trained(engine))
         self._plain = isinstance(outer, Optimizer) and type(outer).__name__ not in zero.READERS
         self._inners: list[Optimizer] = [outer] if self._plain else [outer.optimizer]
         backup = getattr(outer, "backup_optimizer", None)
         if backup is not None:
             self._inners.append(backup)
-        _mark_experts(engine)
-        self._extents = zero.extents(outer, _trained(engine))
         for parameter, extent in self._extents:
             zero.mark(parameter, extent)
         self.clipper = GradClipper(
@@ -219,6 +228,7 @@ class Attachment:
             on_nonfinite=config.on_nonfinite,
             sinks=sinks_of(config),
             norms=config.norms,
+            verify_replicas=config.verify_replicas,
         )
         self._cuts: dict[int, list[tuple[int, zero.Cut]]] = {}
         for position, piece in enumerate(self.clipper.plan.pieces):
@@ -248,9 +258,10 @@ class Attachment:
             handle.remove()
         for parameter, _ in self._extents:
             zero.mark(parameter, None)
-        self.engine._config.gradient_clipping, clip_grad = self._clipping
-        if clip_grad is not None:
-            self.outer.clip_grad = clip_grad
+        self._switch_on()
+        if self._plain:
+            for name in ("overflow", "_global_grad_norm"):
+                self.outer.__dict__.pop(name, None)
         self.engine._distclip = None
 
     # ---- the step ------------------------------------------------------------------------
@@ -264,14 +275,21 @@ class Attachment:
             return
         outer = self.outer
         self._replace(outer, "step", self._step)
-        if hasattr(outer, "_update_scale"):
-            self._replace(outer, "_update_scale", self._update_scale)
-        if hasattr(outer, "scaled_global_norm"):
-            self._replace(outer, "scaled_global_norm", lambda original, *a, **k: self._scaled())
-        if hasattr(outer, "_get_norm_groups"):
-            self._replace(outer, "_get_norm_groups", lambda original: [self._scaled()])
-        if type(outer).__name__ in ("DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3"):
-            self._replace(outer, "has_overflow", lambda original, *a, **k: self._overflow())
+        # Its own passes over all gradients, and their all-reduces, for what we know already.
+        replacements: dict[str, Callable[..., Any]] = {
+            "_update_scale": self._update_scale,
+            "scaled_global_norm": lambda original, *a, **k: self._scaled(),
+            "_get_norm_groups": lambda original: [self._scaled()],
+            "get_grads_for_norm": self._for_norm,
+        }
+        for name, ours in replacements.items():
+            if hasattr(outer, name):
+                self._replace(outer, name, ours)
+        if type(outer).__name__.startswith("DeepSpeedZeroOptimizer"):
+            self._replace(outer, "has_overflow", lambda original, *a, **k: self._overflowed)
+        if hasattr(outer, "overflow_checker"):
+            checker = outer.overflow_checker
+            self._replace(checker, "check", lambda original, *a, **k: self._overflowed)
 
     def _replace(self, owner: Any, name: str, function: Callable[..., Any]) -> None:
         original = getattr(owner, name)
@@ -289,33 +307,44 @@ class Attachment:
         if hasattr(self.outer, "clip_grad"):
             self.outer.clip_grad = 0.0
 
+    def _switch_on(self) -> None:
+        self.engine._config.gradient_clipping, clip_grad = self._clipping
+        if clip_grad is not None:
+            self.outer.clip_grad = clip_grad
+
     def _step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         outer = self.outer
         self._switch_off()
         outer.overflow = False  # up to 0.19.5 never reset in fp32 and bf16
-        self._scale = float(getattr(outer, "loss_scale", None) or 1.0)
-        self._growth = None  # set by `_update_scale`, within the step
         wait = getattr(outer, "_wait_for_offload_copies", None)
         if wait is not None:
             wait()
-        mode: OnNonfinite = "pass" if self._leaves_overflow() else self.config.on_nonfinite
-        loss_scale = None if self._scale == 1.0 else torch.tensor(self._scale)
-        report, self._apply = self.clipper.decide(mode, loss_scale)
-        self.last_report = report
-        self._skips = bool(report.skipped)
+        report = self._decide(float(getattr(outer, "loss_scale", None) or 1.0))
         try:
             result = original(*args, **kwargs)
         finally:
             self._apply = None
-        self._grow()
+        if self._growth is not None:
+            self._growth()
         if self._skips:
             outer.overflow = True  # a skipped step for the engine, and none for its scheduler
         outer._global_grad_norm = report.total_norm
         return result
 
-    def _grow(self) -> None:
-        if self._growth is not None:
-            self._growth()
+    def _decide(self, scale: float) -> ClipReport:
+        # Under a dynamic loss scale an overflow is a part of finding the scale, no error.
+        dynamic = bool(getattr(self.outer, "dynamic_loss_scale", False))
+        self._growth = None  # set by `_update_scale`, within the step
+        mode: OnNonfinite = "skip" if dynamic else self.config.on_nonfinite
+        loss_scale = None if scale == 1.0 else torch.tensor(scale)
+        report, self._apply = self.clipper.decide(mode, loss_scale)
+        self.last_report, self._scale = report, scale
+        # Left to DeepSpeed are an overflow under a dynamic scale, and all of them under "pass".
+        left = dynamic or mode == "pass"
+        self._overflowed = left and not math.isfinite(float(report.total_norm))
+        self._skips = bool(report.skipped) and not self._overflowed
+        self._factor = self._apply.factor()
+        return report
 
     def _before_inner_step(
         self,
@@ -333,27 +362,20 @@ class Attachment:
             return report
         if self._apply is None:
             return None
-        gradients: list[tuple[int, Tensor]] = []
-        for group in optimizer.param_groups:
-            for owner in group["params"]:
-                if owner.grad is not None:
-                    flat = owner.grad.view(-1)
-                    gradients += [
-                        (at, cut.of_owner(flat)) for at, cut in self._cuts.get(id(owner), ())
-                    ]
-        if gradients and not self._skips:
-            self._apply(gradients, None)
+        owners = [p for group in optimizer.param_groups for p in group["params"]]
+        owners = [owner for owner in owners if owner.grad is not None]
+        if self._factor is None:
+            self._apply(
+                [
+                    (position, cut.of_owner(owner.grad))
+                    for owner in owners
+                    for position, cut in self._cuts.get(id(owner), ())
+                ]
+            )
+        elif isinstance(self._factor, Tensor) or self._factor != 1.0:
+            for owner in owners:
+                owner.grad.mul_(self._factor)
         return self.last_report
-
-    def _leaves_overflow(self) -> bool:
-        """Under a dynamic loss scale an overflow is a part of finding the scale, no error."""
-        return bool(getattr(self.outer, "dynamic_loss_scale", False))
-
-    def _overflow(self) -> bool:
-        """In place of a pass over all gradients and an all-reduce: we have looked already."""
-        assert self.last_report is not None  # set at the entry of the step
-        leaves = self._leaves_overflow() or self.config.on_nonfinite == "pass"
-        return leaves and bool(self.last_report.nonfinite)
 
     def _scaled(self) -> Tensor:
         """What DeepSpeed's own norm pass would give."""
@@ -363,14 +385,22 @@ class Attachment:
             norm = torch.nan_to_num(norm, nan=1.0, posinf=1.0)
         return norm.float().to(getattr(self.outer, "device", "cpu"))
 
+    def _for_norm(self, original: Callable[..., Any], for_clipping: bool = False) -> Any:
+        """BF16_Optimizer takes the norm of these, and up to 0.18 demands that it be > 0."""
+        if for_clipping:
+            return original(for_clipping)
+        return [self._scaled().clamp(min=torch.finfo(torch.float32).tiny)], {}
+
     def _update_scale(self, original: Callable[..., Any], has_overflow: bool = False) -> None:
         """DeepSpeed unscales with the scale as it is *after* growing, and halves that step.
 
         So the growth waits until the step is done; and a step that a policy skips says nothing.
         """
-        if has_overflow and not self._skips:
+        if self._skips:
+            return
+        if has_overflow:
             original(has_overflow)
-        elif not self._skips:
+        else:
             self._growth = functools.partial(original, has_overflow)
 
     # ---- checkpoints ---------------------------------------------------------------------
@@ -378,7 +408,6 @@ class Attachment:
     def _save(
         self, original: Callable[..., Any], save_dir: Any, tag: Any = None, *a: Any, **k: Any
     ) -> Any:
-        result = original(save_dir, tag, *a, **k)
         engine = self.engine
         local = getattr(engine, "use_node_local_storage", bool)()
         if (engine.local_rank if local else engine.global_rank) == 0:
@@ -387,7 +416,11 @@ class Attachment:
             )
             os.makedirs(folder, exist_ok=True)
             torch.save(self.clipper.state_dict(), os.path.join(folder, STATE_FILE))
-        return result
+        self._switch_on()  # DeepSpeed keeps its clip_grad there: a run without distclip needs it
+        try:
+            return original(save_dir, tag, *a, **k)
+        finally:
+            self._switch_off()
 
     def _load(
         self, original: Callable[..., Any], load_dir: Any, tag: Any = None, *a: Any, **k: Any
@@ -451,7 +484,8 @@ def _refuse(engine: Any) -> None:
         in inner,
         "fp16 under torch.autocast scales inside of the step": getattr(
             outer, "torch_autocast_gradscaler", None
-        ),
+        )
+        or getattr(engine, "torch_autocast_z0_gradscaler", None),
         "tensor parallelism (mpu) was not run with distclip": getattr(engine, "mpu", None)
         is not None,
     }
@@ -464,29 +498,9 @@ def _trained(engine: Any) -> list[Tensor]:
     return [p for p in engine.module.parameters() if p.requires_grad]
 
 
-def _mark_experts(engine: Any) -> None:
-    """Tell experts, whose parameters are plain tensors of one name on all ranks, from replicas."""
-    for parameter in _trained(engine):
-        group = getattr(parameter, "group_name", None)
-        if getattr(parameter, "allreduce", True) or group is None:
-            continue
-        process_group = deepspeed.utils.groups._get_expert_data_parallel_group(group)
-        ranks = tuple(dist.get_process_group_ranks(process_group))
-        setattr(parameter, zero.EXPERT_RANKS, ranks)
-
-
 def _named(engine: Any, parameters: list[Tensor]) -> list[tuple[str, Tensor]]:
-    """Names as in the module; those of experts with the place of their rank among the experts."""
     names = {id(p): name for name, p in named_parameters(engine.module)}
-    pairs = []
-    for position, parameter in enumerate(parameters):
-        name = names.get(id(parameter), f"unnamed.{position}")
-        group = getattr(parameter, "group_name", None)
-        if not getattr(parameter, "allreduce", True) and group is not None:
-            place = deepspeed.utils.groups._get_expert_parallel_rank(group)
-            name = f"{name}@ep{place}"
-        pairs.append((name, parameter))
-    return pairs
+    return [(names.get(id(p), f"unnamed.{place}"), p) for place, p in enumerate(parameters)]
 
 
 def _groups(engine: Any, outer: Any) -> Any:

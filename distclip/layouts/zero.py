@@ -17,13 +17,14 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from distclip.errors import UnsupportedGradientError
-from distclip.layouts import flat, plain
+from distclip.layouts import declared, flat, plain
 from distclip.layouts.piece import Described, Entry, Piece
 
-MARK = "_distclip_zero"
-"""The attribute of a parameter that says how it lies; set by :func:`mark`."""
+_marked: Any = WeakIdKeyDictionary()
+"""Parameter -> Extent. Not an attribute: those travel with copies and pickles of a model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,14 +54,12 @@ class Extent:
         stretches: what of it lies here.
         borders: where another rank's part begins, as indices of elements.
         ranks: global ranks that hold a part; None where every rank holds all of it.
-        counted: whether this rank's elements count (one of several replicas does).
         words: for messages.
     """
 
     stretches: tuple[Stretch, ...]
     borders: tuple[int, ...] = ()
     ranks: tuple[int, ...] | None = None
-    counted: bool = True
     words: str = "ZeRO"
 
 
@@ -97,34 +96,45 @@ class Cut:
 def mark(parameter: Tensor, extent: Extent | None) -> None:
     """Say how a parameter lies; None forgets it."""
     if extent is not None:
-        setattr(parameter, MARK, extent)
-    elif hasattr(parameter, MARK):
-        delattr(parameter, MARK)
+        _marked[parameter] = extent
+    else:
+        _marked.pop(parameter, None)
 
 
 def extent_of(parameter: Tensor) -> Extent | None:
     """What :func:`mark` said."""
-    return cast("Extent | None", getattr(parameter, MARK, None))
+    return cast("Extent | None", _marked.get(parameter))
 
 
 def describe(name: str, parameter: Tensor, extent: Extent) -> Described:
-    """Entry and local pieces of a marked parameter."""
+    """Entry and local pieces of a marked parameter; an expert is called ``name@place``.
+
+    Raises:
+        UnsupportedGradientError: a slice of a tensor (Megatron's tensor parallelism).
+    """
     shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+    spread = declared.spread_of(name, parameter) or declared.Spread()
+    if len(spread.slices) > 1:
+        raise UnsupportedGradientError(
+            f"parameter {name!r} is a slice of a tensor (tensor parallelism) in a DeepSpeed "
+            f"engine, which distclip was not run with; use ZeRO alone, or FSDP2 with DTensor"
+        )
+    others = spread.others if len(spread.others) > 1 else ()
     entry = Entry(
-        name,
+        f"{name}@{others.index(dist.get_rank())}" if others else name,
         shape,
         str(parameter.dtype).removeprefix("torch."),
         flat.split_dims(shape, extent.borders),
         extent.ranks,
         extent.words,
+        others,
     )
     pieces = []
     for stretch in extent.stretches:
         stop = stretch.start + stretch.numel
         for box, first in flat.boxes(shape, stretch.start, stop):
             cut = Cut(stretch, first, box.extents, name)
-            share = 1.0 if extent.counted else 0.0
-            pieces.append(Piece(0, box, share, cut, cut.weight, parameter.requires_grad))
+            pieces.append(Piece(0, box, 1.0, cut, cut.weight, parameter.requires_grad))
     return entry, pieces
 
 
@@ -145,9 +155,7 @@ def extents(optimizer: Any, parameters: Sequence[Tensor]) -> list[tuple[Tensor, 
     if kind in READERS:
         return list(READERS[kind](optimizer))
     if isinstance(optimizer, torch.optim.Optimizer):
-        return [
-            (p, _expert_replica(p, Stretch(0, p.numel(), p, 0, _gradient(p)))) for p in parameters
-        ]
+        return [(p, _whole(p, p, 0)) for p in parameters]
     raise UnsupportedGradientError(
         f"distclip does not know DeepSpeed's optimizer wrapper {type(optimizer).__module__}."
         f"{kind}; it reads {', '.join(READERS)} and plain torch optimizers. Run without "
@@ -167,7 +175,7 @@ def _stage_1_and_2(optimizer: Any) -> Iterator[tuple[Tensor, Extent]]:
         )
         here = {id(p): number for number, p in enumerate(optimizer.params_in_partition[i])}
         fetch = _offloaded(owner) if optimizer.cpu_offload else None
-        averaged = None if fetch is not None else _Averaged(optimizer, i)
+        averaged = _Averaged(optimizer, i)
         for p in optimizer.bit16_groups[i]:
             key = optimizer.get_param_id(p)
             borders = tuple(int(starts[r][key]) for r in range(len(ranks)) if key in starts[r])
@@ -179,37 +187,42 @@ def _stage_1_and_2(optimizer: Any) -> Iterator[tuple[Tensor, Extent]]:
                     gradient = (
                         _slice(fetch, offset, numel)
                         if fetch is not None
-                        else averaged.number(here[id(p)])  # type: ignore[union-attr]
+                        else averaged.number(here[id(p)])
                     )
                     stretches.append(Stretch(start, numel, owner, offset, gradient))
             yield p, Extent(tuple(stretches), borders, ranks, words="ZeRO-1/2")
 
 
 class _Averaged:
-    """The list of reduced gradients of one group, whose padding is marked as such."""
+    """Where in the list of one group's reduced gradients those of its parameters stand.
+
+    Between them there may be padding, marked as such. What pads where does not change, so that it
+    is looked up once, and no gradient is held between steps.
+    """
 
     def __init__(self, optimizer: Any, group: int) -> None:
-        self.optimizer, self.group = optimizer, group
-        self.seen: Any = None
-        self.gradients: list[Tensor] = []
+        self._optimizer, self._group = optimizer, group
+        self._padded: tuple[bool, ...] = ()
+        self._places: list[int] = []
 
     def number(self, number: int) -> Callable[[], Tensor | None]:
         """Fetches the gradient of the n-th parameter of this rank's partition."""
 
         def fetch() -> Tensor | None:
-            found = self.optimizer.averaged_gradients.get(self.group)
-            if found is None:
+            listed: Sequence[Tensor] | None = self._optimizer.averaged_gradients.get(self._group)
+            if listed is None:
                 return None
-            if found is not self.seen:
-                self.seen = found
-                self.gradients = [g for g in found if not getattr(g, "_zero_padding", False)]
-            return self.gradients[number].reshape(-1)
+            if number == 0 or not self._places:
+                self._learn(listed)
+            return listed[self._places[number]].reshape(-1)
 
         return fetch
 
-    def forget(self) -> None:
-        """Let the gradients go."""
-        self.seen, self.gradients = None, []
+    def _learn(self, listed: Sequence[Tensor]) -> None:
+        padded = tuple(getattr(tensor, "_zero_padding", False) for tensor in listed)
+        if padded != self._padded:
+            self._padded = padded
+            self._places = [place for place, padding in enumerate(padded) if not padding]
 
 
 def _stage_3(optimizer: Any) -> Iterator[tuple[Tensor, Extent]]:
@@ -253,14 +266,14 @@ def _bf16(optimizer: Any) -> Iterator[tuple[Tensor, Extent]]:
 def _unfused(optimizer: Any) -> Iterator[tuple[Tensor, Extent]]:
     for group, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
         for p, master in zip(group, masters, strict=True):
-            yield p, _expert_replica(p, Stretch(0, p.numel(), master, 0, _gradient(p)))
+            yield p, _whole(p, master, 0)
 
 
 def _fused(optimizer: Any) -> Iterator[tuple[Tensor, Extent]]:
     for group, master in zip(optimizer.fp16_groups, optimizer.fp32_groups_flat, strict=True):
         offsets = itertools.accumulate((p.numel() for p in group), initial=0)
         for p, offset in zip(group, offsets, strict=False):
-            yield p, _expert_replica(p, Stretch(0, p.numel(), master, offset, _gradient(p)))
+            yield p, _whole(p, master, offset)
 
 
 READERS: dict[str, Callable[[Any], Iterator[tuple[Tensor, Extent]]]] = {
@@ -272,16 +285,11 @@ READERS: dict[str, Callable[[Any], Iterator[tuple[Tensor, Extent]]]] = {
 }
 """By the exact class: a subclass (ZenFlow, SuperOffload) steps in ways of its own."""
 
-EXPERT_RANKS = "_distclip_expert_ranks"
-"""Attribute of an expert's parameter: the global ranks that hold the same expert."""
 
-
-def _expert_replica(parameter: Tensor, stretch: Stretch) -> Extent:
-    """A whole parameter: on every rank, or an expert's on those of its expert-parallel place."""
-    ranks: tuple[int, ...] | None = getattr(parameter, EXPERT_RANKS, None)
-    if ranks is None:
-        return Extent((stretch,), words="plain")
-    return Extent((stretch,), (), ranks, dist.get_rank() == ranks[0], "expert")
+def _whole(parameter: Tensor, owner: Tensor, offset: int) -> Extent:
+    """All of a parameter is stepped here; experts are told apart by their marks."""
+    stretch = Stretch(0, parameter.numel(), owner, offset, _gradient(parameter))
+    return Extent((stretch,), words="plain")
 
 
 def _gradient(parameter: Tensor) -> Callable[[], Tensor | None]:
