@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import gc
 import logging
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import deepspeed
@@ -19,6 +18,8 @@ from distclip.testing import expected
 # The shared-memory op would be compiled at first use.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+# torch computes in fp16 on every CPU; DeepSpeed asks oneDNN, which does so on few.
+deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
 
 
 class Model(nn.Module):
@@ -39,16 +40,9 @@ class Model(nn.Module):
         return nn.functional.mse_loss(self.out(x + self.frozen(x)).float(), target)
 
 
-def model(kind: str = "fp32") -> Model:
+def model() -> Model:
     torch.manual_seed(0)
-    made = Model()
-    if kind != "fp32":  # so that both sides start from the same numbers
-        for p in made.parameters():
-            p.data = p.data.to(DTYPES[kind]).float()
-    return made
-
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    return Model()
 
 
 def batch(step: int, rank: int, world: int) -> tuple[Tensor, Tensor]:
@@ -65,8 +59,7 @@ def optimizer_of(parameters: Any, name: str = "sgd") -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=0.01)
 
 
-def groups_of(module: nn.Module) -> list[dict[str, Any]]:
-    ps = [p for p in module.parameters() if p.requires_grad]
+def groups_of(ps: list[Any]) -> list[dict[str, Any]]:
     return [{"params": ps[:2]}, {"params": ps[2:], "lr": 0.03}]
 
 
@@ -81,7 +74,7 @@ def json_of(stage: int, kind: str = "fp32", **changes: Any) -> dict[str, Any]:
     }
     if kind != "fp32":
         document[kind] = {"enabled": True}
-    if kind == "fp16":
+    if kind == "fp16":  # starts low enough for the first step not to overflow
         document[kind]["initial_scale_power"] = 6
     for key, value in changes.items():
         document[key] = {**document.get(key, {}), **value} if isinstance(value, dict) else value
@@ -89,12 +82,11 @@ def json_of(stage: int, kind: str = "fp32", **changes: Any) -> dict[str, Any]:
 
 
 def engine_of(
-    document: dict[str, Any], kind: str = "fp32", optimizer: str = "sgd", groups: bool = False
+    document: dict[str, Any], optimizer: str = "sgd", *, groups: bool = False, made: Any = None
 ) -> Any:
-    made = model(kind)
-    parameters: Any = (
-        groups_of(made) if groups else [p for p in made.parameters() if p.requires_grad]
-    )
+    made = model() if made is None else made
+    parameters: Any = [p for p in made.parameters() if p.requires_grad]
+    parameters = groups_of(parameters) if groups else parameters
     client = None if "optimizer" in document else optimizer_of(parameters, optimizer)
     given = {} if client is not None else {"model_parameters": parameters}
     return deepspeed.initialize(
@@ -106,41 +98,61 @@ def engine_of(
     )[0]
 
 
-def step(engine: Any, number: int, micro: int = 1) -> None:
-    world = dist.get_world_size()
+def backward(engine: Any, number: int, micro: int = 1) -> None:
+    """All micro-batches of a step; ``engine.step()`` is left out after the last."""
+    managed = getattr(engine, "managed_gradient_accumulation", lambda: True)()
     for part in range(micro):
-        ids, target = batch(number * micro + part, dist.get_rank(), world)
+        ids, target = batch(number * micro + part, dist.get_rank(), dist.get_world_size())
         engine.backward(engine(ids, target))
-        if (
-            engine.managed_gradient_accumulation()
-            if hasattr(engine, "managed_gradient_accumulation")
-            else True
-        ):
+        if managed and part < micro - 1:
             engine.step()
-    if hasattr(engine, "managed_gradient_accumulation") and not (
-        engine.managed_gradient_accumulation()
-    ):
-        engine.step()
+
+
+def step(engine: Any, number: int, micro: int = 1) -> None:
+    backward(engine, number, micro)
+    engine.step()
+
+
+def whole_masters(engine: Any) -> dict[int, Tensor]:
+    """By id of the parameter, the masters of stage 0 in bf16, whose wrapper links nothing."""
+    outer = engine.optimizer
+    groups = zip(getattr(outer, "fp16_groups", ()), getattr(outer, "fp32_groups", ()), strict=False)
+    return {id(p): m for ps, ms in groups for p, m in zip(ps, ms, strict=True)}
 
 
 def weights_of(engine: Any) -> dict[str, Tensor]:
-    """The whole fp32 weights, gathered by DeepSpeed's own functions."""
+    """The whole weights that are stepped (fp32 masters), gathered by DeepSpeed's own functions."""
     from deepspeed.utils import safe_get_full_fp32_param
 
+    masters = whole_masters(engine)
     found = {}
     for name, p in engine.module.named_parameters():
         if not p.requires_grad:
             continue
-        master = None
-        if hasattr(p, "ds_id") or getattr(p, "_hp_mapping", "absent") != "absent":
+        master = masters.get(id(p))
+        # Where the model itself is in fp32, it says what was stepped: `_hp_mapping`, which
+        # DeepSpeed's function goes by, is wrong under round_robin_gradients.
+        linked = getattr(p, "_hp_mapping", "absent") != "absent" and p.dtype != torch.float32
+        if linked or hasattr(p, "ds_id"):
             master = safe_get_full_fp32_param(p)
-        found[name] = (
-            (p if master is None else master)
-            .detach()
-            .float()
-            .clone()
-            .view(getattr(p, "ds_shape", p.shape))
-        )
+        whole = p if master is None else master
+        found[name] = whole.detach().float().clone().view(getattr(p, "ds_shape", p.shape))
+    return found
+
+
+def gradients_of(engine: Any) -> dict[str, Tensor]:
+    """The whole averaged gradients before the step, float64, by DeepSpeed's own functions."""
+    scale = float(getattr(engine.optimizer, "loss_scale", None) or 1.0)
+    found = {}
+    for name, p in engine.module.named_parameters():
+        if p.requires_grad:
+            if hasattr(p, "ds_id"):
+                whole = p._z3_optimizer.get_fp32_grad_for_param(p)
+            elif getattr(p, "_hp_mapping", "absent") != "absent":
+                whole = p.get_full_hp_grad()
+            else:
+                whole = torch.zeros_like(p) if p.grad is None else p.grad
+            found[name] = whole.detach().double().view(getattr(p, "ds_shape", p.shape)) / scale
     return found
 
 
@@ -151,51 +163,87 @@ def close(engine: Any) -> None:
     gc.collect()
 
 
-class Reference:
-    """The same training in one process in fp32, clipped by the float64 oracle."""
+class Stepper:
+    """A torch optimizer on whole weights, fed with gradients that the float64 oracle clips."""
 
     def __init__(
-        self,
-        policy: Any,
-        kind: str = "fp32",
-        optimizer: str = "sgd",
-        *,
-        groups: bool = False,
-        micro: int = 1,
-        skip: Sequence[int] = (),
+        self, policy: Any, named: dict[str, nn.Parameter], optimizer: str, groups: bool
     ) -> None:
-        self.model = model(kind)
-        self.policy, self.micro, self.skip = policy, micro, skip
-        self.numbers = {}
-        parameters: Any = [p for p in self.model.parameters() if p.requires_grad]
-        listed = groups_of(self.model)
+        self.policy, self.named, self.grouped = policy, named, groups
+        listed = groups_of(list(named.values()))
         self.numbers = {id(p): n for n, g in enumerate(listed) for p in g["params"]}
-        self.grouped = groups
-        self.optimizer = optimizer_of(listed if groups else parameters, optimizer)
+        self.optimizer = optimizer_of(listed if groups else list(named.values()), optimizer)
+        self.largest = 0.0
 
-    def step(self, number: int) -> Any:
-        self.optimizer.zero_grad()
-        for part in range(self.micro):
-            ids, target = batch(number * self.micro + part, 0, 1)
-            (self.model(ids, target) / self.micro).backward()
-        named = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-        for p in named.values():  # DeepSpeed steps unused parameters with gradient 0
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
+    def step(self, gradients: dict[str, Tensor], *, skip: bool = False) -> Any:
+        """Clip, and step unless told to skip. Returns what the oracle says."""
         want = expected(
             self.policy,
-            {n: p.grad.double().numpy() for n, p in named.items()},
-            {n: p.detach().double().numpy() for n, p in named.items()},
-            groups={n: self.numbers[id(p)] if self.grouped else 0 for n, p in named.items()},
+            {name: gradient.double().numpy() for name, gradient in gradients.items()},
+            {name: p.detach().double().numpy() for name, p in self.named.items()},
+            groups={n: self.numbers[id(p)] if self.grouped else 0 for n, p in self.named.items()},
         )
-        if number not in self.skip:
-            for n, p in named.items():
-                p.grad = torch.from_numpy(np.asarray(want.gradients[n])).float()
+        if not skip:
+            for name, p in self.named.items():
+                clipped = torch.from_numpy(np.asarray(want.gradients[name]))
+                self.largest = max(self.largest, float(clipped.abs().max()))
+                p.grad = clipped.to(p.dtype)
             self.optimizer.step()
         return want
 
     def weights(self) -> dict[str, Tensor]:
-        return {n: p.detach() for n, p in self.model.named_parameters() if p.requires_grad}
+        return {name: p.detach() for name, p in self.named.items()}
 
 
-Check = Callable[[Any], None]
+class Reference(Stepper):
+    """The same training in one process, on the whole batch and in float64."""
+
+    def __init__(
+        self, policy: Any, optimizer: str = "sgd", *, groups: bool = False, micro: int = 1
+    ) -> None:
+        self.model, self.micro = model().double(), micro
+        named = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        super().__init__(policy, named, optimizer, groups)
+
+    def train(self, number: int, *, skip: bool = False) -> Any:
+        gradients = [torch.zeros_like(p) for p in self.named.values()]  # unused: steps with zeros
+        for part in range(self.micro):
+            ids, target = batch(number * self.micro + part, 0, 1)
+            loss = self.model(ids, target.double()) / self.micro
+            found = torch.autograd.grad(loss, list(self.named.values()), allow_unused=True)
+            gradients = [g if f is None else g + f for g, f in zip(gradients, found, strict=True)]
+        return self.step(dict(zip(self.named, gradients, strict=True)), skip=skip)
+
+
+class Replay(Stepper):
+    """Fp32 masters of their own, stepped with the very gradients that an engine holds.
+
+    Whatever the precision of the model: how the engine came by its gradients does not enter, so
+    that what is compared differs by the rounding of a few fp32 operations a step, :meth:`bound`.
+    """
+
+    def __init__(
+        self, policy: Any, engine: Any, optimizer: str = "sgd", *, groups: bool = False
+    ) -> None:
+        named = {name: nn.Parameter(weight) for name, weight in weights_of(engine).items()}
+        super().__init__(policy, named, optimizer, groups)
+        # The dummy step inside `initialize` leaves weight decay in the momentum there.
+        masters, inner = whole_masters(engine), engine.optimizer.optimizer
+        for name, p in engine.module.named_parameters():
+            if id(p) in masters:
+                state = inner.state.get(masters[id(p)], {})
+                self.optimizer.state[named[name]] = {k: v.clone() for k, v in state.items()}
+
+    def bound(self, steps: int, roundoff: float = 0.0) -> float:
+        """How far weights may be apart after so many steps of SGD.
+
+        With unit roundoff u = 2**-24, each side: the clipped gradient is off by its coefficient
+        (1e-6, what norms promise, and its rounding), the multiplication and the unscaling, 3 u;
+        momentum, weight decay and the update round four times a step, relative to weights and to
+        lr * momentum <= lr / (1 - 0.9) * the largest gradient. ``roundoff``: of what is done to the
+        gradients in their own dtype.
+        """
+        u = 2.0**-24
+        weight = max(float(p.detach().abs().max()) for p in self.named.values())
+        reach = 0.05 / (1 - 0.9) * self.largest
+        return reach * (roundoff + 1e-6 + 3 * u) + 2 * steps * 4 * u * (weight + reach)
