@@ -9,6 +9,7 @@ Only this file imports ``deepspeed``.
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import math
 import os
@@ -28,8 +29,8 @@ from distclip.application.stepping import StepHandle
 from distclip.build import sinks_of
 from distclip.clipper import GradClipper, OnNonfinite
 from distclip.config import Config, load
-from distclip.errors import ConfigurationError, DistclipError, StateError
-from distclip.integrations import hooks
+from distclip.errors import ConfigurationError, DistclipError
+from distclip.integrations import accelerate_cpu, hooks
 from distclip.layouts import zero
 from distclip.layouts.names import named_parameters
 from distclip.ledger import Apply
@@ -43,8 +44,6 @@ PolicyOrConfig = Policy | str | os.PathLike[str] | Mapping[str, Any] | Config
 SECTION, CLIPPING = "distclip", "gradient_clipping"
 RAN_WITH = ("0.16.9", "0.18.0", "0.19.8")
 """The versions that the tests were run with; pyproject.toml says the same."""
-STATE_FILE = "distclip_state.pt"
-"""Beside DeepSpeed's own files in a checkpoint's folder; the same for any stage and rank count."""
 _OWN_REDUCTION = ("OnebitAdam", "ZeroOneAdam", "OnebitLamb")
 _warned: set[str] = set()
 
@@ -104,6 +103,10 @@ def enable(module: ModuleType, config: Config | None) -> None:
             Attachment(self, _configured(self, config))
 
     module.DeepSpeedEngine.__init__ = init
+    hooks.on_import("transformers.integrations.deepspeed", _resolve_for_trainer)
+    if accelerate_cpu.requested():
+        # Would be compiled in the first collective, by every rank: that takes 40 s and a compiler.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def _configured(engine: Any, policy_or_config: PolicyOrConfig | None) -> Config:
@@ -174,20 +177,49 @@ def configured(
     return Config(policy=policies.global_norm(float(clipping)))
 
 
-def resolve_auto(section: Any, value: Any) -> Any:
-    """``section`` with every ``"auto"`` replaced by ``value``, where that is a number."""
-    if isinstance(section, dict):
-        return {key: resolve_auto(part, value) for key, part in section.items()}
+def resolve_auto(document: dict[str, Any], value: Any) -> None:
+    """Replace every ``"auto"`` in the section of a DeepSpeed JSON, where there is a value for it.
+
+    Args:
+        document: the JSON as a mapping; changed in place.
+        value: the clipping threshold that a framework above DeepSpeed was given, or no number.
+
+    Raises:
+        ConfigurationError: an ``"auto"`` and no value.
+    """
+    if SECTION not in document:
+        return
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        document[SECTION] = _resolved(document[SECTION], value)
+    _refuse_auto(document[SECTION], SECTION)
+
+
+def _resolved(section: Any, value: float) -> Any:
+    if isinstance(section, Mapping):
+        return {key: _resolved(part, value) for key, part in section.items()}
     if isinstance(section, list):
-        return [resolve_auto(part, value) for part in section]
-    return value if section == "auto" and isinstance(value, (int, float)) else section
+        return [_resolved(part, value) for part in section]
+    return value if section == "auto" else section
+
+
+def _resolve_for_trainer(module: ModuleType) -> None:
+    """Give the Trainer's ``max_grad_norm`` to an ``"auto"`` in the section."""
+    original = module.HfTrainerDeepSpeedConfig.trainer_config_process
+
+    @functools.wraps(original)
+    def process(self: Any, args: Any, *more: Any, **kwargs: Any) -> Any:
+        resolve_auto(self.config, args.max_grad_norm)
+        return original(self, args, *more, **kwargs)
+
+    module.HfTrainerDeepSpeedConfig.trainer_config_process = process
 
 
 def _refuse_auto(value: Any, path: str) -> None:
     if value == "auto":
         raise ConfigurationError(
-            f'DeepSpeed JSON: {path}: "auto" has no value here; write a number. (Accelerate\'s '
-            f"plugin gives one if it has gradient_clipping, under `distclip run`)"
+            f'DeepSpeed JSON: {path}: "auto" has no value here; write a number. (Under `distclip '
+            f"run` it becomes gradient_clipping of Accelerate's plugin, or the Trainer's "
+            f"max_grad_norm.)"
         )
     if isinstance(value, (Mapping, list)):
         pairs = value.items() if isinstance(value, Mapping) else enumerate(value)
@@ -406,46 +438,35 @@ class Attachment:
     # ---- checkpoints ---------------------------------------------------------------------
 
     def _save(
-        self, original: Callable[..., Any], save_dir: Any, tag: Any = None, *a: Any, **k: Any
+        self,
+        original: Callable[..., Any],
+        save_dir: Any,
+        tag: Any = None,
+        client_state: Mapping[str, Any] | None = None,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
-        engine = self.engine
-        local = getattr(engine, "use_node_local_storage", bool)()
-        if (engine.local_rank if local else engine.global_rank) == 0:
-            folder = os.path.join(
-                os.fspath(save_dir), str(tag or f"global_step{engine.global_steps}")
-            )
-            os.makedirs(folder, exist_ok=True)
-            torch.save(self.clipper.state_dict(), os.path.join(folder, STATE_FILE))
+        """With the policy's state among what the user keeps there: any stage, any rank count."""
+        kept = {**(client_state or {}), SECTION: self.clipper.state_dict()}
         self._switch_on()  # DeepSpeed keeps its clip_grad there: a run without distclip needs it
         try:
-            return original(save_dir, tag, *a, **k)
+            return original(save_dir, tag, kept, *args, **kwargs)
         finally:
             self._switch_off()
 
-    def _load(
-        self, original: Callable[..., Any], load_dir: Any, tag: Any = None, *a: Any, **k: Any
-    ) -> Any:
-        if tag is None:
-            latest = os.path.join(os.fspath(load_dir), "latest")
-            if os.path.isfile(latest):
-                with open(latest) as file:
-                    tag = file.read().strip()
-        loaded = original(load_dir, tag, *a, **k)
+    def _load(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        bound = inspect.signature(original).bind(*args, **kwargs)
+        bound.apply_defaults()
+        loaded = original(*args, **kwargs)
         self._switch_off()
-        if (
-            loaded[0] is None
-            or k.get("load_module_only")
-            or not k.get("load_optimizer_states", True)
-        ):
+        path, client_state = loaded
+        state = client_state.pop(SECTION, None) if isinstance(client_state, dict) else None
+        if path is None or bound.arguments.get("load_module_only"):
             return loaded
-        path = os.path.join(os.fspath(load_dir), str(tag), STATE_FILE)
-        if not os.path.isfile(path):
-            _logger.warning("no %s: the policy begins anew", path)
-            return loaded
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(state, dict):
-            raise StateError(f"{path}: this is no state of a distclip policy")
-        self.clipper.load_state_dict(state)
+        if state is None:
+            _logger.warning("no state of distclip in %s: the policy begins anew", path)
+        else:
+            self.clipper.load_state_dict(state)
         return loaded
 
 
