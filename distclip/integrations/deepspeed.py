@@ -89,19 +89,22 @@ def enable(module: ModuleType, config: Config | None) -> None:
         module: ``deepspeed.runtime.engine``.
         config: a checked configuration; None: each engine's JSON has it.
     """
-    original = module.DeepSpeedEngine.__init__
+    from deepspeed.runtime.config import DeepSpeedConfig  # DeepSpeed is only half imported
 
-    @functools.wraps(original)
+    build, read = module.DeepSpeedEngine.__init__, DeepSpeedConfig._initialize_params
+
+    @functools.wraps(read)
+    def checked(self: Any, document: Any) -> None:
+        configured(document, config)  # mistakes are told before anything is built
+        read(self, document)
+
+    @functools.wraps(build)
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        given = kwargs.get("config_class")
-        if given is None:  # mistakes are told before the engine is built, where that is possible
-            given = next((a for a in args if hasattr(a, "_param_dict")), None)
-        if given is not None:
-            configured(_json_of(given), config)
-        original(self, *args, **kwargs)
+        build(self, *args, **kwargs)
         if hasattr(self.optimizer, "step"):  # an engine for inference has nothing to clip
             Attachment(self, _configured(self, config))
 
+    DeepSpeedConfig._initialize_params = checked
     module.DeepSpeedEngine.__init__ = init
     hooks.on_import("transformers.integrations.deepspeed", _resolve_for_trainer)
     if accelerate_cpu.requested():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -111,7 +112,7 @@ def test_one_all_reduce_a_step_takes_the_place_of_deepspeeds() -> None:
         (1, "bf16", fp32_sums, 1, 0),
         (2, "bf16", {}, 1, 2),
         (3, "fp32", {}, 1, 1),
-        (3, "fp32", {"zero": {"sub_group_size": 40}}, 1, 4),
+        (3, "fp32", {"zero": {"sub_group_size": 40}}, 1, 3),
         (1, "fp16", {}, 1, 2),
         (3, "fp16", {}, 1, 2),
     ]
@@ -119,7 +120,8 @@ def test_one_all_reduce_a_step_takes_the_place_of_deepspeeds() -> None:
         (*cell[:3], *(len(collectives(*cell[:3], how)) for how in ("ours", "theirs")))
         for cell in cells
     ]
-    assert found == cells
+    for one, cell in zip(found, cells, strict=True):
+        assert str(one) == str(cell), (one, cell)
 
 
 @pytest.mark.ranks(2, timeout=120)
@@ -196,8 +198,7 @@ def test_the_norm_is_a_norm_or_what_it_is() -> None:
 
 
 @pytest.mark.ranks(2, timeout=120)
-def test_what_cannot_be_clipped_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(integration, "_warned", set())
+def test_what_cannot_be_clipped_is_refused_by_name() -> None:
     engine = engine_of(json_of(0, "fp16"))
     with pytest.raises(DistclipError, match=r"fp16 at ZeRO stage 0: .* never scales the loss"):
         distclip.deepspeed.attach(engine, policies.global_norm(1.0))
@@ -220,11 +221,21 @@ def test_what_cannot_be_clipped_is_refused_by_name(monkeypatch: pytest.MonkeyPat
     assert getattr(engine, "_distclip", None) is None
     assert all(zero.extent_of(p) is None for p in engine.module.parameters())
 
-    monkeypatch.setattr(deepspeed, "__version__", "9.9.9+local")
-    with pytest.warns(UserWarning, match=r"not run with DeepSpeed 9\.9\.9, but with 0\.16\.9"):
-        handle = distclip.deepspeed.attach(engine, policies.global_norm(1.0))
-    handle.remove()
-    distclip.deepspeed.attach(engine, policies.global_norm(1.0))  # once: warnings are errors
+    close(engine)
+
+
+@pytest.mark.ranks(2, timeout=120)
+def test_an_untested_version_warns_once() -> None:
+    engine = engine_of(json_of(2))
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        patch.setattr(integration, "_warned", set())
+        patch.setattr(deepspeed, "__version__", "9.9.9+local")
+        for _ in range(2):
+            distclip.deepspeed.attach(engine, policies.global_norm(1.0)).remove()
+    said = [str(w.message) for w in caught if "distclip" in str(w.message)]
+    assert len(said) == 1
+    assert "not run with DeepSpeed 9.9.9, but with 0.16.9" in said[0]
     close(engine)
 
 
