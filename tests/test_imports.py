@@ -24,7 +24,7 @@ IMPORTERS: dict[str, set[str]] = {
         "integrations/accelerate_cpu.py",
         "integrations/accelerate_prepared.py",
     },
-    "deepspeed": set(),
+    "deepspeed": {"integrations/deepspeed.py"},
     "lightning": set(),
     "pytorch_lightning": set(),
     "transformers": set(),

@@ -194,8 +194,11 @@ def test_cpu_without_accelerate(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ModuleNotFoundError("No module named 'accelerate'")
 
     monkeypatch.setattr(accelerate_cpu, "install", install)
+    monkeypatch.setattr(command, "find_spec", lambda name: None)
     with pytest.raises(Exception, match=r"pip install 'distclip\[accelerate\]'"):
         command._prepare_cpu(True)
+    monkeypatch.setattr(command, "find_spec", lambda name: name == "deepspeed")
+    command._prepare_cpu(True)  # which has ranks of its own
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
