@@ -77,36 +77,43 @@ class Agreements:
         Raises:
             RankMismatchError: on every rank, with who has what.
         """
-        found = self._known.get(id(group))
-        known = found[1] if found is not None and found[0] is group else set()
-        table = tuple((entry.dtype, entry.shape) for entry in entries)
-        digest = hashlib.sha256(repr((what, table)).encode()).digest()
-        if digest in known:
+        if self.knows(group, what, entries):
             return
-        self._compare(group, (digest, f"{what} of {_shown(table)}", ""))
-        known.add(digest)
+        digest, shown = self._digest(what, entries)
+        heard = collectives.gather((digest, f"{what} of {shown}", ""), group)
+        ranks = collectives.ranks_of(group)
+        for rank, (_, _, sorrow) in zip(ranks, heard, strict=True):
+            if sorrow:
+                raise RankMismatchError(f"rank {rank} cannot clip or measure: {sorrow}")
+        if any(other != digest for other, _, _ in heard):
+            raise RankMismatchError(
+                f"the ranks were given different parameters: "
+                f"{told(ranks, [each for _, each, _ in heard])}. Give every rank its part of the "
+                f"same parameters, gradients there or not (process_group= is for stages)"
+            )
         alive = {
             key: each for key, each in self._known.items() if collectives.is_registered(each[0])
         }
-        self._known = {**alive, id(group): (group, known)}
+        _, known = alive.setdefault(id(group), (group, set()))
+        known.add(digest)
+        self._known = alive
+
+    def knows(self, group: ProcessGroup, what: str, entries: Sequence[Entry]) -> bool:
+        """Whether the group has agreed on such a call; the same on every rank that asks so."""
+        found = self._known.get(id(group))
+        return (
+            found is not None and found[0] is group and self._digest(what, entries)[0] in found[1]
+        )
 
     def tell(self, group: ProcessGroup, error: Exception) -> None:
         """Say, at a first call, that this rank cannot take part: the others are asking."""
         told = f"{type(error).__name__}: {error}" if not isinstance(error, DistclipError) else error
         collectives.gather((b"", "", str(told)), group)
 
-    def _compare(self, group: ProcessGroup, mine: tuple[bytes, str, str]) -> None:
-        heard = collectives.gather(mine, group)
-        ranks = collectives.ranks_of(group)
-        for rank, (_, _, sorrow) in zip(ranks, heard, strict=True):
-            if sorrow:
-                raise RankMismatchError(f"rank {rank} cannot clip or measure: {sorrow}")
-        if any(digest != mine[0] for digest, _, _ in heard):
-            raise RankMismatchError(
-                f"the ranks were given different parameters: "
-                f"{told(ranks, [shown for _, shown, _ in heard])}. Give every rank its part of the "
-                f"same parameters, gradients there or not (process_group= is for stages)"
-            )
+    @staticmethod
+    def _digest(what: str, entries: Sequence[Entry]) -> tuple[bytes, str]:
+        table = tuple((entry.dtype, entry.shape) for entry in entries)
+        return hashlib.sha256(repr((what, table)).encode()).digest(), _shown(table)
 
 
 def _shown(table: Sequence[tuple[str, tuple[int, ...]]]) -> str:
