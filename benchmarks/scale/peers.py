@@ -6,7 +6,6 @@ import importlib.util
 import json
 import os
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -31,8 +30,6 @@ class Peer:
     Attributes:
         collectives: of one call.
         ops: dispatched to torch's kernels in one call, collectives among them.
-        host_ms: time of one call on this machine's CPU, with shards of a few elements: Python and
-            dispatch. None where it was not taken.
         parameters: how many it clipped.
         version: of the library.
     """
@@ -40,7 +37,6 @@ class Peer:
     name: str
     collectives: tuple[Collective, ...]
     ops: int
-    host_ms: float | None
     parameters: int
     version: str
 
@@ -49,12 +45,7 @@ def _measure(name: str, function: Callable[[], object], parameters: int, version
     function()
     with trace() as seen:
         function()
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        function()
-        times.append(1e3 * (time.perf_counter() - start))
-    return Peer(name, tuple(seen.collectives), seen.ops, sorted(times)[2], parameters, version)
+    return Peer(name, tuple(seen.collectives), seen.ops, parameters, version)
 
 
 def _tiny(layers: int) -> list[tracing.Weight]:
@@ -154,8 +145,8 @@ def deepspeed(ranks: int, stage: int) -> Peer | None:
             with trace() as seen:
                 engine.step()
         sent = tuple(each for each in seen.collectives if "allgather" not in each.op)
-        # Ops and time are those of the whole step, so they are not given.
-        return Peer(f"DeepSpeed ZeRO-{stage}, bf16", sent, 0, None, 8, deepspeed.__version__)
+        # The ops are those of the whole step, so they are not given.
+        return Peer(f"DeepSpeed ZeRO-{stage}, bf16", sent, 0, 8, deepspeed.__version__)
 
 
 GROUPS: dict[str, Callable[[int], list[Peer]]] = {

@@ -156,9 +156,7 @@ def test_comparing_stages_does_not_take_ranks_times_parameters() -> None:
             plans.check_tables(tables, range(ranks), stages=True)
             assert plans.needs_reduction(tables)
             assert plans.differ(tables)
-            plan = plans.merged_plan(
-                described, tables, ranks - 1, range(ranks), torch.device("cpu"), nobody
-            )
+            plan = plans.merged_plan(described, tables, ranks - 1, range(ranks), cpu, nobody)
             assert len(plan.entries) == number * parameters + 1
             assert plans.copied(tables, range(ranks)) == {"tied"}
 
