@@ -5,6 +5,9 @@ torch's fake process group stands in for ranks that are not there; see benchmark
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
 import pickle
 import sys
 from collections.abc import Callable
@@ -15,7 +18,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from benchmarks.scale import tracing
+from benchmarks.scale import __main__ as script
+from benchmarks.scale import render, tracing
+from benchmarks.scale.model import Network, seconds
 from benchmarks.scale.tracing import Collective, Weight, llama
 from distclip import GradClipper, policies
 from distclip.handshake import Notes, compare
@@ -55,13 +60,21 @@ def agc_numbers(ranks: int, layout: str) -> int:
 SIZES: dict[str, tuple[Policy, Callable[[int, str], int]]] = {
     "global_norm": (policies.global_norm(1e9), lambda ranks, layout: COUNT + 1),
     "agc": (policies.agc(1e9), agc_numbers),
+    "p=inf": (policies.parameter_norm(1e9, math.inf), lambda ranks, layout: COUNT + 1),
+    "dreamer_agc": (policies.dreamer_agc(1e9), lambda ranks, layout: 2 * COUNT + 1),
 }
 
 
 @pytest.mark.parametrize(
     ("ranks", "layout", "name"),
     [
-        *((1024, layout, name) for layout in ("fsdp2", "hsdp", "fsdp2_tp") for name in SIZES),
+        *(
+            (1024, layout, name)
+            for layout in ("fsdp2", "hsdp", "fsdp2_tp")
+            for name in ("global_norm", "agc")
+        ),
+        (1024, "fsdp2", "p=inf"),
+        (1024, "fsdp2", "dreamer_agc"),
         (16384, "fsdp2_tp", "global_norm"),
         (16384, "hsdp", "agc"),
     ],
@@ -117,6 +130,8 @@ def test_building_does_not_take_ranks_times_parameters() -> None:
         for layers in (2, 12):
             weights = llama(layers, 64, 64, 64, 64)
             named = tracing.sharded(weights, "hsdp", mesh)
+            _, described = describe(named)
+            assert len({id(entry.ranks) for entry, _ in described}) == 1
             work.append(
                 (len(named), calls(lambda named=named: GradClipper(named, policies.measure())))
             )
@@ -174,6 +189,17 @@ def test_notes_grow_with_parameters_and_with_ranks_and_not_with_their_product() 
     assert len(pickle.dumps(many)) - len(pickle.dumps(one)) < 300 * 200
 
 
+def test_the_digest_reads_the_ranks_of_a_mesh_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks, read = tuple(range(16384)), []
+    real = hashlib.sha256
+    monkeypatch.setattr(hashlib, "sha256", lambda data: read.append(len(data)) or real(data))
+    for count in (1, 300):
+        entries = [Entry(f"{i}", (2,), "float32", (0,), ranks) for i in range(count)]
+        Notes((), (), tuple(entries)).digest()
+    one, many = read
+    assert many - one < 300 * 300
+
+
 def test_the_digest_knows_every_field() -> None:
     entry = Entry("w", (2, 3), "float32", (0,), (0, 1), "S(0)", (0, 2), False, False)
     others = [
@@ -222,3 +248,20 @@ def test_a_table_says_which_of_its_tensors_have_copies(layout: str) -> None:
     everybody: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everybody, mine)
     assert set().union(*everybody) == {entry.name for entry, _ in described if entry.copies}
+
+
+def test_the_page_is_made_from_the_record() -> None:
+    document = json.loads(script.last_record().read_text(encoding="utf-8"))
+    page = script.PAGE.read_text(encoding="utf-8")
+    assert render.fill(page, document) == page
+    document["distclip"][0]["later"][0]["bytes"] += 1000
+    assert render.fill(page, document) != page
+
+
+def test_the_model_on_numbers_done_by_hand() -> None:
+    network = Network(latency=1.0, bandwidth=2.0)
+    small, large = Collective("allreduce", 8, 1), Collective("allreduce", 8, 1000)
+    assert seconds(small, 8, network) == 2 * 3 + 2 * 1 / 2  # two trees of depth 3
+    assert seconds(large, 8, network) == 2 * 7 + 2 * 7 / 8 * 1000 / 2  # a ring
+    assert seconds(Collective("allgather", 8, 4), 8, network) == 3 + 7 * 4 / 2
+    assert seconds(large, 1, network) == 0.0
