@@ -352,16 +352,14 @@ class GradClipper:
         table = tuple(entry for entry, _ in described)
         ranks = collectives.ranks_of(group)
         mine = self._notes(table)
-        copies = sum(
-            1 << row
-            for row, (_, pieces) in enumerate(described)
-            if any(piece.share == 0.0 for piece in pieces)
-        )
-        hail = handshake.Hail(__version__, mine.digest(), copies=copies)
+        hail = handshake.Hail(__version__, mine.digest())
         hails = handshake.refuse_troubled(collectives.gather(tuple(hail), group), ranks)
+        digests = [other.digest for other in hails]
+        # Ranks that have the same share one object from here on: with thousands of ranks, nothing
+        # may be done for each parameter of each of them.
         notes = [mine] * len(ranks)
-        if any(other.digest != hails[0].digest for other in hails):
-            notes = collectives.gather(mine, group)
+        if len(set(digests)) > 1:
+            notes = collectives.tell(mine, digests, group)
             handshake.compare(notes, ranks)
         tables = [each.table for each in notes]
         plans.check_tables(tables, ranks, stages=naming.is_list_of_modules(target))
@@ -372,8 +370,7 @@ class GradClipper:
         else:
             plan = plans.local_plan(described, device)
         if self.verify_replicas != "never":
-            copied = plans.copied(tables, [other.copies for other in hails])
-            self._replicas = ReplicaCheck.of(plan, group, copied)
+            self._replicas = ReplicaCheck.of(plan, group, plans.copied(tables, ranks))
         return plan
 
     def _describe(self, target: Target) -> list[Described]:

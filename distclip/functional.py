@@ -351,9 +351,10 @@ def _plan(described: Sequence[Described], device: torch.device) -> plans.Plan:
 
 def _group(entries: Sequence[Entry]) -> ProcessGroup | None:
     """The group to sum over: the DTensors' common mesh, or else all ranks."""
-    meshes = {
-        frozenset(ranks) for entry in entries for ranks in (entry.ranks, entry.others) if ranks
+    spread = {
+        id(ranks): ranks for entry in entries for ranks in (entry.ranks, entry.others) if ranks
     }
+    meshes = set(map(frozenset, spread.values()))
     if not meshes:
         return None
     union = frozenset[int]().union(*meshes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from torch.distributed import ProcessGroup
@@ -34,10 +34,22 @@ class Notes:
     frozen: tuple[str, ...] = ()
 
     def digest(self) -> bytes:
-        """A short fingerprint: where all ranks have the same, nothing else needs comparing."""
-        return hashlib.sha256(
-            repr((self.versions, self.options, self.table, self.frozen)).encode()
-        ).digest()
+        """A short fingerprint: where all ranks have the same, nothing else needs comparing.
+
+        The ranks of a mesh are written out once: with thousands of them, in each of hundreds of
+        parameters, they would be all that takes time.
+        """
+        groups: dict[tuple[int, ...] | None, int] = {}
+        numbers: dict[int, int] = {}
+        table = []
+        for entry in self.table:
+            for ranks in (entry.ranks, entry.others):
+                if id(ranks) not in numbers:
+                    numbers[id(ranks)] = groups.setdefault(ranks, len(groups))
+            short = replace(entry, ranks=None, others=())
+            table.append((short, numbers[id(entry.ranks)], numbers[id(entry.others)]))
+        facts = (self.versions, self.options, list(groups), table, self.frozen)
+        return hashlib.sha256(repr(facts).encode()).digest()
 
 
 class Hail(NamedTuple):
@@ -47,13 +59,11 @@ class Hail(NamedTuple):
         version: of distclip.
         digest: of its notes; empty where this rank cannot build its clipper.
         trouble: why it cannot.
-        copies: bit ``i``: this rank holds an uncounted copy of the ``i``-th parameter of its table.
     """
 
     version: str
     digest: bytes
     trouble: str = ""
-    copies: int = 0
 
 
 class Agreements:
@@ -137,7 +147,9 @@ def refuse_troubled(hails: Sequence[object], ranks: Sequence[int]) -> list[Hail]
         RankMismatchError: names such ranks, and the trouble of the first.
     """
     heard = [
-        Hail(*hail) if isinstance(hail, tuple) and len(hail) == 4 else Hail("another one", b"")
+        Hail(*hail)
+        if isinstance(hail, tuple) and len(hail) == len(Hail._fields)
+        else Hail("another one", b"")
         for hail in hails
     ]
     _refuse_apart("distclip versions", "Install the same", ranks, [h.version for h in heard])
@@ -183,16 +195,18 @@ def _refuse_apart(what: str, mend: str, ranks: Sequence[int], values: Sequence[s
 
 
 def _refuse_frozen(notes: Sequence[Notes], ranks: Sequence[int]) -> None:
-    names = {name for note in notes for name in note.frozen}
-    for name in sorted(names):
+    trained, frozen = set[str](), set[str]()
+    for note in {id(note): note for note in notes}.values():
+        frozen.update(note.frozen)
+        trained.update({entry.name for entry in note.table}.difference(note.frozen))
+    for name in sorted(frozen & trained):
         holders = [
             (rank, "frozen" if name in note.frozen else "trained")
             for rank, note in zip(ranks, notes, strict=True)
             if any(entry.name == name for entry in note.table)
         ]
-        states = [state for _, state in holders]
-        if len(set(states)) > 1:
-            shown = told([rank for rank, _ in holders], states)
+        if holders:
+            shown = told([rank for rank, _ in holders], [state for _, state in holders])
             raise RankMismatchError(
                 f"parameter {name!r} requires a gradient on some ranks only: {shown}. Set "
                 f"requires_grad alike on every rank"
