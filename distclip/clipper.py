@@ -36,6 +36,9 @@ Sink: TypeAlias = Callable[[int, ClipReport], None]
 in_use = False
 """Whether a GradClipper has clipped in this process."""
 
+watchers: list[Callable[[GradClipper, ClipReport], object]] = []
+"""Called after every step of every GradClipper in this process, after its sinks."""
+
 
 class GradClipper:
     """Clips the gradients of a model, whatever its sharding, by any policy.
@@ -241,6 +244,8 @@ class GradClipper:
         step, self._step = self._step, self._step + 1
         for sink in self.sinks:
             sink(step, report)
+        for watcher in watchers:
+            watcher(self, report)
         return report
 
     def _compares_now(self) -> bool:
