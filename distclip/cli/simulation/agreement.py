@@ -101,10 +101,19 @@ def _why(
     found, who = _other_data(name, here, layout, there)
     if found:
         return found, who
-    for look in (_weights if number == 0 else None, _gradients):
-        if look is not None and (found := look(name, here, layout, there)):
-            return found, []
-    return [], []
+    if number == 0 and (found := _weights(name, here, layout, there)):
+        return found, []
+    return _uneven(name, here, layout, there) or _gradients(name, here, layout, there), []
+
+
+def _uneven(name: str, here: Sequence[Step], layout: str, there: Sequence[Step]) -> list[str]:
+    sizes = {size for step in there for size in step.sizes}
+    if len(sizes) < 2 or len({size for step in here for size in step.sizes}) > 1:
+        return []
+    return [
+        f"the micro-batches of {layout} have {' and '.join(map(str, sorted(sizes)))} samples: a "
+        f"mean of their means is not the mean over the samples"
+    ]
 
 
 def _amounts(name: str, here: Sequence[Step], layout: str, there: Sequence[Step]) -> list[str]:
@@ -173,6 +182,8 @@ def _gradients(name: str, here: Sequence[Step], layout: str, there: Sequence[Ste
             f"(or losses) summed over the ranks where they should be averaged, or the reverse?"
         ]
     worst = max(ratios, key=lambda key: abs(math.log(ratios[key])))
+    if agree(ratios[worst], 1, 1e-5):
+        return []
     return [
         f"the gradient that differs most is {worst!r}: its norm is {ratios[worst]:.7g} times that "
         f"in {name}"

@@ -56,7 +56,7 @@ def find(ending: Ending, *, branches: bool = True) -> list[Finding]:
     found.sort(key=lambda f: math.inf if f.step is None else f.step)
     if ending.how != "ended":
         ended = {"failed": _failed, "hung": _hung, "not started": _not_started}[ending.how](ending)
-        found = [ended, *(f for f in found if f.kind != "steps")]
+        found = [ended, *(f for f in found if f.kind not in ("steps", "no steps"))]
     return found
 
 
@@ -68,9 +68,8 @@ def _failed(ending: Ending) -> Finding:
     raised = [rank for rank in ranks if rank.error]
     first = min(raised, key=lambda r: r.failed_at, default=None)
     left = [r for r in ranks if r.code == 0 and (first is None or r.ended_at < first.failed_at)]
-    others = [rank for rank in ranks if rank.error and rank is not first]
-    detail = [f"{names([r.number])} then raised {r.error}" for r in others]
-    detail += stuck.story(ranks, ending.stacks) if ending.stacks else []
+    rest = [rank for rank in ranks if rank is not first and rank.number not in ending.died]
+    detail = stuck.story(rest, ending.stacks) if rest else []
     if ending.died:
         who = ending.died
         died = [f"---- rank {rank} ----\n{_last(ending, rank)}" for rank in who]
@@ -102,7 +101,9 @@ def _hung(ending: Ending) -> Finding:
     who, why = stuck.blamed(ranks, ending.stacks)
     story = stuck.story(ranks, ending.stacks)
     text = f"hung; {names(who)} {why}" if who else f"hung; {why}"
-    stacks = [f"---- rank {rank} ----\n{text}" for rank, text in ending.stacks.items()]
+    stacks = [
+        f"---- rank {rank} ----\n{stuck.own_frames(text)}" for rank, text in ending.stacks.items()
+    ]
     step = min(rank.done for rank in ranks)
     return Finding("hung", "\n".join([text, *story]), step, tuple(who), "\n".join(stacks))
 
@@ -114,7 +115,8 @@ def _not_started(ending: Ending) -> Finding:
 
 
 def _last(ending: Ending, rank: int) -> str:
-    return (ending.stacks.get(rank, "") + _tail(ending.ranks[rank].output)).rstrip()
+    stacks = stuck.own_frames(ending.stacks.get(rank, ""))
+    return (stacks + _tail(ending.ranks[rank].output)).rstrip()
 
 
 def _tail(output: str) -> str:
@@ -160,7 +162,7 @@ def _alone(ranks: Sequence[Rank]) -> Finding | None:
 def _modules(ranks: Sequence[Rank]) -> Finding | None:
     for number, steps in enumerate(_together(ranks, begun=False)):
         # The last step of a rank that hangs or failed may not have come so far.
-        if len({step.forwards for step in steps if step.begun}) <= 1 and not all(
+        if len({len(step.sizes) for step in steps if step.begun}) <= 1 and not all(
             step.begun or step.losses for step in steps
         ):
             continue
@@ -273,24 +275,41 @@ def _data(ranks: Sequence[Rank]) -> Finding | None:
             "and more ranks only do the same work again"
         )
         return Finding("same data", text, 0, tuple(range(len(ranks))), fault=False)
-    seen: dict[tuple[int, str], tuple[int, int]] = {}  # epoch, sample -> rank, step
-    twice = _repeated(ranks)
+    shared = _shared_samples(ranks, together)
+    if not shared:
+        return None
+    number, one, before, other = shared[0]
+    # One that orders its data alone has samples in common with several others.
+    votes = Counter(rank for _, a, _, b in shared for rank in (a, b))
+    most = max(votes.values())
+    who = sorted(rank for rank, count in votes.items() if count == most)
+    text = (
+        f"at step {number} rank {one} saw a sample that rank {other} saw at step {before}, within "
+        f"one pass over the data: {names(who)} {'orders' if len(who) == 1 else 'order'} (or "
+        f"{'divides' if len(who) == 1 else 'divide'}) the data otherwise than the rest. Seed the "
+        f"shuffling of all ranks alike, before each takes its part (DistributedSampler, and "
+        f"Accelerate's prepare, do so)"
+    )
+    return Finding("data order", text, number, tuple(who))
+
+
+def _shared_samples(
+    ranks: Sequence[Rank], together: Sequence[Sequence[Step]]
+) -> list[tuple[int, int, int, int]]:
+    """Step and rank, and the step and rank before, of samples that two ranks saw in one pass."""
+    seen: dict[tuple[int, str], tuple[int, int]] = {}  # pass and sample -> step, rank
+    repeated = _repeated(ranks)
+    shared = []
     for number, steps in enumerate(together):
         for rank, step in enumerate(steps):
             if _is_last_of_epoch(ranks[rank], number):
                 continue  # samplers pad it
             for sample in step.samples:
-                epoch = step.epoch if step.epoch else -1 - number
-                owner, before = seen.setdefault((epoch, sample), (rank, number))
-                if owner != rank and sample not in twice:
-                    text = (
-                        f"at step {number} rank {rank} saw a sample that rank {owner} saw at step "
-                        f"{before}, within one pass over the data: the ranks order (or divide) the "
-                        f"data differently. Seed the shuffling of all ranks alike, before each "
-                        f"takes its part (DistributedSampler, or Accelerate's prepare, does so)"
-                    )
-                    return Finding("data order", text, number, (rank,))
-    return None
+                key = (step.epoch if step.epoch else -1 - number, sample)
+                before, owner = seen.setdefault(key, (number, rank))
+                if owner != rank and sample not in repeated:
+                    shared.append((number, rank, before, owner))
+    return shared
 
 
 def _is_last_of_epoch(rank: Rank, number: int) -> bool:

@@ -29,7 +29,7 @@ LAYOUTS = {
 }
 """Name -> what it is."""
 
-RANK_MODULE = "distclip.cli.simulation.rank"
+RANK_MODULE = "distclip.cli.simulation"
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What a launcher around this command would have set."""
 
@@ -99,7 +99,7 @@ def launch(
         return Launch(layout, 1, ((sys.executable, "-m", RANK_MODULE),), environment)
     port = free_port()
     if layout == "torchrun":
-        commands = tuple(_torchrun(ranks, nodes, port) for _ in range(nodes))
+        commands = tuple(_torchrun(ranks, nodes, node, port) for node in range(nodes))
         return Launch(layout, ranks, commands, environment)
     environment |= {"DISTCLIP_CPU": "1"}
     if layout.startswith("zero"):
@@ -108,12 +108,14 @@ def launch(
     return Launch(layout, ranks, commands, environment)
 
 
-def _torchrun(ranks: int, nodes: int, port: int) -> tuple[str, ...]:
+def _torchrun(ranks: int, nodes: int, node: int, port: int) -> tuple[str, ...]:
     return (
         sys.executable, "-m", "torch.distributed.run",
         "--nnodes", str(nodes), "--nproc-per-node", str(ranks // nodes),
         "--rdzv-backend", "c10d", "--rdzv-endpoint", f"{{head}}:{port}",
-        "--rdzv-id", f"distclip-{port}", "--local-addr", "{address}",
+        # Said, since torchrun would ask the host's name for its address.
+        "--rdzv-conf", f"is_host={int(node == 0)}", "--local-addr", "{address}",
+        "--rdzv-id", f"distclip-{port}",
         "-m", RANK_MODULE,
     )  # fmt: skip
 

@@ -1,6 +1,6 @@
 """What each process of a simulated launch runs: the user's script, with a recorder around it.
 
-``python -m distclip.cli.simulation.rank``, started by a launcher, with the name of a task file in
+``python -m distclip.cli.simulation``, started by a launcher, with the name of a task file in
 the environment. The script sees what it sees under ``python``; further arguments are those that the
 launcher adds.
 """
@@ -175,7 +175,3 @@ def _wait_for_others(folder: Path, steps: int) -> None:
             if '"event": "end"' in text or '"event": "raised"' in text:
                 waiting.discard(rank)
         time.sleep(0.05)
-
-
-if __name__ == "__main__":
-    main()

@@ -69,6 +69,10 @@ class Journal:
         with self._lock:
             self._file.write(line + "\n")
 
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
 
 class Recorder:
     """Watches forward, backward, clipping and steps of this process. A context manager.

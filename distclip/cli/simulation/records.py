@@ -35,6 +35,7 @@ class Step:
 
     Attributes:
         samples: fingerprints of those that the model was called with.
+        sizes: how many in each call.
         epoch: how often a DataLoader had been started.
         modules: names, in the order in which they were run.
         operations: how often each is in the graphs of the losses.
@@ -47,6 +48,7 @@ class Step:
     """
 
     samples: list[str] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
     epoch: int = 0
     modules: list[str] = field(default_factory=list)
     operations: dict[str, int] = field(default_factory=dict)
@@ -55,7 +57,6 @@ class Step:
     norm: float | None = None
     world: int | None = None
     pieces: dict[Box, Sums] = field(default_factory=dict)
-    forwards: int = 0
     done: bool = False
 
     @property
@@ -106,7 +107,7 @@ class Rank:
     def place(self) -> tuple[int, int, int, bool]:
         """How far it has come: steps, and what of the next."""
         last = self.steps[self.done] if len(self.steps) > self.done else Step()
-        return self.done, last.forwards, len(last.losses), last.begun
+        return self.done, len(last.sizes), len(last.losses), last.begun
 
     def take(self, record: dict[str, Any]) -> None:
         """Add one line."""
@@ -126,8 +127,8 @@ class Rank:
 
     def _take(self, event: str, step: Step, record: dict[str, Any]) -> None:
         if event == "forward":
-            step.forwards += 1
             step.samples += record["samples"]
+            step.sizes.append(len(record["samples"]))
             step.epoch = record["epoch"]
             step.modules = [*step.modules, *self._full("modules", record)]
         elif event == "backward":

@@ -19,7 +19,7 @@ from distclip.cli.simulation.agreement import QUANTITIES, Row, agree, rows
 from distclip.cli.simulation.findings import Finding
 from distclip.cli.simulation.watch import Ending
 
-EDGE = 5
+EDGE = 3
 """Steps shown at the beginning and the end of a long run."""
 
 
@@ -42,42 +42,47 @@ class Outcome:
 
 
 def table(outcomes: Sequence[Outcome], tolerance: float) -> Table:
-    """Steps against layouts; a star where a number is not that of the first layout."""
-    result = Table(title=f"* not that of {outcomes[0].layout} to {tolerance:g}")
+    """A line for each step of each layout; a star where a number is not that of the first."""
+    several = len(outcomes) > 1
+    title = f"* not that of {outcomes[0].layout} to {tolerance:g}" if several else None
+    result = Table(title=title)
     result.add_column("step", justify="right")
-    for outcome in outcomes:
-        for quantity in QUANTITIES:
-            head = "coef." if quantity == "coefficient" else quantity
-            result.add_column(f"{outcome.layout}\n{head}", justify="right")
+    result.add_column("layout")
+    for quantity in QUANTITIES:
+        result.add_column(quantity, justify="right")
     count = max((len(outcome.rows) for outcome in outcomes), default=0)
-    shown = [
-        n for n in range(count) if n < EDGE or n >= count - EDGE or _differs(outcomes, n, tolerance)
-    ]
+    edge = EDGE if several else 2 * EDGE
+    shown = [n for n in range(count) if n < edge or n >= count - edge]
+    shown += [n for n in range(count) if n not in shown and _differs(outcomes, n, tolerance)][:EDGE]
     before = -1
-    for number in shown[: 4 * EDGE]:
+    for number in sorted(shown):
         if number != before + 1:
-            result.add_row("...")
+            result.add_row("...", end_section=True)
         before = number
-        result.add_row(str(number), *_cells(outcomes, number, tolerance))
+        for place, outcome in enumerate(outcomes):
+            cells = _cells(outcomes[0], outcome, number, tolerance)
+            last = several and place == len(outcomes) - 1
+            result.add_row("" if place else str(number), outcome.layout, *cells, end_section=last)
     return result
 
 
 def _differs(outcomes: Sequence[Outcome], number: int, tolerance: float) -> bool:
-    return any("*" in cell for cell in _cells(outcomes, number, tolerance))
+    return any(
+        "*" in cell
+        for outcome in outcomes
+        for cell in _cells(outcomes[0], outcome, number, tolerance)
+    )
 
 
-def _cells(outcomes: Sequence[Outcome], number: int, tolerance: float) -> list[str]:
+def _cells(first: Outcome, outcome: Outcome, number: int, tolerance: float) -> list[str]:
+    if number >= len(outcome.rows):
+        return [""] * len(QUANTITIES)
     cells = []
-    first = outcomes[0].rows[number] if number < len(outcomes[0].rows) else None
-    for outcome in outcomes:
-        row = outcome.rows[number] if number < len(outcome.rows) else None
-        for quantity in QUANTITIES:
-            if row is None:
-                cells.append("")
-                continue
-            value = getattr(row, quantity)
-            wrong = first is not None and not agree(getattr(first, quantity), value, tolerance)
-            cells.append(("-" if math.isnan(value) else f"{value:.6g}") + "*" * wrong)
+    for quantity in QUANTITIES:
+        value = getattr(outcome.rows[number], quantity)
+        wanted = getattr(first.rows[number], quantity) if number < len(first.rows) else value
+        star = "" if agree(wanted, value, tolerance) else "*"
+        cells.append(("-" if math.isnan(value) else f"{value:.7g}") + star)
     return cells
 
 

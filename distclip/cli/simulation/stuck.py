@@ -10,7 +10,8 @@ from typing import NamedTuple
 from distclip.cli.simulation.records import Rank, names
 
 _FRAME = re.compile(r'^\s*File "(?P<file>[^"]+)", line (?P<line>\d+) in (?P<function>.+)$')
-_HARNESS = ("/cli/script.py", "/cli/simulation/rank.py", "/cli/simulation/recorder.py", "<frozen ")
+_HARNESS = ("/cli/script.py", "/cli/simulation/rank.py", "/cli/simulation/recorder.py",
+    "/cli/simulation/__main__.py", "<frozen runpy>")  # fmt: skip
 _LIBRARY = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib")})
 _TALKING = ("/torch/distributed/", "/torch/autograd/", "/distclip/statistics/collectives.py")
 
@@ -27,7 +28,7 @@ class Frame(NamedTuple):
         """Whether it is no frame of a library."""
         return not (
             "-packages/" in self.file
-            or self.file.startswith((*_LIBRARY, "<"))
+            or self.file.startswith((*_LIBRARY, "<frozen"))
             or any(part in self.file for part in _HARNESS)
             or "/distclip/" in self.file
             or "/torch/" in self.file
@@ -50,6 +51,13 @@ def main_thread(stacks: str) -> list[Frame]:
         if any(frame.file.endswith("/cli/simulation/rank.py") for frame in frames):
             return [f for f in frames if not any(part in f.file for part in _HARNESS)]
     return []
+
+
+def own_frames(stacks: str) -> str:
+    """The stacks without the frames of this machinery."""
+    lines = stacks.strip().splitlines()
+    left_out = (*_HARNESS, "Extension modules: ")
+    return "\n".join(line for line in lines if not any(part in line for part in left_out))
 
 
 def where(stacks: str) -> str:
@@ -78,7 +86,7 @@ def blamed(ranks: Sequence[Rank], stacks: Mapping[int, str]) -> tuple[list[int],
     Returns:
         Ranks (none: it cannot be told), and a reason.
     """
-    gone = [rank.number for rank in ranks if rank.code is not None]
+    gone = [rank.number for rank in ranks if rank.code is not None and not rank.error]
     if gone and len(gone) < len(ranks):
         steps = ", ".join(f"{ranks[r].done}" for r in gone)
         return gone, f"ended after {steps} step(s), while the others go on"
@@ -104,11 +112,11 @@ def story(ranks: Sequence[Rank], stacks: Mapping[int, str]) -> list[str]:
     lines: dict[str, list[int]] = {}
     for rank in ranks:
         steps = f"after {rank.done} step{'s' if rank.done != 1 else ''}"
-        if rank.code is not None:
+        if rank.error:
+            text = f"raised {rank.error} {steps}"
+        elif rank.code is not None:
             text = f"the script ended with exit code {rank.code} {steps}"
-        elif rank.number in stacks:
-            text = f"{steps}, at {where(stacks[rank.number])}"
         else:
-            text = f"raised {steps}: {rank.error}" if rank.error else f"gone {steps}"
+            text = f"{steps}, at {where(stacks.get(rank.number, ''))}"
         lines.setdefault(text, []).append(rank.number)
     return [f"{names(who)}: {text}" for text, who in lines.items()]
