@@ -39,6 +39,7 @@ from torch.optim.optimizer import (
 from torch.utils.data import DataLoader
 
 from distclip import clipper
+from distclip.clipper import GradClipper, Watcher
 from distclip.layouts.detect import detect
 from distclip.layouts.names import clean, named_parameters
 from distclip.layouts.piece import Entry, Piece
@@ -74,7 +75,7 @@ class Journal:
         self._file.close()
 
 
-class Recorder:
+class Recorder(Watcher):
     """Watches forward, backward, clipping and steps of this process. A context manager.
 
     Args:
@@ -103,9 +104,8 @@ class Recorder:
         self._replace(DataLoader, "__iter__", self._iterate)
         before = register_optimizer_step_pre_hook(self._before_step)
         after = register_optimizer_step_post_hook(self._after_step)
-        clipper.watchers.append(self._clipped)
-        self._undo += [before.remove, after.remove]
-        self._undo.append(functools.partial(clipper.watchers.remove, self._clipped))
+        clipper.watchers.append(self)
+        self._undo += [before.remove, after.remove, lambda: clipper.watchers.remove(self)]
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -205,10 +205,10 @@ class Recorder:
 
     # ---- clipping and steps --------------------------------------------------------------
 
-    def _clipped(self, source: clipper.GradClipper, report: ClipReport) -> None:
+    def after(self, clipper: GradClipper, report: ClipReport) -> None:
         numbers = report.to_dict(per_parameter=False)
         numbers.pop("nonfinite")
-        self.journal.write("clip", step=self.step, parameters=len(source.names), **numbers)
+        self.journal.write("clip", step=self.step, parameters=len(clipper.names), **numbers)
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         caller = sys._getframe(1)
