@@ -24,7 +24,7 @@ IMPORTERS: dict[str, set[str]] = {
         "integrations/accelerate_cpu.py",
         "integrations/accelerate_prepared.py",
     },
-    "deepspeed": set(),
+    "deepspeed": {"testing/on_rank.py"},
     "lightning": set(),
     "pytorch_lightning": set(),
     "transformers": set(),
@@ -36,7 +36,7 @@ IMPORTERS: dict[str, set[str]] = {
     "yaml": {"_config_files.py", "cli/simulation/layouts.py"},
     "typer": {
         f"cli/{name}.py"
-        for name in ("app", "bench", "config", "report", "run", "simulate", "verify")
+        for name in ("app", "bench", "config", "doctor", "report", "run", "simulate", "verify")
     },
     "rich": {
         "cli/bench.py",

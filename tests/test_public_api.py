@@ -84,6 +84,7 @@ EXPORTED = {
         "RankPool",
         "assert_rounded",
         "expected",
+        "on_rank",
         "run_on_ranks",
     },
 }
@@ -137,6 +138,7 @@ SIGNATURES = {
     "process_group: ProcessGroup | None = None) -> LaProp",
     "testing.run_on_ranks": "(function: Callable[..., T], world_size: int, *args: Any, "
     "timeout: float = 60.0, **kwargs: Any) -> list[T]",
+    "testing.on_rank": "(make: Callable[..., Any], *arguments: Any) -> Any",
     "testing.expected": "(policy: Policy, gradients: Mapping[str, npt.ArrayLike | None], "
     "weights: Mapping[str, npt.ArrayLike], *, groups: Mapping[str, int] | None = None, "
     "on_nonfinite: NonFinite = pass) -> Expected",

@@ -7,6 +7,7 @@ plugin is `distclip.testing.plugin`.
 
 from distclip.testing.failures import Outcome, RankError
 from distclip.testing.forkserver import PoolError
+from distclip.testing.on_rank import on_rank
 from distclip.testing.oracle import Expected, expected
 from distclip.testing.pool import RankPool, run_on_ranks
 from distclip.testing.rounding import assert_rounded
@@ -19,5 +20,6 @@ __all__ = [
     "RankPool",
     "assert_rounded",
     "expected",
+    "on_rank",
     "run_on_ranks",
 ]

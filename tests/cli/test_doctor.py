@@ -31,7 +31,7 @@ def test_all_is_well_here(tmp_path: Path) -> None:
     result = invoke(application.app, ["doctor", "--json", str(tmp_path / "found.json")])
     told = json.loads((tmp_path / "found.json").read_text())
     assert (result.exit_code, told["sound"]) == (0, True), result.output
-    by_name = {line["what"]: line for line in told["lines"]}
+    by_name = {line["what"]: line for line in reversed(told["lines"])}
     assert by_name["torch"]["text"].startswith(metadata.version("torch"))
     assert "really distributed" in by_name["2 gloo ranks of this machine"]["text"]
     assert by_name["single"]["state"] == "good"
@@ -124,10 +124,17 @@ def test_traps_of_a_launch_file(tmp_path: Path, config: dict[str, object], words
 
 @pytest.mark.parametrize(
     ("version", "wanted", "inside"),
-    [("2.13.0+cpu", "<2.14,>=2.13", True), ("2.14.0", "<2.14,>=2.13", False), ("1.26", ">=1.26", True),
-     ("2.9.1", ">=2.13", False), ("3.11.7", ">=3.10", True), ("2.14.0.dev1", "<2.14", False),
-     ("1.0", "", True), ("0.19.8", ">=0.16.9,<=0.19.8", True)],
-)  # fmt: skip
+    [
+        ("2.13.0+cpu", "<2.14,>=2.13", True),
+        ("2.14.0", "<2.14,>=2.13", False),
+        ("1.26", ">=1.26", True),
+        ("2.9.1", ">=2.13", False),
+        ("3.11.7", ">=3.10", True),
+        ("2.14.0.dev1", "<2.14", False),
+        ("1.0", "", True),
+        ("0.19.8", ">=0.16.9,<=0.19.8", True),
+    ],
+)
 def test_ranges(version: str, wanted: str, inside: bool) -> None:
     assert doctor.within(version, wanted) == inside
 
