@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, TypeAlias, get_args
 
 import torch
@@ -36,6 +36,20 @@ Sink: TypeAlias = Callable[[int, ClipReport], None]
 
 in_use = False
 """Whether a GradClipper has clipped in this process."""
+
+
+class Watcher:
+    """Sees every step of every GradClipper in this process; see ``watchers``."""
+
+    def before(self, clipper: GradClipper, loss_scale: Tensor | None) -> None:
+        """Gradients are as backward left them, ``loss_scale`` times too large where it is given."""
+
+    def after(self, clipper: GradClipper, report: ClipReport) -> None:
+        """They are clipped; called after the sinks."""
+
+
+watchers: list[Watcher] = []
+"""Told of every step, on every rank: for tools around a training run, not for the run itself."""
 
 
 class GradClipper:
@@ -113,6 +127,16 @@ class GradClipper:
         self._loss: Tensor | None = None
         self._apply: Apply | None = None
         self._program = self._compile(optimizer)
+
+    @property
+    def parameters(self) -> tuple[ParameterInfo, ...]:
+        """All logical parameters, in the order of every per-parameter statistic."""
+        return self._program.parameters
+
+    @property
+    def here(self) -> Mapping[str, Tensor]:
+        """Name -> tensor of those that this rank has a part of, as the optimizer steps it."""
+        return self._here
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -272,6 +296,8 @@ class GradClipper:
         in_use = True
         if self._plan.group is not None:
             collectives.check_open(self._plan.group)
+        for watcher in watchers:
+            watcher.before(self, loss_scale)
         loss, self._loss = self._loss, None
         if self._reads_loss and loss is None:
             self._warn_of_no_loss()
@@ -298,6 +324,8 @@ class GradClipper:
         step, self._step = self._step, self._step + 1
         for sink in self.sinks:
             sink(step, report)
+        for watcher in watchers:
+            watcher.after(self, report)
         return report
 
     def _compares_now(self) -> bool:

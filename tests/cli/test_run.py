@@ -16,6 +16,7 @@ import typer.testing
 from distclip import clipper
 from distclip.cli import app as application
 from distclip.cli import run as command
+from distclip.cli.check import StepCheck
 from distclip.cli.script import Script
 from distclip.errors import ConfigurationError
 from distclip.integrations import hooks
@@ -186,6 +187,16 @@ def test_the_rank_of_a_launcher_goes_to_the_script(
     assert result.exit_code == 0, result.output
     assert made[0].arguments == ["--local_rank=1", "--x"]
     assert os.environ["DISTCLIP_CONFIG"] == str(quiet / "policy.yaml")
+
+
+@pytest.mark.usefixtures("quiet")
+def test_a_check_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clipper, "watchers", [])
+    arguments = ["run", "-c", "policy.yaml", "--check", "--check-steps", "5", "train.py"]
+    assert invoke(application.app, arguments).exit_code == 0
+    (watching,) = clipper.watchers
+    assert isinstance(watching, StepCheck)
+    assert watching.steps == 5
 
 
 def test_cpu_without_accelerate(monkeypatch: pytest.MonkeyPatch) -> None:
