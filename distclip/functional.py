@@ -246,7 +246,8 @@ def _named(parameters: Parameters) -> Named:
 
 
 def _device(tensors: Sequence[Tensor]) -> torch.device:
-    return tensors[0].device if tensors else torch.device("cpu")
+    """Where the statistics go; what lies nowhere (meta) is refused when it is measured."""
+    return tensors[0].device if tensors and not tensors[0].is_meta else torch.device("cpu")
 
 
 def _norm_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
@@ -407,6 +408,8 @@ def _tell(error: DistclipError, named: Named, policy: Policy, *, norms: bool) ->
             dtype = str(parameter.dtype).removeprefix("torch.")
             described.append((Entry(name, tuple(parameter.shape), dtype), ()))
     with torch.no_grad(), contextlib.suppress(DistclipError):
+        if _group([entry for entry, _ in described]) is None:
+            return
         program = _program(described, policy, _device([p for _, p in named]), norms=norms)
         plan = program.plan
         if plan.group is None or not (norms or plan.replicated):
