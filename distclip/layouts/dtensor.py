@@ -11,8 +11,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
+from torch.distributed.tensor import DeviceMesh, DTensor, Partial, Placement, Replicate
 
 from distclip.errors import UnsupportedGradientError
 from distclip.layouts import plain
