@@ -11,7 +11,13 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DeviceMesh, DTensor, Partial, Placement, Replicate
+from torch.distributed.tensor import (
+    DeviceMesh,  # type: ignore[attr-defined]
+    DTensor,
+    Partial,
+    Placement,
+    Replicate,
+)
 
 from distclip.errors import UnsupportedGradientError
 from distclip.layouts import plain
