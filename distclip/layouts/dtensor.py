@@ -11,8 +11,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import (
-    DeviceMesh,  # type: ignore[attr-defined]
+from torch.distributed.tensor import (  # type: ignore[attr-defined]
+    DeviceMesh,
     DTensor,
     Partial,
     Placement,
