@@ -7,10 +7,10 @@ ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
 RUN python -m venv /opt/venv
 WORKDIR /src
 COPY launch/constraints.txt launch/constraints.txt
-# torch alone first: it is large, and changes less often than what lies below. With this index
-# torch==2.13.0 is 2.13.0+cpu, without gigabytes of CUDA.
+# torch alone first: it is large, and changes less often than what lies below. By its full name:
+# where this index cannot be reached, torch==2.13.0 would bring gigabytes of CUDA from the other.
 RUN /opt/venv/bin/pip install --extra-index-url https://download.pytorch.org/whl/cpu \
-    --constraint launch/constraints.txt torch==2.13.0
+    --constraint launch/constraints.txt torch==2.13.0+cpu
 COPY pyproject.toml README.md LICENSE ./
 COPY distclip distclip
 RUN /opt/venv/bin/pip install --extra-index-url https://download.pytorch.org/whl/cpu \

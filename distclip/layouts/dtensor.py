@@ -11,8 +11,13 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
+from torch.distributed.tensor import (  # type: ignore[attr-defined]
+    DeviceMesh,
+    DTensor,
+    Partial,
+    Placement,
+    Replicate,
+)
 
 from distclip.errors import UnsupportedGradientError
 from distclip.layouts import plain
