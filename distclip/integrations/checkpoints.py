@@ -82,13 +82,18 @@ class Shelf:
     def hand_over(self, clipper: GradClipper) -> None:
         """Give a clipper the state that waits for it, if there is one.
 
+        Two clippers whose parameters have the same names and shapes (two models of one class) are
+        told apart by the order in which they come into being.
+
         Raises:
             StateError: a state with some of its parameters, or for another policy: what differs.
         """
-        names = set(clipper.names)
-        for state in self._waiting:
-            if set(state.get("parameters", ())) == names:
-                self._waiting.remove(state)
+        shapes = {entry.name: list(entry.shape) for entry in clipper.plan.entries}
+        names = shapes.keys()
+        for position, state in enumerate(self._waiting):
+            saved = zip(state.get("parameters", ()), state.get("shapes", ()), strict=False)
+            if dict(saved) == shapes:
+                del self._waiting[position]
                 clipper.load_state_dict(state)
                 return
         for state in self._waiting:  # none fits, and one nearly does: say what differs

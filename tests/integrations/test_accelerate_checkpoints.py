@@ -69,8 +69,41 @@ def test_a_checkpoint_that_the_accelerator_does_not_make(tmp_path: Path) -> None
     resumed[3].load_state_dict(moments)
     resumed[1].load_state_dict(torch.load(file, weights_only=True))
     assert steps(resumed, 6, 9) == want
+    assert len(resumed[1].state_dict()["clippers"]) == 1
     with pytest.raises(StateError, match="was given is no state of distclip"):
         resumed[1].load_state_dict({"clippers": 3})
+
+
+@pytest.mark.ranks(1, 2)
+def test_two_models_of_the_same_names_get_their_own_memory() -> None:
+    from torch import nn
+
+    def two() -> Any:
+        import distclip
+
+        accelerator = start("ddp")
+        handle = distclip.accelerate.attach(accelerator, policies.adagc(warmup_steps=2))
+        models = [nn.Linear(5, 1), nn.Linear(5, 2)]
+        optimizers = [sgd(model) for model in models]
+        prepared = accelerator.prepare(*models, *optimizers)
+        return accelerator, handle, prepared[:2], prepared[2:]
+
+    def train(run: Any, order: tuple[int, ...]) -> None:
+        accelerator, _, models, optimizers = run
+        for turn in order:
+            accelerator.backward((turn + 1.0) * models[turn](batch(0)).square().mean())
+            optimizers[turn].step()
+            optimizers[turn].zero_grad()
+
+    run, resumed = two(), two()
+    train(run, (0, 1, 0, 1))
+    saved = run[1].state_dict()
+    resumed[1].load_state_dict(saved)
+    train(resumed, (1, 0))  # in another order than before: the shapes tell them apart
+    found = {
+        str(clipper["shapes"]): clipper["step"] for clipper in resumed[1].state_dict()["clippers"]
+    }
+    assert found == {"[[1, 5], [1]]": 3, "[[2, 5], [2]]": 3}
 
 
 @pytest.mark.ranks(1)
