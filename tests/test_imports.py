@@ -24,7 +24,11 @@ IMPORTERS: dict[str, set[str]] = {
         "integrations/accelerate_cpu.py",
         "integrations/accelerate_prepared.py",
     },
-    "deepspeed": {"integrations/deepspeed.py"},
+    "deepspeed": {
+        "cli/bench_zero.py",
+        "integrations/deepspeed.py",
+        "integrations/deepspeed_engines.py",
+    },
     "lightning": set(),
     "pytorch_lightning": set(),
     "transformers": set(),

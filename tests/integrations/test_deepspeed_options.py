@@ -17,7 +17,7 @@ from torch import nn
 import distclip
 from distclip import policies
 from distclip.errors import ConfigurationError, DistclipError, UnsupportedGradientError
-from distclip.integrations import deepspeed as integration
+from distclip.integrations import deepspeed_engines
 from distclip.layouts import zero
 from tests.core.watching import watch
 from tests.integrations.engines import (
@@ -229,7 +229,7 @@ def test_an_untested_version_warns_once() -> None:
     engine = engine_of(json_of(2))
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        patch.setattr(integration, "_warned", set())
+        patch.setattr(deepspeed_engines, "_warned", set())
         patch.setattr(deepspeed, "__version__", "9.9.9+local")
         for _ in range(2):
             distclip.deepspeed.attach(engine, policies.global_norm(1.0)).remove()
