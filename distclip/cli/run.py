@@ -60,8 +60,9 @@ def run(
             f"{ENVIRONMENT}=policy.yaml in the environment (for DeepSpeed it may also be the "
             f'"distclip" section of its JSON)'
         )
-    loaded = None if path is None else configuration.load(path)
     program.check()
+    program.prepare()
+    loaded = None if path is None else configuration.load(path)
     if path is not None:
         # Absolute, for a script that changes its directory and for processes that it starts.
         os.environ[ENVIRONMENT] = str(path.absolute())

@@ -200,6 +200,10 @@ class Attachment:
                 self.outer.__dict__.pop(name, None)
         self.engine._distclip = None
 
+    def observe(self, loss: Tensor | float) -> None:
+        """Tell the loss to a policy that reads it; ``engine.backward(loss)`` does so by itself."""
+        self.clipper.observe(loss)
+
     def _unmark(self) -> None:
         for parameter, _ in self._extents:
             zero.mark(parameter, None)
@@ -211,6 +215,7 @@ class Attachment:
         self._switch_off()
         self._replace(self.engine, "save_checkpoint", self._save)
         self._replace(self.engine, "load_checkpoint", self._load)
+        self._replace(self.engine, "backward", self._backward)
         if self._plain:
             return
         outer = self.outer
@@ -251,6 +256,11 @@ class Attachment:
         self.engine._config.gradient_clipping, clip_grad = self._clipping
         if clip_grad is not None:
             self.outer.clip_grad = clip_grad
+
+    def _backward(self, original: Callable[..., Any], loss: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(loss, Tensor) and loss.numel() == 1:
+            self.clipper.observe(loss)
+        return original(loss, *args, **kwargs)
 
     def _step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         outer = self.outer
