@@ -146,7 +146,7 @@ class Attachment:
         self._apply: Apply | None = None
         self._factor: float | Tensor | None = 1.0
         self._growth: Callable[[], Any] | None = None
-        self._scale, self._skips, self._overflowed = 1.0, False, False
+        self._skips, self._overflowed = False, False
         self._extents = zero.extents(outer, deepspeed_engines.trained(engine))
         self._plain = isinstance(outer, Optimizer) and type(outer).__name__ not in zero.READERS
         self._inners: list[Optimizer] = [outer] if self._plain else [outer.optimizer]
@@ -223,8 +223,8 @@ class Attachment:
         # Its own passes over all gradients, and their all-reduces, for what we know already.
         replacements: dict[str, Callable[..., Any]] = {
             "_update_scale": self._update_scale,
-            "scaled_global_norm": lambda original, *a, **k: self._scaled(),
-            "_get_norm_groups": lambda original: [self._scaled()],
+            "scaled_global_norm": lambda original, *a, **k: self._verdict(),
+            "_get_norm_groups": lambda original: [self._verdict()],
             "get_grads_for_norm": self._for_norm,
         }
         for name, ours in replacements.items():
@@ -288,7 +288,7 @@ class Attachment:
         mode: OnNonfinite = "skip" if dynamic else self.config.on_nonfinite
         loss_scale = None if scale == 1.0 else torch.tensor(scale)
         report, self._apply = self.clipper.decide(mode, loss_scale)
-        self.last_report, self._scale = report, scale
+        self.last_report = report
         # Left to DeepSpeed are an overflow under a dynamic scale, and all of them under "pass".
         left = dynamic or mode == "pass"
         self._overflowed = left and not math.isfinite(float(report.total_norm))
@@ -327,19 +327,20 @@ class Attachment:
                 owner.grad.mul_(self._factor)
         return self.last_report
 
-    def _scaled(self) -> Tensor:
-        """What DeepSpeed's own norm pass would give."""
+    def _verdict(self) -> Tensor:
+        """For DeepSpeed's norm, which with its clipping off only tells it what is an overflow.
+
+        A norm itself might fail by being squared in float32, or by being 0 (BF16_Optimizer up to
+        0.18 demands that it be > 0).
+        """
         assert self.last_report is not None
-        norm = self.last_report.total_norm * self._scale
-        if self._skips:  # nothing that DeepSpeed would call an overflow of its own
-            norm = torch.nan_to_num(norm, nan=1.0, posinf=1.0)
-        return norm.float().to(getattr(self.outer, "device", "cpu"))
+        norm = self.last_report.total_norm
+        sound = torch.isfinite(norm) | self._skips  # a skip is ours
+        return torch.where(sound, 1.0, norm).float().to(getattr(self.outer, "device", "cpu"))
 
     def _for_norm(self, original: Callable[..., Any], for_clipping: bool = False) -> Any:
-        """BF16_Optimizer takes the norm of these, and up to 0.18 demands that it be > 0."""
-        if for_clipping:
-            return original(for_clipping)
-        return [self._scaled().clamp(min=torch.finfo(torch.float32).tiny)], {}
+        """BF16_Optimizer takes the norm of these."""
+        return original(for_clipping) if for_clipping else ([self._verdict()], {})
 
     def _update_scale(self, original: Callable[..., Any], has_overflow: bool = False) -> None:
         """DeepSpeed unscales with the scale as it is *after* growing, and halves that step.

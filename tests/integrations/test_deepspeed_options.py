@@ -61,7 +61,14 @@ CELLS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     **{f"client Adam {stage}": (stage, {"optimizer": "adam"}, {}) for stage in range(4)},
     **{f"JSON AdamW {stage}": (stage, {"optimizer": "adam"}, ADAM) for stage in range(4)},
 }
+if not NEW:
+    # 0.16.9 itself trains wrongly there: its own norm is 1.7 times that of one process.
+    del CELLS["scattered 2"]
 if NEW:
+    for stage in (1, 2):
+        for also in (False, True):
+            aligned = {"parameter_alignment": True, "round_robin_gradients": also}
+            CELLS[f"aligned {stage}{', round robin' * also}"] = (stage, {}, {"zero": aligned})
     own = {"managed_gradient_accumulation": False}
     quick = {"zero": {"compute_grad_norm": False}, "gradient_clipping": 0.0}
     for stage in range(4):
@@ -107,7 +114,7 @@ def test_one_all_reduce_a_step_takes_the_place_of_deepspeeds() -> None:
     # fp32 sums every rank has reduced, and measures, all gradients.
     cells: list[tuple[int, str, dict[str, Any], int, int]] = [
         (0, "fp32", {}, 0, 1),
-        (0, "bf16", {}, 0, 0),
+        (0, "bf16", {}, 0 if NEW else 1, 0),  # up to 0.18 each rank steps a part there
         (1, "fp32", {}, 1, 1),
         (1, "bf16", fp32_sums, 1, 0),
         (2, "bf16", {}, 1, 2),

@@ -147,7 +147,12 @@ def test_on_nonfinite() -> None:
                     assert "norm.weight" not in error.value.parameters
                     assert same(before, state_of(engine)), where
                     continue
-                engine.step()
+                try:
+                    engine.step()
+                except AssertionError:  # how BF16_Optimizer up to 0.18 takes it
+                    assert mode == "pass"
+                    assert type(engine.optimizer).__name__ == "BF16_Optimizer"
+                    continue
                 assert handle.last_report is not None
                 assert "fc.weight" in handle.last_report.nonfinite, where
                 norm = float(engine.get_global_grad_norm())
