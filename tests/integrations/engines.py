@@ -22,6 +22,9 @@ logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
 
 
+VERSION = tuple(map(int, deepspeed.__version__.split("+")[0].split(".")[:2]))
+
+
 class Model(nn.Module):
     """Shapes that no number of ranks divides; a frozen and an unused parameter."""
 

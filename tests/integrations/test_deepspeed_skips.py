@@ -131,10 +131,13 @@ def poison(engine: Any, number: int, value: float) -> None:
 @pytest.mark.ranks(2, timeout=240)
 def test_on_nonfinite() -> None:
     for stage, kind, options in CELLS:
-        dynamic = kind == "fp16"
-        for mode in ("error",) if dynamic else ("error", "skip", "zero", "pass"):
+        for mode in ("error", "skip", "zero", "pass"):
             engine = with_schedule(engine_of(json_of(stage, kind, **options)))
+            # fp16, and bf16 at stage 0 and with fp32 sums in 0.18.0
+            dynamic = bool(getattr(engine.optimizer, "dynamic_loss_scale", False))
             try:
+                if dynamic and mode != "error":  # the same under all of them
+                    continue
                 where = (stage, kind, mode)
                 section = {"policy": GLOBAL, "on_nonfinite": mode}
                 handle = distclip.deepspeed.attach(engine, section)
