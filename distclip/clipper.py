@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, TypeAlias, get_args
 
 import torch
@@ -36,6 +36,20 @@ Sink: TypeAlias = Callable[[int, ClipReport], None]
 
 in_use = False
 """Whether a GradClipper has clipped in this process."""
+
+
+class Watcher:
+    """Sees every step of every GradClipper in this process; see ``watchers``."""
+
+    def before(self, clipper: GradClipper, loss_scale: Tensor | None) -> None:
+        """Gradients are as backward left them, ``loss_scale`` times too large where it is given."""
+
+    def after(self, clipper: GradClipper, report: ClipReport) -> None:
+        """They are clipped; called after the sinks."""
+
+
+watchers: list[Watcher] = []
+"""Told of every step, on every rank: for tools around a training run, not for the run itself."""
 
 
 class GradClipper:
@@ -110,9 +124,19 @@ class GradClipper:
         self._step = 0
         self._attached: StepHandle | None = None
         self._states: States = {}
-        self._apply: Apply | None = None
         self._loss: Tensor | None = None
+        self._apply: Apply | None = None
         self._program = self._compile(optimizer)
+
+    @property
+    def parameters(self) -> tuple[ParameterInfo, ...]:
+        """All logical parameters, in the order of every per-parameter statistic."""
+        return self._program.parameters
+
+    @property
+    def here(self) -> Mapping[str, Tensor]:
+        """Name -> tensor of those that this rank has a part of, as the optimizer steps it."""
+        return self._here
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -272,6 +296,8 @@ class GradClipper:
         in_use = True
         if self._plan.group is not None:
             collectives.check_open(self._plan.group)
+        for watcher in watchers:
+            watcher.before(self, loss_scale)
         loss, self._loss = self._loss, None
         if self._reads_loss and loss is None:
             self._warn_of_no_loss()
@@ -283,8 +309,8 @@ class GradClipper:
                 loss_scale=loss_scale,
                 replicas=self._replicas if self._compares_now() else None,
                 trouble=self._trouble(),
-                later=later,
                 loss=loss,
+                later=later,
             )
             self._walks += 1
             self._states, self._apply = walked.states, walked.apply
@@ -298,6 +324,8 @@ class GradClipper:
         step, self._step = self._step, self._step + 1
         for sink in self.sinks:
             sink(step, report)
+        for watcher in watchers:
+            watcher.after(self, report)
         return report
 
     def _compares_now(self) -> bool:
@@ -352,16 +380,14 @@ class GradClipper:
         table = tuple(entry for entry, _ in described)
         ranks = collectives.ranks_of(group)
         mine = self._notes(table)
-        copies = sum(
-            1 << row
-            for row, (_, pieces) in enumerate(described)
-            if any(piece.share == 0.0 for piece in pieces)
-        )
-        hail = handshake.Hail(__version__, mine.digest(), copies=copies)
+        hail = handshake.Hail(__version__, mine.digest())
         hails = handshake.refuse_troubled(collectives.gather(tuple(hail), group), ranks)
+        digests = [other.digest for other in hails]
+        # Ranks that have the same share one object from here on: with thousands of ranks, nothing
+        # may be done for each parameter of each of them.
         notes = [mine] * len(ranks)
-        if any(other.digest != hails[0].digest for other in hails):
-            notes = collectives.gather(mine, group)
+        if len(set(digests)) > 1:
+            notes = collectives.tell(mine, digests, group)
             handshake.compare(notes, ranks)
         tables = [each.table for each in notes]
         plans.check_tables(tables, ranks, stages=naming.is_list_of_modules(target))
@@ -372,8 +398,7 @@ class GradClipper:
         else:
             plan = plans.local_plan(described, device)
         if self.verify_replicas != "never":
-            copied = plans.copied(tables, [other.copies for other in hails])
-            self._replicas = ReplicaCheck.of(plan, group, copied)
+            self._replicas = ReplicaCheck.of(plan, group, plans.copied(tables, ranks))
         return plan
 
     def _describe(self, target: Target) -> list[Described]:

@@ -58,7 +58,8 @@ class ReplicaCheck:
         # By name: where nothing is sharded, each rank's table has an order of its own.
         place = {entry.name: row for row, entry in enumerate(plan.entries)}
         rows = tuple(place[name] for name in sorted(names))
-        positions = tuple(i for i, piece in enumerate(plan.pieces) if piece.index in set(rows))
+        wanted = set(rows)
+        positions = tuple(i for i, piece in enumerate(plan.pieces) if piece.index in wanted)
         return cls(plan, group, positions, rows)
 
     def pack(self, present: Sequence[Tensor | None], troubled: bool) -> Tensor:
@@ -104,7 +105,7 @@ class ReplicaCheck:
         ranks = collectives.ranks_of(self.group)
         told = collectives.gather(self._tell(apart, present), self.group)
         named = [(self.plan.entries[row].name, what) for row, what in apart]
-        raise _error(named, dict(zip(ranks, told, strict=True)))
+        raise drift_error(named, dict(zip(ranks, told, strict=True)))
 
     def _counts(self, position: int) -> bool:
         if self.plan.group is None:
@@ -169,11 +170,16 @@ def _norm(value: Tensor) -> float:
     return float(torch.linalg.vector_norm(value.to(wide)))
 
 
-def _error(
+def drift_error(
     apart: Sequence[tuple[str, str]],
     told: Mapping[int, Sequence[_Told]],
 ) -> ReplicaDriftError:
-    """Who differs from whom: of each piece, from the fingerprint that most of its copies have."""
+    """Who differs from whom: of each piece, from the fingerprint that most of its copies have.
+
+    Args:
+        apart: name and kind (``KINDS``) of the tensors that differ.
+        told: what each rank has of them.
+    """
     copies: dict[tuple[str, str], dict[Box, dict[int, tuple[int, float | None]]]] = {}
     for rank, pieces in told.items():
         for name, what, box, number, norm in pieces:

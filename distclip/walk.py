@@ -31,8 +31,8 @@ def walk(
     loss_scale: Tensor | None = None,
     replicas: ReplicaCheck | None = None,
     trouble: DistclipError | None = None,
-    later: bool = False,
     loss: Tensor | None = None,
+    later: bool = False,
 ) -> Walked:
     """Measure, decide and act once over all the gradients of a plan.
 
@@ -43,10 +43,10 @@ def walk(
         loss_scale: 0-dim; the gradients are this many times too large, and stay so.
         replicas: what is to be compared between the ranks this time; reads on the host.
         trouble: what is wrong on this rank already; raised when all ranks have heard of it.
-        later: leave what the last pass decides to ``Walked.apply``, for engines that step with
-            other tensors than the measured ones. Dropping and earlier passes act here.
         loss: float64 ``(2,)``, the sum of this rank's losses and their number; for a policy that
             reads the loss.
+        later: leave what the last pass decides to ``Walked.apply``, for engines that step with
+            other tensors than the measured ones. Dropping and earlier passes act here.
 
     Raises:
         ReplicaDriftError: copies differ; on every rank, before any changes.

@@ -28,6 +28,7 @@ IMPORTERS: dict[str, set[str]] = {
         "cli/bench_zero.py",
         "integrations/deepspeed.py",
         "integrations/deepspeed_engines.py",
+        "testing/on_rank.py",
     },
     "lightning": set(),
     "pytorch_lightning": set(),
@@ -37,9 +38,20 @@ IMPORTERS: dict[str, set[str]] = {
     "psutil": {"integrations/accelerate_cpu.py"},
     "pydantic": {"config.py", "_config_policies.py", "_config_problems.py"},
     "pydantic_core": {"_config_problems.py"},
-    "yaml": {"_config_files.py"},
-    "typer": {f"cli/{name}.py" for name in ("app", "bench", "config", "report", "run", "verify")},
-    "rich": {"cli/bench.py", "cli/verify.py", "cli/verify_reports.py", "monitor/table.py"},
+    "yaml": {"_config_files.py", "cli/simulation/layouts.py"},
+    "typer": {
+        f"cli/{name}.py"
+        for name in ("app", "bench", "config", "doctor", "report", "run", "simulate", "verify")
+    },
+    "rich": {
+        "cli/bench.py",
+        "cli/doctor.py",
+        "cli/simulate.py",
+        "cli/simulation/shown.py",
+        "cli/verify.py",
+        "cli/verify_reports.py",
+        "monitor/table.py",
+    },
     "hypothesis": set(),
     "pytest": {"testing/plugin.py", "testing/pool.py"},
     "_pytest": {"testing/rewriting.py"},
@@ -59,7 +71,10 @@ HARMLESS = {
 }
 """What of ``torch.distributed`` talks to no other rank."""
 
-ALLOWED_TO_TALK = ("statistics/collectives.py", "testing/", "cli/bench_cases.py", "cli/verify_")
+ALLOWED_TO_TALK = (
+    "statistics/collectives.py", "testing/", "cli/bench_cases.py", "cli/check.py", "cli/doctor.py",
+    "cli/verify_",
+)  # fmt: skip
 """The one file that issues collectives, and what is no part of a training run."""
 
 MOVING = {"redistribute", "full_tensor", "distribute_tensor", "distribute_module"}

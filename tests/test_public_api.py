@@ -93,6 +93,7 @@ EXPORTED = {
         "assert_rounded",
         "check_policy",
         "expected",
+        "on_rank",
         "run_on_ranks",
     },
 }
@@ -154,6 +155,7 @@ SIGNATURES = {
     "process_group: ProcessGroup | None = None) -> LaProp",
     "testing.run_on_ranks": "(function: Callable[..., T], world_size: int, *args: Any, "
     "timeout: float = 60.0, **kwargs: Any) -> list[T]",
+    "testing.on_rank": "(make: Callable[..., Any], *arguments: Any) -> Any",
     "testing.expected": "(policy: Policy, gradients: Mapping[str, npt.ArrayLike | None], "
     "weights: Mapping[str, npt.ArrayLike], *, groups: Mapping[str, int] | None = None, "
     "on_nonfinite: NonFinite = pass, memory: dict[str, Memory] | None = None, "

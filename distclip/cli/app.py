@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from distclip._version import __version__
-from distclip.cli import bench, config, report, run, verify
+from distclip.cli import bench, config, doctor, report, run, simulate, verify
 from distclip.errors import DistclipError
 
 app = typer.Typer(
@@ -20,8 +20,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command(name="run", context_settings=run.CONTEXT)(run.run)
+app.command(name="simulate", context_settings=simulate.CONTEXT)(simulate.simulate)
 app.add_typer(config.app, name="config")
 app.command(name="report")(report.report)
+app.command(name="doctor")(doctor.doctor)
 app.command(name="verify")(verify.verify)
 app.command(name="bench")(bench.bench)
 # A further command is one line here and one file beside this one.

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,6 +16,9 @@ from distclip import config as configuration
 from distclip.cli.script import Script
 from distclip.errors import ConfigurationError, DistclipError
 from distclip.integrations import hooks
+
+if TYPE_CHECKING:
+    from distclip.cli.check import StepCheck
 
 ENVIRONMENT = "DISTCLIP_CONFIG"
 
@@ -47,6 +50,10 @@ def run(
     ] = None,
     cpu: Annotated[bool, typer.Option("--cpu", help="Real gloo ranks on CPU.")] = False,
     module: Annotated[bool, typer.Option("-m", help="Run a module, as python -m does.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Hold the first steps against gathered tensors.")
+    ] = False,
+    check_steps: Annotated[int, typer.Option(min=1, help="How many steps --check checks.")] = 3,
 ) -> None:
     """Run a training script under a clipping policy, alone or under any launcher.
 
@@ -68,14 +75,23 @@ def run(
         os.environ[ENVIRONMENT] = str(path.absolute())
     _prepare_cpu(cpu)
     hooks.install(loaded)
+    checking = _check(check_steps) if check else None
 
     def start() -> None:
         code = program.run()
         if code in (None, 0):
             _warn_if_idle()
+            if checking is not None:
+                checking.conclude()
         sys.exit(code)
 
     pending.append(start)
+
+
+def _check(steps: int) -> StepCheck:
+    from distclip.cli.check import StepCheck  # with the testing kit, which no other run needs
+
+    return StepCheck(steps).install()
 
 
 def _path(option: Path | None) -> Path | None:

@@ -37,7 +37,7 @@ class Script:
         """
         if not self.module and not os.path.exists(self.target):
             raise ConfigurationError(
-                f"run: no script {self.target!r} in {os.getcwd()}"
+                f"no script {self.target!r} in {os.getcwd()}"
                 f"{'' if self.target.endswith('.py') else '; for a module use -m'}"
             )
 

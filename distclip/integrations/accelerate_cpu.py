@@ -27,7 +27,7 @@ from typing import Any
 
 from distclip.errors import ConfigurationError, DistclipError
 
-__all__ = ["check_ranks", "install", "requested", "verify"]
+__all__ = ["check_ranks", "examine", "faults_of_config", "install", "requested", "verify"]
 
 _logger = logging.getLogger(__name__)
 
@@ -138,6 +138,65 @@ def check_ranks(accelerator: Any) -> None:
             "torch.cuda.is_available() is False."
         )
     _check_spawned(accelerator)
+
+
+def examine() -> str:
+    """Whether this launch gives Accelerate real ranks, found by building an ``Accelerator``.
+
+    For ``distclip doctor``; call it on every rank of the launch.
+
+    Returns:
+        How many ranks there are, and of what kind, in words.
+
+    Raises:
+        DistclipError: ranks that each believe to be alone, with the mend.
+    """
+    asked = install()
+    from accelerate import Accelerator
+
+    accelerator = Accelerator()
+    if asked:
+        verify(accelerator)
+    else:
+        check_ranks(accelerator)
+    kind = accelerator.distributed_type.value
+    return f"{accelerator.num_processes} ranks on {accelerator.device.type}, {kind}"
+
+
+def faults_of_config(path: str | None = None, *, devices: int = 0) -> list[str]:
+    """What a YAML of ``accelerate launch`` asks for and will not get, each with the mend.
+
+    Args:
+        path: of the file; None: Accelerate's default one, if there is one.
+        devices: how many GPUs this machine has.
+
+    Raises:
+        ConfigurationError: a file that cannot be read.
+    """
+    from accelerate.commands.config.config_args import default_config_file, load_config_from_file
+
+    path = path or default_config_file
+    if not os.path.isfile(path):
+        return []
+    try:
+        config = load_config_from_file(path)
+    except Exception as error:  # whatever a file may hold
+        raise ConfigurationError(f"{path}: Accelerate cannot read it: {error}") from None
+    kind = str(getattr(config.distributed_type, "value", config.distributed_type))
+    ranks = int(getattr(config, "num_processes", 1) or 1)
+    on_cpu = bool(getattr(config, "use_cpu", False))
+    if ranks > 1 and kind in ("MULTI_CPU", "NO"):
+        return [
+            f"{path}: distributed_type {kind} starts one process without an MPI launcher, not "
+            f"{ranks}; write `distributed_type: MULTI_GPU` (or FSDP) with `use_cpu: true`, and "
+            f"launch with `-m distclip run`"
+        ]
+    if ranks > 1 and not on_cpu and devices == 0:
+        return [
+            f"{path}: {ranks} processes of {kind} on a machine without GPUs would each train "
+            f"alone; add `use_cpu: true` and launch with `-m distclip run`, or pass it --cpu"
+        ]
+    return []
 
 
 # ---- the request -----------------------------------------------------------------------------

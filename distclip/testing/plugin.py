@@ -9,19 +9,33 @@
         assert one.item() == world_size
 
 Once per listed world size, with ids ``[1rank]``, ``[2ranks]`` and so on. Fixtures are made in the
-main process and their values pickled to the ranks, so `tmp_path` works and `capsys` does not. The
-limit for a hung test is the marker's ``timeout=``, else the ini option ``distclip_rank_timeout``.
+main process and their values pickled to the ranks, so `tmp_path` works and `capsys` does not. What
+can only be made on a rank, a fixture makes there with ``distclip.testing.on_rank``; so do the
+fixtures of this plugin:
+
+* ``mesh``: a ``DeviceMesh`` over all ranks.
+* ``fsdp2_model``: your model, sharded with ``fully_shard``; ``build_model`` is a fixture of yours
+  that gives a function that builds it.
+* ``zero_engine``: your model in a DeepSpeed engine; the stage is that of the fixture ``zero_stage``
+  (3). Skips where DeepSpeed is not installed.
+
+The limit for a hung test is the marker's ``timeout=``, else the ini option
+``distclip_rank_timeout``.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+from torch import nn
 
 from distclip.testing import shipping
 from distclip.testing.failures import RankError
+from distclip.testing.on_rank import make_fsdp2, make_mesh, make_zero, on_rank, resolved
 from distclip.testing.pool import run_on_ranks
 
 _MARKER = (
@@ -71,6 +85,57 @@ def world_size(request: pytest.FixtureRequest) -> int:
     pytest.fail(f"{request.node.nodeid}: world_size needs @pytest.mark.ranks(...)", pytrace=False)
 
 
+@pytest.fixture
+def mesh(request: pytest.FixtureRequest) -> Any:
+    """A one-dimensional `DeviceMesh` over all ranks of a test marked with `ranks`."""
+    _needs_ranks(request)
+    return on_rank(make_mesh)
+
+
+@pytest.fixture
+def build_model(request: pytest.FixtureRequest) -> Callable[[], nn.Module]:
+    """Yours to define: gives a function, importable, that builds a model that is not sharded."""
+    pytest.fail(
+        f"{request.node.nodeid}: define a fixture build_model, which returns a function that "
+        f"builds your model",
+        pytrace=False,
+    )
+
+
+@pytest.fixture
+def fsdp2_model(
+    request: pytest.FixtureRequest, build_model: Callable[[], nn.Module], mesh: Any
+) -> Any:
+    """What `build_model` builds, seeded alike on all ranks, sharded with `fully_shard`."""
+    _needs_ranks(request)
+    return on_rank(make_fsdp2, build_model, mesh)
+
+
+@pytest.fixture
+def zero_stage() -> int:
+    """The stage of `zero_engine`; define or parametrize your own to have another."""
+    return 3
+
+
+@pytest.fixture
+def zero_engine(
+    request: pytest.FixtureRequest, build_model: Callable[[], nn.Module], zero_stage: int
+) -> Any:
+    """What `build_model` builds, in a DeepSpeed engine with AdamW at `zero_stage`, in fp32."""
+    _needs_ranks(request)
+    if importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed is not installed")
+    return on_rank(make_zero, build_model, zero_stage)
+
+
+def _needs_ranks(request: pytest.FixtureRequest) -> None:
+    if request.node.get_closest_marker("ranks") is None:
+        pytest.fail(
+            f"{request.node.nodeid}: {request.fixturename} needs @pytest.mark.ranks(...)",
+            pytrace=False,
+        )
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     """Run the body of a marked test on the ranks instead of here."""
@@ -107,6 +172,6 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
 
 
 def _call(function: Any, arguments: dict[str, Any]) -> None:
-    result = function(**arguments)
+    result = function(**resolved(arguments))
     if result is not None:
         raise TypeError(f"a test returns None, not {type(result).__name__}: did you mean assert?")

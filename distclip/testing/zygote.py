@@ -91,7 +91,7 @@ def _reap(exit_status: dict[int, int]) -> None:
 def _become_rank(rank: int, world_size: int, connection: int, output: int, stacks: int) -> NoReturn:
     code = 1
     try:
-        _die_with_parent()
+        die_with_parent()
         os.dup2(output, 1)
         os.dup2(output, 2)
         from distclip.testing import worker
@@ -109,7 +109,7 @@ def _become_rank(rank: int, world_size: int, connection: int, output: int, stack
         os._exit(code)  # no atexit handlers: they are the zygote's, or wait for peers
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """Let the kernel end this process with the zygote, however the zygote ends (Linux)."""
     if sys.platform != "linux":
         return

@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 import typer.testing
 
+from distclip import clipper
 from distclip.cli import app as application
 from distclip.cli import run as command
+from distclip.cli.check import StepCheck
 from distclip.cli.script import Script
 from distclip.errors import ConfigurationError
 from distclip.integrations import hooks
@@ -187,6 +189,16 @@ def test_the_rank_of_a_launcher_goes_to_the_script(
     assert os.environ["DISTCLIP_CONFIG"] == str(quiet / "policy.yaml")
 
 
+@pytest.mark.usefixtures("quiet")
+def test_a_check_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clipper, "watchers", [])
+    arguments = ["run", "-c", "policy.yaml", "--check", "--check-steps", "5", "train.py"]
+    assert invoke(application.app, arguments).exit_code == 0
+    (watching,) = clipper.watchers
+    assert isinstance(watching, StepCheck)
+    assert watching.steps == 5
+
+
 def test_cpu_without_accelerate(monkeypatch: pytest.MonkeyPatch) -> None:
     from distclip.integrations import accelerate_cpu
 
@@ -207,6 +219,7 @@ def test_only_the_main_rank_warns(
 ) -> None:
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setattr(hooks, "activated", set())
+    monkeypatch.setattr(clipper, "in_use", False)  # other tests clip in this process
     command._warn_if_idle()
     assert ("run clipped nothing" in capsys.readouterr().err) == (rank == "0")
     hooks.mark_active("accelerate")
