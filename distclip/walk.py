@@ -265,9 +265,11 @@ class Acting:
         return torch.where(self.skip, 1.0, coefficient)
 
     def drop(self, present: Sequence[tuple[int, Tensor]]) -> None:
-        """Set the gradients of the dropped parameters to 0."""
-        if self.dropped is not None:
-            inplace.zero_([gradient for _, gradient in present], self.dropped[self._rows(present)])
+        """Set the gradients of the dropped parameters to 0, unless the step is skipped."""
+        on_host = self.program.plan.device.type == "cpu"
+        if self.dropped is None or (on_host and bool(self.skip)):
+            return
+        inplace.zero_([gradient for _, gradient in present], self.dropped[self._rows(present)])
 
     def __call__(
         self,

@@ -24,7 +24,12 @@ IMPORTERS: dict[str, set[str]] = {
         "integrations/accelerate_cpu.py",
         "integrations/accelerate_prepared.py",
     },
-    "deepspeed": {"integrations/deepspeed.py", "testing/on_rank.py"},
+    "deepspeed": {
+        "cli/bench_zero.py",
+        "integrations/deepspeed.py",
+        "integrations/deepspeed_engines.py",
+        "testing/on_rank.py",
+    },
     "lightning": set(),
     "pytorch_lightning": set(),
     "transformers": set(),

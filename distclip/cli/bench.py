@@ -7,6 +7,7 @@ import json
 import os
 import platform
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +18,7 @@ from rich.table import Table
 
 from distclip._version import __version__
 from distclip.cli import bench_cases
-from distclip.cli.bench_cases import CASES, COUNTS, Row
+from distclip.cli.bench_cases import CASES, COUNTS, GROUPS, Row
 from distclip.errors import ConfigurationError
 
 LIMIT = 600.0
@@ -27,7 +28,9 @@ LIMIT = 600.0
 def bench(
     cases: Annotated[
         list[str] | None,
-        typer.Argument(help=f"Of: {', '.join(CASES)}, count. All by default.", show_default=False),
+        typer.Argument(
+            help=f"Of: {', '.join([*CASES, *GROUPS])}, count. All by default.", show_default=False
+        ),
     ] = None,
     ranks: Annotated[int, typer.Option(min=1, help="gloo ranks on this machine.")] = 2,
     rounds: Annotated[int, typer.Option(min=1, help="Measured rounds of each way.")] = 30,
@@ -40,11 +43,14 @@ def bench(
     """
     from distclip.testing import run_on_ranks
 
-    chosen = cases or [*CASES, "count"]
+    chosen = [part for name in cases or () for part in GROUPS.get(name, (name,))]
+    if not cases:
+        there = find_spec("deepspeed") is not None
+        chosen = [name for name in CASES if there or name not in GROUPS["zero"]] + ["count"]
     unknown = [name for name in chosen if name not in CASES and name != "count"]
     if unknown:
         raise ConfigurationError(
-            f"bench: no case {unknown[0]!r}; there are {', '.join([*CASES, 'count'])}"
+            f"bench: no case {unknown[0]!r}; there are {', '.join([*CASES, *GROUPS, 'count'])}"
         )
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     console = Console()

@@ -6,6 +6,7 @@ against are measured in the same run, in turn with ours.
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 import time
@@ -106,6 +107,13 @@ def count(parameters: int) -> Ways:
     return ways
 
 
+def zero(stage: int) -> Ways:
+    """Steps of two DeepSpeed engines of a stage, one of which clips by itself."""
+    from distclip.cli import bench_zero
+
+    return bench_zero.ways(stage)
+
+
 def _dtensor(local: Tensor, mesh: object) -> DTensor:
     return DTensor.from_local(local.clone(), mesh, [Shard(0)], run_check=False)  # type: ignore[arg-type]
 
@@ -143,11 +151,23 @@ CASES = {
              "one read of gradients and weights: sum()"),
     )
 }  # fmt: skip
+for _stage in (1, 2, 3):
+    CASES[f"zero-{_stage}"] = Case(
+        f"zero-{_stage}",
+        f"DeepSpeed ZeRO-{_stage}, 96 parameters, 6.3 M elements: engine.step(), clipping",
+        functools.partial(zero, _stage),
+        "DeepSpeed's own clipping",
+    )
+GROUPS = {"zero": tuple(name for name in CASES if name.startswith("zero-"))}
+"""What stands for several cases."""
 COUNTS = (1_000, 5_000, 20_000)
 
 
 def run_case(name: str, rounds: int) -> dict[str, list[float]]:
-    """On one rank: every way's wall times in ms, taken in turn after a common barrier."""
+    """On one rank: every way's wall times in ms, taken in turn after a common barrier.
+
+    A way may have a method ``before``, which is not part of what is measured.
+    """
     return _time(CASES[name].build(), rounds)
 
 
@@ -156,10 +176,15 @@ def run_count(parameters: int, rounds: int) -> dict[str, list[float]]:
     return _time(count(parameters), rounds)
 
 
+def _nothing() -> None:
+    pass
+
+
 def _time(ways: Ways, rounds: int) -> dict[str, list[float]]:
     taken: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(rounds + 2):
         for name, way in ways.items():
+            getattr(way, "before", _nothing)()
             dist.barrier()
             start = time.perf_counter()
             way()

@@ -27,7 +27,7 @@ from distclip.application.stepping import StepHandle
 from distclip.config import Config, load
 from distclip.errors import ConfigurationError, DistclipError
 from distclip.functional import get_total_norm
-from distclip.integrations import accelerate_cpu, hooks
+from distclip.integrations import accelerate_cpu, deepspeed_json, hooks
 from distclip.integrations.accelerate_clippers import Clippers
 from distclip.integrations.accelerate_marks import Mark, Together
 from distclip.integrations.accelerate_prepared import (
@@ -390,6 +390,4 @@ def _config(policy_or_config: PolicyOrConfig) -> Config:
 
 def _resolve_auto(plugin: Any) -> None:
     """Give ``"auto"`` in the JSON's section its value before Accelerate stumbles over it."""
-    from distclip.integrations import deepspeed
-
-    deepspeed.resolve_auto(plugin.deepspeed_config, plugin.gradient_clipping)
+    deepspeed_json.resolve_auto(plugin.deepspeed_config, plugin.gradient_clipping)

@@ -12,8 +12,6 @@ import functools
 import inspect
 import logging
 import math
-import os
-import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from types import ModuleType
@@ -24,28 +22,24 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from distclip import policies
 from distclip.application.stepping import StepHandle
 from distclip.build import sinks_of
 from distclip.clipper import GradClipper, OnNonfinite
-from distclip.config import Config, load
-from distclip.errors import ConfigurationError, DistclipError
-from distclip.integrations import accelerate_cpu, hooks
+from distclip.config import Config
+from distclip.errors import ConfigurationError, StateError
+from distclip.integrations import accelerate_cpu, deepspeed_engines, hooks
+from distclip.integrations.deepspeed_json import (
+    CLIPPING,
+    SECTION,
+    PolicyOrConfig,
+    configured,
+    resolve_auto,
+)
 from distclip.layouts import zero
-from distclip.layouts.names import named_parameters
 from distclip.ledger import Apply
-from distclip.policies import Policy
 from distclip.report import ClipReport
 
 _logger = logging.getLogger("distclip.deepspeed")
-
-PolicyOrConfig = Policy | str | os.PathLike[str] | Mapping[str, Any] | Config
-
-SECTION, CLIPPING = "distclip", "gradient_clipping"
-RAN_WITH = ("0.16.9", "0.18.0", "0.19.8")
-"""The versions that the tests were run with; pyproject.toml says the same."""
-_OWN_REDUCTION = ("OnebitAdam", "ZeroOneAdam", "OnebitLamb")
-_warned: set[str] = set()
 
 
 def attach(engine: Any, policy_or_config: PolicyOrConfig | None = None) -> Attachment:
@@ -123,88 +117,6 @@ def _configured(engine: Any, policy_or_config: PolicyOrConfig | None) -> Config:
     return config
 
 
-def configured(
-    document: Mapping[str, Any], policy_or_config: PolicyOrConfig | None = None
-) -> Config | None:
-    """The one configuration that is meant, by a DeepSpeed JSON and what else was given.
-
-    Args:
-        document: the JSON, as a mapping.
-        policy_or_config: what was given beside it; it also replaces ``gradient_clipping``.
-
-    Returns:
-        None: there is none.
-
-    Raises:
-        ConfigurationError: several, or a bad one; names the key and the mend.
-    """
-    section, clipping = document.get(SECTION), document.get(CLIPPING)
-    for key, value in document.items():
-        if key != SECTION and isinstance(value, Mapping) and SECTION in value:
-            raise ConfigurationError(
-                f'DeepSpeed JSON: {key}.{SECTION}: the "{SECTION}" section stands inside '
-                f'"{key}", where nobody reads it; move it to the top level'
-            )
-    if policy_or_config is not None:
-        if section is not None:
-            raise ConfigurationError(
-                f'the DeepSpeed JSON has a "{SECTION}" section and another policy was given '
-                f"(attach(engine, policy), --config or DISTCLIP_CONFIG): remove one of the two"
-            )
-        if isinstance(policy_or_config, Config):
-            return policy_or_config
-        if isinstance(policy_or_config, Policy):
-            return Config(policy=policy_or_config)
-        return load(policy_or_config)
-    off = clipping is None or (not isinstance(clipping, (bool, str)) and clipping == 0)
-    if section is not None:
-        if not off:
-            raise ConfigurationError(
-                f'DeepSpeed JSON: "{CLIPPING}": {clipping!r} stands beside a "{SECTION}" section: '
-                f'remove "{CLIPPING}" (the section then does all the clipping), or remove the '
-                f"section (then the key alone means global_norm({clipping!r}))"
-            )
-        if not isinstance(section, Mapping):
-            raise ConfigurationError(
-                f"DeepSpeed JSON: {SECTION}: should be a mapping of keys to values, got {section!r}"
-            )
-        _refuse_auto(section, SECTION)
-        return load(section, name=f"DeepSpeed JSON: {SECTION}")
-    if off:
-        return None
-    if isinstance(clipping, bool) or not isinstance(clipping, (int, float)) or not clipping > 0:
-        raise ConfigurationError(
-            f'DeepSpeed JSON: {CLIPPING}: must be a number > 0, got {clipping!r}; "auto" has a '
-            f"value under Accelerate and the Trainer only"
-        )
-    return Config(policy=policies.global_norm(float(clipping)))
-
-
-def resolve_auto(document: dict[str, Any], value: Any) -> None:
-    """Replace every ``"auto"`` in the section of a DeepSpeed JSON, where there is a value for it.
-
-    Args:
-        document: the JSON as a mapping; changed in place.
-        value: the clipping threshold that a framework above DeepSpeed was given, or no number.
-
-    Raises:
-        ConfigurationError: an ``"auto"`` and no value.
-    """
-    if SECTION not in document:
-        return
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        document[SECTION] = _resolved(document[SECTION], value)
-    _refuse_auto(document[SECTION], SECTION)
-
-
-def _resolved(section: Any, value: float) -> Any:
-    if isinstance(section, Mapping):
-        return {key: _resolved(part, value) for key, part in section.items()}
-    if isinstance(section, list):
-        return [_resolved(part, value) for part in section]
-    return value if section == "auto" else section
-
-
 def _resolve_for_trainer(module: ModuleType) -> None:
     """Give the Trainer's ``max_grad_norm`` to an ``"auto"`` in the section."""
     original = module.HfTrainerDeepSpeedConfig.trainer_config_process
@@ -217,19 +129,6 @@ def _resolve_for_trainer(module: ModuleType) -> None:
     module.HfTrainerDeepSpeedConfig.trainer_config_process = process
 
 
-def _refuse_auto(value: Any, path: str) -> None:
-    if value == "auto":
-        raise ConfigurationError(
-            f'DeepSpeed JSON: {path}: "auto" has no value here; write a number. (Under `distclip '
-            f"run` it becomes gradient_clipping of Accelerate's plugin, or the Trainer's "
-            f"max_grad_norm.)"
-        )
-    if isinstance(value, (Mapping, list)):
-        pairs = value.items() if isinstance(value, Mapping) else enumerate(value)
-        for key, part in pairs:
-            _refuse_auto(part, f"{path}.{key}" if isinstance(key, str) else f"{path}[{key}]")
-
-
 def _json_of(config: Any) -> Mapping[str, Any]:
     document = getattr(config, "_param_dict", None)
     return document if isinstance(document, Mapping) else {}
@@ -239,16 +138,16 @@ class Attachment:
     """A policy on one DeepSpeed engine; made by :func:`attach`."""
 
     def __init__(self, engine: Any, config: Config) -> None:
-        _warn_untested()
-        _refuse(engine)
+        deepspeed_engines.warn_untested()
+        deepspeed_engines.refuse(engine)
         self.engine, self.config = engine, config
         self.outer = outer = engine.optimizer
         self.last_report: ClipReport | None = None
         self._apply: Apply | None = None
         self._factor: float | Tensor | None = 1.0
         self._growth: Callable[[], Any] | None = None
-        self._scale, self._skips, self._overflowed = 1.0, False, False
-        self._extents = zero.extents(outer, _trained(engine))
+        self._skips, self._overflowed = False, False
+        self._extents = zero.extents(outer, deepspeed_engines.trained(engine))
         self._plain = isinstance(outer, Optimizer) and type(outer).__name__ not in zero.READERS
         self._inners: list[Optimizer] = [outer] if self._plain else [outer.optimizer]
         backup = getattr(outer, "backup_optimizer", None)
@@ -256,15 +155,18 @@ class Attachment:
             self._inners.append(backup)
         for parameter, extent in self._extents:
             zero.mark(parameter, extent)
-        self.clipper = GradClipper(
-            _named(engine, [parameter for parameter, _ in self._extents]),
-            config.policy,
-            optimizer=_groups(engine, outer),
-            on_nonfinite=config.on_nonfinite,
-            sinks=sinks_of(config),
-            norms=config.norms,
-            verify_replicas=config.verify_replicas,
-        )
+        try:
+            self.clipper = GradClipper(
+                deepspeed_engines.named(engine, [parameter for parameter, _ in self._extents]),
+                config.policy,
+                optimizer=deepspeed_engines.groups(outer),
+                on_nonfinite=config.on_nonfinite,
+                sinks=sinks_of(config),
+                verify_replicas=config.verify_replicas,
+            )  # whatever `norms` allows: DeepSpeed shows the norm, and judges overflows by it
+        except Exception:
+            self._unmark()
+            raise
         self._cuts: dict[int, list[tuple[int, zero.Cut]]] = {}
         for position, piece in enumerate(self.clipper.plan.pieces):
             assert isinstance(piece.gradient, zero.Cut)  # all of them are marked
@@ -291,13 +193,20 @@ class Attachment:
         self._replaced.clear()
         for handle in self._handles:
             handle.remove()
-        for parameter, _ in self._extents:
-            zero.mark(parameter, None)
+        self._unmark()
         self._switch_on()
         if self._plain:
             for name in ("overflow", "_global_grad_norm"):
                 self.outer.__dict__.pop(name, None)
         self.engine._distclip = None
+
+    def observe(self, loss: Tensor | float) -> None:
+        """Tell the loss to a policy that reads it; ``engine.backward(loss)`` does so by itself."""
+        self.clipper.observe(loss)
+
+    def _unmark(self) -> None:
+        for parameter, _ in self._extents:
+            zero.mark(parameter, None)
 
     # ---- the step ------------------------------------------------------------------------
 
@@ -306,6 +215,7 @@ class Attachment:
         self._switch_off()
         self._replace(self.engine, "save_checkpoint", self._save)
         self._replace(self.engine, "load_checkpoint", self._load)
+        self._replace(self.engine, "backward", self._backward)
         if self._plain:
             return
         outer = self.outer
@@ -313,8 +223,8 @@ class Attachment:
         # Its own passes over all gradients, and their all-reduces, for what we know already.
         replacements: dict[str, Callable[..., Any]] = {
             "_update_scale": self._update_scale,
-            "scaled_global_norm": lambda original, *a, **k: self._scaled(),
-            "_get_norm_groups": lambda original: [self._scaled()],
+            "scaled_global_norm": lambda original, *a, **k: self._verdict(),
+            "_get_norm_groups": lambda original: [self._verdict()],
             "get_grads_for_norm": self._for_norm,
         }
         for name, ours in replacements.items():
@@ -347,6 +257,11 @@ class Attachment:
         if clip_grad is not None:
             self.outer.clip_grad = clip_grad
 
+    def _backward(self, original: Callable[..., Any], loss: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(loss, Tensor) and loss.numel() == 1:
+            self.clipper.observe(loss)
+        return original(loss, *args, **kwargs)
+
     def _step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         outer = self.outer
         self._switch_off()
@@ -373,7 +288,7 @@ class Attachment:
         mode: OnNonfinite = "skip" if dynamic else self.config.on_nonfinite
         loss_scale = None if scale == 1.0 else torch.tensor(scale)
         report, self._apply = self.clipper.decide(mode, loss_scale)
-        self.last_report, self._scale = report, scale
+        self.last_report = report
         # Left to DeepSpeed are an overflow under a dynamic scale, and all of them under "pass".
         left = dynamic or mode == "pass"
         self._overflowed = left and not math.isfinite(float(report.total_norm))
@@ -412,19 +327,20 @@ class Attachment:
                 owner.grad.mul_(self._factor)
         return self.last_report
 
-    def _scaled(self) -> Tensor:
-        """What DeepSpeed's own norm pass would give."""
+    def _verdict(self) -> Tensor:
+        """For DeepSpeed's norm, which with its clipping off only tells it what is an overflow.
+
+        A norm itself might fail by being squared in float32, or by being 0 (BF16_Optimizer up to
+        0.18 demands that it be > 0).
+        """
         assert self.last_report is not None
-        norm = self.last_report.total_norm * self._scale
-        if self._skips:  # nothing that DeepSpeed would call an overflow of its own
-            norm = torch.nan_to_num(norm, nan=1.0, posinf=1.0)
-        return norm.float().to(getattr(self.outer, "device", "cpu"))
+        norm = self.last_report.total_norm
+        sound = torch.isfinite(norm) | self._skips  # a skip is ours
+        return torch.where(sound, 1.0, norm).float().to(getattr(self.outer, "device", "cpu"))
 
     def _for_norm(self, original: Callable[..., Any], for_clipping: bool = False) -> Any:
-        """BF16_Optimizer takes the norm of these, and up to 0.18 demands that it be > 0."""
-        if for_clipping:
-            return original(for_clipping)
-        return [self._scaled().clamp(min=torch.finfo(torch.float32).tiny)], {}
+        """BF16_Optimizer takes the norm of these."""
+        return original(for_clipping) if for_clipping else ([self._verdict()], {})
 
     def _update_scale(self, original: Callable[..., Any], has_overflow: bool = False) -> None:
         """DeepSpeed unscales with the scale as it is *after* growing, and halves that step.
@@ -466,84 +382,10 @@ class Attachment:
         state = client_state.pop(SECTION, None) if isinstance(client_state, dict) else None
         if path is None or bound.arguments.get("load_module_only"):
             return loaded
-        if state is None:
-            _logger.warning("no state of distclip in %s: the policy begins anew", path)
-        else:
+        try:
+            if state is None:
+                raise StateError(f"no state of distclip in {path}")
             self.clipper.load_state_dict(state)
+        except StateError as error:  # a run may go on under another policy than it began with
+            _logger.warning("%s: the policy begins anew", error)
         return loaded
-
-
-def _warn_untested() -> None:
-    version = str(deepspeed.__version__).split("+")[0]
-    if version not in RAN_WITH and version not in _warned:
-        _warned.add(version)
-        warnings.warn(
-            f"distclip was not run with DeepSpeed {version}, but with {', '.join(RAN_WITH)}; "
-            f"compare engine.get_global_grad_norm() once with a run without distclip",
-            stacklevel=4,
-        )
-
-
-def _refuse(engine: Any) -> None:
-    """What is known not to work, with the reason."""
-    outer = engine.optimizer
-    if outer is None or not hasattr(outer, "step"):
-        raise DistclipError(
-            "this DeepSpeed engine has no optimizer: there is nothing to clip for. Give one to "
-            "deepspeed.initialize, or an optimizer section in the JSON"
-        )
-    inner = type(getattr(outer, "optimizer", outer)).__name__
-    reasons = {
-        "pipeline parallelism was not run with distclip": getattr(
-            engine, "pipeline_parallelism", False
-        ),
-        "fp16 at ZeRO stage 0: DeepSpeed 0.19.8 unscales the gradients but never scales the loss; "
-        "use bf16, or fp16 with ZeRO stage 1": engine.fp16_enabled()
-        and not engine.zero_optimization(),
-        "optimizer states on NVMe are not in memory when their weights are measured": getattr(
-            outer, "swap_optimizer", False
-        ),
-        f"{inner} reduces gradients itself, in its step": inner in _OWN_REDUCTION,
-        "Muon transforms gradients before DeepSpeed's norm, which distclip replaces": "Muon"
-        in inner,
-        "fp16 under torch.autocast scales inside of the step": getattr(
-            outer, "torch_autocast_gradscaler", None
-        )
-        or getattr(engine, "torch_autocast_z0_gradscaler", None),
-        "tensor parallelism (mpu) was not run with distclip": getattr(engine, "mpu", None)
-        is not None,
-    }
-    for reason, holds in reasons.items():
-        if holds:
-            raise DistclipError(f"distclip cannot clip for this DeepSpeed engine: {reason}")
-
-
-def _trained(engine: Any) -> list[Tensor]:
-    return [p for p in engine.module.parameters() if p.requires_grad]
-
-
-def _named(engine: Any, parameters: list[Tensor]) -> list[tuple[str, Tensor]]:
-    names = {id(p): name for name, p in named_parameters(engine.module)}
-    return [(names.get(id(p), f"unnamed.{place}"), p) for place, p in enumerate(parameters)]
-
-
-def _groups(engine: Any, outer: Any) -> Any:
-    """The module's parameters by parameter group: inside, there are flat buffers."""
-
-    class Groups:
-        param_groups: list[dict[str, Any]]
-
-    lists = getattr(outer, "bit16_groups", None) or getattr(outer, "bf16_groups", None)
-    if lists is None and hasattr(outer, "fp16_groups"):
-        lists = outer.fp16_groups
-        of = getattr(outer, "sub_group_to_group_id", None)
-        if of is not None:
-            merged: dict[int, list[Tensor]] = {}
-            for sub, group in enumerate(lists):
-                merged.setdefault(of[sub], []).extend(group)
-            lists = [merged[number] for number in sorted(merged)]
-    if lists is None:
-        return outer
-    found = Groups()
-    found.param_groups = [{"params": list(group)} for group in lists]
-    return found

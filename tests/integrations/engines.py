@@ -22,6 +22,9 @@ logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
 
 
+VERSION = tuple(map(int, deepspeed.__version__.split("+")[0].split(".")[:2]))
+
+
 class Model(nn.Module):
     """Shapes that no number of ranks divides; a frozen and an unused parameter."""
 
@@ -143,10 +146,18 @@ def weights_of(engine: Any) -> dict[str, Tensor]:
 def gradients_of(engine: Any) -> dict[str, Tensor]:
     """The whole averaged gradients before the step, float64, by DeepSpeed's own functions."""
     scale = float(getattr(engine.optimizer, "loss_scale", None) or 1.0)
+    outer = engine.optimizer
+    sums = {}  # BF16_Optimizer keeps them whole on every rank
+    for ps, gs in zip(
+        getattr(outer, "bf16_groups", ()), getattr(outer, "fp32_groups_gradients", ()), strict=True
+    ):
+        sums.update({id(p): g for p, g in zip(ps, gs, strict=True)})
     found = {}
     for name, p in engine.module.named_parameters():
         if p.requires_grad:
-            if hasattr(p, "ds_id"):
+            if id(p) in sums:
+                whole = sums[id(p)]
+            elif hasattr(p, "ds_id"):
                 whole = p._z3_optimizer.get_fp32_grad_for_param(p)
             elif getattr(p, "_hp_mapping", "absent") != "absent":
                 whole = p.get_full_hp_grad()

@@ -15,7 +15,7 @@ import torch.distributed as dist
 import distclip
 from distclip import policies
 from distclip.testing import run_on_ranks
-from tests.integrations.engines import close, engine_of, json_of, step, weights_of
+from tests.integrations.engines import VERSION, close, engine_of, json_of, step, weights_of
 from tests.integrations.test_deepspeed_skips import SkipSecond
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -40,6 +40,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path_factory: Any) -> None:
     fp32_sums = {"data_types": {"grad_accum_dtype": "fp32"}}
     cells = [(0, "fp32", {}), (1, "fp32", {}), (2, "fp16", {}), (3, "fp32", {}),
              (1, "bf16", fp32_sums)]  # fmt: skip
+    if VERSION == (0, 18):  # which cannot load that itself (it has no dp_process_group)
+        cells.pop()
     for number, (stage, kind, options) in enumerate(cells):
         where = f"{folder[0]}/{number}"
         through = attached(stage, kind, gradient_clipping=0.75, **options)

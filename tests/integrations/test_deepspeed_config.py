@@ -22,7 +22,7 @@ from distclip import policies
 from distclip.config import Config
 from distclip.errors import ConfigurationError
 from distclip.integrations import deepspeed as integration
-from distclip.integrations import hooks
+from distclip.integrations import deepspeed_json, hooks
 from tests.integrations.engines import backward, close, engine_of, json_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -72,11 +72,11 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
 def test_a_mistake_is_told_with_its_place(mistake: str) -> None:
     document, words = MISTAKES[mistake]
     with pytest.raises(ConfigurationError, match=words):
-        integration.configured(document)
+        deepspeed_json.configured(document)
 
 
 def test_what_is_meant() -> None:
-    configured = integration.configured
+    configured = deepspeed_json.configured
     one = Config(policy=policies.global_norm(0.5))
     assert configured({"distclip": {"policy": POLICY}}) == one
     assert configured({"distclip": {"policy": POLICY}, "gradient_clipping": 0.0}) == one
@@ -95,14 +95,14 @@ def test_what_is_meant() -> None:
 def test_auto_is_the_threshold_of_a_framework_above() -> None:
     section = {"policy": [{**POLICY, "max_norm": "auto"}, {"name": "value", "clip_value": 1.0}]}
     document: dict[str, Any] = {"distclip": section, "train_batch_size": "auto"}
-    integration.resolve_auto(document, 0.7)
+    deepspeed_json.resolve_auto(document, 0.7)
     assert document["distclip"]["policy"][0]["max_norm"] == 0.7
     assert document["train_batch_size"] == "auto"  # not ours
-    assert integration.configured(document) is not None
+    assert deepspeed_json.configured(document) is not None
     for nothing in (None, "auto", True):
         with pytest.raises(ConfigurationError, match=r"distclip\.policy\[0\]\.max_norm"):
-            integration.resolve_auto({"distclip": section}, nothing)
-    integration.resolve_auto({"gradient_clipping": "auto"}, None)  # no section: nothing to do
+            deepspeed_json.resolve_auto({"distclip": section}, nothing)
+    deepspeed_json.resolve_auto({"gradient_clipping": "auto"}, None)  # no section: nothing to do
 
 
 def test_auto_is_the_trainers_max_grad_norm(tmp_path: Path) -> None:

@@ -17,9 +17,13 @@ from torch import Tensor, nn
 
 import distclip
 from distclip import policies
-from tests.integrations.engines import close, json_of
+from tests.integrations.engines import VERSION, close, json_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+STEPS_IN_BF16 = VERSION >= (0, 18)
+"""BF16_Optimizer of 0.16.9, which serves stage 0, cannot add up the norms of experts on CPU."""
 
 
 class Model(nn.Module):
@@ -27,7 +31,7 @@ class Model(nn.Module):
         super().__init__()
         self.enter = nn.Linear(5, 6)
         self.moe = MoE(
-            6, nn.Linear(6, 6), num_experts=2, ep_size=2, k=1, min_capacity=0, capacity_factor=4.0
+            6, nn.Linear(6, 6), num_experts=2, ep_size=2, k=1, min_capacity=0, capacity_factor=2.0
         )
         self.leave = nn.Linear(6, 3)
 
@@ -92,7 +96,10 @@ def test_experts_under_each_stage(world_size: int) -> None:
     backward(plain, 0)
     want = truth(plain)
     assert len(want) == 4 + 1 + 2 * 2  # two layers, the gate, two experts
-    for stage, kind in [(0, "fp32"), (1, "fp32"), (2, "fp32"), (0, "bf16"), (2, "bf16")]:
+    cells = [(0, "fp32"), (1, "fp32"), (2, "fp32"), (2, "bf16")]
+    if STEPS_IN_BF16:
+        cells.append((0, "bf16"))
+    for stage, kind in cells:
         engine = engine_of(stage, kind)
         # At an error of rounding in bf16, which is no part of this.
         tolerance = 1e-6 if kind == "fp32" else 0.05
@@ -133,6 +140,7 @@ def test_the_weights_of_every_stage_agree_after_clipping() -> None:
             assert torch.allclose(weight, other[name], atol=1e-6), name
 
 
+@pytest.mark.skipif(not STEPS_IN_BF16, reason="DeepSpeed itself raises a TypeError there")
 @pytest.mark.ranks(2, timeout=120)
 def test_deepspeeds_own_norm_leaves_experts_out() -> None:
     """FIELD 17, as far as it is not refused: stage 0 in low precision (DeepSpeed#8475)."""

@@ -17,10 +17,11 @@ from torch import nn
 import distclip
 from distclip import policies
 from distclip.errors import ConfigurationError, DistclipError, UnsupportedGradientError
-from distclip.integrations import deepspeed as integration
+from distclip.integrations import deepspeed_engines
 from distclip.layouts import zero
 from tests.core.watching import watch
 from tests.integrations.engines import (
+    VERSION,
     Reference,
     backward,
     close,
@@ -33,7 +34,7 @@ from tests.integrations.test_deepspeed import GLOBAL, POLICIES, train
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-NEW = deepspeed.__version__ >= "0.19"
+NEW = VERSION >= (0, 19)
 OFFLOAD = {"offload_optimizer": {"device": "cpu", "pin_memory": False}}
 ADAM = {"optimizer": {"type": "AdamW", "params": {"torch_adam": True, "lr": 0.05, "eps": 1.0,
                                                   "weight_decay": 0.1}}}  # fmt: skip
@@ -61,7 +62,17 @@ CELLS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     **{f"client Adam {stage}": (stage, {"optimizer": "adam"}, {}) for stage in range(4)},
     **{f"JSON AdamW {stage}": (stage, {"optimizer": "adam"}, ADAM) for stage in range(4)},
 }
+# Where DeepSpeed itself, without distclip, trains otherwise than one process: at the first step its
+# own norm is 11.31 for 6.57 (0.16.9 and 0.18.0), and 2.71 for 5.24 (0.18.0).
+if not NEW:
+    del CELLS["scattered 2"]
+if VERSION == (0, 18):
+    del CELLS["accumulation 2"]
 if NEW:
+    for stage in (1, 2):
+        for also in (False, True):
+            aligned = {"parameter_alignment": True, "round_robin_gradients": also}
+            CELLS[f"aligned {stage}{', round robin' * also}"] = (stage, {}, {"zero": aligned})
     own = {"managed_gradient_accumulation": False}
     quick = {"zero": {"compute_grad_norm": False}, "gradient_clipping": 0.0}
     for stage in range(4):
@@ -103,14 +114,16 @@ def test_one_all_reduce_a_step_takes_the_place_of_deepspeeds() -> None:
             close(engine)
 
     fp32_sums = {"data_types": {"grad_accum_dtype": "fp32"}}
+    # Up to 0.18 other wrappers serve bf16: those of 0.18.0 keep everything on every rank.
+    by_version = (1, 1) if VERSION < (0, 18) else (0, 0) if not NEW else (0, 1)
     # DeepSpeed's own: one for the norm of each group or sub-group, one for overflows. In bf16 with
     # fp32 sums every rank has reduced, and measures, all gradients.
     cells: list[tuple[int, str, dict[str, Any], int, int]] = [
         (0, "fp32", {}, 0, 1),
-        (0, "bf16", {}, 0, 0),
+        (0, "bf16", {}, by_version[0], 0),
         (1, "fp32", {}, 1, 1),
-        (1, "bf16", fp32_sums, 1, 0),
-        (2, "bf16", {}, 1, 2),
+        (1, "bf16", fp32_sums, by_version[1], 0),
+        (2, "bf16", {}, 1, 2 if VERSION >= (0, 18) else 1),
         (3, "fp32", {}, 1, 1),
         (3, "fp32", {"zero": {"sub_group_size": 40}}, 1, 3),
         (1, "fp16", {}, 1, 2),
@@ -229,7 +242,7 @@ def test_an_untested_version_warns_once() -> None:
     engine = engine_of(json_of(2))
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        patch.setattr(integration, "_warned", set())
+        patch.setattr(deepspeed_engines, "_warned", set())
         patch.setattr(deepspeed, "__version__", "9.9.9+local")
         for _ in range(2):
             distclip.deepspeed.attach(engine, policies.global_norm(1.0)).remove()

@@ -1,0 +1,96 @@
+"""What there is to know of a DeepSpeed engine before a policy is put on it."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import deepspeed
+from torch import Tensor
+
+from distclip.errors import DistclipError
+from distclip.layouts.names import named_parameters
+
+RAN_WITH = ("0.16.9", "0.18.0", "0.19.8")
+"""The versions that the tests were run with; pyproject.toml says the same."""
+_OWN_REDUCTION = ("OnebitAdam", "ZeroOneAdam", "OnebitLamb")
+_warned: set[str] = set()
+
+
+def warn_untested() -> None:
+    """Say once that this version of DeepSpeed was not run."""
+    version = str(deepspeed.__version__).split("+")[0]
+    if version not in RAN_WITH and version not in _warned:
+        _warned.add(version)
+        warnings.warn(
+            f"distclip was not run with DeepSpeed {version}, but with {', '.join(RAN_WITH)}; "
+            f"compare engine.get_global_grad_norm() once with a run without distclip",
+            stacklevel=5,
+        )
+
+
+def refuse(engine: Any) -> None:
+    """What is known not to work, with the reason."""
+    outer = engine.optimizer
+    if outer is None or not hasattr(outer, "step"):
+        raise DistclipError(
+            "this DeepSpeed engine has no optimizer: there is nothing to clip for. Give one to "
+            "deepspeed.initialize, or an optimizer section in the JSON"
+        )
+    inner = type(getattr(outer, "optimizer", outer)).__name__
+    reasons = {
+        "pipeline parallelism was not run with distclip": getattr(
+            engine, "pipeline_parallelism", False
+        ),
+        "fp16 at ZeRO stage 0: DeepSpeed 0.19.8 unscales the gradients but never scales the loss; "
+        "use bf16, or fp16 with ZeRO stage 1": engine.fp16_enabled()
+        and not engine.zero_optimization(),
+        "optimizer states on NVMe are not in memory when their weights are measured": getattr(
+            outer, "swap_optimizer", False
+        ),
+        f"{inner} reduces gradients itself, in its step": inner in _OWN_REDUCTION,
+        "Muon transforms gradients before DeepSpeed's norm, which distclip replaces": "Muon"
+        in inner,
+        "fp16 under torch.autocast scales inside of the step": getattr(
+            outer, "torch_autocast_gradscaler", None
+        )
+        or getattr(engine, "torch_autocast_z0_gradscaler", None),
+        "tensor parallelism (mpu) was not run with distclip": getattr(engine, "mpu", None)
+        is not None,
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise DistclipError(f"distclip cannot clip for this DeepSpeed engine: {reason}")
+
+
+def trained(engine: Any) -> list[Tensor]:
+    """Its parameters that require a gradient."""
+    return [p for p in engine.module.parameters() if p.requires_grad]
+
+
+def named(engine: Any, parameters: list[Tensor]) -> list[tuple[str, Tensor]]:
+    """These parameters, with their names in the module."""
+    names = {id(p): name for name, p in named_parameters(engine.module)}
+    return [(names.get(id(p), f"unnamed.{place}"), p) for place, p in enumerate(parameters)]
+
+
+def groups(outer: Any) -> Any:
+    """The module's parameters by parameter group: inside, there are flat buffers."""
+
+    class Groups:
+        param_groups: list[dict[str, Any]]
+
+    lists = getattr(outer, "bit16_groups", None) or getattr(outer, "bf16_groups", None)
+    if lists is None and hasattr(outer, "fp16_groups"):
+        lists = outer.fp16_groups
+        of = getattr(outer, "sub_group_to_group_id", None)
+        if of is not None:
+            merged: dict[int, list[Tensor]] = {}
+            for sub, group in enumerate(lists):
+                merged.setdefault(of[sub], []).extend(group)
+            lists = [merged[number] for number in sorted(merged)]
+    if lists is None:
+        return outer
+    found = Groups()
+    found.param_groups = [{"params": list(group)} for group in lists]
+    return found
