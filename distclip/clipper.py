@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, TypeAlias, get_args
@@ -11,10 +12,10 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from distclip import handshake
+from distclip import checkpoint, handshake
 from distclip._version import __version__
 from distclip.application.stepping import StepHandle
-from distclip.errors import ConfigurationError, DistclipError, StateError
+from distclip.errors import ConfigurationError, DistclipError
 from distclip.layouts import names as naming
 from distclip.layouts import plan as plans
 from distclip.layouts.detect import describe, refuse_stepped_in_backward
@@ -23,7 +24,7 @@ from distclip.layouts.piece import Described, Entry
 from distclip.ledger import Program, States
 from distclip.passes import compile_passes, report_order
 from distclip.policies import ParameterInfo, Policy
-from distclip.policies._compose import stages
+from distclip.policies._compose import reads_loss, stages
 from distclip.replicas import ReplicaCheck
 from distclip.report import ClipReport
 from distclip.statistics import collectives
@@ -113,6 +114,8 @@ class GradClipper:
         self._optimizer: weakref.ref[Optimizer] | None = None
         self._stepped = 0
         self._parts = False
+        self._reads_loss = False
+        self._warned_of_no_loss = False
         self._plan = self._compare_notes(target, process_group)
         self._watched = naming.Watched(target)
         self._known = {id(parameter) for _, parameter in self._named}
@@ -121,6 +124,7 @@ class GradClipper:
         self._step = 0
         self._attached: StepHandle | None = None
         self._states: States = {}
+        self._loss: Tensor | None = None
         self._program = self._compile(optimizer)
 
     @property
@@ -138,12 +142,15 @@ class GradClipper:
         """Names of the parameters, in the order of every per-parameter statistic."""
         return self._plan.names
 
-    def clip_(self) -> ClipReport:
+    def clip_(self, loss: Tensor | float | None = None) -> ClipReport:
         """Measure and clip the gradients that are there now, in place. Call it on every rank.
 
         Between ``backward`` (with synchronisation) and ``optimizer.step()``. Parameters without a
         gradient count as 0. Where the report says ``skipped``, nothing was changed and the caller
         leaves out the optimizer's step.
+
+        Args:
+            loss: as for :meth:`observe`.
 
         Raises:
             NonFiniteGradientError: under ``on_nonfinite="error"``.
@@ -151,7 +158,30 @@ class GradClipper:
             UnsupportedGradientError: a sparse gradient, or a ``Partial`` that cannot be reduced.
             ProcessGroupError: the process group has been closed.
         """
+        if loss is not None:
+            self.observe(loss)
         return self._clip(self.on_nonfinite, None)
+
+    def observe(self, loss: Tensor | float) -> None:
+        """Tell the loss of the step to come, for a policy that reads it; others ignore it.
+
+        Several losses of one step (micro-batches) are averaged, and so are those of all ranks, in
+        the one all-reduce of the clipping. Where nothing is sharded the loss costs that all-reduce.
+
+        Args:
+            loss: one number, any float dtype; not read on the host.
+        """
+        if not self._reads_loss:
+            return
+        value = torch.as_tensor(loss).detach()
+        if value.numel() != 1:
+            raise ConfigurationError(
+                f"observe: the loss must be one number, got a tensor of shape {list(value.shape)}; "
+                f"give its mean"
+            )
+        value = value.to(self._plan.device, torch.float64).reshape(())
+        given = torch.stack([value, torch.ones_like(value)])
+        self._loss = given if self._loss is None else self._loss + given
 
     def attach(self, optimizer: Optimizer) -> StepHandle:
         """Clip before every ``optimizer.step()`` from now on.
@@ -209,41 +239,41 @@ class GradClipper:
         return self._clip(mode, loss_scale)
 
     def state_dict(self) -> dict[str, object]:
-        """Plain values and tensors: the policy, its state by stage and name, the step count."""
-        return {
-            "version": 1,
-            "policy": repr(self.policy),
-            "step": self._step,
-            "states": {path: dict(state) for path, state in self._states.items() if state},
-        }
+        """Plain values and tensors: the policy, its memory by parameter name, the step count.
+
+        The same on every rank, whatever the sharding; saving that of one rank is enough. It goes
+        through ``torch.save`` and ``torch.load(weights_only=True)``, and through
+        ``torch.distributed.checkpoint`` (a ``GradClipper`` is ``Stateful``).
+        """
+        return checkpoint.dump(self._owner(), self._step, self._states)
 
     def load_state_dict(self, state: dict[str, object]) -> None:
-        """Load what :meth:`state_dict` gave, on any number of ranks.
+        """Load what :meth:`state_dict` gave, on every rank; any number of ranks, any sharding.
+
+        From here on the clipper decides, bit by bit, as the one that was saved would have. An empty
+        state (a checkpoint from before distclip was in use) gives a warning and changes nothing.
 
         Raises:
-            StateError: the state of another policy.
+            StateError: the state of another policy, or of another model: says which parameters are
+                missing or unexpected. The clipper is then left as it was.
         """
-        if state.get("policy") != repr(self.policy):
-            raise StateError(
-                f"this state belongs to {state.get('policy')}, but the clipper's policy is "
-                f"{self.policy!r}; build the clipper with the policy that was saved"
-            )
-        step = state.get("step")
-        if not isinstance(step, int):
-            raise StateError(f"the state's 'step' must be an integer, got {step!r}")
-        states = state.get("states")
-        if not isinstance(states, dict) or not set(states) <= set(self._states):
-            raise StateError("the state's 'states' do not fit the stages of this clipper's policy")
-        self._step = step
-        for path, saved in states.items():
-            device = self._plan.device
-            self._states[path] = {key: value.to(device) for key, value in saved.items()}
+        loaded = checkpoint.restore(self._owner(), state, self._states)
+        if loaded is not None:
+            self._step = loaded[0]
+            self._states = {**self._states, **loaded[1]}
+
+    def _owner(self) -> checkpoint.Owner:
+        parameters = self._program.parameters
+        return checkpoint.Owner(self.policy, stages(self.policy, parameters), parameters)
 
     def _clip(self, mode: str, loss_scale: Tensor | None) -> ClipReport:
         global in_use
         in_use = True
         if self._plan.group is not None:
             collectives.check_open(self._plan.group)
+        loss, self._loss = self._loss, None
+        if self._reads_loss and loss is None:
+            self._warn_of_no_loss()
         for watcher in watchers:
             watcher.before(self, loss_scale)
         with torch.no_grad():
@@ -254,6 +284,7 @@ class GradClipper:
                 loss_scale=loss_scale,
                 replicas=self._replicas if self._compares_now() else None,
                 trouble=self._trouble(),
+                loss=loss,
             )
             self._walks += 1
             self._states = walked.states
@@ -296,6 +327,17 @@ class GradClipper:
             f"changes the model (fully_shard, adapters such as LoRA)"
         )
 
+    def _warn_of_no_loss(self) -> None:
+        if not self._warned_of_no_loss:
+            warnings.warn(
+                f"{self.policy!r} reads the loss, and this step has none: call "
+                f"clipper.observe(loss) before the step, or clipper.clip_(loss=loss); with "
+                f"Accelerate accelerator.backward(loss), or the handle's observe(loss). Steps "
+                f"without one are judged by their norm alone",
+                stacklevel=4,
+            )
+        self._warned_of_no_loss = True
+
     def _compare_notes(self, target: Target, process_group: ProcessGroup | None) -> plans.Plan:
         """The one conversation between the ranks: do all of them mean the same model and policy?"""
         group = collectives.default_group(process_group)
@@ -325,7 +367,7 @@ class GradClipper:
             handshake.compare(notes, ranks)
         tables = [each.table for each in notes]
         plans.check_tables(tables, ranks, stages=naming.is_list_of_modules(target))
-        if plans.needs_reduction(tables):
+        if plans.needs_reduction(tables) or self._reads_loss:
             rank = collectives.rank_in(group)
             self._parts = plans.differ(tables)
             plan = plans.merged_plan(described, tables, rank, ranks, device, group)
@@ -352,6 +394,7 @@ class GradClipper:
             raise ConfigurationError(
                 f"verify_replicas must be 'first', 'never' or a number of steps >= 1, got {every!r}"
             )
+        self._reads_loss = reads_loss(self.policy)
         named = naming.named_parameters(target)
         naming.refuse_meta(named)
         self._named, described = describe(named)
@@ -398,7 +441,9 @@ class GradClipper:
             watch_nonfinite=self.on_nonfinite != "pass",
         )
         for stage in stages(self.policy, parameters):
-            if stage.path not in self._states:
+            if stage.members and stage.path not in self._states:
                 infos = [parameters[member] for member in stage.members]
-                self._states[stage.path] = stage.policy.init(infos)
+                state = stage.policy.init(infos)
+                device = self._plan.device
+                self._states[stage.path] = {key: value.to(device) for key, value in state.items()}
         return Program.of(self._plan, parameters, passes, report_order(self.policy, parameters))

@@ -11,6 +11,7 @@
     log: {jsonl: runs/clip.jsonl, every: 10, per_parameter: true}
     norms: true                              # false: do not measure what only a report would show
     verify_replicas: first                   # compare replicas: first (default) | never | every n
+    imports: [my_project.clipping]           # modules that register policies of one's own
 
 A file with the key ``gradient_clip_norm`` and none of the above, such as the
 ``hyperparams_config.json`` of a training project, means ``global_norm`` with that threshold; its
@@ -20,6 +21,7 @@ other keys are not ours and are ignored.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -101,6 +103,11 @@ class _Document(BaseModel):
         description="When to compare the copies of tensors that lie on several ranks: in the first "
         "step, never, or in the first and every n-th step after it.",
     )
+    imports: list[str] = Field(
+        default_factory=list,
+        description="Modules to import before the policies are looked up: those that register "
+        "policies of one's own. Their code is run.",
+    )
     schema_: str | None = Field(
         default=None, alias="$schema", description="For editors; ignored by distclip."
     )
@@ -142,6 +149,7 @@ def digest(config: Config) -> str:
 
 def _checked(raw: Mapping[Any, Any], source: str) -> Config:
     problems = Problems()
+    _import(raw.get("imports"), problems)
     if HYPERPARAMETER in raw:
         raw = _from_hyperparameters(raw, problems)
         problems.raise_if_any(source)
@@ -153,6 +161,30 @@ def _checked(raw: Mapping[Any, Any], source: str) -> Config:
     return Config(
         policy, document.on_nonfinite, document.log, document.norms, document.verify_replicas
     )
+
+
+def _import(modules: object, problems: Problems) -> None:
+    """Import what a configuration names; of another type it is refused with the document."""
+    for position, name in enumerate(modules if isinstance(modules, list) else ()):
+        if not isinstance(name, str):
+            continue
+        path = ("imports", position)
+        if not all(part.isidentifier() for part in name.split(".")):
+            mend = "; a file my/policies.py is called my.policies" if "/" in name else ""
+            problems.add(path, f"must be the name of a module, got {shown(name)}{mend}")
+            continue
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            problems.add(
+                path,
+                f"no module named {error.name!r}"
+                + ("" if error.name == name else f", which {name} imports")
+                + "; it has to be installed, or lie beside the script that is run, in the current "
+                "folder, or on PYTHONPATH",
+            )
+        except Exception as error:
+            problems.add(path, f"{name} could not be imported: {type(error).__name__}: {error}")
 
 
 def _from_hyperparameters(raw: Mapping[Any, Any], problems: Problems) -> Mapping[Any, Any]:

@@ -8,12 +8,14 @@ hold different parameters instead (pipeline stages), which are then all counted.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import itertools
 import math
 import operator
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, TypeAlias
 
 import torch
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
+from distclip import handshake
 from distclip.application import inplace
 from distclip.errors import (
     ConfigurationError,
@@ -32,7 +35,7 @@ from distclip.errors import (
 from distclip.layouts import declared, dtensor, fsdp1, plain
 from distclip.layouts import names as naming
 from distclip.layouts import plan as plans
-from distclip.layouts.detect import describe
+from distclip.layouts.detect import describe, detect
 from distclip.layouts.names import Named
 from distclip.layouts.piece import Box, Described, Entry, Piece
 from distclip.ledger import Program, Walked
@@ -44,7 +47,6 @@ from distclip.statistics import collectives
 from distclip.statistics.packing import Packet
 from distclip.walk import raise_together, walk
 
-DOUBLE = ("float64", "complex128")
 Parameters: TypeAlias = Tensor | Iterable[Tensor]
 Tensors: TypeAlias = Tensor | Iterable[Tensor]
 
@@ -90,10 +92,10 @@ def clip_grad_norm_(
     if process_group is None:
         walked = _walk(named, policy, "error" if error_if_nonfinite else "pass")
         return combine_norms(walked.raw, policy.norm_type).to(dtype)
-    program = _programs.get(named, Measure(policy.norm_type), norms=True)
+    find = functools.partial(_programs.get, named, Measure(policy.norm_type), norms=True)
     with torch.no_grad():
-        total = _joint_norm(program, policy.norm_type, process_group, error_if_nonfinite)
-        gradients = [piece.gradient() for piece in program.plan.pieces]
+        total = _joint_norm(find, policy.norm_type, process_group, error_if_nonfinite)
+        gradients = [piece.gradient() for piece in find().plan.pieces]
         present = [gradient for gradient in gradients if gradient is not None]
         coefficient = norm_coefficient(total, policy.max_norm)
         inplace.scale_(present, coefficient.expand(len(present)))
@@ -105,7 +107,9 @@ def clip_grad_value_(
 ) -> None:
     """Clamp every gradient element to ``[-clip_value, clip_value]``, in place.
 
-    Elementwise, so the same under every sharding, without communication. NaN stays NaN.
+    Elementwise, so the same under every sharding, without communication. (Where a mesh replicates
+    a DTensor, one number travels: its gradients may be ``Partial``, and are then reduced first.)
+    NaN stays NaN.
 
     Args:
         parameters: a tensor or an iterable of tensors.
@@ -149,7 +153,8 @@ def clip_grad_agc_(
         return combine_norms(_walk(named, policy, "pass").raw, 2.0).to(dtype)
     # A unit lies on one member, or on its mesh: only the joint norm concerns the other members.
     with torch.no_grad():
-        total = _joint_norm(_programs.get(named, Measure(), norms=True), 2.0, process_group, False)
+        find = functools.partial(_programs.get, named, Measure(), norms=True)
+        total = _joint_norm(find, 2.0, process_group, False)
     _walk(named, policy, "pass", norms=False)
     return total.to(dtype)
 
@@ -175,14 +180,19 @@ def get_total_norm(
         0-dim float32, or float64 if a tensor is float64.
     """
     listed = [tensors] if isinstance(tensors, Tensor) else list(tensors)
-    described = [_describe_tensor(str(number), tensor) for number, tensor in enumerate(listed)]
     policy = Measure(norm_type)
-    program = _program(described, policy, _device(listed), norms=True)
+
+    def compiled() -> Program:
+        described = [_describe_tensor(str(number), tensor) for number, tensor in enumerate(listed)]
+        program = _program(described, policy, _device(listed), norms=True)
+        _agree(program, policy)
+        return program
+
     with torch.no_grad():
         if process_group is not None:
-            total = _joint_norm(program, policy.norm_type, process_group, error_if_nonfinite)
+            total = _joint_norm(compiled, policy.norm_type, process_group, error_if_nonfinite)
         else:
-            walked = walk(program, {}, on_nonfinite="error" if error_if_nonfinite else "pass")
+            walked = walk(compiled(), {}, on_nonfinite="error" if error_if_nonfinite else "pass")
             total = combine_norms(walked.raw, policy.norm_type)
     return total.to(_norm_dtype(listed))
 
@@ -245,7 +255,7 @@ def _norm_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
 
 
 def _joint_norm(
-    program: Program, norm_type: float, group: ProcessGroup, error_if_nonfinite: bool
+    find: Callable[[], Program], norm_type: float, group: ProcessGroup, error_if_nonfinite: bool
 ) -> Tensor:
     """The p-norm over the members of ``group``, who hold different parameters; 0-dim float64.
 
@@ -254,18 +264,20 @@ def _joint_norm(
     not have equally many parameters, or any.
     """
     collectives.check_open(group)
-    plan = program.plan
     trouble: DistclipError | None = None
+    entries: tuple[Entry, ...] = ()
+    norms = torch.zeros(0, dtype=torch.float64)
     try:
-        norms = walk(program, {}).raw
+        program = find()
+        norms, entries = walk(program, {}).raw, program.plan.entries
     except DistclipError as error:  # the other members have to learn of it before it is raised
-        trouble, norms = error, torch.zeros(len(plan.entries), dtype=torch.float64)
+        trouble = error
     device = collectives.device_for(group, norms.device)
     members = set(collectives.ranks_of(group))
-    spread = [e.ranks is not None or bool(e.others) for e in plan.entries]
+    spread = [e.ranks is not None or bool(e.others) for e in entries]
     holders = [
-        declared.holders(entry, members) if has else 1
-        for entry, has in zip(plan.entries, spread, strict=True)
+        0 if entry.copy else declared.holders(entry, members) if has else 1
+        for entry, has in zip(entries, spread, strict=True)
     ]
     shares = [1.0 / count if count else 0.0 for count in holders]
     packet = Packet(group, wide={norm_type: True})
@@ -287,7 +299,7 @@ def _joint_norm(
             f"the {norm_type}-norm over the process group is {total.item()}; nothing was changed",
             [
                 entry.name
-                for entry, norm in zip(plan.entries, norms.tolist(), strict=True)
+                for entry, norm in zip(entries, norms.tolist(), strict=True)
                 if not math.isfinite(norm)
             ],
         )
@@ -359,11 +371,41 @@ def _group(entries: Sequence[Entry]) -> ProcessGroup | None:
 def _describe_tensor(name: str, tensor: Tensor) -> Described:
     if isinstance(tensor, DTensor):
         return dtensor.describe_tensor(name, tensor)
-    plain.check_dense(name, tensor)
     shape = tuple(tensor.shape)
     entry = Entry(name, shape, str(tensor.dtype).removeprefix("torch."))
-    piece = Piece(0, Box((0,) * len(shape), shape), 1.0, tensor.detach, tensor.detach)
-    return entry, (piece,)
+    # What cannot be measured is an error when it is, so that all ranks get to hear of it.
+    fetch = functools.partial(plain.check_dense, name, tensor.detach())
+    return entry, (Piece(0, Box((0,) * len(shape), shape), 1.0, fetch, tensor.detach),)
+
+
+_agreements = handshake.Agreements()
+
+
+def _agree(program: Program, policy: Policy) -> None:
+    """See to it that all ranks of the group are about to reduce the same things."""
+    plan = program.plan
+    if plan.group is not None:
+        unit = f" unit={policy.unit!r}" if isinstance(policy, AGC) else ""
+        _agreements.agree(plan.group, f"{policy.name} p={program.shown:g}{unit}", plan.entries)
+
+
+def _tell(error: DistclipError, named: Named, before: Program | None, *, norms: bool) -> None:
+    """Tell the ranks that wait for this one what is wrong with its parameters.
+
+    Those to whom nothing has changed reduce what they reduced before; at a first call they compare.
+    """
+    if before is not None:
+        with contextlib.suppress(DistclipError):
+            walk(before, {}, trouble=error)
+        return
+    entries: list[Entry] = []
+    for name, parameter in named:
+        with contextlib.suppress(DistclipError):
+            entries += [entry for entry, _ in detect(name, parameter)]
+    if norms or any(entry.replicated for entry in entries):
+        group = _group(entries)
+        if group is not None and dist.get_world_size(group) > 1:
+            _agreements.tell(group, error)
 
 
 class _Programs:
@@ -381,9 +423,15 @@ class _Programs:
         if found is not None and found[0].fits(parameters):
             self._known.move_to_end(key)
             return found[1]
-        naming.refuse_meta(named)
-        _, described = describe(named)
-        program = _program(described, policy, _device(parameters), norms=norms)
+        try:
+            naming.refuse_meta(named)
+            _, described = describe(named)
+            program = _program(described, policy, _device(parameters), norms=norms)
+        except DistclipError as error:
+            _tell(error, named, None if found is None else found[1], norms=norms)
+            raise
+        if norms or program.plan.replicated:  # else the call talks to nobody
+            _agree(program, policy)
         self._known[key] = (_Fingerprint(parameters), program)
         if len(self._known) > self._size:
             self._known.popitem(last=False)

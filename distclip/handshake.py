@@ -7,9 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from torch.distributed import ProcessGroup
+
 from distclip.errors import DistclipError, RankMismatchError
 from distclip.layouts.differences import ranked, sides
 from distclip.layouts.piece import Entry
+from distclip.statistics import collectives
 
 Options = tuple[tuple[str, str], ...]
 
@@ -51,6 +54,67 @@ class Hail(NamedTuple):
     digest: bytes
     trouble: str = ""
     copies: int = 0
+
+
+class Agreements:
+    """What the drop-ins have compared between ranks already: each kind of call once in each group.
+
+    They keep no names and compare shapes and dtypes only. A rank asks if it has not agreed with
+    its group on what it has now; since agreeing means that all had the same, all of them ask then.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[ProcessGroup, set[bytes]]] = {}
+
+    def agree(self, group: ProcessGroup, what: str, entries: Sequence[Entry]) -> None:
+        """Compare, unless that has been done.
+
+        Args:
+            group: the ranks that call together.
+            what: what is called, in words; part of what has to be the same.
+            entries: the table that the call will reduce.
+
+        Raises:
+            RankMismatchError: on every rank, with who has what.
+        """
+        found = self._known.get(id(group))
+        known = found[1] if found is not None and found[0] is group else set()
+        table = tuple((entry.dtype, entry.shape) for entry in entries)
+        digest = hashlib.sha256(repr((what, table)).encode()).digest()
+        if digest in known:
+            return
+        self._compare(group, (digest, f"{what} of {_shown(table)}", ""))
+        known.add(digest)
+        alive = {
+            key: each for key, each in self._known.items() if collectives.is_registered(each[0])
+        }
+        self._known = {**alive, id(group): (group, known)}
+
+    def tell(self, group: ProcessGroup, error: Exception) -> None:
+        """Say, at a first call, that this rank cannot take part: the others are asking."""
+        told = f"{type(error).__name__}: {error}" if not isinstance(error, DistclipError) else error
+        collectives.gather((b"", "", str(told)), group)
+
+    def _compare(self, group: ProcessGroup, mine: tuple[bytes, str, str]) -> None:
+        heard = collectives.gather(mine, group)
+        ranks = collectives.ranks_of(group)
+        for rank, (_, _, sorrow) in zip(ranks, heard, strict=True):
+            if sorrow:
+                raise RankMismatchError(f"rank {rank} cannot clip or measure: {sorrow}")
+        if any(digest != mine[0] for digest, _, _ in heard):
+            raise RankMismatchError(
+                f"the ranks were given different parameters: "
+                f"{told(ranks, [shown for _, shown, _ in heard])}. Give every rank its part of the "
+                f"same parameters, gradients there or not (process_group= is for stages)"
+            )
+
+
+def _shown(table: Sequence[tuple[str, tuple[int, ...]]]) -> str:
+    """As much of a table of dtypes and shapes as tells it from others, in a few words."""
+    digest = hashlib.sha256(repr(table).encode()).hexdigest()[:8]
+    some = ", ".join(f"{dtype} {list(shape)}" for dtype, shape in table[:3])
+    more = f", ... [{digest}]" if len(table) > 3 else ""
+    return f"{len(table)} parameter{'s' * (len(table) != 1)} ({some}{more})"
 
 
 def trouble(version: str, error: Exception) -> tuple[object, ...]:

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from distclip.layouts.plan import Plan
-from distclip.passes import Pass
+from distclip.passes import Group, Pass, grouped
 from distclip.policies import ParameterInfo, Scale, Skip, State, Statistics, UnitPolicy
 from distclip.policies._compose import Stage
-from distclip.statistics.measurement import Memory, UnitTable, combine_segments
+from distclip.statistics.measurement import Memory
 from distclip.statistics.packing import LocalDecision, Measurement
+from distclip.statistics.units import LocalUnits, UnitTable, combine_segments
 
 States = dict[str, State]
 """State of each stage that has one, by the stage's path."""
@@ -38,6 +39,16 @@ class Program:
     unit_counts: tuple[Tensor, ...]
     """Per pass, float64 ``(parameters,)``: how many units each has; 1 where it is one."""
     memory: Memory = field(default_factory=Memory)
+    _grouped: dict[int, tuple[Sequence[int], Sequence[Group]]] = field(default_factory=dict)
+
+    def groups(self, number: int, units: LocalUnits) -> Sequence[Group]:
+        """How the units on this rank are decided on in pass ``number``. Remembered."""
+        known = self._grouped.get(number)
+        if known is None or known[0] is not units.positions:
+            local = self.passes[number].local_units
+            found = grouped(self.plan, local, units.positions, units.counts)
+            known = self._grouped[number] = units.positions, found
+        return known[1]
 
     @cached_property
     def ones(self) -> Tensor:
@@ -63,6 +74,11 @@ class Program:
     def nothing_decided(self) -> LocalDecision:
         """What is decided before the reduction where no unit is; shared too."""
         return LocalDecision({}, {}, torch.zeros_like(self.ones), self.ones.new_ones(()))
+
+    @cached_property
+    def no_loss(self) -> Tensor:
+        """float64 ``(2,)``: no loss was given, whose mean is 0 / 0; shared too."""
+        return torch.zeros(2, dtype=torch.float64, device=self.plan.device)
 
     @classmethod
     def of(
@@ -126,7 +142,8 @@ class Ledger:
         self.unit_total = torch.ones_like(measurement.unit_weights) if self.table.size else None
         self.rounds = [Round(bounds=self.one.request.bounds)]
         self.threshold: Tensor | float | None = None
-        self.skip: Tensor | None = None
+        self.asked: dict[str, Tensor] = {}
+        """Stage path -> its flag, of the stages that ask for a skip."""
         if program.shown in self.norms and self.one.local_units:
             self._book(measurement.clamped[program.shown], list(self.one.local_units))
 
@@ -152,7 +169,8 @@ class Ledger:
             self._infos(stage.members),
             {p: self.norms[p][where] for p in policy.needs.gradient_norms},
             {p: self.measurement.weights[p][where] for p in policy.needs.weight_norms},
-            self.total is self.ones and self.measurement.in_range,
+            in_range=self.total is self.ones and self.measurement.in_range,
+            loss=self.measurement.loss if policy.needs.loss else None,
         )
         actions, state = policy.update(statistics, state)
         for action in actions:
@@ -160,7 +178,8 @@ class Ledger:
                 self._scale(where, action.coefficients)
                 self._show(action.threshold)
             elif isinstance(action, Skip):
-                self.skip = action.flag if self.skip is None else self.skip | action.flag
+                asked = self.asked.get(stage.path)
+                self.asked[stage.path] = action.flag if asked is None else asked | action.flag
             else:
                 raise TypeError(
                     f"{policy!r} returned {action!r} but its `bound` is None: declare the bound, "
@@ -326,8 +345,32 @@ class Walked:
     def absorb(self, ledger: Ledger) -> None:
         """Add what one pass decided."""
         self._ledgers.append(ledger)
-        if ledger.skip is not None:
-            self.skipped = self.skipped | ledger.skip
+        for flag in ledger.asked.values():
+            self.skipped = self.skipped | flag
+
+    def undo(self, before: States, *, dropped: bool) -> None:
+        """Let a skipped step leave no trace in any state but that of the stage that asked for it.
+
+        Args:
+            before: the states before the step.
+            dropped: whether a step with a non-finite gradient leaves no trace in any.
+        """
+        asked: dict[str, Tensor] = {}
+        for ledger in self._ledgers:
+            asked.update(ledger.asked)
+        remembering = [path for path, state in self.states.items() if state]
+        if not remembering or not (asked or dropped):
+            return
+        bad = self.nonfinite.any() if dropped else None
+        for path in remembering:
+            stop = self.skipped
+            if path in asked:
+                stop = stop & ~asked[path]
+                stop = stop if bad is None else stop | bad
+            old = before[path]
+            self.states[path] = {
+                key: torch.where(stop, old[key], value) for key, value in self.states[path].items()
+            }
 
     @cached_property
     def after(self) -> Tensor:

@@ -8,14 +8,19 @@ with it. Only a stage that reads the norm of something clamped *after* a scaling
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
 
 from distclip.errors import ConfigurationError
 from distclip.layouts.piece import Entry
+from distclip.layouts.plan import Plan
 from distclip.policies import ParameterInfo, Policy, UnitPolicy
 from distclip.policies._compose import Stage, stages
-from distclip.statistics.measurement import Request
+from distclip.statistics.request import Request
 
 
 @dataclass(frozen=True)
@@ -163,10 +168,13 @@ def _finished(
             reads = reads or any(m not in local for m in stage.members)
             continue
         orders.update(dict.fromkeys(sorted(stage.policy.needs.gradient_norms)))
-        reads = reads or bool(stage.policy.needs.gradient_norms)
+        reads = reads or bool(stage.policy.needs.gradient_norms) or stage.policy.needs.loss
         if stage.policy.needs.weight_norms:
             weight_orders.update(dict.fromkeys(sorted(stage.policy.needs.weight_norms)))
             weighted.update(plain)
+    # Autograd may leave the gradient of a replicated tensor Partial. To reduce it takes all ranks
+    # of the mesh, and one that lacks it has to hear of it: a flag travels, whatever else does.
+    moves = first and any(entry.replicated for entry in entries)
     request = Request(
         orders=tuple(orders),
         weight_orders=tuple(weight_orders),
@@ -175,6 +183,64 @@ def _finished(
         decided_locally=frozenset(local),
         bounds=dict(draft.bounds),
         raw_orders=(shown,) if shown is not None and first and draft.bounds else (),
-        reduced=reads or shown is not None,
+        reduced=reads or shown is not None or moves,
+        loss=any(stage.policy.needs.loss for stage in draft.stages),
     )
     return Pass(tuple(draft.stages), request, local, dict(draft.late_clamps))
+
+
+class Group(NamedTuple):
+    """Local pieces whose units are decided on by the same policies.
+
+    ``units``: where those lie among all units of this rank; ``lengths`` and ``where``: ``counts``
+    and ``positions`` as int64 tensors.
+    """
+
+    policies: tuple[UnitPolicy, ...]
+    positions: list[int]
+    counts: list[int]
+    units: slice | Tensor
+    lengths: Tensor
+    where: Tensor
+
+
+def grouped(
+    plan: Plan,
+    policies: Mapping[int, tuple[UnitPolicy, ...]],
+    positions: Sequence[int],
+    counts: Sequence[int],
+) -> Sequence[Group]:
+    """The pieces whose units the same policies decide on, together.
+
+    Args:
+        plan: the pieces.
+        policies: parameter -> the policies that decide on its units on this rank.
+        positions: of the pieces that were measured per unit.
+        counts: units of each.
+    """
+    together: dict[tuple[UnitPolicy, ...], list[tuple[int, int, slice]]] = {}
+    stop = 0
+    for position, count in zip(positions, counts, strict=True):
+        start, stop = stop, stop + count
+        deciding = policies.get(plan.pieces[position].index)
+        if deciding is not None:
+            together.setdefault(deciding, []).append((position, count, slice(start, stop)))
+    everything = torch.arange(stop, device=plan.device)
+    groups = []
+    for deciding, members in together.items():
+        units: slice | Tensor = slice(None)
+        if len(members) < len(positions):
+            units = torch.cat([everything[span] for _, _, span in members])
+        lengths = [count for _, count, _ in members]
+        where = [position for position, _, _ in members]
+        groups.append(
+            Group(
+                deciding,
+                where,
+                lengths,
+                units,
+                torch.tensor(lengths, dtype=torch.long, device=plan.device),
+                torch.tensor(where, dtype=torch.long, device=plan.device),
+            )
+        )
+    return groups

@@ -14,17 +14,12 @@ from distclip.application import inplace
 from distclip.errors import DistclipError, NonFiniteGradientError, UnsupportedGradientError
 from distclip.layouts.plan import Plan
 from distclip.ledger import Ledger, Program, Round, States, Walked
-from distclip.passes import Pass
-from distclip.policies import UnitPolicy
 from distclip.replicas import ReplicaCheck
-from distclip.statistics.alignment import align_alone, align_together
-from distclip.statistics.measurement import (
-    LocalMeasurement,
-    Request,
-    combine_segments,
-    measure,
-)
+from distclip.statistics.alignment import align_alone, align_together, cannot_move
+from distclip.statistics.measurement import LocalMeasurement, measure
 from distclip.statistics.packing import LocalDecision, Measurement, reduce
+from distclip.statistics.request import Request
+from distclip.statistics.units import combine_segments
 
 
 def walk(
@@ -35,6 +30,7 @@ def walk(
     loss_scale: Tensor | None = None,
     replicas: ReplicaCheck | None = None,
     trouble: DistclipError | None = None,
+    loss: Tensor | None = None,
 ) -> Walked:
     """Measure, decide and act once over all the gradients of a plan.
 
@@ -45,6 +41,8 @@ def walk(
         loss_scale: 0-dim; the gradients are this many times too large, and stay so.
         replicas: what is to be compared between the ranks this time; reads on the host.
         trouble: what is wrong on this rank already; raised when all ranks have heard of it.
+        loss: float64 ``(2,)``, the sum of this rank's losses and their number; for a policy that
+            reads the loss.
 
     Raises:
         ReplicaDriftError: copies differ; on every rank, before any changes.
@@ -66,7 +64,14 @@ def walk(
         together = reads and request.reduced and program.plan.group is not None
         comparing = replicas if number == 0 else None
         measured, decided, measurement, packed = _measured(
-            program, number, request, loss_scale, comparing, together=together, trouble=trouble
+            program,
+            number,
+            request,
+            loss_scale,
+            comparing,
+            together=together,
+            trouble=trouble,
+            loss=loss,
         )
         if comparing is not None and packed is not None:
             summed = measurement.passengers
@@ -82,14 +87,12 @@ def walk(
             ledger.forget(walked.nonfinite)
         for position, stage in enumerate(one.stages):
             state = states.get(stage.path, {})
-            new = ledger.run(position, stage, state)
-            if bad and on_nonfinite == "skip":  # a dropped step leaves no trace in any state
-                stop = walked.nonfinite.any()
-                new = {key: torch.where(stop, state[key], value) for key, value in new.items()}
-            walked.states[stage.path] = new
+            walked.states[stage.path] = ledger.run(position, stage, state)
         walked.absorb(ledger)
         flags = walked.nonfinite if bad and on_nonfinite == "zero" and number == 0 else None
         act(program, measured, decided, ledger, walked.skipped, flags, loss_scale)
+    found = walked.nonfinite is not program.all_finite
+    walked.undo(states, dropped=found and on_nonfinite == "skip")
     return walked
 
 
@@ -102,24 +105,29 @@ def _measured(
     *,
     together: bool,
     trouble: DistclipError | None,
+    loss: Tensor | None,
 ) -> tuple[LocalMeasurement, LocalDecision, Measurement, Tensor | None]:
     """Measure and reduce; a second time where gradients had to be brought into place first."""
-    plan, habits = program.plan, program.memory.habits
+    plan, table, habits = program.plan, program.tables[number], program.memory.habits
     if number == 0 and habits and together:
         align_together(plan)  # as at the steps before: then once is enough
     while True:
-        measured = measure(plan, request, program.memory)
+        measured = measure(plan, request, table, program.memory)
         if measured.misplaced and not together:
-            align_alone(plan)
-            measured = measure(plan, request, program.memory)
+            if plan.group is None:
+                align_alone(plan)
+                measured = measure(plan, request, table, program.memory)
+            else:  # ranks that lack this gradient would not come along
+                measured.trouble = measured.trouble or cannot_move(plan)
         measured.trouble = measured.trouble or trouble
+        if request.loss:
+            measured.loss = program.no_loss if loss is None else loss
         if loss_scale is not None:
             measured.divide(loss_scale.double().to(plan.device))
-        decided = decide_locally(program, program.passes[number], measured)
+        decided = decide_locally(program, number, measured)
         packed = None
         if comparing is not None:
             packed = comparing.pack(measured.present, measured.trouble is not None)
-        table = program.tables[number]
         measurement = reduce(plan, request, table, measured, decided, packed)
         if not together or not 0.0 < measurement.troubled.item() < 1.0:
             return measured, decided, measurement, packed
@@ -173,51 +181,35 @@ def raise_together(mine: DistclipError | None, anybodys: Tensor | None) -> None:
         )
 
 
-def decide_locally(program: Program, one: Pass, measured: LocalMeasurement) -> LocalDecision:
+def decide_locally(program: Program, number: int, measured: LocalMeasurement) -> LocalDecision:
     """Decide on the units that lie whole on this rank, so that their outcome travels along."""
     plan, units = program.plan, measured.units
     clipped, smallest = program.nothing_decided.clipped, program.nothing_decided.smallest
-    if not one.local_units:
+    if not program.passes[number].local_units:
         return program.nothing_decided
-    clipped = clipped.clone()
-    after = {order: norms.clone() for order, norms in measured.norms.items()}
-    # The pieces that the same policies decide on are decided on together.
-    together: dict[tuple[UnitPolicy, ...], list[int]] = {}
-    spans = units.spans()
-    for number, (position, _) in enumerate(spans):
-        policies = one.local_units.get(plan.pieces[position].index)
-        if policies is not None:
-            together.setdefault(policies, []).append(number)
     coefficients: dict[int, Tensor] = {}
-    for policies, numbers in together.items():
-        chosen = [spans[number] for number in numbers]
-        counts = [units.counts[number] for number in numbers]
-
-        def of(values: Tensor, chosen: list[tuple[int, slice]] = chosen) -> Tensor:
-            if len(chosen) == len(spans):
-                return values
-            return torch.cat([values[span] for _, span in chosen])
-
-        weights = of(units.weights)
-        norms = {order: of(values) for order, values in units.norms.items()}
+    after = dict(measured.norms)
+    for group in program.groups(number, units):
+        weights = units.weights[group.units]
+        norms = {order: values[group.units] for order, values in units.norms.items()}
         total = torch.ones_like(weights)
-        for policy in policies:
+        for policy in group.policies:
             factors = policy.unit_coefficients(norms[2.0], weights)
             total = total * factors
             norms = {order: values * factors for order, values in norms.items()}
-        if total.numel():
-            smallest = torch.minimum(smallest, torch.nan_to_num(total, nan=1.0).min())
-        positions = [position for position, _ in chosen]
-        coefficients.update(zip(positions, torch.split(total, counts), strict=True))
-        where = torch.tensor(positions, dtype=torch.long, device=plan.device)
-        share = 1.0 if plan.shares is None else plan.shares[where]
-        changed = combine_segments((total < 1.0).double(), counts, 1.0) * share
-        clipped.index_add_(0, where if plan.rows is None else plan.rows[where], changed)
+        if plan.device.type == "cpu" and bool((total == 1.0).all()):
+            continue
+        smallest = torch.minimum(smallest, torch.nan_to_num(total, nan=1.0).min())
+        coefficients.update(zip(group.positions, torch.split(total, group.counts), strict=True))
+        share = 1.0 if plan.shares is None else plan.shares[group.where]
+        changed = combine_segments((total < 1.0).double(), group.lengths, 1.0) * share
+        rows = group.where if plan.rows is None else plan.rows[group.where]
+        clipped = clipped.index_add(0, rows, changed)
         for order, values in after.items():
-            whole = combine_segments(norms[order], counts, order)
+            whole = combine_segments(norms[order], group.lengths, order)
             if plan.shares is not None:
-                whole = torch.where(plan.shares[where] > 0, whole, 0.0)
-            values[where] = whole
+                whole = torch.where(plan.shares[group.where] > 0, whole, 0.0)
+            after[order] = values.index_copy(0, group.where, whole)
     return LocalDecision(coefficients, after, clipped, smallest)
 
 

@@ -45,6 +45,8 @@ EXPORTED = {
     "distclip.policies": {
         "AGC",
         "Action",
+        "AdaGC",
+        "AutoClip",
         "BlockRMS",
         "ByName",
         "Chain",
@@ -59,11 +61,15 @@ EXPORTED = {
         "Policy",
         "Scale",
         "Skip",
+        "SkipSpikes",
         "State",
         "Statistics",
         "UnitPolicy",
         "Value",
+        "ZClip",
+        "adagc",
         "agc",
+        "autoclip",
         "block_rms",
         "by_name",
         "chain",
@@ -73,7 +79,9 @@ EXPORTED = {
         "measure",
         "parameter_norm",
         "register",
+        "skip_spikes",
         "value",
+        "zclip",
     },
     "distclip.optim": {"LaProp", "dreamer_v3"},
     "distclip.testing": {
@@ -83,6 +91,7 @@ EXPORTED = {
         "RankError",
         "RankPool",
         "assert_rounded",
+        "check_policy",
         "expected",
         "on_rank",
         "run_on_ranks",
@@ -111,7 +120,8 @@ SIGNATURES = {
     "on_nonfinite: OnNonfinite = error, process_group: ProcessGroup | None = None, "
     "sinks: Sequence[Sink] = (), norms: bool = True, "
     "verify_replicas: VerifyReplicas = first) -> None",
-    "GradClipper.clip_": "(self) -> ClipReport",
+    "GradClipper.clip_": "(self, loss: Tensor | float | None = None) -> ClipReport",
+    "GradClipper.observe": "(self, loss: Tensor | float) -> None",
     "GradClipper.attach": "(self, optimizer: Optimizer) -> StepHandle",
     "GradClipper.state_dict": "(self) -> dict[str, object]",
     "GradClipper.load_state_dict": "(self, state: dict[str, object]) -> None",
@@ -126,6 +136,13 @@ SIGNATURES = {
     "unit: Literal[row, tensor] = row, unit_dims: Mapping[str, Sequence[int]] | None = None) "
     "-> None",
     "policies.dreamer_agc": "(clip: float = 0.3, pmin: float = 0.001) -> None",
+    "policies.autoclip": "(percentile: float = 10.0, window: int | None = None) -> None",
+    "policies.zclip": "(z_thresh: float = 2.5, alpha: float = 0.97, warmup_steps: int = 25, "
+    "max_norm: float | None = 1.0) -> None",
+    "policies.adagc": "(lambda_rel: float = 1.05, beta: float = 0.98, warmup_steps: int = 100, "
+    "lambda_abs: float = 1.0, floor: float = 1e-06, max_growth: float | None = None) -> None",
+    "policies.skip_spikes": "(window: int = 128, sigma: float = 6.0, min_history: int = 64, "
+    "max_consecutive: int = 10, loss: bool = False) -> None",
     "policies.chain": "(*policies: Policy) -> None",
     "policies.by_name": "(mapping: Mapping[str, Policy | None], default: Policy | None = None) "
     "-> None",
@@ -141,7 +158,9 @@ SIGNATURES = {
     "testing.on_rank": "(make: Callable[..., Any], *arguments: Any) -> Any",
     "testing.expected": "(policy: Policy, gradients: Mapping[str, npt.ArrayLike | None], "
     "weights: Mapping[str, npt.ArrayLike], *, groups: Mapping[str, int] | None = None, "
-    "on_nonfinite: NonFinite = pass) -> Expected",
+    "on_nonfinite: NonFinite = pass, memory: dict[str, Memory] | None = None, "
+    "loss: float | None = None) -> Expected",
+    "testing.check_policy": "(factory: Callable[[], Any], *, steps: int = 300) -> None",
 }
 """Relied on from outside. An argument may be added; none may be renamed, moved or taken away."""
 

@@ -80,7 +80,8 @@ def scale_units_(tensor: Tensor, coefficients: Tensor, unit_dims: Sequence[int])
     if tensor.numel() == 0:
         return
     exact = tensor.dtype in (torch.float64, torch.complex128)
-    factors = coefficients.to(tensor.device, torch.float64 if exact else torch.float32)
+    coefficients = coefficients.to(tensor.device)
+    factors = coefficients.to(torch.float64 if exact else torch.float32)
     if tensor.device.type == "cpu":
         chosen = (coefficients != 1.0).nonzero().flatten()
         if len(chosen) == 0:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -25,6 +27,7 @@ def check(
     file: Annotated[Path, typer.Argument(help="YAML or JSON.", show_default=False)],
 ) -> None:
     """Check a configuration file and print what it means, all defaults filled in."""
+    sys.path.insert(0, os.getcwd())  # for `imports`, as under python -m
     loaded = config.load(file)
     typer.echo(f"{file} is valid, digest {config.digest(loaded)}")
     typer.echo("\n".join(["policy:", *_lines(loaded.policy, "  ")]))

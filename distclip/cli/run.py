@@ -57,9 +57,10 @@ def run(
     accelerate launch ... -m distclip run --config policy.yaml train.py --lr 0.1
     """
     path = _path(config)
-    loaded = configuration.load(path)
     program = Script(script, [*context.obj, *(arguments or ())], module=module)
     program.check()
+    program.prepare()
+    loaded = configuration.load(path)
     # Absolute, for a script that changes its directory and for processes that it starts.
     os.environ[ENVIRONMENT] = str(path.absolute())
     _prepare_cpu(cpu)

@@ -41,6 +41,13 @@ class Script:
                 f"{'' if self.target.endswith('.py') else '; for a module use -m'}"
             )
 
+    def prepare(self) -> None:
+        """Set ``sys.argv`` and ``sys.path`` as the program will find them.
+
+        Before the configuration is read: the modules that it imports may lie beside the program.
+        """
+        self._set_path()
+
     def run(self) -> Any:
         """Run to the end and return the exit code, as ``sys.exit`` takes it.
 

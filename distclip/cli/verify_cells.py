@@ -20,6 +20,7 @@ from torch import Tensor
 from distclip import policies
 from distclip.clipper import GradClipper
 from distclip.config import load
+from distclip.layouts.declared import declare_sharded
 from distclip.report import ClipReport
 from distclip.testing import Expected, assert_rounded, expected
 from distclip.testing.cases import POLICIES, ROUNDINGS
@@ -106,6 +107,9 @@ def faults_of(
     """
     values = whole(dtype, seed=seed)
     model = shard(layout, values)
+    values = model.values or values
+    for name, group in model.apart.items():
+        declare_sharded(model.parameters[name], group)
     model.set_gradients(values.gradients)
     gradients, weights = values.arrays()
     want = expected(configuration, gradients, weights)

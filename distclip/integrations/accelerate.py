@@ -62,7 +62,12 @@ def attach(accelerator: accelerate.Accelerator, policy_or_config: PolicyOrConfig
 
     Parameters are called as in the prepared model that they belong to. Each set of parameters that
     is clipped by itself (generator and discriminator) has its own policy state, and from the second
-    on its own log: ``clip.jsonl``, ``clip.2.jsonl``.
+    on its own log: ``clip.jsonl``, ``clip.2.jsonl``. ``accelerator.save_state`` keeps these states
+    in ``distclip.pt``, and ``load_state`` restores them, on any number of ranks.
+
+    A policy that reads the loss gets it from ``accelerator.backward(loss)``, averaged over the
+    micro-batches of an update and over the ranks; a script that calls ``loss.backward()`` gives it
+    by ``handle.observe(loss)``.
 
     Call it before or after ``prepare``, on every rank.
 
@@ -74,7 +79,8 @@ def attach(accelerator: accelerate.Accelerator, policy_or_config: PolicyOrConfig
         A handle: ``remove()`` undoes everything, ``last_report`` is the newest report.
 
     Raises:
-        ConfigurationError: a bad configuration, or an accelerator that has a policy already.
+        ConfigurationError: a bad configuration, or an accelerator that has a policy already. At a
+            step: a policy that reads the loss, where several sets of parameters are clipped.
         DistclipError: DeepSpeed, XLA or Megatron-LM, which need other hooks than these.
     """
     if getattr(accelerator, "_distclip", None) is not None:
@@ -134,15 +140,24 @@ class Attachment:
         self._called: dict[int, Mark] = {}
         """Parameters (by id) that a call of the script has clipped since their last update."""
         self._announced = False
-        self._originals = {
-            name: (getattr(accelerator, name), accelerator.__dict__.get(name))
-            for name in ("clip_grad_norm_", "clip_grad_value_", "prepare_optimizer", "free_memory")
+        replaced: dict[str, Any] = {
+            "clip_grad_norm_": self.clip_grad_norm_,
+            "clip_grad_value_": self.clip_grad_value_,
+            "prepare_optimizer": self._prepare_optimizer,
+            "free_memory": self._free_memory,
         }
-        accelerator.clip_grad_norm_ = self.clip_grad_norm_
-        accelerator.clip_grad_value_ = self.clip_grad_value_
-        accelerator.prepare_optimizer = self._prepare_optimizer
-        accelerator.free_memory = self._free_memory
+        if self._clippers.reads_loss:
+            replaced["backward"] = self._backward
+        self._originals = {
+            name: (getattr(accelerator, name), accelerator.__dict__.get(name)) for name in replaced
+        }
+        for name, replacement in replaced.items():
+            setattr(accelerator, name, replacement)
         accelerator._distclip = self
+        self._hooks = [
+            accelerator.register_save_state_pre_hook(self._save),
+            accelerator.register_load_state_pre_hook(self._load),
+        ]
         for optimizer in accelerator._optimizers:
             self._adopt(optimizer)
 
@@ -156,6 +171,8 @@ class Attachment:
             else:
                 setattr(self.accelerator, name, before)
         self.accelerator._distclip = None
+        for hook in self._hooks:
+            hook.remove()
         for optimizer, handle in self._handles.items():
             handle.remove()
             for accelerated in self._prepared.wrappers(optimizer):
@@ -163,6 +180,15 @@ class Attachment:
                     accelerated._is_overflow = False
         self._handles.clear()
         self._forget_models()
+
+    def _save(self, models: object, weights: object, folder: str) -> None:
+        on_each_node = self.accelerator.project_configuration.save_on_each_node
+        here = self.accelerator.is_local_main_process
+        if here if on_each_node else self.accelerator.is_main_process:
+            self._clippers.shelf.save(self._clippers.known.values(), folder)
+
+    def _load(self, models: object, folder: str) -> None:
+        self._clippers.shelf.load(self._clippers.known.values(), folder)
 
     def clip_grad_norm_(
         self, parameters: Tensor | Iterable[Tensor], max_norm: float, norm_type: float = 2
@@ -272,6 +298,17 @@ class Attachment:
     def _forget(self, optimizer: Optimizer) -> None:
         for parameter in parameters_of(optimizer):
             self._called.pop(id(parameter), None)
+
+    def observe(self, loss: Tensor | float) -> None:
+        """Tell a loss of the update to come, as :meth:`distclip.GradClipper.observe`.
+
+        For scripts that do not go through ``accelerator.backward(loss)``.
+        """
+        self._clippers.observe(loss)
+
+    def _backward(self, loss: Tensor, **kwargs: Any) -> None:
+        self._originals["backward"][0](loss, **kwargs)
+        self.observe(loss)
 
     def _prepare_optimizer(self, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
         prepared = self._originals["prepare_optimizer"][0](optimizer, *args, **kwargs)

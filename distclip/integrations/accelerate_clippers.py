@@ -6,13 +6,17 @@ import dataclasses
 import logging
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from distclip import policies
 from distclip.build import sinks_of
 from distclip.clipper import GradClipper, Sink
 from distclip.config import Config
+from distclip.errors import ConfigurationError
 from distclip.integrations.accelerate_prepared import Prepared
+from distclip.integrations.checkpoints import Shelf
+from distclip.policies._compose import reads_loss
 
 _logger = logging.getLogger("distclip.accelerate")
 
@@ -22,11 +26,17 @@ class Clippers:
 
     Attributes:
         known: those that apply the policy, by the ids of their parameters.
+        shelf: the states that come from and go to checkpoints.
+        reads_loss: whether the policy does.
     """
 
     def __init__(self, prepared: Prepared, config: Config) -> None:
         self.known: dict[frozenset[int], GradClipper] = {}
         self._measurers: dict[frozenset[int], GradClipper] = {}
+        self.shelf = Shelf()
+        self.reads_loss = reads_loss(config.policy)
+        self._losses: list[Tensor] = []
+        """Those of the first update, which come before there is a clipper."""
         self._logs = 0
         self._prepared = prepared
         self._config = config
@@ -35,6 +45,16 @@ class Clippers:
         """Their models are gone."""
         self.known.clear()
         self._measurers.clear()
+        self._losses.clear()
+
+    def observe(self, loss: Tensor | float) -> None:
+        """A loss of the update to come, for a policy that reads it."""
+        if not self.reads_loss:
+            return
+        for clipper in self.known.values():
+            clipper.observe(loss)
+        if not self.known:
+            self._losses.append(torch.as_tensor(loss).detach())
 
     def of(self, parameters: list[Tensor], *, measuring: bool = False) -> GradClipper:
         """The one of exactly these parameters, or the one that only measures them."""
@@ -42,6 +62,14 @@ class Clippers:
         key = frozenset(map(id, parameters))
         if key not in known:
             policy = policies.measure() if measuring else self._config.policy
+            if not measuring and self.known and self.reads_loss:
+                raise ConfigurationError(
+                    f"{policy!r} reads the loss, and this script clips several sets of parameters "
+                    f"by themselves (several optimizers, or clip_grad_norm_ on parts of a model): "
+                    f"accelerator.backward(loss) does not say to which of them a loss belongs. "
+                    f"Leave `loss` off, or build a GradClipper for each set and give it its own "
+                    f"by clipper.observe(loss)"
+                )
             known[key] = GradClipper(
                 self._prepared.named(parameters),
                 policy,
@@ -51,9 +79,18 @@ class Clippers:
                 norms=True if measuring else self._config.norms,
                 verify_replicas="never" if measuring else self._config.verify_replicas,
             )
+            if not measuring:
+                self._begin(known[key])
             if not measuring and self._prepared.accelerator.is_main_process:
                 _logger.info("clipping %d parameters by %r", len(key), policy)
         return known[key]
+
+    def _begin(self, clipper: GradClipper) -> None:
+        """Give a new clipper what came before it."""
+        self.shelf.hand_over(clipper)
+        for loss in self._losses:
+            clipper.observe(loss)
+        self._losses.clear()
 
     def next_sinks(self) -> tuple[Sink, ...]:
         """A log for each set of parameters: lines of two with the same step would clash."""

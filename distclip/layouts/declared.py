@@ -8,16 +8,23 @@ so do the marks that DeepSpeed MoE and Megatron put on their parameters:
 ``group_name = "ep_size_2"``   group
 ``allreduce = False``          Megatron: the same, of its expert model parallel group
 ``tensor_model_parallel``,     Megatron: a slice along ``partition_dim`` of one tensor, over the
-``partition_dim``              tensor parallel group (for experts the expert tensor parallel group)
+``partition_dim``              tensor parallel group (for experts, by ``allreduce = False`` or
+                               ``expert_tp``, over the expert tensor parallel group)
+``tensor_model_parallel``      DeepSpeed AutoTP: a slice, but not along which dim: refused until it
+                               is declared. So is ``model_parallel``, their older name for it
+``shared``                     Megatron: the last stage's copy of the first stage's embedding, under
+                               another name there: counts for nothing where all stages are summed
 =============================  ===================================================================
 
-The frameworks are asked for their groups where they are loaded; nothing is imported for it.
+One process has no others to share with, and looks at no marks. The frameworks are asked for their
+groups where they are loaded; nothing is imported for it.
 """
 
 from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -40,12 +47,25 @@ class Spread:
         others: global ranks that hold other tensors under the same name; empty if there are none.
         slices: global ranks that hold the slices of this tensor, in their order; empty if whole.
         dim: along which it is sliced.
+        copy: whether another rank has the same tensor under another name, and counts it.
     """
 
     others: tuple[int, ...] = ()
     slices: tuple[int, ...] = ()
     dim: int = 0
+    copy: bool = False
 
+
+MARKS = (
+    "allreduce",
+    "group_name",
+    "tensor_model_parallel",
+    "model_parallel",
+    "partition_dim",
+    "expert_tp",
+    "shared",
+)
+"""Attributes of parameters that are looked at."""
 
 _declared: Any = WeakIdKeyDictionary()
 """Parameter -> Spread. Not an attribute: those travel with pickles and are lost with copies."""
@@ -107,21 +127,27 @@ def spread_of(name: str, parameter: Tensor) -> Spread | None:
     """
     declared: Spread | None = _declared.get(parameter)
     marks = parameter.__dict__
+    if declared is None and not (marks and dist.is_initialized() and dist.get_world_size() > 1):
+        return None
     expert = marks.get("allreduce") is False
-    sliced = bool(marks.get("tensor_model_parallel")) and marks.get("partition_dim", -1) >= 0
+    sliced = bool(marks.get("tensor_model_parallel") or marks.get("model_parallel"))
+    copy = marks.get("shared") is True and (
+        "tensor_model_parallel" in marks or "megatron.core.parallel_state" in sys.modules
+    )
     others: tuple[int, ...] = ()
     slices: tuple[int, ...] = ()
     if expert and not (declared and declared.others):
         others = _others(name, marks.get("group_name"))
     if sliced and not (declared and declared.slices):
-        slices = _slices(name, expert)
-    if declared is None and not others and not slices:
+        slices = _slices(name, expert or bool(marks.get("expert_tp")), marks)
+    if declared is None and not others and not slices and not copy:
         return None
     declared = declared or Spread()
     return Spread(
         declared.others or others,
         declared.slices or slices,
-        declared.dim if declared.slices else int(marks.get("partition_dim", 0)),
+        declared.dim if declared.slices else max(0, int(marks.get("partition_dim", 0))),
+        copy,
     )
 
 
@@ -136,7 +162,14 @@ def _others(name: str, group_name: str | None) -> tuple[int, ...]:
     return _ranks(name, found, f"allreduce=False, an expert of {what}", "")
 
 
-def _slices(name: str, expert: bool) -> tuple[int, ...]:
+def _slices(name: str, expert: bool, marks: Mapping[str, Any]) -> tuple[int, ...]:
+    if marks.get("partition_dim", -1) < 0:
+        raise UnsupportedGradientError(
+            f"parameter {name!r} is marked as a slice of one tensor (tensor_model_parallel, as "
+            f"DeepSpeed AutoTP does), but not along which dim: taken for a replica it would be "
+            f"counted wrongly. Say so with distclip.declare_sharded(parameter, process_group, "
+            f"dim=...), where the group has the ranks of the slices"
+        )
     kind = "expert tensor" if expert else "tensor"
     function = f"get_{kind.replace(' ', '_')}_{'' if expert else 'model_'}parallel_group"
     found = _megatron(function)
@@ -180,6 +213,7 @@ def describe(name: str, parameter: Tensor, spread: Spread) -> Described:
         spread.slices if split else None,
         f"plain, sliced along dim {spread.dim}" if split else "plain",
         others,
+        copy=spread.copy,
     )
     box = Box(tuple(offsets), tuple(parameter.shape))
     return entry, (Piece(0, box, piece.share, piece.gradient, piece.weight, piece.trainable),)
@@ -195,8 +229,7 @@ def fingerprint(parameter: Tensor) -> object:
     """Changes when a declaration or a mark does; cheap where there is neither."""
     if not _declared and not parameter.__dict__:
         return None
-    marks = ("allreduce", "group_name", "tensor_model_parallel", "partition_dim")
-    return _declared.get(parameter), *map(parameter.__dict__.get, marks)
+    return _declared.get(parameter), *map(parameter.__dict__.get, MARKS)
 
 
 def all_places(entry: Entry) -> list[Entry]:

@@ -239,6 +239,12 @@ def quick_gradients(holds: Sequence[Holder], specs: list[object]) -> list[Tensor
     return shards if same and set(map(type, shards)) == TENSOR else None
 
 
+def quick_weights(holds: Sequence[Holder]) -> list[Tensor] | None:
+    """All local weights at once; None where any of them needs a closer look."""
+    shards = list(map(_shard, [hold() for hold in holds]))
+    return shards if set(map(type, shards)) == TENSOR else None
+
+
 def are_strided(tensors: Sequence[Tensor | None]) -> bool:
     """Whether none of the tensors is sparse."""
     return set(map(_layout, tensors)) == STRIDED
@@ -359,19 +365,29 @@ def gradient_moved_alone(name: str, hold: Holder) -> Tensor | None:
 
 def describe_tensor(name: str, tensor: DTensor) -> Described:
     """Entry and pieces of a DTensor that is measured itself (``get_total_norm``)."""
+    check: partial[Tensor] = partial(plain.check_dense, name)
     if any(isinstance(placement, Partial) for placement in tensor.placements):
-        reduced(name, tensor)
         placements = [
             Replicate() if isinstance(placement, Partial) else placement
             for placement in tensor.placements
         ]
-        tensor = redistributed(tensor, placements)
+        try:
+            reduced(name, tensor)
+            tensor = redistributed(tensor, placements)
+        except UnsupportedGradientError as error:  # raised when measured: others hear of it then
+            check = partial(_refuse, error)
+            tensor = DTensor.from_local(
+                tensor.to_local(), tensor.device_mesh, placements, run_check=False
+            )
     entry, pieces = describe(name, tensor, hold=partial(_itself, tensor))
-    check = partial(plain.check_dense, name)
     return entry, [
         Piece(0, piece.box, piece.share, partial(_checked, check, piece), piece.weight)
         for piece in pieces
     ]
+
+
+def _refuse(error: UnsupportedGradientError, tensor: Tensor) -> Tensor:
+    raise error
 
 
 def _checked(check: partial[Tensor], piece: Piece) -> Tensor:

@@ -44,6 +44,7 @@ class Entry:
         others: global ranks that hold other tensors under the same name (experts); empty where
             there are none. The entry's name then says whose it is: ``name@place``.
         replicated: whether the mesh holds replicas of it, whose gradients may come unreduced.
+        copy: whether another rank has the same tensor under another name, where it is counted.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Entry:
     layout: str = "plain"
     others: tuple[int, ...] = ()
     replicated: bool = False
+    copy: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from distclip.errors import ProcessGroupError, RankMismatchError
+from distclip.errors import ProcessGroupError, RankMismatchError, UnsupportedGradientError
 from distclip.layouts import dtensor
 from distclip.layouts.differences import listed, ranked, sides
 from distclip.layouts.piece import Described, Entry, Holder, Piece
@@ -180,6 +180,7 @@ def check_tables(tables: Sequence[Sequence[Entry]], ranks: Sequence[int], *, sta
     Raises:
         RankMismatchError: names the ranks, the parameter and the difference.
         ProcessGroupError: a parameter that is spread over ranks outside of the group.
+        UnsupportedGradientError: a copy of a parameter that no rank calls so.
     """
     holders: dict[str, dict[int, Entry]] = {}
     for rank, table in zip(ranks, tables, strict=True):
@@ -188,6 +189,13 @@ def check_tables(tables: Sequence[Sequence[Entry]], ranks: Sequence[int], *, sta
     everybody = set(ranks)
     for name, by_rank in holders.items():
         first = next(iter(by_rank.values()))
+        if all(entry.copy for entry in by_rank.values()):
+            raise UnsupportedGradientError(
+                f"parameter {name!r} on {ranked(list(by_rank))} is marked shared=True (Megatron: a "
+                f"copy of another stage's embedding), but no rank has it under this name unmarked: "
+                f"it would be counted once more. Give modules in which both stages call it alike; "
+                f"distclip.clip_grad_norm_(..., process_group=...) leaves it out of the norm"
+            )
         if all(entry == first for entry in by_rank.values()):
             _check_group(first, everybody)
             continue

@@ -4,8 +4,12 @@ Every policy is a frozen dataclass that is checked when it is built. ``chain`` p
 after another, ``by_name`` side by side.
 """
 
+from distclip.policies._adagc import AdaGC as AdaGC
+from distclip.policies._adagc import adagc as adagc
 from distclip.policies._agc import AGC as AGC
 from distclip.policies._agc import agc as agc
+from distclip.policies._autoclip import AutoClip as AutoClip
+from distclip.policies._autoclip import autoclip as autoclip
 from distclip.policies._block_rms import BlockRMS as BlockRMS
 from distclip.policies._block_rms import block_rms as block_rms
 from distclip.policies._compose import ByName as ByName
@@ -33,5 +37,9 @@ from distclip.policies._protocol import State as State
 from distclip.policies._protocol import Statistics as Statistics
 from distclip.policies._protocol import UnitPolicy as UnitPolicy
 from distclip.policies._registry import register as register
+from distclip.policies._skip_spikes import SkipSpikes as SkipSpikes
+from distclip.policies._skip_spikes import skip_spikes as skip_spikes
 from distclip.policies._value import Value as Value
 from distclip.policies._value import value as value
+from distclip.policies._zclip import ZClip as ZClip
+from distclip.policies._zclip import zclip as zclip

@@ -54,3 +54,21 @@ def norm_order(policy: str, value: Any) -> float:
             f"2.0 is the Euclidean norm, inf the largest absolute element"
         )
     return checked
+
+
+def whole(policy: str, key: str, value: Any, least: int) -> int:
+    """An integer of at least ``least``; 3.0 counts as one, 3.5 and True do not."""
+    checked = number(policy, key, value)
+    if not checked.is_integer() or checked < least:
+        raise ConfigurationError(
+            f"{policy}: {key} must be a whole number of at least {least}, got {value!r}"
+        )
+    return int(checked)
+
+
+def fraction(policy: str, key: str, value: Any) -> float:
+    """A share of the past: 0 <= value < 1."""
+    checked = number(policy, key, value)
+    if not 0 <= checked < 1:
+        raise ConfigurationError(f"{policy}: {key} must be >= 0 and < 1, got {value!r}")
+    return checked

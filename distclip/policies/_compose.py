@@ -102,6 +102,11 @@ def stages(policy: Policy, parameters: Sequence[ParameterInfo]) -> tuple[Stage, 
     return tuple(_stages(policy, parameters, tuple(range(len(parameters))), ""))
 
 
+def reads_loss(policy: Policy) -> bool:
+    """Whether any policy of a composition reads the loss."""
+    return any(stage.policy.needs.loss for stage in stages(policy, ()))
+
+
 def _stages(
     policy: Policy, parameters: Sequence[ParameterInfo], members: tuple[int, ...], path: str
 ) -> Iterator[Stage]:

@@ -25,6 +25,15 @@ def norm_coefficient(norms: Tensor, max_norm: float) -> Tensor:
     return (norms + TORCH_EPS).reciprocal_().mul_(max_norm).clamp_(max=1.0)
 
 
+def coefficient_to(norms: Tensor, limits: Tensor) -> Tensor:
+    """As :func:`norm_coefficient`, to limits that are tensors; 1 where a limit is inf or NaN.
+
+    NaN and inf norms are handed on as torch does, except where there is no limit.
+    """
+    known = torch.isfinite(limits)
+    return torch.where(known, torch.clamp(limits / (norms + TORCH_EPS), max=1.0), 1.0)
+
+
 @dataclass(frozen=True)
 class NormThreshold(Policy):
     """A policy that compares p-norms of gradients with ``max_norm``.

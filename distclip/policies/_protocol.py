@@ -55,11 +55,13 @@ class Needs:
     """The statistics that a policy reads, by norm order ``p`` (``math.inf`` for the maximum).
 
     ``groups``: whether it reads ``ParameterInfo.group``.
+    ``loss``: whether it reads the loss, which the training loop gives by ``observe(loss)``.
     """
 
     gradient_norms: frozenset[float] = frozenset()
     weight_norms: frozenset[float] = frozenset()
     groups: bool = False
+    loss: bool = False
 
     @classmethod
     def of(cls, *, gradients: Sequence[float] = (), weights: Sequence[float] = ()) -> Needs:
@@ -102,7 +104,8 @@ class Statistics:
     """Whole-tensor statistics of the parameters that one policy is responsible for.
 
     All tensors are float64 of shape ``(len(parameters),)``, in the order of ``parameters``. A
-    parameter without a gradient has norm 0.
+    parameter without a gradient has norm 0. ``loss`` is 0-dim float64, the mean over the ranks that
+    gave one, NaN where none did; None for a policy that does not need it.
 
     ``in_range``: powers of the gradients' norms neither leave float64's range nor vanish in it.
     """
@@ -111,6 +114,7 @@ class Statistics:
     gradients: Mapping[float, Tensor]
     weights: Mapping[float, Tensor] = field(default_factory=dict)
     in_range: bool = False
+    loss: Tensor | None = None
 
     def gradient_norms(self, norm_type: float = 2.0) -> Tensor:
         """p-norm of each gradient; ``norm_type`` must be among the policy's ``needs``."""
@@ -168,6 +172,10 @@ class Policy(abc.ABC):
     name: ClassVar[str]
     """The name in a configuration file."""
 
+    per_parameter: ClassVar[frozenset[str]] = frozenset()
+    """Keys of the state whose tensors have one entry per parameter, along their first dim, in the
+    order of ``init(parameters)``. Checkpoints keep these by parameter name."""
+
     @property
     def needs(self) -> Needs:
         """The statistics that ``update`` reads."""
@@ -179,7 +187,10 @@ class Policy(abc.ABC):
         return None
 
     def init(self, parameters: Sequence[ParameterInfo]) -> State:
-        """The state before the first step; ``{}`` for a policy without memory."""
+        """The state before the first step; ``{}`` for a policy without memory.
+
+        Tensors that keep their shape and dtype; the clipper moves them to the statistics' device.
+        """
         return {}
 
     @abc.abstractmethod

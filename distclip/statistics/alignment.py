@@ -22,9 +22,7 @@ MISPLACED = 2.0**-20
 
 
 def align_alone(plan: Plan) -> None:
-    """Redistribute what lies otherwise here, without asking whether the others will.
-
-    For passes that reduce nothing: all ranks of the mesh must have these gradients.
+    """Redistribute what lies otherwise here, where there is no other rank to ask.
 
     Raises:
         UnsupportedGradientError: a gradient that cannot be reduced.
@@ -34,6 +32,24 @@ def align_alone(plan: Plan) -> None:
         if found is not None and found != _own(hold):
             dtensor.check_movable(plan.names[row], hold().grad, hold())  # type: ignore[arg-type]
             dtensor.align(hold, found)
+
+
+def cannot_move(plan: Plan) -> UnsupportedGradientError:
+    """Why a gradient that lies otherwise is not redistributed in a pass that tells others nothing.
+
+    Of replicated tensors such a gradient is to be expected, and then a flag travels.
+    """
+    name, found, wanted = next(
+        (plan.names[row], found, _own(hold))
+        for row, hold in _spread(plan).items()
+        if (found := dtensor.found_placements(hold)) is not None and found != _own(hold)
+    )
+    return UnsupportedGradientError(
+        f"the gradient of {name!r} is {found} but its parameter {wanted}. Redistributing it takes "
+        f"all ranks of its mesh, and this pass, which needs nothing from other ranks, cannot tell "
+        f"them: set p.grad = p.grad.redistribute(placements=p.placements) on all of them before "
+        f"clipping, or let a GradClipper measure norms (norms=True)"
+    )
 
 
 def align_together(plan: Plan) -> None:

@@ -41,14 +41,15 @@ def check_open(group: ProcessGroup) -> None:
             f"process_group must be a torch.distributed.ProcessGroup, got {type(group).__name__}; "
             f"for a device mesh pass mesh.get_group()"
         )
-    if not dist.is_initialized() or not _is_registered(group):
+    if not dist.is_initialized() or not is_registered(group):
         raise ProcessGroupError(
             "the process group has been destroyed since it was handed over; clip before "
             "destroy_process_group(), and build a new GradClipper for a new group"
         )
 
 
-def _is_registered(group: ProcessGroup) -> bool:
+def is_registered(group: ProcessGroup) -> bool:
+    """Whether the group has not been destroyed."""
     world: Any = dist.distributed_c10d._world
     return group in world.pg_map
 
@@ -121,7 +122,7 @@ def group_of_ranks(ranks: tuple[int, ...]) -> ProcessGroup:
     if ranks == tuple(range(dist.get_world_size())):
         return world
     known = _mesh_groups.get(ranks)
-    if known is None or known[0] is not world or not _is_registered(known[1]):
+    if known is None or known[0] is not world or not is_registered(known[1]):
         made = _existing_group(ranks)
         if made is None:
             made = dist.new_group(list(ranks), use_local_synchronization=True)

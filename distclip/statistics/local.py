@@ -15,6 +15,7 @@ Nothing here reads a value of an accelerator tensor on the host.
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Iterable, Sequence
 from typing import cast
@@ -22,10 +23,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from distclip.statistics.neighbours import LANE, UNDERFLOW, Together
+from distclip.statistics.neighbours import CHUNK, LANE, UNDERFLOW, Together, reduce_rows
 
-CHUNK = 1 << 16
-"""Elements converted at a time: the only temporary, 256 KiB as float32."""
 SHORT = 1024
 """Up to here one float32 dot product is as exact as partial sums, and cheaper."""
 FAST_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
@@ -75,16 +74,21 @@ def norms(
             rest = (*rest, *(each for each in range(len(tensors)) if each not in done))
     elsewhere: dict[int, Tensor] = {}
     values: dict[int, float] = {}
+    small: list[int] = []
+    fast = norm_type in (1.0, 2.0)
     for position in rest:
         tensor = tensors[position]
-        if tensor is None or tensor.numel() == 0:
+        if tensor is None or (numel := tensor.numel()) == 0:
             continue
         bound = None if bounds is None else bounds[position]
-        if tensor.is_cpu:
-            quick = None if bound is not None else _short_norm(tensor, norm_type)
-            values[position] = _cpu_norm(tensor, norm_type, bound) if quick is None else quick
-        else:
+        if not tensor.is_cpu:
             elsewhere[position] = _exact_norm(tensor, norm_type, bound).to(device)
+        elif fast and numel <= LANE and bound is None and tensor.dtype is torch.float32:
+            small.append(position)
+        else:
+            values[position] = _cpu_norm(tensor, norm_type, bound)
+    if small:
+        _measure_small(result, small, [cast(Tensor, tensors[each]) for each in small], norm_type)
     if values:
         result[torch.tensor(list(values))] = torch.tensor(
             list(values.values()), dtype=torch.float64
@@ -96,6 +100,22 @@ def norms(
     return result
 
 
+def _measure_small(
+    result: Tensor, positions: list[int], tensors: list[Tensor], norm_type: float
+) -> None:
+    """Write the norms of float32 tensors of at most ``LANE`` elements to their places."""
+    found = torch.stack(torch._foreach_norm(tensors, norm_type)).double()
+    sound = (found > (LANE * UNDERFLOW[norm_type]) ** (1.0 / norm_type)) & torch.isfinite(found)
+    doubtful = (~sound).nonzero().flatten().tolist()
+    if doubtful:
+        again = [tensors[each] for each in doubtful]
+        for each, tensor, largest in zip(
+            doubtful, again, torch.stack(torch._foreach_norm(again, math.inf)).tolist(), strict=True
+        ):
+            found[each] = _cpu_norm(tensor, norm_type, None) if largest else 0.0
+    result[torch.tensor(positions)] = found
+
+
 def unit_norms(
     tensors: Sequence[Tensor | None],
     unit_dims: Sequence[Sequence[int]],
@@ -104,6 +124,8 @@ def unit_norms(
     bounds: Sequence[float | None] | None = None,
     *,
     device: torch.device,
+    positions: Sequence[int] = (),
+    together: Together | None = None,
 ) -> Tensor:
     """p-norm of each unit of each tensor.
 
@@ -115,42 +137,102 @@ def unit_norms(
         norm_type: p > 0 or inf.
         bounds: per tensor, measure ``clamp(x, -bound, bound)`` instead; None for as it is.
         device: where the result goes.
+        positions: which of the tensors in ``together`` these are.
+        together: tensors that were found to lie side by side in memory.
 
     Returns:
         float64 ``(sum(counts),)``: the tensors one after another, each in row-major order of its
         ``unit_dims``.
     """
     parts: list[Tensor] = []
-    unchecked: list[tuple[int, Tensor]] = []
-    start, widest = 0, 1
-    for position, (tensor, dims, count) in enumerate(zip(tensors, unit_dims, counts, strict=True)):
-        bound = None if bounds is None else bounds[position]
+    whole: dict[int, int] = {}
+    shared, doubtful = _shared(tensors, unit_dims, counts, norm_type, bounds, positions, together)
+    unchecked = _Unchecked(norm_type)
+    start = 0
+    for number, (tensor, dims, count) in enumerate(zip(tensors, unit_dims, counts, strict=True)):
+        bound = None if bounds is None else bounds[number]
         if tensor is None or tensor.numel() == 0:
             parts.append(torch.zeros(count, dtype=torch.float64, device=device))
-        elif dims:
+        elif (found := shared.get(number)) is not None:
+            parts.append(found)
+            if number in doubtful:
+                unchecked.add(start, tensor, count)
+        elif not dims:
+            whole[number] = start
+            parts.append(torch.empty(1, dtype=torch.float64, device=device))
+        elif tensor.dtype is torch.float32 and bound is None and _is_fast(tensor, norm_type):
             rows = _rows(tensor, dims, count)
-            if rows.dtype is torch.float32 and bound is None and _is_fast(rows, norm_type):
-                parts.append(_fast_row_norms(rows, norm_type))
-                unchecked.append((start, rows))
-                widest = max(widest, rows.shape[1])
-            else:
-                step = max(1, CHUNK // rows.shape[1])
-                pieces = [_row_norms(part, norm_type, bound) for part in torch.split(rows, step)]
-                parts.append(torch.cat(pieces).to(device))
+            parts.append(_fast_row_norms(rows, norm_type))
+            unchecked.add(start, rows, count)
         else:
-            parts.append(norms([tensor], norm_type, [bound], device=device))
+            rows = _rows(tensor, dims, count)
+            step = max(1, CHUNK // rows.shape[1])
+            pieces = [_row_norms(part, norm_type, bound) for part in torch.split(rows, step)]
+            parts.append(torch.cat(pieces).to(device))
         start += count
     if not parts:
         return torch.zeros(0, dtype=torch.float64, device=device)
     result = torch.cat([part.to(device) for part in parts]).double()
-    if unchecked:
-        floor = (widest * UNDERFLOW[norm_type]) ** (1.0 / norm_type)
-        doubtful = ~((result > floor) & torch.isfinite(result))
-        if bool(doubtful.any()):
-            for first, rows in unchecked:
-                here = slice(first, first + len(rows))
-                _remeasure(result[here], rows, doubtful[here], norm_type, None)
+    unchecked.check(result)
+    if whole:
+        chosen = None if bounds is None else [bounds[number] for number in whole]
+        alone = norms([tensors[number] for number in whole], norm_type, chosen, device=device)
+        result[torch.tensor(list(whole.values()), device=device)] = alone
     return result
+
+
+def _shared(
+    tensors: Sequence[Tensor | None],
+    unit_dims: Sequence[Sequence[int]],
+    counts: Sequence[int],
+    norm_type: float,
+    bounds: Sequence[float | None] | None,
+    positions: Sequence[int],
+    together: Together | None,
+) -> tuple[dict[int, Tensor], set[int]]:
+    """Unit norms of those tensors that lie beside others, and which of them to look at again."""
+    if together is None or bounds is not None or norm_type not in (1.0, 2.0):
+        return {}, set()
+    parts = {
+        position: count
+        for position, dims, count in zip(positions, unit_dims, counts, strict=True)
+        if count and (not dims or tuple(dims) == (0,))
+    }
+    found, doubtful = together.divided(norm_type, parts)
+    numbers = {position: number for number, position in enumerate(positions)}
+    by_number = {numbers[position]: norms for position, norms in found.items()}
+    return by_number, {numbers[position] for position in doubtful if position in numbers}
+
+
+class _Unchecked:
+    """Units whose float32 norms may have overflowed or underflowed, to be looked at together."""
+
+    def __init__(self, norm_type: float) -> None:
+        self._norm_type = norm_type
+        self._starts: list[int] = []
+        self._found: list[tuple[Tensor, int]] = []
+        self._widest = 1
+
+    def add(self, start: int, tensor: Tensor, count: int) -> None:
+        """A tensor of ``count`` units, one after another, whose norms lie from ``start`` on."""
+        self._starts.append(start)
+        self._found.append((tensor, count))
+        self._widest = max(self._widest, tensor.numel() // count)
+
+    def check(self, result: Tensor) -> None:
+        """Measure those again that cannot be relied on, in place."""
+        if not self._found:
+            return
+        floor = (self._widest * UNDERFLOW[self._norm_type]) ** (1.0 / self._norm_type)
+        doubtful = ~((result > floor) & torch.isfinite(result))
+        places = doubtful.nonzero().flatten().tolist()
+        numbers = sorted({bisect.bisect_right(self._starts, each) - 1 for each in places} - {-1})
+        for number in numbers:
+            start, (tensor, count) = self._starts[number], self._found[number]
+            here = slice(start, start + count)
+            if bool(doubtful[here].any()):
+                rows = tensor.reshape(count, -1)
+                _remeasure(result[here], rows, doubtful[here], self._norm_type, None)
 
 
 def _rows(tensor: Tensor, unit_dims: Sequence[int], count: int) -> Tensor:
@@ -165,21 +247,6 @@ def _is_fast(tensor: Tensor, norm_type: float) -> bool:
     return tensor.device.type == "cpu" and tensor.dtype in FAST_DTYPES and norm_type in (1.0, 2.0)
 
 
-def _short_norm(tensor: Tensor, norm_type: float) -> float | None:
-    """2-norm of a short float32 tensor by one dot product; None where that will not do."""
-    numel = tensor.numel()
-    if (
-        norm_type != 2.0
-        or numel > SHORT
-        or tensor.dtype is not torch.float32
-        or not tensor.is_contiguous()
-    ):
-        return None
-    flat = tensor if tensor.dim() == 1 else tensor.view(-1)
-    square = torch.dot(flat, flat).item()
-    return math.sqrt(square) if numel * UNDERFLOW[2.0] < square < math.inf else None
-
-
 def _cpu_norm(tensor: Tensor, norm_type: float, bound: float | None) -> float:
     if norm_type == math.inf and not tensor.is_complex():
         largest = largest_magnitude(tensor).item()
@@ -192,7 +259,7 @@ def _cpu_norm(tensor: Tensor, norm_type: float, bound: float | None) -> float:
     if math.isfinite(total) and total > tensor.numel() * UNDERFLOW[norm_type]:
         return total if norm_type == 1.0 else math.sqrt(total)
     # Zero, non-finite, or beyond what float32 partial sums can hold.
-    largest = largest_magnitude(tensor).item()
+    largest = float(largest_magnitude(tensor))
     if largest == 0.0 or (not math.isfinite(largest) and bound is None):
         return largest
     return float(_exact_norm(tensor, norm_type, bound))
@@ -204,11 +271,11 @@ def _fast_power_sum(flat: Tensor, norm_type: float) -> float:
     if numel <= SHORT and norm_type == 2.0:
         return float(torch.dot(flat, flat))
     body = numel - numel % LANE
-    partial = torch.linalg.vector_norm(flat[:body].view(-1, LANE), norm_type, dim=1).double()
+    partial = reduce_rows(flat[:body].view(-1, LANE), norm_type).double()
     total = torch.dot(partial, partial) if norm_type == 2.0 else partial.sum()
     if body == numel:
         return float(total)
-    rest = float(torch.linalg.vector_norm(flat[body:], norm_type))
+    rest = float(reduce_rows(flat[body:].view(1, -1), norm_type))
     return float(total) + float(rest**norm_type)
 
 
@@ -227,17 +294,15 @@ def _row_norms(rows: Tensor, norm_type: float, bound: float | None) -> Tensor:
 def _fast_row_norms(rows: Tensor, norm_type: float) -> Tensor:
     """p-norm of each row of a float32 matrix, p = 1 or 2, wrong where float32 overflows."""
     width = rows.shape[1]
-    whole: Tensor
     if width <= LANE:
-        whole = torch.linalg.vector_norm(rows, norm_type, dim=1)
-        return whole
+        return reduce_rows(rows, norm_type)
     body = width - width % LANE
     lanes = rows[:, :body].reshape(len(rows), -1, LANE)
-    partial = torch.linalg.vector_norm(lanes, norm_type, dim=2).double()
+    partial = reduce_rows(lanes, norm_type).double()
     if body < width:
-        rest = torch.linalg.vector_norm(rows[:, body:], norm_type, dim=1, keepdim=True)
+        rest = reduce_rows(rows[:, body:], norm_type).unsqueeze(1)
         partial = torch.cat([partial, rest.double()], dim=1)
-    whole = torch.linalg.vector_norm(partial, norm_type, dim=1)
+    whole: Tensor = torch.linalg.vector_norm(partial, norm_type, dim=1)
     return whole
 
 
@@ -247,12 +312,13 @@ def _remeasure(
     """Measure the doubtful rows again in float64, but not those that are simply zero."""
     step = max(1, CHUNK // rows.shape[1])
     for indices in torch.split(doubtful.nonzero().flatten(), step):
-        part = rows.index_select(0, indices)
+        part = rows.index_select(0, indices.to(rows.device))
         largest = part.abs().amax(dim=1)
-        result[indices] = largest.double()
+        result[indices] = largest.double().to(result.device)
         rest = (largest != 0).nonzero().flatten()
         if len(rest):
-            result[indices[rest]] = _exact_row_norms(part[rest], norm_type, bound)
+            again = _exact_row_norms(part[rest], norm_type, bound)
+            result[indices[rest.to(indices.device)]] = again.to(result.device)
 
 
 def largest_magnitude(tensor: Tensor) -> Tensor:
@@ -261,8 +327,7 @@ def largest_magnitude(tensor: Tensor) -> Tensor:
         return torch.zeros((), dtype=torch.float64, device=tensor.device)
     if tensor.is_complex():
         return torch.stack([c.abs().amax() for c in _chunks(tensor)]).amax().double()
-    low, high = torch.aminmax(tensor)
-    return torch.maximum(high, -low).double()
+    return torch.maximum(tensor.amax(), -tensor.amin()).double()
 
 
 def _exact_norm(tensor: Tensor, norm_type: float, bound: float | None) -> Tensor:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +20,8 @@ from torch import Tensor
 
 LANE = 256
 """Elements per float32 partial sum: worst case 32 additions per SIMD lane, error below 1e-6."""
+CHUNK = 1 << 16
+"""Elements of a temporary, 256 KiB."""
 SHORTEST_LANE = 32
 """Tensors whose size is a multiple of this can share lanes with their neighbours."""
 PATIENCE = 4
@@ -34,7 +36,7 @@ UNDERFLOW = {1.0: 0.0, 2.0: 1e-30}
 
 
 class Run(NamedTuple):
-    """Neighbours without a gap.
+    """Neighbours without a gap, or one long tensor.
 
     ``first`` and ``last``: their places in ``positions``; ``shape``: of the view over all of them,
     ``(lanes, elements)``.
@@ -45,12 +47,27 @@ class Run(NamedTuple):
     shape: tuple[int, int]
 
 
+class Division(NamedTuple):
+    """Tensors cut into equal parts, none of which shares a lane with another.
+
+    ``asked``: which of the arrangement's tensors are those; ``counts``: parts of every one, 1 for
+    the others; ``stops``: where its parts end; ``lengths`` and ``numels``: lanes, and elements, of
+    each part.
+    """
+
+    asked: tuple[int, ...]
+    counts: list[int]
+    stops: Tensor
+    lengths: Tensor
+    numels: Tensor
+
+
 @dataclass(frozen=True)
 class Arrangement:
     """Which tensors lie side by side.
 
     Attributes:
-        positions: of all tensors that have a neighbour, run by run, in order of address in each.
+        positions: of all tensors in a run, run by run, in order of address in each.
         pick: gives the tensors at these positions.
         complete: whether these are all there are.
         order: which of them is the first tensor, the second, ...; None where they are in order.
@@ -73,6 +90,33 @@ class Arrangement:
     index: Tensor
     lengths: Tensor
     least: Tensor
+    _divisions: dict[tuple[tuple[int, int], ...], Division] = field(default_factory=dict)
+
+    def division(self, parts: Mapping[int, int]) -> Division:
+        """How ``parts``, position -> number of equal parts, divide the lanes. Remembered."""
+        key = tuple(parts.items())
+        known = self._divisions.get(key)
+        if known is None:
+            if len(self._divisions) >= PATIENCE:
+                self._divisions.clear()
+            lanes = dict(zip(self.positions, self.lengths.tolist(), strict=True))
+            fits = [each for each in self.positions if lanes[each] % parts.get(each, 1) == 0]
+            counts = [parts.get(each, 1) if each in fits else 1 for each in self.positions]
+            lengths = [lanes[e] // n for e, n in zip(self.positions, counts, strict=True)]
+            numels = [numel // n for numel, n in zip(self.numels, counts, strict=True)]
+            repeats = torch.tensor(counts)
+            known = self._divisions[key] = Division(
+                tuple(
+                    number
+                    for number, each in enumerate(self.positions)
+                    if each in parts and each in fits
+                ),
+                counts,
+                repeats.cumsum(0),
+                torch.tensor(lengths).repeat_interleave(repeats),
+                torch.tensor(numels, dtype=torch.float64).repeat_interleave(repeats),
+            )
+        return known
 
     def spans(
         self, tensors: Sequence[Tensor | None], *, shaped: bool = False
@@ -139,8 +183,21 @@ class Neighbours:
         self._known: Arrangement | None = None
         self._misses = 0
 
-    def find(self, tensors: Sequence[Tensor | None], *, shaped: bool = False) -> Together | None:
-        """The tensors that have a neighbour; None where none has. For ``shaped`` see ``spans``."""
+    def find(
+        self,
+        tensors: Sequence[Tensor | None],
+        *,
+        shaped: bool = False,
+        widths: Sequence[int] | None = None,
+    ) -> Together | None:
+        """Those that can be measured together; None where none can.
+
+        Args:
+            tensors: as at every step.
+            shaped: see :meth:`Arrangement.spans`.
+            widths: elements of each tensor's units, which no lane may leave; the same at every
+                step.
+        """
         if self._misses > PATIENCE:
             return None
         known, spans = self._known, None
@@ -148,7 +205,7 @@ class Neighbours:
             spans = known.spans(tensors, shaped=shaped)
         if known is None or spans is None:
             self._misses += known is not None
-            known = self._known = learn(tensors)
+            known = self._known = learn(tensors, widths)
             spans = known.spans(tensors)
         return Together(known, spans) if spans else None
 
@@ -164,6 +221,7 @@ class Together:
 
     known: Arrangement
     spans: Sequence[Tensor]
+    _powers: dict[float, Tensor] = field(default_factory=dict)
 
     def norms(self, norm_type: float) -> tuple[Tensor, list[int]]:
         """Their p-norms, p = 1 or 2.
@@ -173,11 +231,7 @@ class Together:
             partial sums were zero, not finite, or too small to be sure of.
         """
         known = self.known
-        partials = [torch.linalg.vector_norm(span, norm_type, dim=1) for span in self.spans]
-        powers = torch.cat(partials).double()
-        if norm_type == 2.0:
-            powers.mul_(powers)
-        sums = torch.segment_reduce(powers, "sum", lengths=known.lengths, unsafe=True)
+        sums = self._summed(norm_type, known.lengths)
         least = known.least if norm_type == 2.0 else 0.0
         low, high = torch.aminmax(sums - least)
         doubtful: list[int] = []
@@ -186,15 +240,74 @@ class Together:
             doubtful = known.index[~sound].tolist()
         return sums if norm_type == 1.0 else sums.sqrt_(), doubtful
 
+    def divided(
+        self, norm_type: float, parts: Mapping[int, int]
+    ) -> tuple[dict[int, Tensor], set[int]]:
+        """The p-norms, p = 1 or 2, of equal consecutive parts of some of them.
 
-def learn(tensors: Sequence[Tensor | None]) -> Arrangement:
-    """Find out which tensors lie side by side."""
+        Args:
+            norm_type: 1 or 2.
+            parts: position of a tensor -> how many parts it has.
+
+        Returns:
+            Position -> float64 ``(parts,)``, without those whose parts share a lane; and the
+            positions of those with a part whose float32 partial sums cannot be relied on.
+        """
+        division = self.known.division(parts)
+        if not division.asked:
+            return {}, set()
+        sums = self._summed(norm_type, division.lengths)
+        sound = (sums > UNDERFLOW[norm_type] * division.numels) & torch.isfinite(sums)
+        doubtful: set[int] = set()
+        if not bool(sound.all()):  # of those most are zero
+            lanes = torch.cat([reduce_rows(span, math.inf) for span in self.spans])
+            largest = torch.segment_reduce(lanes, "max", lengths=division.lengths, unsafe=True)
+            unsure = (~sound & (largest != 0.0)).nonzero().flatten()
+            owners = torch.searchsorted(division.stops, unsure, right=True)
+            doubtful = {self.known.positions[each] for each in owners.tolist()}
+        norms = torch.split(sums if norm_type == 1.0 else sums.sqrt_(), division.counts)
+        return {self.known.positions[each]: norms[each] for each in division.asked}, doubtful
+
+    def _summed(self, norm_type: float, lengths: Tensor) -> Tensor:
+        """Sums of the p-th powers of as many lanes each as ``lengths`` says, float64."""
+        powers = self._powers.get(norm_type)
+        if powers is None:
+            partials = [reduce_rows(span, norm_type) for span in self.spans]
+            powers = self._powers[norm_type] = torch.cat(partials).double()
+            if norm_type == 2.0:
+                powers.mul_(powers)
+        return torch.segment_reduce(powers, "sum", lengths=lengths, unsafe=True)
+
+
+def reduce_rows(rows: Tensor, norm_type: float) -> Tensor:
+    """The p-norms over the last dim of a float32 CPU tensor in float32, p = 1, 2 or inf.
+
+    torch's own is vectorised for p = 2 only; the others go through absolute values, a chunk at a
+    time.
+    """
+    if norm_type == 2.0:
+        norms: Tensor = torch.linalg.vector_norm(rows, dim=-1)
+        return norms
+    parts = torch.split(rows, max(1, CHUNK * len(rows) // max(1, rows.numel())))
+    if norm_type == 1.0:
+        return torch.cat([part.abs().sum(dim=-1) for part in parts])
+    return torch.cat([part.abs().amax(dim=-1) for part in parts])
+
+
+def learn(tensors: Sequence[Tensor | None], widths: Sequence[int] | None = None) -> Arrangement:
+    """Find out which tensors lie side by side. A long one is a run of its own."""
+
+    def lane_of(run: Sequence[tuple[int, int, int]]) -> int:
+        units = [] if widths is None else [widths[position] for _, _, position in run]
+        return math.gcd(LANE, *(numel for _, numel, _ in run), *units)
+
     eligible = sorted(
         (tensor.data_ptr(), tensor.numel(), position)
         for position, tensor in enumerate(tensors)
         if tensor is not None
         and tensor.numel() > 0
         and tensor.numel() % SHORTEST_LANE == 0
+        and (widths is None or widths[position] % SHORTEST_LANE == 0)
         and is_eligible(tensor)
     )
     together: list[tuple[list[tuple[int, int, int]], int]] = []
@@ -205,17 +318,18 @@ def learn(tensors: Sequence[Tensor | None]) -> Arrangement:
         while stop < len(eligible) and eligible[stop][0] == end:
             end += 4 * eligible[stop][1]
             stop += 1
-        run = eligible[start:stop]
         total = (end - address) // 4
-        if len(run) > 1 and _holds(tensors[position], total):
-            together.append((run, total))
+        if not _holds(tensors[position], total):  # side by side by chance
+            stop, total = start + 1, numel
+        if stop - start > 1 or total > LANE:
+            together.append((eligible[start:stop], total))
         start = stop
     found: list[tuple[int, int, int]] = []
     runs: list[Run] = []
     within: list[bool] = []
     lengths: list[int] = []
     for run, total in sorted(together, key=lambda each: each[0][0][2]):  # in order of the tensors
-        lane = math.gcd(LANE, *(each[1] for each in run))
+        lane = lane_of(run)
         runs.append(Run(len(found), len(found) + len(run) - 1, (total // lane, lane)))
         found += run
         within += [True] * (len(run) - 1) + [False]

@@ -20,7 +20,9 @@ from distclip.layouts.plan import Plan
 from distclip.statistics import collectives, local
 from distclip.statistics.alignment import MISPLACED
 from distclip.statistics.encoding import Encoding
-from distclip.statistics.measurement import LocalMeasurement, LocalUnits, Request, UnitTable
+from distclip.statistics.measurement import LocalMeasurement
+from distclip.statistics.request import Request
+from distclip.statistics.units import LocalUnits, UnitTable
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Measurement:
             that must be redistributed.
         passengers: what else was summed along; None where nothing travelled.
         in_range: whether powers of the norms stay in float64's range.
+        loss: 0-dim, mean of the losses that ranks gave, NaN for none; None where not asked for.
     """
 
     raw: Mapping[float, Tensor]
@@ -70,6 +73,7 @@ class Measurement:
     troubled: Tensor
     passengers: Tensor | None
     in_range: bool
+    loss: Tensor | None = None
 
 
 class Packet:
@@ -192,6 +196,8 @@ def reduce(
         packet.add_sum("smallest", _own_slot(decided.smallest, group))
     if passengers is not None and group is not None:
         packet.add_sum("passengers", passengers)
+    if measured.loss is not None:
+        packet.add_sum("loss", measured.loss)
     flag = plan.flag(measured.trouble is not None)
     packet.add_flag("trouble", flag + MISPLACED if measured.misplaced else flag)
     got.update(packet.exchange())
@@ -212,6 +218,7 @@ def reduce(
         troubled=got["trouble"],
         passengers=got.get("passengers"),
         in_range=True not in wide.values(),
+        loss=got["loss"][0] / got["loss"][1] if "loss" in got else None,
     )
 
 

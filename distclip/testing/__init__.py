@@ -1,10 +1,11 @@
 """For tests of gradient clipping, ours and yours: gloo ranks in milliseconds, and an oracle.
 
 `run_on_ranks` runs a function on every rank of a small world. `expected` says in float64 what a
-policy must do to whole gradients, and `assert_rounded` compares a tensor with it. The pytest
-plugin is `distclip.testing.plugin`.
+policy must do to whole gradients, and `assert_rounded` compares a tensor with it. `check_policy` is
+the contract that a policy of your own has to keep. The pytest plugin is `distclip.testing.plugin`.
 """
 
+from distclip.testing.contract import check_policy
 from distclip.testing.failures import Outcome, RankError
 from distclip.testing.forkserver import PoolError
 from distclip.testing.on_rank import on_rank
@@ -19,6 +20,7 @@ __all__ = [
     "RankError",
     "RankPool",
     "assert_rounded",
+    "check_policy",
     "expected",
     "on_rank",
     "run_on_ranks",

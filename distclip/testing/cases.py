@@ -34,6 +34,11 @@ POLICIES: dict[str, Any] = {
     "agc experts": {"name": "agc", "clip_factor": 0.1, "unit_dims": {"experts.*": [0, 1]}},
     "agc columns": {"name": "agc", "clip_factor": 0.1, "unit_dims": {"*.weight": [1]}},
     "dreamer": {"name": "dreamer_agc"},
+    # A step of each here; their trajectories are in tests/core/test_trajectory.py.
+    "autoclip": {"name": "autoclip", "window": 100},
+    "zclip": {"name": "zclip"},
+    "adagc": {"name": "adagc"},
+    "skip spikes": {"name": "skip_spikes"},
     "chain scales": [
         {"name": "global_norm", "max_norm": 5.0},
         {"name": "parameter_norm", "max_norm": 1.0},

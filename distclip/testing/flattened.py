@@ -156,4 +156,4 @@ def flatten(layout: str, values: Whole) -> Flattened:
     for original, shape in SHAPES.items():
         parts = [held[within(held, original, shape)] for held in numbered.values()]
         elements[original] = torch.cat(parts) - BASES[original]
-    return Flattened(parameters, elements, numbered, model)
+    return Flattened(parameters, elements, numbered=numbered, model=model)

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+
+from distclip.testing import memory as remembered
+from distclip.testing.memory import Memory
 
 Array: TypeAlias = npt.NDArray[np.float64]
 Policy: TypeAlias = "Mapping[str, Any] | Sequence[Policy] | None"
@@ -35,6 +38,7 @@ class Expected:
         coefficient: the smallest of them; 1 where nothing was scaled.
         skipped: whether the step is to be skipped.
         nonfinite: the parameters whose gradient holds a NaN or an infinity, sorted.
+        threshold: of the first policy with a memory that has a single one; NaN where there is none.
     """
 
     total_norm: float
@@ -45,6 +49,7 @@ class Expected:
     coefficient: float
     skipped: bool
     nonfinite: tuple[str, ...]
+    threshold: float = float("nan")
 
 
 def expected(
@@ -54,6 +59,8 @@ def expected(
     *,
     groups: Mapping[str, int] | None = None,
     on_nonfinite: NonFinite = "pass",
+    memory: dict[str, Memory] | None = None,
+    loss: float | None = None,
 ) -> Expected:
     """What `policy` must make of these gradients.
 
@@ -65,6 +72,9 @@ def expected(
         weights: the whole parameters; only the adaptive policies look at them.
         groups: the optimizer parameter group of each parameter, for ``group_norm``.
         on_nonfinite: what to do when a gradient is not finite.
+        memory: what the policies remember, a dict that is empty before the first step and is
+            changed by this one; None for a single step.
+        loss: the mean loss of this step, for a policy that reads it.
 
     Raises:
         FloatingPointError: ``on_nonfinite="error"`` and a gradient is not finite; names it.
@@ -81,15 +91,26 @@ def expected(
         weights={name: np.asarray(w, np.float64) for name, w in weights.items()},
         groups=groups,
         coefficients={name: np.ones(()) for name in table},
+        memory={} if memory is None else memory,
+        loss=loss,
     )
     order = _norm_type(policy)
     parameter_norms = {name: 0.0 if g is None else norm(g, order) for name, g in table.items()}
     total = norm_of_norms(parameter_norms.values(), order)
     skipped = bool(nonfinite) and on_nonfinite == "skip"
     # Non-finite arithmetic is part of "pass", and a vanishing coefficient may underflow.
+    before = {name: g.copy() for name, g in run.present.items()}
     with np.errstate(all="ignore"):
         if not skipped:
-            run.apply(policy, list(run.present))
+            run.apply(policy, list(table))
+    asking = {path for path, asks in run.asked.items() if asks}
+    if asking:
+        skipped, run.present = True, before
+        run.coefficients = {name: np.ones(()) for name in table}
+    # A step that one policy skips leaves no trace in what the others remember.
+    for path, new in run.remembers.items():
+        if not asking or path in asking:
+            run.memory[path] = new
     return Expected(
         total_norm=total,
         clipped_norm=norm_of_norms((norm(g, order) for g in run.present.values()), order),
@@ -99,6 +120,7 @@ def expected(
         coefficient=float(np.min([np.min(c, initial=1.0) for c in run.coefficients.values()] or 1)),
         skipped=skipped,
         nonfinite=tuple(nonfinite),
+        threshold=run.threshold,
     )
 
 
@@ -139,21 +161,33 @@ class _Run:
     weights: dict[str, Array]
     groups: Mapping[str, int] | None
     coefficients: dict[str, Array]
+    memory: dict[str, Memory]
+    loss: float | None
+    remembers: dict[str, Memory] = field(default_factory=dict)
+    asked: dict[str, bool] = field(default_factory=dict)
+    threshold: float = float("nan")
 
-    def apply(self, policy: Policy, names: list[str]) -> None:
+    def apply(self, policy: Policy, names: list[str], path: str = "") -> None:
         if policy is None:
             return
         if not isinstance(policy, Mapping):
-            for stage in policy:
-                self.apply(stage, names)
+            for number, stage in enumerate(policy):
+                self.apply(stage, names, f"{path}/{number}")
         elif "by_name" in policy:
-            for chosen, sub_policy in _by_name(policy, names):
-                self.apply(sub_policy, chosen)
+            for number, (chosen, sub_policy) in enumerate(_by_name(policy, names)):
+                self.apply(sub_policy, chosen, f"{path}/{number}")
+        elif policy["name"] in _REMEMBERING:
+            arguments = {key: value for key, value in policy.items() if key != "name"}
+            before = self.memory.get(path, {})
+            self.remembers[path] = before
+            _REMEMBERING[policy["name"]](self, names, path, before, **arguments)
         else:
             arguments = {key: value for key, value in policy.items() if key != "name"}
             if policy["name"] not in _POLICIES:
-                raise ValueError(f"no policy {policy['name']!r}; there are {sorted(_POLICIES)}")
-            _POLICIES[policy["name"]](self, names, **arguments)
+                raise ValueError(
+                    f"no policy {policy['name']!r}; there are {sorted([*_POLICIES, *_REMEMBERING])}"
+                )
+            _POLICIES[policy["name"]](self, [n for n in names if n in self.present], **arguments)
 
     def scale(self, name: str, coefficient: Array | float) -> None:
         factor: Array = np.asarray(coefficient, np.float64)
@@ -162,6 +196,18 @@ class _Run:
 
     def norm(self, names: Iterable[str], norm_type: float) -> float:
         return norm_of_norms((norm(self.present[name], norm_type) for name in names), norm_type)
+
+    def clip_to(self, names: Iterable[str], limit: float, total: float) -> None:
+        """Clip these together to a limit that may be infinite, with torch's 1e-6."""
+        if np.isinf(limit):
+            return
+        self.show(limit)
+        for name in names:
+            self.scale(name, np.minimum(1.0, limit / (total + 1e-6)))
+
+    def show(self, threshold: float) -> None:
+        if np.isnan(self.threshold):
+            self.threshold = threshold
 
 
 def _by_name(policy: Mapping[str, Any], names: list[str]) -> list[tuple[list[str], Policy]]:
@@ -266,6 +312,49 @@ def _dreamer_agc(run: _Run, names: list[str], clip: float = 0.3, pmin: float = 1
         upper = clip * np.maximum(pmin, norm(run.weights[name]))
         run.scale(name, 1.0 / np.maximum(1.0, norm(run.present[name]) / upper))
 
+
+# ---- those with a memory: they get what they remember, and leave what they will ----
+
+
+def _autoclip(run: _Run, names: list[str], path: str, memory: Memory, **arguments: Any) -> None:
+    here = [name for name in names if name in run.present]
+    total = run.norm(here, 2.0)
+    limit, run.remembers[path] = remembered.autoclip(memory, total, **arguments)
+    run.clip_to(here, limit, total)
+
+
+def _zclip(run: _Run, names: list[str], path: str, memory: Memory, **arguments: Any) -> None:
+    here = [name for name in names if name in run.present]
+    total = run.norm(here, 2.0)
+    limit, run.remembers[path] = remembered.zclip(memory, total, **arguments)
+    run.clip_to(here, limit, total)
+
+
+def _adagc(run: _Run, names: list[str], path: str, memory: Memory, **arguments: Any) -> None:
+    here = [name for name in names if name in run.present]
+    norms = {name: run.norm([name], 2.0) for name in here}
+    if memory.get("step", 0) < arguments.get("warmup_steps", 100):
+        run.show(arguments.get("lambda_abs", 1.0))
+    total = run.norm(here, 2.0)
+    coefficients, run.remembers[path] = remembered.adagc(memory, norms, total, **arguments)
+    for name, coefficient in coefficients.items():
+        run.scale(name, coefficient)
+
+
+def _skip_spikes(run: _Run, names: list[str], path: str, memory: Memory, **arguments: Any) -> None:
+    here = [name for name in names if name in run.present]
+    total = run.norm(here, 2.0)
+    run.asked[path], run.remembers[path] = remembered.skip_spikes(
+        memory, total, run.loss, **arguments
+    )
+
+
+_REMEMBERING: dict[str, Callable[..., None]] = {
+    "autoclip": _autoclip,
+    "zclip": _zclip,
+    "adagc": _adagc,
+    "skip_spikes": _skip_spikes,
+}
 
 _POLICIES: dict[str, Callable[..., None]] = {
     "measure": _measure,

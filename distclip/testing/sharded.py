@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
@@ -83,6 +84,10 @@ class Sharded:
     parameters: dict[str, Tensor]
     elements: dict[str, Tensor]
     """Flat element numbers of this rank's part, in the shape of the part."""
+    values: Whole | None = None
+    """What it is the sharding of, where that is more than what it was made of."""
+    apart: dict[str, ProcessGroup] = field(default_factory=dict)
+    """Plain parameters that are another tensor on each rank of a group: to be declared."""
 
     def named(self) -> list[tuple[str, Tensor]]:
         """What a GradClipper takes."""
@@ -131,6 +136,7 @@ LAYOUTS: dict[str, str] = {
     "replicate": "DTensors, whole on every rank",
     "fsdp2_tp": "fully_shard over tensor parallel parameters (strided shards)",
     "mixed": "plain tensors, all ranks and sub-meshes, in one model",
+    "experts": "fully_shard, experts on a mesh of their own, experts of each rank's own; some idle",
     "fsdp1": "FullyShardedDataParallel, FULL_SHARD, the optimizer sees flat parameters",
     "fsdp1_orig": "the same with use_orig_params=True",
     "fsdp1_hybrid": "the same with HYBRID_SHARD: sharded, and replicated",
@@ -148,6 +154,10 @@ def shard(layout: str, values: Whole) -> Sharded:
         from distclip.testing.flattened import flatten
 
         return flatten(layout, values)
+    if layout == "experts":
+        from distclip.testing.experts import experts
+
+        return experts(values)
     if layout in MAKERS:
         return MAKERS[layout](values)
     meshes: dict[str, Tensor] = {}
@@ -155,7 +165,7 @@ def shard(layout: str, values: Whole) -> Sharded:
     if layout == "plain":
         meshes = {name: numbers(shape) for name, shape in SHAPES.items()}
     elif layout in ("fsdp2", "hsdp", "fsdp2_tp"):
-        meshes = _fully_sharded(layout, world)
+        meshes = fully_sharded(layout, world)
     else:
         for index, (name, shape) in enumerate(SHAPES.items()):
             mesh, placements = _placed(layout, world, index, shape)
@@ -165,9 +175,14 @@ def shard(layout: str, values: Whole) -> Sharded:
                 meshes[name] = distribute_tensor(
                     numbers(shape), mesh, placements, src_data_rank=None
                 )
+    return cut(meshes, values)
+
+
+def cut(references: Mapping[str, Tensor], values: Whole) -> Sharded:
+    """The parameters of ``values``, each sharded as the element numbers of the same name are."""
     parameters: dict[str, Tensor] = {}
     elements: dict[str, Tensor] = {}
-    for name, reference in meshes.items():
+    for name, reference in references.items():
         local = reference.to_local() if isinstance(reference, DTensor) else reference
         elements[name] = local.long()
         part = values.weights[name].flatten()[local.long()]
@@ -218,7 +233,7 @@ class _Holder(nn.Module):
             self.register_parameter(name.replace(".", "__"), nn.Parameter(value))
 
 
-def _fully_sharded(layout: str, world: int) -> dict[str, Tensor]:
+def fully_sharded(layout: str, world: int) -> dict[str, Tensor]:
     """Element numbers, sharded by FSDP2 itself."""
     two = (world // 2, 2) if world % 2 == 0 else (world, 1)
     grid = mesh_of(two, ("outer", "inner"))

@@ -253,3 +253,26 @@ def test_a_folder_with_a_main(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     (tmp_path / "beside.py").write_text("x = 1")
     assert Script(str(tmp_path), ["a"]).run() is None
     assert capsys.readouterr().out == "1 ['a']\n"
+
+
+def test_a_policy_beside_the_script_is_found(python: Python, tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "mine.py").write_text(
+        "from distclip import policies\n\n"
+        "@policies.register\n"
+        "class Mine(policies.Measure):\n"
+        "    name = 'mine'\n"
+    )
+    (tmp_path / "train" / "train.py").write_text(
+        "import os, sys, distclip, torch\n"
+        "model = torch.nn.Linear(2, 2)\n"
+        "clipper = distclip.from_config(os.environ['DISTCLIP_CONFIG'], model)\n"
+        "print(type(clipper.policy).__name__, sys.argv[1:])\n"
+    )
+    (tmp_path / "policy.yaml").write_text("imports: [mine]\npolicy: mine\n")
+    result = python(*DISTCLIP, "train/train.py", "--lr", "1")
+    assert result.stdout == "Mine ['--lr', '1']\n", result.stderr
+    (tmp_path / "policy.yaml").write_text("imports: [mien]\npolicy: mine\n")
+    result = python(*DISTCLIP, "train/train.py")
+    assert result.returncode == 2
+    assert "imports[0]: no module named 'mien'" in result.stderr

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import distclip
@@ -195,6 +195,14 @@ def test_the_functions_cost_one_all_reduce() -> None:
             with watch() as seen:
                 call(parameters)
             assert seen.collective_names == ["allreduce_"]
+        distclip.clip_grad_value_(parameters, 0.1)
         with watch() as seen:
             distclip.clip_grad_value_(parameters, 0.1)
-        assert seen.collectives == []
+        # Where a mesh replicates anything: whether a gradient is Partial.
+        replicates = any(
+            placement.is_replicate() and size > 1
+            for p in parameters
+            if isinstance(p, DTensor)
+            for placement, size in zip(p.placements, p.device_mesh.shape, strict=True)
+        )
+        assert seen.collectives == ([("allreduce_", 8)] if replicates else [])

@@ -116,6 +116,56 @@ def test_every_policy_on_declared_experts(idle: bool) -> None:
             )
 
 
+@pytest.mark.ranks(2, 3, 4, timeout=SECONDS)
+@pytest.mark.parametrize("idle", [False, True])
+def test_stacked_experts_on_a_mesh_of_their_own(idle: bool) -> None:
+    """Nothing beside them: `[E, out, in]` over a sub-mesh, its replicas counted once."""
+    mesh = expert_mesh()["ep"]
+    place, shape = mesh.get_local_rank(), (2 * mesh.size() - 1, 3, 5)
+    cut = functools.partial(
+        torch.distributed.tensor.distribute_tensor,
+        device_mesh=mesh,
+        placements=[torch.distributed.tensor.Shard(0)],
+        src_data_rank=None,
+    )
+    weight, gradient = randn(*shape, seed=1), randn(*shape, seed=2)
+    if idle:
+        gradient[2:4] = 0.0  # of place 1
+    for label, words in POLICIES.items():
+        p = nn.Parameter(cut(weight.clone()))
+
+        def give(p: nn.Parameter = p) -> list[nn.Parameter]:
+            p.grad = None if idle and place == 1 else cut(gradient.clone())
+            return [p]
+
+        want = expected(
+            words,
+            {"experts.weight": gradient.double().numpy()},
+            {"experts.weight": weight.double().numpy()},
+        )
+
+        def check(p: nn.Parameter, full: Any, label: str = label) -> None:
+            if idle and place == 1:
+                assert p.grad is None
+                return
+            mine = torch.from_numpy(full).chunk(mesh.size())[place]
+            assert isinstance(p.grad, DTensor)
+            ulps = ROUNDINGS.get(label, 1)
+            assert_rounded(p.grad.to_local(), mine.numpy(), ulps=ulps, coefficient_error=3e-7)
+
+        clipper = GradClipper([("experts.weight", p)], build(words), verify_replicas="never")
+        give()
+        with watch() as seen:
+            report = clipper.clip_()
+        assert set(seen.collective_names) == {"allreduce_"}, label
+        assert report.total_norm.item() == pytest.approx(want.total_norm, rel=1e-6), label
+        check(p, want.gradients["experts.weight"])
+        if label == "global":
+            norm = distclip.clip_grad_norm_(give(), 1.0)
+            assert norm.item() == pytest.approx(want.total_norm, rel=1e-6)
+            check(p, want.gradients["experts.weight"])
+
+
 def _expert_words(configuration: Any) -> Any:
     text = repr(configuration).replace("experts.*", "*.stacked").replace("conv*", "moe.0*")
     return eval(text, {"inf": math.inf})
@@ -243,6 +293,93 @@ def test_marks_of_frameworks(framework: str, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.ranks(2, timeout=SECONDS)
+@pytest.mark.parametrize("mark", ["tensor_model_parallel", "model_parallel"])
+def test_a_slice_that_does_not_say_of_which_dim(mark: str) -> None:
+    """As DeepSpeed AutoTP marks them: it would be taken for a replica."""
+    p = nn.Parameter(torch.ones(2, 3))
+    p.grad = torch.full((2, 3), 2.0 + dist.get_rank())
+    setattr(p, mark, True)
+    for call in (
+        lambda: GradClipper([("w", p)], policies.measure()),
+        lambda: distclip.clip_grad_norm_([p], 1.0),
+    ):
+        with pytest.raises((distclip.UnsupportedGradientError, distclip.RankMismatchError)) as e:
+            call()
+        assert "dim=..." in str(e.value)
+        dist.barrier()
+    distclip.declare_sharded(p, dist.group.WORLD, dim=1)  # type: ignore[arg-type]
+    truth = math.sqrt(6 * (4 + 9))
+    report = GradClipper([("w", p)], policies.measure()).clip_()
+    assert report.parameter_norms == {"w": pytest.approx(truth, rel=1e-6)}
+    assert distclip.clip_grad_norm_([p], 1e9).item() == pytest.approx(truth, rel=1e-6)
+
+
+@pytest.mark.parametrize("marks", [{"allreduce": False}, {"tensor_model_parallel": True}])
+def test_marks_in_one_process_mean_nothing(marks: dict[str, Any]) -> None:
+    p = nn.Parameter(torch.ones(3))
+    p.grad = torch.full((3,), 2.0)
+    p.__dict__.update(marks)
+    assert distclip.clip_grad_norm_([p], 1e9).item() == pytest.approx(math.sqrt(12))
+    GradClipper([("w", p)], policies.global_norm(1.0)).clip_()
+
+
+@pytest.mark.ranks(4, timeout=SECONDS)
+def test_slices_of_experts_lie_in_a_group_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Megatron: `expert_tp` says so even where there is no expert parallelism."""
+    grid = mesh_of((2, 2), ("ep", "etp"))
+    stand_in: Any = types.ModuleType("stand_in")
+    stand_in.get_tensor_model_parallel_group = lambda check_initialized=True: dist.group.WORLD
+    stand_in.get_expert_tensor_parallel_group = lambda check_initialized=True: grid[
+        "etp"
+    ].get_group()
+    monkeypatch.setitem(sys.modules, "megatron.core.parallel_state", stand_in)
+    p, q = (nn.Parameter(torch.ones(2, 3)) for _ in range(2))
+    for each in (p, q):
+        each.tensor_model_parallel, each.partition_dim = True, 0
+        each.grad = torch.full((2, 3), 2.0)
+    q.expert_tp = True
+    report = GradClipper([("w", p), ("e", q)], policies.measure()).clip_()
+    assert report.parameter_norms == {
+        "w": pytest.approx(math.sqrt(4 * 6 * 4)),
+        "e": pytest.approx(math.sqrt(2 * 6 * 4)),
+    }
+
+
+@pytest.mark.ranks(2, 3, timeout=SECONDS)
+def test_an_embedding_that_the_last_stage_has_a_copy_of() -> None:
+    """Megatron's `shared`: left out of joint norms; under another name refused by a GradClipper."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    weight = nn.Parameter(torch.ones(5, 2))
+    weight.grad = torch.full((5, 2), 3.0)  # the pipeline has summed both stages' gradients
+    weight.tensor_model_parallel = False
+    own = nn.Parameter(torch.ones(4))
+    own.grad = torch.full((4,), 2.0)
+    stage = nn.Module()
+    stage.register_parameter(f"own{rank}", own)
+    if rank in (0, world - 1):
+        stage.register_parameter("embedding" if rank == 0 else "output", weight)
+    weight.shared = rank == world - 1
+    truth = math.sqrt(10 * 9 + 4 * 4 * world)
+    norm = distclip.clip_grad_norm_(stage.parameters(), 1.0, process_group=dist.group.WORLD)
+    assert norm.item() == pytest.approx(truth, rel=1e-6)
+    torch.testing.assert_close(
+        weight.grad, torch.full((5, 2), 3.0 if 0 < rank < world - 1 else 3.0 / (truth + 1e-6))
+    )
+    with pytest.raises(distclip.UnsupportedGradientError, match=r"'output' on rank .* shared"):
+        GradClipper([stage], policies.global_norm(1.0))
+    dist.barrier()
+    if rank == world - 1:
+        del stage.output
+        stage.embedding = weight
+    for p in stage.parameters():
+        p.grad = torch.full_like(p, 3.0 if p is weight else 2.0)
+    report = GradClipper([stage], policies.agc(1e-3)).clip_()
+    assert report.total_norm.item() == pytest.approx(truth, rel=1e-6)
+    if rank in (0, world - 1):
+        torch.testing.assert_close(weight.grad, torch.full((5, 2), 1e-3))
+
+
+@pytest.mark.ranks(2, timeout=SECONDS)
 def test_declarations_that_cannot_be_meant() -> None:
     group: Any = dist.group.WORLD
     p = nn.Parameter(torch.ones(3, 2))
@@ -322,7 +459,7 @@ def test_experts_beside_fsdp2_train_as_one_process() -> None:
         torch.testing.assert_close(p.detach(), want.detach(), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.ranks(1, 2, 4, timeout=SECONDS)
+@pytest.mark.ranks(1, 2, 3, 4, timeout=SECONDS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex64, torch.complex128])
 def test_other_dtypes_empty_and_tiny_shards(dtype: torch.dtype) -> None:
     """Float64 and complex, sharded; no elements; one element on four ranks; frozen; LoRA."""

@@ -195,3 +195,75 @@ def full(parameter: Tensor) -> Tensor:
     gradient = parameter.grad
     assert gradient is not None
     return (gradient.full_tensor() if isinstance(gradient, DTensor) else gradient).clone()
+
+
+def unit_norms(tensors: Sequence[Tensor], order: float, *, alone: bool) -> list[float]:
+    """Norms of the rows of matrices, and of vectors as a whole."""
+    dims: list[tuple[int, ...]] = [(0,) if tensor.dim() > 1 else () for tensor in tensors]
+    counts = [len(tensor) if tensor.dim() > 1 else 1 for tensor in tensors]
+    widths = [t.numel() // count for t, count in zip(tensors, counts, strict=True)]
+    found = None if alone else Neighbours().find(tensors, widths=widths)
+    assert alone or found is not None
+    norms = local.unit_norms(
+        tensors, dims, counts, order, device=CPU, positions=range(len(tensors)), together=found
+    )
+    values: list[float] = norms.tolist()
+    return values
+
+
+@pytest.mark.parametrize("order", [1.0, 2.0])
+@pytest.mark.parametrize("kind", ["usual", "zero rows", "tiny", "huge", "nan"])
+def test_units_of_neighbours_are_measured_together(order: float, kind: str) -> None:
+    shapes = [(6, 64), (64,), (4, 96), (3, 7), (32,), (2, 512), (20,), (40, 32)]
+    flat = buffer([math.prod(shape) for shape in shapes], seed=3)
+    tensors = [tensor.view(shape) for tensor, shape in zip(flat, shapes, strict=True)]
+    change: dict[str, Callable[[Tensor], object]] = {
+        "usual": lambda rows: None,
+        "zero rows": lambda rows: rows[0].zero_(),
+        "tiny": lambda rows: rows[1].mul_(1e-30),
+        "huge": lambda rows: rows[1].mul_(1e25),
+        "nan": lambda rows: rows[1, 3].fill_(math.nan),
+    }
+    for tensor in (tensors[0], tensors[5], tensors[7]):
+        change[kind](tensor)
+    want = [
+        torch.linalg.vector_norm(row.double(), order).item()
+        for tensor in tensors
+        for row in (tensor if tensor.dim() > 1 else [tensor])
+    ]
+    for alone in (True, False):
+        have = unit_norms(tensors, order, alone=alone)
+        assert have == pytest.approx(want, rel=1e-6, abs=0.0, nan_ok=True), alone
+
+
+def test_no_lane_leaves_its_unit(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = list(torch.rand(96 * 64 + 96 * 128).split([96 * 64, 96 * 128]))
+    tensors = [rows[0].view(96, 64), rows[1].view(96, 128)]
+    assert learn(tensors).runs[0].shape[1] == neighbours.LANE
+    assert learn(tensors, [64, 128]).runs[0].shape[1] == 64
+    calls: list[Tensor] = []
+    reduce_rows = neighbours.reduce_rows
+    monkeypatch.setattr(
+        neighbours, "reduce_rows", lambda r, p: calls.append(r) or reduce_rows(r, p)
+    )
+    monkeypatch.setattr(local, "reduce_rows", None)  # so nothing is measured alone
+    unit_norms(tensors, 2.0, alone=False)
+    assert len(calls) == 1
+
+
+def test_a_long_tensor_is_a_run_of_its_own_and_a_short_one_is_not() -> None:
+    alone = [torch.rand(2048), torch.rand(neighbours.LANE), torch.rand(4096)]
+    assert learn(alone).positions == (0, 2)
+    check(alone, Neighbours())
+    check(alone, Neighbours(), 1.0)
+
+
+def test_parts_that_share_a_lane_are_left_to_others() -> None:
+    tensors = list(torch.rand(96 * 64 + 96 * 256).split([96 * 64, 96 * 256]))
+    found = Neighbours().find(tensors)
+    assert found is not None
+    norms, doubtful = found.divided(2.0, {0: 96, 1: 96})
+    assert set(norms) == {1}
+    assert not doubtful
+    want = torch.linalg.vector_norm(tensors[1].view(96, 256).double(), dim=1)
+    assert norms[1].tolist() == pytest.approx(want.tolist(), rel=1e-6)

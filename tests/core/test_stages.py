@@ -176,6 +176,40 @@ def test_row_26_all_stages_raise_or_none() -> None:
 
 
 @pytest.mark.ranks(2, 3, 4, timeout=20)
+@pytest.mark.parametrize("how", ["clipper", "function"])
+def test_row_27_stages_whose_gradients_come_and_go(how: str) -> None:
+    """The plan is made from parameters: other gradients on every stage and step, none on some."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    shapes = [(3, 2), (4,), (2, 2, 2)]
+    stage = nn.ParameterDict(
+        {f"s{rank}p{i}": nn.Parameter(torch.ones(shapes[i])) for i in range(1 + (rank + 1) % 3)}
+    )
+    clipper = GradClipper([stage], policies.chain(policies.agc(10.0), policies.global_norm(0.5)))
+    for step in range(4):
+        square = 0.0
+        for other in range(world):
+            for i in range(1 + (other + 1) % 3):
+                there = (i + step + other) % 3 > 0 and not (step == 3 and other == 0)
+                square += there * math.prod(shapes[i]) * (1.0 + other) ** 2
+                if other == rank:
+                    p = stage[f"s{rank}p{i}"]
+                    p.grad = torch.full_like(p, 1.0 + rank) if there else None
+        with watch() as seen:
+            if how == "clipper":
+                norm = clipper.clip_().total_norm
+            else:
+                norm = distclip.clip_grad_norm_(
+                    stage.parameters(), 0.5, process_group=dist.group.WORLD
+                )
+        assert seen.collective_names == ["allreduce_"]
+        assert norm.item() == pytest.approx(math.sqrt(square), rel=1e-6)
+        for p in stage.parameters():
+            if p.grad is not None:
+                want = (1.0 + rank) * min(1.0, 0.5 / (math.sqrt(square) + 1e-6))
+                torch.testing.assert_close(p.grad, torch.full_like(p, want))
+
+
+@pytest.mark.ranks(2, 3, 4, timeout=20)
 @pytest.mark.parametrize("placement", [Replicate(), Shard(0)], ids=str)
 @pytest.mark.parametrize("how", ["clipper", "function", "group"])
 def test_a_partial_gradient_that_is_missing_on_one_rank(placement: Any, how: str) -> None:

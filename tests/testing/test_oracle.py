@@ -226,7 +226,7 @@ def test_non_finite_modes(bad):
 
 
 def test_an_unknown_policy_or_argument_is_refused():
-    with pytest.raises(ValueError, match=r"no policy 'clip'; there are \['agc'"):
+    with pytest.raises(ValueError, match=r"no policy 'clip'; there are \['adagc', 'agc'"):
         expected({"name": "clip"}, G, W)
     with pytest.raises(TypeError, match="max_nrom"):
         expected({"name": "global_norm", "max_nrom": 1.0}, G, W)

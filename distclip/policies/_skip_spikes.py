@@ -1,0 +1,119 @@
+"""Skipping the steps whose norm, or loss, is a spike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from distclip.errors import ConfigurationError
+from distclip.policies import _checks, _history
+from distclip.policies._protocol import (
+    Action,
+    Needs,
+    ParameterInfo,
+    Policy,
+    Skip,
+    State,
+    Statistics,
+)
+
+
+@dataclass(frozen=True)
+class SkipSpikes(Policy):
+    """Skip the whole update where its norm lies ``sigma`` deviations above those before it.
+
+    A spike is ``||g|| - mean > sigma * std`` over the last ``window`` norms that were no spikes
+    (standard deviation with n - 1), from ``min_history`` norms on. As the skip-step optimizer of
+    OLMo, where spikes enter the window.
+
+    **The end of a series.** After ``max_consecutive`` skips in a row the next step is not skipped,
+    whatever its norm: such a series is the new normal, so the window is forgotten and begins with
+    this norm, and nothing is skipped until it holds ``min_history`` again. Put a clipping policy
+    behind this one (``chain(skip_spikes(), global_norm(1.0))``) for those steps.
+
+    A step with a NaN or inf norm is always skipped and leaves no trace: it neither enters the
+    window nor counts in a series. A norm of 0 does not enter either.
+
+    Put it first in a chain, where it sees the norms as they are. What a step skipped by it would
+    have left in the memory of other policies is forgotten.
+
+    Args:
+        window: how many norms are remembered, >= 2.
+        sigma: deviations above the mean at which a spike begins, > 0.
+        min_history: norms before anything is skipped, 2 to ``window``.
+        max_consecutive: skips in a row, >= 1.
+        loss: also skip where the loss is a spike, by the same rule over a window of its own. Give
+            it by ``clipper.observe(loss)`` or ``clipper.clip_(loss=loss)``; it is averaged over
+            the ranks. A step without a loss, or with one that is not finite, is judged by its norm.
+
+    Raises:
+        ConfigurationError: a value outside of these ranges.
+    """
+
+    window: int = 128
+    sigma: float = 6.0
+    min_history: int = 64
+    max_consecutive: int = 10
+    loss: bool = False
+    name: ClassVar[str] = "skip_spikes"
+
+    def __post_init__(self) -> None:
+        set_ = object.__setattr__
+        set_(self, "window", _checks.whole(self.name, "window", self.window, 2))
+        set_(self, "sigma", _checks.positive(self.name, "sigma", self.sigma))
+        set_(self, "min_history", _checks.whole(self.name, "min_history", self.min_history, 2))
+        most = _checks.whole(self.name, "max_consecutive", self.max_consecutive, 1)
+        set_(self, "max_consecutive", most)
+        if self.min_history > self.window:
+            raise ConfigurationError(
+                f"skip_spikes: min_history must be at most window, which is {self.window}, got "
+                f"{self.min_history}; no step would ever be skipped"
+            )
+        if not isinstance(self.loss, bool):
+            raise ConfigurationError(f"skip_spikes: loss must be true or false, got {self.loss!r}")
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(gradient_norms=frozenset((2.0,)), loss=self.loss)
+
+    def init(self, parameters: Sequence[ParameterInfo]) -> State:
+        ring = torch.zeros(self.window, dtype=torch.float64)
+        none = torch.zeros((), dtype=torch.int64)
+        state = {"norms": ring, "seen": none, "series": none.clone()}
+        if self.loss:
+            state |= {"losses": ring.clone(), "losses_seen": none.clone()}
+        return state
+
+    def update(self, statistics: Statistics, state: State) -> tuple[Sequence[Action], State]:
+        total = statistics.total_norm(2.0)
+        finite, series = torch.isfinite(total), state["series"]
+        spike = self._is_spike(state["norms"], state["seen"], total)
+        loss = statistics.loss
+        if loss is not None:
+            spike = spike | self._is_spike(state["losses"], state["losses_seen"], loss)
+        spike = spike & finite
+        over = spike & (series >= self.max_consecutive)
+        skip = (spike & ~over) | ~finite
+
+        def remember(ring: str, seen: str, sample: Tensor, wanted: Tensor) -> State:
+            begun = torch.where(over, 0, state[seen])
+            values, count = _history.put(state[ring], begun, sample, wanted & ~skip)
+            return {ring: values, seen: count}
+
+        new = remember("norms", "seen", total, _history.is_sample(total))
+        if loss is not None:
+            new |= remember("losses", "losses_seen", loss, torch.isfinite(loss))
+        longer = torch.where(spike & ~over, series + 1, 0)
+        new["series"] = torch.where(finite, longer, series)
+        return (Skip(skip),), new
+
+    def _is_spike(self, ring: Tensor, seen: Tensor, value: Tensor) -> Tensor:
+        mean, deviation = _history.mean_and_deviation(ring, seen)
+        return (seen >= self.min_history) & (value - mean > self.sigma * deviation)
+
+
+skip_spikes = SkipSpikes

@@ -1,0 +1,39 @@
+"""What one pass over the gradients is to measure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one pass measures. Indices are rows of the plan's table.
+
+    Attributes:
+        orders: orders of the per-parameter gradient norms.
+        weight_orders: orders of the per-parameter weight norms.
+        weighted: parameters whose weight norms are wanted.
+        unit_dims: parameters measured per unit -> the dims that index their units.
+        decided_locally: those of them whose units lie whole on a rank and are decided there,
+            before the reduction; the others' units are summed over ranks.
+        bounds: parameters to measure as if clamped to +-bound.
+        raw_orders: orders to measure also without the clamping.
+        reduced: whether anything has to be known on all ranks.
+        loss: whether the loss is averaged over ranks along with the norms.
+    """
+
+    orders: tuple[float, ...]
+    weight_orders: tuple[float, ...] = ()
+    weighted: frozenset[int] = frozenset()
+    unit_dims: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    decided_locally: frozenset[int] = frozenset()
+    bounds: Mapping[int, float] = field(default_factory=dict)
+    raw_orders: tuple[float, ...] = ()
+    reduced: bool = True
+    loss: bool = False
+
+    @property
+    def unit_orders(self) -> tuple[float, ...]:
+        """Orders measured per unit: 2 for the decision, and what is asked of the parameters."""
+        return tuple(dict.fromkeys((2.0, *self.orders)))

@@ -1,0 +1,320 @@
+"""What every clipping policy has to keep to, as a check of one's own policy.
+
+The policy is driven through a scripted run: ordinary norms, spikes, zeros, NaN, infinities, the
+smallest and largest numbers. It is known by what it does only; nothing of the library is imported.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+SHAPES = {"embed.weight": (11, 4), "fc.weight": (5, 4), "fc.bias": (5,), "scale": ()}
+TALKING = ("all_reduce", "all_gather", "broadcast", "barrier", "all_gather_object", "send", "recv")
+
+
+@dataclass(frozen=True)
+class _Parameter:
+    name: str
+    shape: tuple[int, ...]
+    group: int | None = 0
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class _Statistics:
+    """Statistics that know what was asked for in advance."""
+
+    parameters: Sequence[_Parameter]
+    gradients: Mapping[float, Tensor]
+    weights: Mapping[float, Tensor] = field(default_factory=dict)
+    loss: Tensor | None = None
+
+    def gradient_norms(self, norm_type: float = 2.0) -> Tensor:
+        return _asked(self.gradients, norm_type, "gradient_norms")
+
+    def weight_norms(self, norm_type: float = 2.0) -> Tensor:
+        return _asked(self.weights, norm_type, "weight_norms")
+
+    def total_norm(self, norm_type: float = 2.0) -> Tensor:
+        norms = self.gradient_norms(norm_type)
+        if math.isinf(norm_type):
+            return norms.max()
+        largest = norms.max()
+        unit = torch.where((largest > 0) & torch.isfinite(largest), largest, 1.0)
+        total: Tensor = torch.linalg.vector_norm(norms / unit, norm_type) * unit
+        return total
+
+
+def _asked(table: Mapping[float, Tensor], order: float, what: str) -> Tensor:
+    if order not in table:
+        raise AssertionError(f"it reads {what}({order}), which its `needs` do not declare")
+    return table[order]
+
+
+def check_policy(factory: Callable[[], Any], *, steps: int = 300) -> None:
+    """Check that a policy keeps to the contract of policies.
+
+    ::
+
+        def test_my_policy():
+            check_policy(lambda: MyPolicy(ratio=4.0))
+
+    * its ``repr`` is the same on every rank, and says what it is;
+    * it is pure: the same input gives the same output bit by bit, and no input is changed;
+    * it is independent of rank, random numbers and environment, and talks to no rank;
+    * its state is a dict of tensors whose keys, shapes and dtypes never change, and it is all the
+      memory there is: saved, loaded with ``weights_only=True`` into a new policy, it goes on alike;
+    * NaN and inf never enter its state, and finite norms give finite coefficients >= 0;
+    * it reads no value on the host (seen with fake tensors, so no device is needed);
+    * actions have the shapes and dtypes that they must have, and ``needs`` declares what it reads.
+
+    Args:
+        factory: makes the policy; called several times. For a chain or ``by_name`` check its parts.
+        steps: length of the scripted run: longer than the policy's warm-up.
+
+    Raises:
+        AssertionError: names the policy, the rule and the step.
+    """
+    policy = factory()
+    label = repr(policy)
+    try:
+        _check_description(policy, factory())
+        first = _run(factory(), steps)
+        _check_rank(factory, steps, first)
+        _check_round_trip(factory, steps, first)
+        _check_no_sync(factory())
+    except AssertionError as error:
+        raise AssertionError(f"{label}: {error}") from error
+
+
+def _check_description(policy: Any, again: Any) -> None:
+    assert isinstance(getattr(policy, "name", None), str), "`name` must be a string"
+    assert repr(policy) == repr(again), (
+        "two policies of the same arguments have a different repr, by which ranks compare them; "
+        "make it a frozen dataclass"
+    )
+    assert " at 0x" not in repr(policy), "its repr holds an address, which differs between ranks"
+
+
+def _parameters() -> list[_Parameter]:
+    return [_Parameter(name, shape) for name, shape in SHAPES.items()]
+
+
+def _norms(step: int) -> list[float]:
+    """One norm per parameter; every kind of trouble comes up in the first 60 steps and later."""
+    source = random.Random(step)
+    norms = [10.0**i * source.lognormvariate(-1.0, 0.2) for i in range(-2, 2)]
+    troubles: dict[int, tuple[int, float]] = {
+        7: (0, math.nan), 11: (1, math.inf), 13: (2, 0.0), 17: (3, 1e4), 23: (1, 1e300),
+        29: (2, 5e-324), 31: (0, 0.0), 37: (3, math.nan),
+    }  # fmt: skip
+    where = troubles.get(step % 61)
+    if where is not None:
+        norms[where[0]] = where[1]
+    return [0.0] * 4 if step % 61 == 41 else norms
+
+
+def _statistics(policy: Any, step: int) -> _Statistics:
+    needs = policy.needs
+    row = torch.tensor(_norms(step), dtype=torch.float64)
+    loss = torch.tensor(math.nan if step % 19 == 5 else 2.0 + 0.1 * math.sin(step)).double()
+    return _Statistics(
+        _parameters(),
+        {order: row * (1.0 + 1.0 / order) for order in needs.gradient_norms},
+        {order: torch.tensor([1.0, 2.0, 0.0, 0.5]).double() for order in needs.weight_norms},
+        loss if getattr(needs, "loss", False) else None,
+    )
+
+
+Step = tuple[list[Tensor], dict[str, Tensor]]
+
+
+def _run(
+    policy: Any, steps: int, start: int = 0, state: dict[str, Tensor] | None = None
+) -> list[Step]:
+    """Drive a policy, checking each step by itself."""
+    state = _initial(policy) if state is None else state
+    sizes = _sizes(state)
+    taken: list[Step] = []
+    for step in range(start, start + steps):
+        statistics = _statistics(policy, step)
+        given = [*statistics.gradients.values(), *statistics.weights.values(), *state.values()]
+        before = [tensor.clone() for tensor in given]
+        actions, new = policy.update(statistics, state)
+        again, newer = policy.update(statistics, state)
+        where = f"step {step}"
+        assert _same(before, given), f"{where}: it changed its state or statistics in place"
+        flat = _decided(policy, actions, statistics, where)
+        assert _same(flat, _decided(policy, again, statistics, where)), (
+            f"{where}: not pure: the same statistics and state gave another action"
+        )
+        assert new.keys() == newer.keys(), f"{where}: not pure: the states have other keys"
+        assert _same(list(new.values()), list(newer.values())), (
+            f"{where}: not pure: the same statistics and state gave another new state"
+        )
+        assert _sizes(new) == sizes, (
+            f"{where}: its state changed keys, shapes or dtypes: {_sizes(new)} after {sizes}"
+        )
+        for key, value in new.items():
+            finite = not value.is_floating_point() or bool(torch.isfinite(value).all())
+            assert finite, f"{where}: NaN or inf entered its state[{key!r}]: {value}"
+        state = new
+        taken.append((flat, new))
+    return taken
+
+
+def _initial(policy: Any) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = policy.init(_parameters())
+    for key, value in state.items():
+        assert isinstance(key, str), f"init: keys must be strings, got {key!r}"
+        assert isinstance(value, Tensor), f"init: state[{key!r}] must be a tensor, got {value!r}"
+    for key in getattr(policy, "per_parameter", ()):
+        assert key in state, f"per_parameter names {key!r}, which init does not give"
+        assert state[key].shape[:1] == (len(SHAPES),), (
+            f"state[{key!r}] must have one entry per parameter along its first dim"
+        )
+    return state
+
+
+def _sizes(state: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {key: (value.shape, value.dtype) for key, value in state.items()}
+
+
+def _same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
+    return len(one) == len(other) and all(
+        torch.equal(torch.isnan(a), torch.isnan(b))
+        and torch.equal(torch.nan_to_num(a), torch.nan_to_num(b))
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+def _decided(
+    policy: Any, actions: Sequence[Any], statistics: _Statistics, where: str
+) -> list[Tensor]:
+    """The tensors of some actions, each checked."""
+    found = []
+    sound = all(bool(torch.isfinite(row).all()) for row in statistics.gradients.values())
+    for action in actions:
+        if hasattr(action, "coefficients"):
+            factors = action.coefficients
+            assert isinstance(factors, Tensor), f"{where}: coefficients must be a tensor"
+            assert factors.dtype == torch.float64, f"{where}: coefficients are {factors.dtype}"
+            assert factors.shape in ((), (len(SHAPES),)), f"{where}: shape {list(factors.shape)}"
+            good = bool(torch.isfinite(factors).all()) and bool((factors >= 0).all())
+            assert good or not sound, f"{where}: finite norms gave coefficients {factors}"
+            found.append(factors)
+        elif hasattr(action, "flag"):
+            assert action.flag.dtype == torch.bool, f"{where}: a Skip's flag must be bool"
+            assert action.flag.shape == (), f"{where}: a Skip's flag must be 0-dim"
+            found.append(action.flag.double())
+        elif hasattr(action, "bound"):
+            assert action.bound == policy.bound, f"{where}: a Clamp's bound must be policy.bound"
+            found.append(torch.tensor(float(action.bound)).double())
+        else:
+            raise AssertionError(f"{where}: {action!r} is no action")
+    return found
+
+
+@contextmanager
+def _as_rank(rank: int) -> Iterator[None]:
+    """As a process of another rank would be: environment, seeds, and nobody to talk to."""
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("it talks to other ranks, and a policy must not know of any")
+
+    distributed = torch.distributed
+    patches: list[Any] = [
+        mock.patch.dict(os.environ, {"RANK": str(rank), "LOCAL_RANK": str(rank)}),
+        mock.patch.object(distributed, "get_rank", return_value=rank),
+        mock.patch.object(distributed, "get_world_size", return_value=rank + 1),
+        mock.patch.object(distributed, "is_initialized", return_value=True),
+        *(mock.patch.object(distributed, name, refuse) for name in TALKING),
+    ]
+    generator, state = torch.get_rng_state(), random.getstate()
+    torch.manual_seed(rank)
+    random.seed(rank)
+    for patch in patches:
+        patch.start()
+    try:
+        yield
+    finally:
+        for patch in reversed(patches):
+            patch.stop()
+        torch.set_rng_state(generator)
+        random.setstate(state)
+
+
+def _check_rank(factory: Callable[[], Any], steps: int, want: Sequence[Step]) -> None:
+    for rank in (0, 5):
+        with _as_rank(rank):
+            got = _run(factory(), steps)
+        for step, (one, other) in enumerate(zip(want, got, strict=True)):
+            assert _same(one[0], other[0]), (
+                f"step {step}: rank {rank} decides otherwise, or random numbers do"
+            )
+
+
+def _check_round_trip(factory: Callable[[], Any], steps: int, want: Sequence[Step]) -> None:
+    for stop in (steps // 3, steps // 2):
+        file = io.BytesIO()
+        torch.save(want[stop - 1][1], file)
+        file.seek(0)
+        state = torch.load(file, weights_only=True)
+        got = _run(factory(), steps - stop, stop, state)
+        for number, (one, other) in enumerate(zip(want[stop:], got, strict=True)):
+            assert _same(one[0], other[0]), (
+                f"step {stop + number}: a new policy with the saved state decides otherwise: "
+                f"it remembers something outside of its state"
+            )
+
+
+def _check_no_sync(policy: Any) -> None:
+    """A fake tensor has no values, so whoever asks for one is found out."""
+    real = policy.init(_parameters())
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        state = {key: mode.from_tensor(value) for key, value in real.items()}
+        for step in range(3):
+            statistics = _faked(mode, _statistics_outside(policy, step))
+            try:
+                _, state = policy.update(statistics, state)
+            except AssertionError:
+                raise
+            except Exception as error:
+                raise AssertionError(
+                    f"it reads a value on the host (or fails without values): "
+                    f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}; "
+                    f"use torch.where instead of `if`, and neither item() nor tolist() nor masks"
+                ) from error
+
+
+def _statistics_outside(policy: Any, step: int) -> _Statistics:
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    with unset_fake_temporarily():
+        return _statistics(policy, step)
+
+
+def _faked(mode: FakeTensorMode, statistics: _Statistics) -> _Statistics:
+    fake = mode.from_tensor
+    return _Statistics(
+        statistics.parameters,
+        {order: fake(row) for order, row in statistics.gradients.items()},
+        {order: fake(row) for order, row in statistics.weights.items()},
+        None if statistics.loss is None else fake(statistics.loss),
+    )

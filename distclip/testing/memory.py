@@ -1,0 +1,136 @@
+"""The reference for policies with a memory: plain Python numbers and lists, from the publications.
+
+Each function takes what its policy remembers (a dict, empty at first) and gives what it decides,
+and what it remembers then. Histories are kept whole here; nothing is clever.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+
+Memory: TypeAlias = dict[str, Any]
+
+
+def counts(norm: float) -> bool:
+    """Whether a norm may enter a memory."""
+    return math.isfinite(norm) and norm > 0
+
+
+def autoclip(
+    memory: Memory, norm: float, percentile: float = 10.0, window: int | None = None
+) -> tuple[float, Memory]:
+    """The threshold; inf where nothing is known. Seetharaman et al. 2020, algorithm 1."""
+    history = [*memory.get("history", []), *([norm] if counts(norm) else [])]
+    if window is not None:
+        history = history[-window:]
+    limit = float(np.percentile(history, percentile)) if history else math.inf
+    return limit, {"history": history}
+
+
+def zclip(
+    memory: Memory,
+    norm: float,
+    z_thresh: float = 2.5,
+    alpha: float = 0.97,
+    warmup_steps: int = 25,
+    max_norm: float | None = 1.0,
+) -> tuple[float, Memory]:
+    """The threshold; inf where the norm is no outlier. arXiv 2504.02507, algorithm 1."""
+    ceiling = math.inf if max_norm is None else max_norm
+    if not counts(norm):
+        return ceiling, memory
+    if "mean" not in memory:
+        buffer = [*memory.get("buffer", []), norm]
+        if len(buffer) < warmup_steps:
+            return ceiling, {"buffer": buffer}
+        return ceiling, {"mean": float(np.mean(buffer)), "var": float(np.var(buffer))}
+    mean, deviation = memory["mean"], math.sqrt(memory["var"])
+    z = (norm - mean) / (deviation + 1e-6)
+    limit = mean + z_thresh * deviation / (z / z_thresh) if z > z_thresh else math.inf
+    sample = min(norm, limit)
+    mean = alpha * mean + (1 - alpha) * sample
+    var = alpha * memory["var"] + (1 - alpha) * (sample - mean) ** 2
+    return min(limit, ceiling), {"mean": mean, "var": var}
+
+
+def adagc(
+    memory: Memory,
+    norms: Mapping[str, float],
+    total: float,
+    lambda_rel: float = 1.05,
+    beta: float = 0.98,
+    warmup_steps: int = 100,
+    lambda_abs: float = 1.0,
+    floor: float = 1e-6,
+    max_growth: float | None = None,
+) -> tuple[dict[str, float], Memory]:
+    """The coefficient of each gradient. arXiv 2502.11034, algorithm 1, raw norms in warm-up."""
+    step = memory.get("step", 0)
+    gamma, first = dict(memory.get("gamma", {})), dict(memory.get("first", {}))
+    warm = step >= warmup_steps
+    together = lambda_abs / total if total > lambda_abs else 1.0
+    together = math.nan if math.isnan(total) and math.isfinite(lambda_abs) else together
+    coefficients = {}
+    for name, norm in norms.items():
+        known = name in gamma
+        limit = lambda_rel * gamma[name] if known else math.inf
+        alone = math.nan if known and math.isnan(norm) else 1.0
+        coefficients[name] = (limit / norm if norm > limit else alone) if warm else together
+        if not counts(norm):
+            continue
+        if not known:
+            new = norm
+        elif warm:
+            new = beta * gamma[name] + (1 - beta) * min(norm, limit)
+        else:
+            new = min(gamma[name], norm)
+        new = max(new, floor)
+        if max_growth is not None and warm and name in first:
+            new = min(new, max_growth * first[name])
+        gamma[name] = new
+        if not warm or name not in first:
+            first[name] = new
+    step += math.isfinite(total)
+    return coefficients, {"step": step, "gamma": gamma, "first": first}
+
+
+def skip_spikes(
+    memory: Memory,
+    norm: float,
+    given_loss: float | None,
+    window: int = 128,
+    sigma: float = 6.0,
+    min_history: int = 64,
+    max_consecutive: int = 10,
+    loss: bool = False,
+) -> tuple[bool, Memory]:
+    """Whether to skip. OLMo's skip-step rule, with spikes kept out and series ended."""
+    if not math.isfinite(norm):
+        return True, memory
+    norms, losses = memory.get("norms", []), memory.get("losses", [])
+    series = memory.get("series", 0)
+    judged = loss and given_loss is not None and math.isfinite(given_loss)
+    spike = is_spike(norms, norm, sigma, min_history)
+    if judged:
+        assert given_loss is not None
+        spike = spike or is_spike(losses, given_loss, sigma, min_history)
+    if spike and series < max_consecutive:
+        return True, {**memory, "series": series + 1}
+    if spike:
+        norms, losses = [], []
+    return False, {
+        "norms": [*norms, *([norm] if counts(norm) else [])][-window:],
+        "losses": [*losses, *([given_loss] if judged else [])][-window:],
+        "series": 0,
+    }
+
+
+def is_spike(history: Sequence[float], value: float, sigma: float, least: int) -> bool:
+    """Whether a value lies ``sigma`` sample deviations above the mean of its history."""
+    if len(history) < least:
+        return False
+    return bool(value - np.mean(history) > sigma * np.std(history, ddof=1))

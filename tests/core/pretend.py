@@ -1,0 +1,143 @@
+"""A device that is none: torch's PrivateUse1 backend, computed on the CPU, but strict.
+
+Registered in Python (``torch.utils.backend_registration``), for the whole process: run
+``python -m tests.core.pretend`` in one of its own. As on a real accelerator an op that is given
+tensors of two devices raises, but for 0-dim ones of the CPU. It shows where tensors lie, and
+nothing about speed, streams or kernels.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+NAME = "pretend"
+
+
+class Pretended(torch.Tensor):
+    """A tensor on that device; ``raw`` has its values."""
+
+    raw: Tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+
+def pretended(raw: Tensor) -> Pretended:
+    made: Any = torch._C._acc.create_empty_tensor(raw.shape, raw.dtype)  # type: ignore[attr-defined]
+    made.__class__ = Pretended
+    made.raw = raw
+    return made
+
+
+def compute(op: Any, *args: Any, **kwargs: Any) -> Any:
+    """Any op: on the raw tensors. A result that is an argument stays that argument."""
+    tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+    if any(not isinstance(each, Pretended) and each.dim() for each in tensors):
+        raise RuntimeError(f"{op}: tensors on two devices")
+    known = {id(each.raw): each for each in tensors if isinstance(each, Pretended)}
+
+    def enter(value: Any) -> Any:
+        if isinstance(value, Pretended):
+            return value.raw
+        return torch.device("cpu") if isinstance(value, torch.device) else value
+
+    def leave(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return known[id(value)] if id(value) in known else pretended(value)
+
+    return tree_map(leave, op(*tree_map(enter, args), **tree_map(enter, kwargs)))
+
+
+def copy_from(source: Tensor, target: Tensor, non_blocking: bool = False) -> Tensor:
+    """Between devices, and within this one."""
+    raw = [t.raw if isinstance(t, Pretended) else t for t in (source, target)]
+    raw[1].copy_(raw[0])
+    return target
+
+
+def register() -> list[torch.library.Library]:
+    """Make the device known. Keep what is returned."""
+    from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+    _setup_privateuseone_for_python_backend(NAME)
+    everything = torch.library.Library("_", "IMPL")
+    everything.fallback(compute, "PrivateUse1")
+    aten = torch.library.Library("aten", "IMPL")
+    for key in ("PrivateUse1", "CPU"):
+        aten.impl("_copy_from", copy_from, key)
+    # torch makes these of an empty result that it then resizes, of which a fallback hears nothing.
+    for name in ("abs", "aminmax"):
+        op = getattr(torch.ops.aten, name).default
+        aten.impl(name, functools.partial(compute, op), "PrivateUse1")
+    aten.impl("_local_scalar_dense", lambda tensor: tensor.raw.item(), "PrivateUse1")
+    return [everything, aten]
+
+
+def main() -> None:
+    """Gradients on the CPU, with statistics and coefficients on the device, and a mix of both."""
+    kept = register()
+    from distclip.application import inplace
+    from distclip.statistics import local
+
+    there = torch.device(NAME)
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(6, 300, generator=generator)
+    rows[1] = 0.0  # measured again: float32 partial sums are zero, or too small to be sure of
+    rows[2] *= 1e-25
+    short = torch.randn(5, generator=generator)
+    cpu = torch.device("cpu")
+    with pytest.raises(RuntimeError, match=r"same device|two devices"):  # it is strict
+        torch.ones(2).to(there) + torch.ones(2)
+    # So a layout has to bring such gradients from elsewhere, as an engine that offloads does.
+    with pytest.raises(RuntimeError, match="same device"):
+        torch.ones(2).to(there).grad = torch.ones(2)
+    for order in (1.0, 2.0, 3.0, math.inf):
+        for bounds in (None, [0.5, None, None]):
+            want, have = (
+                local.norms([rows, short, None], order, bounds, device=device)
+                for device in (cpu, there)
+            )
+            assert have.device.type == NAME
+            assert torch.equal(read(have), want), ("norms", order)
+        want, have = (
+            local.unit_norms([rows, short], [(0,), ()], [6, 1], order, device=device)
+            for device in (cpu, there)
+        )
+        assert have.device.type == NAME
+        assert torch.equal(read(have), want), ("unit norms", order)
+
+    factors = torch.tensor([1.0, 0.5, 1.0, 0.25, 1.0, 1.0], dtype=torch.float64)
+    for chosen in (factors, factors / 2):  # few rows are changed, or all
+        for dtype in (torch.float32, torch.bfloat16, torch.float64):
+            want = rows.to(dtype)
+            have = want.clone()
+            inplace.scale_units_(want, chosen, (0,))
+            inplace.scale_units_(have, chosen.to(there), (0,))
+            assert torch.equal(have, want), "units"
+    one, two = rows.clone(), rows.clone()
+    inplace.clamp_([one], [0.5])
+    inplace.clamp_([two], [torch.tensor(0.5).to(there)])
+    assert torch.equal(one, two), "clamp"
+    one, two = rows.clone(), rows.clone()
+    inplace.scale_([one], torch.tensor([0.5], dtype=torch.float64))
+    inplace.scale_([two], torch.tensor([0.5], dtype=torch.float64).to(there))
+    assert torch.equal(one, two), "scale"
+    inplace.zero_([one], torch.tensor([True]).to(there))
+    assert not bool(one.any()), "zero"
+    del kept
+    print("all equal")
+
+
+def read(tensor: Tensor) -> Tensor:
+    return tensor.raw if isinstance(tensor, Pretended) else tensor
+
+
+if __name__ == "__main__":
+    with torch.inference_mode():  # autograd would make tensors anew, and they would lose `raw`
+        main()
