@@ -23,7 +23,7 @@ from distclip import GradClipper, policies
 from distclip.cli.simulation import agreement, findings, stuck
 from distclip.cli.simulation.rank import journal_of
 from distclip.cli.simulation.recorder import Journal, Recorder, samples
-from distclip.cli.simulation.records import Rank, Reader
+from distclip.cli.simulation.records import Rank, Reader, Step
 from distclip.cli.simulation.watch import Ending
 from distclip.testing import run_on_ranks
 
@@ -242,6 +242,24 @@ def test_a_batch_per_process_is_told(runs: dict[str, list[Rank]], tmp_path: Path
     assert difference is not None
     assert "saw 12 samples on 2 rank(s), one of single 6" in difference.text
     assert "split_batches" in difference.text
+
+
+def test_further_reasons_why_layouts_differ() -> None:
+    def told(mine: list[Step], theirs: list[Step]) -> str:
+        found = [[Rank(number, [step]) for number, step in enumerate(e)] for e in (mine, theirs)]
+        difference = agreement.compare(("single", found[0]), ("other", found[1]), 1e-4)
+        assert difference is not None
+        return difference.text
+
+    def step(*sizes: int, loss: float = 1.0, norm: float | None = None) -> Step:
+        some = [str(number) for number in range(sum(sizes))]
+        return Step(samples=some, sizes=list(sizes), losses=[loss], norm=norm, world=1)
+
+    shown = told([step(3, 3)], [step(4, 2, loss=1.1)])
+    assert "micro-batches of other have 2 and 4 samples" in shown
+    shown = told([step(6)], [step(6, norm=2.0)])
+    assert "norm 2 and not nan" in shown
+    assert "under DeepSpeed (other) a script's own clipping of gradients does nothing" in shown
 
 
 def test_enough_steps(tmp_path: Path) -> None:

@@ -118,6 +118,10 @@ def main() -> None:
 def _prepare(task: Task, recorder: Recorder) -> None:
     hooks.on_import("deepspeed.runtime.engine", recorder.watch_engine)
     hooks.on_import("deepspeed.ops", _without_compiler)
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+        # The launcher's default, 1, would take the place of what the script asks for.
+        os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)
+        hooks.on_import("accelerate.accelerator", _with_batch_size)
     if task.accelerate:
         from distclip.integrations import accelerate_cpu
 
@@ -146,6 +150,20 @@ def _verify_ranks(module: Any) -> None:
         return prepared
 
     module.Accelerator.prepare = prepare
+
+
+def _with_batch_size(module: Any) -> None:
+    """Let a script prepare no DataLoader: Accelerate wants a batch size then, for its logs."""
+    original = module.Accelerator._prepare_deepspeed
+    key = "train_micro_batch_size_per_gpu"
+
+    def prepare(self: Any, *args: Any) -> Any:
+        plugin = self.state.deepspeed_plugin
+        if plugin.is_auto(key) and not any(hasattr(each, "batch_size") for each in args):
+            plugin.deepspeed_config[key] = 1
+        return original(self, *args)
+
+    module.Accelerator._prepare_deepspeed = prepare
 
 
 def _without_compiler(module: Any) -> None:
