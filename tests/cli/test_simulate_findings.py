@@ -290,8 +290,23 @@ def test_checkpointing_and_evaluation_are_no_further_data(tmp_path: Path) -> Non
     reader = Reader(tmp_path, 1)
     reader.read()
     (step,) = reader.ranks[0].steps
-    assert step.samples == samples([x])
+    assert (step.samples, step.sizes) == (samples([x]), [4])
     assert len(step.losses) == 2
+
+
+def test_gradients_that_cannot_be_read_are_told(tmp_path: Path) -> None:
+    with recorded(tmp_path, 0):
+        model = nn.ModuleDict({"table": nn.Embedding(9, 5, sparse=True), "last": nn.Linear(5, 1)})
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(2):
+            model["last"](model["table"](torch.arange(4))).sum().backward()
+            optimizer.step()
+    reader = Reader(tmp_path, 1)
+    reader.read()
+    (remark,) = found(reader.ranks)
+    assert (remark.kind, remark.fault) == ("unseen", False)
+    assert "is sparse" in remark.text
+    assert len(reader.ranks[0].steps[1].pieces) == 2
 
 
 # ---- hangs, from stacks ------------------------------------------------------------------------
