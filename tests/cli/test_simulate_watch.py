@@ -33,7 +33,9 @@ sys.exit(max(abs(rank.wait()) for rank in ranks))
 
 
 @pytest.fixture
-def follow(tmp_path: Path):  # type: ignore[no-untyped-def]
+def follow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(watch, "GRACE", 0.3)
+
     def follow(body: str, limit: float = 1.0, launcher: str = LAUNCHER) -> Ending:
         (tmp_path / "rank.py").write_text(RANK + textwrap.dedent(body))
         command = (sys.executable, "-c", launcher, str(tmp_path))
@@ -61,11 +63,11 @@ def test_nobody_moves(follow) -> None:  # type: ignore[no-untyped-def]
 
 def test_who_computes_is_alive(follow) -> None:  # type: ignore[no-untyped-def]
     body = """
-    end = time.process_time() + 2.5
+    end = time.process_time() + 3
     while rank == 0 and time.process_time() < end: pass
     tell("end", step=0, code=0)
     """
-    assert follow(body).how == "ended"
+    assert follow(body, limit=2.0).how == "ended"
 
 
 def test_but_not_for_ever(follow, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]

@@ -35,7 +35,7 @@ POLL = 0.1
 PATIENCE = 10
 """Limits that ranks which compute get, though nothing is heard of them."""
 
-BUSY = 0.05
+BUSY = 0.02
 """Of one core, from which on a rank counts as computing; one that waits takes next to nothing."""
 
 How = Literal["ended", "failed", "hung", "not started"]
