@@ -97,14 +97,15 @@ def main() -> None:
     journal = Journal(journal_of(folder, rank))
     journal.write("start", pid=os.getpid(), world=int(os.environ.get("WORLD_SIZE", "1")))
     recorder = Recorder(journal, task.steps)
+    script = Script(task.script, [*sys.argv[1:], *task.arguments], module=task.module)
     sys.excepthook = _telling(journal, sys.excepthook)
     with recorder:
         try:
+            script.prepare()  # the configuration may import modules that lie beside it
             _prepare(task, recorder)
         except Exception as error:
             sys.excepthook(type(error), error, error.__traceback__)
             sys.exit(1)
-        script = Script(task.script, [*sys.argv[1:], *task.arguments], module=task.module)
         code = script.run()
     sys.stdout.flush()
     journal.write(
