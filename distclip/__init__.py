@@ -40,8 +40,13 @@ from distclip.report import ClipReport as ClipReport
 if TYPE_CHECKING:
     from distclip import optim as optim
     from distclip.integrations import accelerate as accelerate
+    from distclip.integrations import deepspeed as deepspeed
 
-_LAZY = {"accelerate": "distclip.integrations.accelerate", "optim": "distclip.optim"}
+_LAZY = {
+    "accelerate": "distclip.integrations.accelerate",
+    "deepspeed": "distclip.integrations.deepspeed",
+    "optim": "distclip.optim",
+}
 """Namespaces that are imported when they are used; some import a framework."""
 
 __all__ = [

@@ -21,7 +21,7 @@ from distclip.layouts import plan as plans
 from distclip.layouts.detect import describe, refuse_stepped_in_backward
 from distclip.layouts.names import Named, Target
 from distclip.layouts.piece import Described, Entry
-from distclip.ledger import Program, States
+from distclip.ledger import Apply, Program, States
 from distclip.passes import compile_passes, report_order
 from distclip.policies import ParameterInfo, Policy
 from distclip.policies._compose import reads_loss, stages
@@ -125,6 +125,7 @@ class GradClipper:
         self._attached: StepHandle | None = None
         self._states: States = {}
         self._loss: Tensor | None = None
+        self._apply: Apply | None = None
         self._program = self._compile(optimizer)
 
     @property
@@ -238,6 +239,30 @@ class GradClipper:
             mode = "skip"
         return self._clip(mode, loss_scale)
 
+    def decide(
+        self, on_nonfinite: OnNonfinite, loss_scale: Tensor | None = None
+    ) -> tuple[ClipReport, Apply]:
+        """Measure and decide, and leave the acting to the caller; for integrations of engines.
+
+        DeepSpeed steps with fp32 copies of what is measured: clipped there, nothing is rounded to
+        the gradients' own dtype. What cannot wait (dropping, passes before the last) is done here.
+
+        Args:
+            on_nonfinite: in place of the clipper's own.
+            loss_scale: 0-dim; the measured gradients are this many times too large.
+
+        Returns:
+            The report, and what is still to be done.
+        """
+        report = self._clip(on_nonfinite, loss_scale, later=True)
+        assert self._apply is not None  # `later` leaves it
+        return report, self._apply
+
+    @property
+    def plan(self) -> plans.Plan:
+        """The table of parameters, and where this rank's pieces of them lie."""
+        return self._plan
+
     def state_dict(self) -> dict[str, object]:
         """Plain values and tensors: the policy, its memory by parameter name, the step count.
 
@@ -266,16 +291,16 @@ class GradClipper:
         parameters = self._program.parameters
         return checkpoint.Owner(self.policy, stages(self.policy, parameters), parameters)
 
-    def _clip(self, mode: str, loss_scale: Tensor | None) -> ClipReport:
+    def _clip(self, mode: str, loss_scale: Tensor | None, *, later: bool = False) -> ClipReport:
         global in_use
         in_use = True
         if self._plan.group is not None:
             collectives.check_open(self._plan.group)
+        for watcher in watchers:
+            watcher.before(self, loss_scale)
         loss, self._loss = self._loss, None
         if self._reads_loss and loss is None:
             self._warn_of_no_loss()
-        for watcher in watchers:
-            watcher.before(self, loss_scale)
         with torch.no_grad():
             walked = walk(
                 self._program,
@@ -285,9 +310,10 @@ class GradClipper:
                 replicas=self._replicas if self._compares_now() else None,
                 trouble=self._trouble(),
                 loss=loss,
+                later=later,
             )
             self._walks += 1
-            self._states = walked.states
+            self._states, self._apply = walked.states, walked.apply
             report = ClipReport(
                 names=self.names,
                 skipped=walked.skipped,
@@ -354,16 +380,14 @@ class GradClipper:
         table = tuple(entry for entry, _ in described)
         ranks = collectives.ranks_of(group)
         mine = self._notes(table)
-        copies = sum(
-            1 << row
-            for row, (_, pieces) in enumerate(described)
-            if any(piece.share == 0.0 for piece in pieces)
-        )
-        hail = handshake.Hail(__version__, mine.digest(), copies=copies)
+        hail = handshake.Hail(__version__, mine.digest())
         hails = handshake.refuse_troubled(collectives.gather(tuple(hail), group), ranks)
+        digests = [other.digest for other in hails]
+        # Ranks that have the same share one object from here on: with thousands of ranks, nothing
+        # may be done for each parameter of each of them.
         notes = [mine] * len(ranks)
-        if any(other.digest != hails[0].digest for other in hails):
-            notes = collectives.gather(mine, group)
+        if len(set(digests)) > 1:
+            notes = collectives.tell(mine, digests, group)
             handshake.compare(notes, ranks)
         tables = [each.table for each in notes]
         plans.check_tables(tables, ranks, stages=naming.is_list_of_modules(target))
@@ -374,8 +398,7 @@ class GradClipper:
         else:
             plan = plans.local_plan(described, device)
         if self.verify_replicas != "never":
-            copied = plans.copied(tables, [other.copies for other in hails])
-            self._replicas = ReplicaCheck.of(plan, group, copied)
+            self._replicas = ReplicaCheck.of(plan, group, plans.copied(tables, ranks))
         return plan
 
     def _describe(self, target: Target) -> list[Described]:

@@ -246,7 +246,8 @@ def _named(parameters: Parameters) -> Named:
 
 
 def _device(tensors: Sequence[Tensor]) -> torch.device:
-    return tensors[0].device if tensors else torch.device("cpu")
+    """Where the statistics go; what lies nowhere (meta) is refused when it is measured."""
+    return tensors[0].device if tensors and not tensors[0].is_meta else torch.device("cpu")
 
 
 def _norm_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
@@ -351,9 +352,10 @@ def _plan(described: Sequence[Described], device: torch.device) -> plans.Plan:
 
 def _group(entries: Sequence[Entry]) -> ProcessGroup | None:
     """The group to sum over: the DTensors' common mesh, or else all ranks."""
-    meshes = {
-        frozenset(ranks) for entry in entries for ranks in (entry.ranks, entry.others) if ranks
+    spread = {
+        id(ranks): ranks for entry in entries for ranks in (entry.ranks, entry.others) if ranks
     }
+    meshes = set(map(frozenset, spread.values()))
     if not meshes:
         return None
     union = frozenset[int]().union(*meshes)
@@ -383,29 +385,39 @@ _agreements = handshake.Agreements()
 
 def _agree(program: Program, policy: Policy) -> None:
     """See to it that all ranks of the group are about to reduce the same things."""
-    plan = program.plan
-    if plan.group is not None:
-        unit = f" unit={policy.unit!r}" if isinstance(policy, AGC) else ""
-        _agreements.agree(plan.group, f"{policy.name} p={program.shown:g}{unit}", plan.entries)
+    if program.plan.group is not None:
+        _agreements.agree(program.plan.group, _kind(program, policy), program.plan.entries)
 
 
-def _tell(error: DistclipError, named: Named, before: Program | None, *, norms: bool) -> None:
+def _kind(program: Program, policy: Policy) -> str:
+    unit = f" unit={policy.unit!r}" if isinstance(policy, AGC) else ""
+    return f"{policy.name} p={program.shown:g}{unit}"
+
+
+def _tell(error: DistclipError, named: Named, policy: Policy, *, norms: bool) -> None:
     """Tell the ranks that wait for this one what is wrong with its parameters.
 
-    Those to whom nothing has changed reduce what they reduced before; at a first call they compare.
+    They are about to compare if they have not agreed on such a call before, else to reduce: so does
+    this rank, with nothing in the place of what it cannot read.
     """
-    if before is not None:
-        with contextlib.suppress(DistclipError):
-            walk(before, {}, trouble=error)
-        return
-    entries: list[Entry] = []
+    described: list[Described] = []
     for name, parameter in named:
-        with contextlib.suppress(DistclipError):
-            entries += [entry for entry, _ in detect(name, parameter)]
-    if norms or any(entry.replicated for entry in entries):
-        group = _group(entries)
-        if group is not None and dist.get_world_size(group) > 1:
-            _agreements.tell(group, error)
+        try:
+            described += detect(name, parameter)
+        except DistclipError:
+            dtype = str(parameter.dtype).removeprefix("torch.")
+            described.append((Entry(name, tuple(parameter.shape), dtype), ()))
+    with torch.no_grad(), contextlib.suppress(DistclipError):
+        if _group([entry for entry, _ in described]) is None:
+            return
+        program = _program(described, policy, _device([p for _, p in named]), norms=norms)
+        plan = program.plan
+        if plan.group is None or not (norms or plan.replicated):
+            return
+        if _agreements.knows(plan.group, _kind(program, policy), plan.entries):
+            walk(program, {}, trouble=error)
+        else:
+            _agreements.tell(plan.group, error)
 
 
 class _Programs:
@@ -428,7 +440,7 @@ class _Programs:
             _, described = describe(named)
             program = _program(described, policy, _device(parameters), norms=norms)
         except DistclipError as error:
-            _tell(error, named, None if found is None else found[1], norms=norms)
+            _tell(error, named, policy, norms=norms)
             raise
         if norms or program.plan.replicated:  # else the call talks to nobody
             _agree(program, policy)

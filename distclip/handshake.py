@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from torch.distributed import ProcessGroup
@@ -34,10 +34,22 @@ class Notes:
     frozen: tuple[str, ...] = ()
 
     def digest(self) -> bytes:
-        """A short fingerprint: where all ranks have the same, nothing else needs comparing."""
-        return hashlib.sha256(
-            repr((self.versions, self.options, self.table, self.frozen)).encode()
-        ).digest()
+        """A short fingerprint: where all ranks have the same, nothing else needs comparing.
+
+        The ranks of a mesh are written out once: with thousands of them, in each of hundreds of
+        parameters, they would be all that takes time.
+        """
+        groups: dict[tuple[int, ...] | None, int] = {}
+        numbers: dict[int, int] = {}
+        table = []
+        for entry in self.table:
+            for ranks in (entry.ranks, entry.others):
+                if id(ranks) not in numbers:
+                    numbers[id(ranks)] = groups.setdefault(ranks, len(groups))
+            short = replace(entry, ranks=None, others=())
+            table.append((short, numbers[id(entry.ranks)], numbers[id(entry.others)]))
+        facts = (self.versions, self.options, list(groups), table, self.frozen)
+        return hashlib.sha256(repr(facts).encode()).digest()
 
 
 class Hail(NamedTuple):
@@ -47,13 +59,11 @@ class Hail(NamedTuple):
         version: of distclip.
         digest: of its notes; empty where this rank cannot build its clipper.
         trouble: why it cannot.
-        copies: bit ``i``: this rank holds an uncounted copy of the ``i``-th parameter of its table.
     """
 
     version: str
     digest: bytes
     trouble: str = ""
-    copies: int = 0
 
 
 class Agreements:
@@ -77,36 +87,43 @@ class Agreements:
         Raises:
             RankMismatchError: on every rank, with who has what.
         """
-        found = self._known.get(id(group))
-        known = found[1] if found is not None and found[0] is group else set()
-        table = tuple((entry.dtype, entry.shape) for entry in entries)
-        digest = hashlib.sha256(repr((what, table)).encode()).digest()
-        if digest in known:
+        if self.knows(group, what, entries):
             return
-        self._compare(group, (digest, f"{what} of {_shown(table)}", ""))
-        known.add(digest)
+        digest, shown = self._digest(what, entries)
+        heard = collectives.gather((digest, f"{what} of {shown}", ""), group)
+        ranks = collectives.ranks_of(group)
+        for rank, (_, _, sorrow) in zip(ranks, heard, strict=True):
+            if sorrow:
+                raise RankMismatchError(f"rank {rank} cannot clip or measure: {sorrow}")
+        if any(other != digest for other, _, _ in heard):
+            raise RankMismatchError(
+                f"the ranks were given different parameters: "
+                f"{told(ranks, [each for _, each, _ in heard])}. Give every rank its part of the "
+                f"same parameters, gradients there or not (process_group= is for stages)"
+            )
         alive = {
             key: each for key, each in self._known.items() if collectives.is_registered(each[0])
         }
-        self._known = {**alive, id(group): (group, known)}
+        _, known = alive.setdefault(id(group), (group, set()))
+        known.add(digest)
+        self._known = alive
+
+    def knows(self, group: ProcessGroup, what: str, entries: Sequence[Entry]) -> bool:
+        """Whether the group has agreed on such a call; the same on every rank that asks so."""
+        found = self._known.get(id(group))
+        return (
+            found is not None and found[0] is group and self._digest(what, entries)[0] in found[1]
+        )
 
     def tell(self, group: ProcessGroup, error: Exception) -> None:
         """Say, at a first call, that this rank cannot take part: the others are asking."""
         told = f"{type(error).__name__}: {error}" if not isinstance(error, DistclipError) else error
         collectives.gather((b"", "", str(told)), group)
 
-    def _compare(self, group: ProcessGroup, mine: tuple[bytes, str, str]) -> None:
-        heard = collectives.gather(mine, group)
-        ranks = collectives.ranks_of(group)
-        for rank, (_, _, sorrow) in zip(ranks, heard, strict=True):
-            if sorrow:
-                raise RankMismatchError(f"rank {rank} cannot clip or measure: {sorrow}")
-        if any(digest != mine[0] for digest, _, _ in heard):
-            raise RankMismatchError(
-                f"the ranks were given different parameters: "
-                f"{told(ranks, [shown for _, shown, _ in heard])}. Give every rank its part of the "
-                f"same parameters, gradients there or not (process_group= is for stages)"
-            )
+    @staticmethod
+    def _digest(what: str, entries: Sequence[Entry]) -> tuple[bytes, str]:
+        table = tuple((entry.dtype, entry.shape) for entry in entries)
+        return hashlib.sha256(repr((what, table)).encode()).digest(), _shown(table)
 
 
 def _shown(table: Sequence[tuple[str, tuple[int, ...]]]) -> str:
@@ -130,7 +147,9 @@ def refuse_troubled(hails: Sequence[object], ranks: Sequence[int]) -> list[Hail]
         RankMismatchError: names such ranks, and the trouble of the first.
     """
     heard = [
-        Hail(*hail) if isinstance(hail, tuple) and len(hail) == 4 else Hail("another one", b"")
+        Hail(*hail)
+        if isinstance(hail, tuple) and len(hail) == len(Hail._fields)
+        else Hail("another one", b"")
         for hail in hails
     ]
     _refuse_apart("distclip versions", "Install the same", ranks, [h.version for h in heard])
@@ -176,16 +195,18 @@ def _refuse_apart(what: str, mend: str, ranks: Sequence[int], values: Sequence[s
 
 
 def _refuse_frozen(notes: Sequence[Notes], ranks: Sequence[int]) -> None:
-    names = {name for note in notes for name in note.frozen}
-    for name in sorted(names):
+    trained, frozen = set[str](), set[str]()
+    for note in {id(note): note for note in notes}.values():
+        frozen.update(note.frozen)
+        trained.update({entry.name for entry in note.table}.difference(note.frozen))
+    for name in sorted(frozen & trained):
         holders = [
             (rank, "frozen" if name in note.frozen else "trained")
             for rank, note in zip(ranks, notes, strict=True)
             if any(entry.name == name for entry in note.table)
         ]
-        states = [state for _, state in holders]
-        if len(set(states)) > 1:
-            shown = told([rank for rank, _ in holders], states)
+        if holders:
+            shown = told([rank for rank, _ in holders], [state for _, state in holders])
             raise RankMismatchError(
                 f"parameter {name!r} requires a gradient on some ranks only: {shown}. Set "
                 f"requires_grad alike on every rank"

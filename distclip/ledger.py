@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -322,6 +323,23 @@ class Ledger:
         self.total = total
 
 
+class Apply(Protocol):
+    """What a walk has decided and not done, for tensors that are not the measured ones."""
+
+    def __call__(
+        self, present: Sequence[tuple[int, Tensor]], loss_scale: Tensor | None = None
+    ) -> None:
+        """Clip these ``(position of the piece in the plan, gradient)`` pairs, of any pieces.
+
+        Only where :meth:`factor` gives None.
+        """
+        ...
+
+    def factor(self) -> float | Tensor | None:
+        """The number, or 0-dim tensor, that everything is multiplied by; None: it is not so."""
+        ...
+
+
 class Walked:
     """What one walk found and did. All tensors on the plan's device.
 
@@ -332,6 +350,7 @@ class Walked:
         skipped: 0-dim bool.
         nonfinite: bool ``(parameters,)``.
         states: the new state of every stage.
+        apply: under ``later``, what is still to be done.
     """
 
     def __init__(self, program: Program, states: States) -> None:
@@ -339,6 +358,7 @@ class Walked:
         self.skipped = program.no_skip
         self.nonfinite = program.all_finite
         self.states = dict(states)
+        self.apply: Apply | None = None
         self._program: Program | None = program
         self._ledgers: list[Ledger] = []
 
@@ -410,7 +430,7 @@ class Walked:
         """With everything computed, and without the model and the books behind it."""
         for name in ("after", "coefficients", "smallest", "clipped", "threshold"):
             getattr(self, name)
-        return {**self.__dict__, "_program": None, "_ledgers": []}
+        return {**self.__dict__, "apply": None, "_program": None, "_ledgers": []}
 
     @property
     def _compiled(self) -> Program:

@@ -58,7 +58,8 @@ class ReplicaCheck:
         # By name: where nothing is sharded, each rank's table has an order of its own.
         place = {entry.name: row for row, entry in enumerate(plan.entries)}
         rows = tuple(place[name] for name in sorted(names))
-        positions = tuple(i for i, piece in enumerate(plan.pieces) if piece.index in set(rows))
+        wanted = set(rows)
+        positions = tuple(i for i, piece in enumerate(plan.pieces) if piece.index in wanted)
         return cls(plan, group, positions, rows)
 
     def pack(self, present: Sequence[Tensor | None], troubled: bool) -> Tensor:

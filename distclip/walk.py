@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -17,6 +17,7 @@ from distclip.ledger import Ledger, Program, Round, States, Walked
 from distclip.replicas import ReplicaCheck
 from distclip.statistics.alignment import align_alone, align_together, cannot_move
 from distclip.statistics.measurement import LocalMeasurement, measure
+from distclip.statistics.neighbours import Together
 from distclip.statistics.packing import LocalDecision, Measurement, reduce
 from distclip.statistics.request import Request
 from distclip.statistics.units import combine_segments
@@ -31,6 +32,7 @@ def walk(
     replicas: ReplicaCheck | None = None,
     trouble: DistclipError | None = None,
     loss: Tensor | None = None,
+    later: bool = False,
 ) -> Walked:
     """Measure, decide and act once over all the gradients of a plan.
 
@@ -43,6 +45,8 @@ def walk(
         trouble: what is wrong on this rank already; raised when all ranks have heard of it.
         loss: float64 ``(2,)``, the sum of this rank's losses and their number; for a policy that
             reads the loss.
+        later: leave what the last pass decides to ``Walked.apply``, for engines that step with
+            other tensors than the measured ones. Dropping and earlier passes act here.
 
     Raises:
         ReplicaDriftError: copies differ; on every rank, before any changes.
@@ -90,10 +94,20 @@ def walk(
             walked.states[stage.path] = ledger.run(position, stage, state)
         walked.absorb(ledger)
         flags = walked.nonfinite if bad and on_nonfinite == "zero" and number == 0 else None
-        act(program, measured, decided, ledger, walked.skipped, flags, loss_scale)
+        acting = Acting(program, decided, ledger, walked.skipped, flags)
+        if flags is not None:
+            acting.drop(_pairs(measured))
+        if later and number == len(program.passes) - 1:
+            walked.apply = acting
+        elif not acting.is_idle():
+            acting(_pairs(measured), loss_scale, measured.together)
     found = walked.nonfinite is not program.all_finite
     walked.undo(states, dropped=found and on_nonfinite == "skip")
     return walked
+
+
+def _pairs(measured: LocalMeasurement) -> list[tuple[int, Tensor]]:
+    return [(p, g) for p, g in enumerate(measured.present) if g is not None]
 
 
 def _measured(
@@ -213,65 +227,108 @@ def decide_locally(program: Program, number: int, measured: LocalMeasurement) ->
     return LocalDecision(coefficients, after, clipped, smallest)
 
 
-def act(
-    program: Program,
-    measured: LocalMeasurement,
-    decided: LocalDecision,
-    ledger: Ledger,
-    skip: Tensor,
-    dropped: Tensor | None,
-    loss_scale: Tensor | None,
-) -> None:
-    """Change the local gradients as the ledger says."""
-    plan = program.plan
-    on_host = plan.device.type == "cpu"
-    if on_host:
-        if skip is not program.no_skip and bool(skip):
+@dataclass(frozen=True)
+class Acting:
+    """What one pass has decided, to be done to gradients.
+
+    Attributes:
+        program: the compiled policy.
+        decided: what this rank decided on whole units.
+        ledger: what was decided on all ranks.
+        skip: 0-dim bool: change nothing.
+        dropped: bool ``(parameters,)``: these gradients become 0.
+    """
+
+    program: Program
+    decided: LocalDecision
+    ledger: Ledger
+    skip: Tensor
+    dropped: Tensor | None
+
+    def is_idle(self) -> bool:
+        """Whether it is known, without waiting for a device, that nothing is to be done."""
+        if self.program.plan.device.type != "cpu":
+            return False
+        if self.skip is not self.program.no_skip and bool(self.skip):
+            return True
+        return self.ledger.is_idle() and _all_one(self.decided)
+
+    def factor(self) -> float | Tensor | None:
+        """The number, or 0-dim tensor, that everything is multiplied by; None: it is not so."""
+        if self.is_idle():
+            return 1.0
+        if self.dropped is not None or self.decided.coefficients or not self.ledger.is_uniform():
+            return None
+        coefficient = cast(Tensor, self.ledger.rounds[0].coefficients)
+        if self.program.plan.device.type == "cpu":
+            return coefficient.item()
+        return torch.where(self.skip, 1.0, coefficient)
+
+    def drop(self, present: Sequence[tuple[int, Tensor]]) -> None:
+        """Set the gradients of the dropped parameters to 0."""
+        if self.dropped is not None:
+            inplace.zero_([gradient for _, gradient in present], self.dropped[self._rows(present)])
+
+    def __call__(
+        self,
+        present: Sequence[tuple[int, Tensor]],
+        loss_scale: Tensor | None = None,
+        together: Together | None = None,
+    ) -> None:
+        """Change local gradients as the ledger says. Ask :meth:`is_idle` before.
+
+        Args:
+            present: ``(position of the piece in the plan, its gradient)``, of any pieces.
+            loss_scale: 0-dim; these gradients are this many times too large.
+            together: those of them that are neighbours in memory.
+        """
+        ledger, decided, skip = self.ledger, self.decided, self.skip
+        plan = self.program.plan
+        on_host = plan.device.type == "cpu"
+        if on_host and self.dropped is None and ledger.is_uniform() and not decided.coefficients:
+            _scale_all(present, together, cast(Tensor, ledger.rounds[0].coefficients))
             return
-        if dropped is None and ledger.is_idle() and _all_one(decided):
-            return
-        if dropped is None and ledger.is_uniform() and not decided.coefficients:
-            _scale_all(measured, cast(Tensor, ledger.rounds[0].coefficients))
-            return
-    present = [(p, g) for p, g in enumerate(measured.present) if g is not None]
-    rows = torch.tensor([plan.pieces[p].index for p, _ in present], device=plan.device).long()
-    if dropped is not None:
-        inplace.zero_([gradient for _, gradient in present], dropped[rows])
-    for number, turn in enumerate(ledger.rounds):
-        _clamp(plan, present, turn, loss_scale, None if on_host else skip)
-        units = dict(decided.coefficients) if number == 0 else {}
-        if turn.units is not None:
-            for position, _ in present:
-                if plan.pieces[position].index in ledger.table.rows:
-                    units[position] = turn.units[ledger.table.place(position)]
-        for position, gradient in present:
-            if position in units:
-                factors = units[position]
-                row = plan.pieces[position].index
-                if turn.coefficients is not None:
-                    factors = factors * turn.coefficients.expand_as(ledger.ones)[row]
-                if dropped is not None:
-                    factors = torch.where(dropped[row], 1.0, factors)
+        rows = self._rows(present)
+        for number, turn in enumerate(ledger.rounds):
+            _clamp(plan, present, turn, loss_scale, None if on_host else skip)
+            units = dict(decided.coefficients) if number == 0 else {}
+            if turn.units is not None:
+                for position, _ in present:
+                    if plan.pieces[position].index in ledger.table.rows:
+                        units[position] = turn.units[ledger.table.place(position)]
+            for position, gradient in present:
+                if position in units:
+                    self._scale_units(gradient, plan.pieces[position].index, units[position], turn)
+            if turn.coefficients is not None:
+                factors = turn.coefficients.expand_as(ledger.ones)
                 factors = factors if on_host else torch.where(skip, 1.0, factors)
-                inplace.scale_units_(gradient, factors, ledger.one.request.unit_dims[row])
+                whole = [i for i, (position, _) in enumerate(present) if position not in units]
+                chosen = rows if len(whole) == len(present) else rows[whole]
+                inplace.scale_([present[i][1] for i in whole], factors[chosen])
+
+    def _scale_units(self, gradient: Tensor, row: int, factors: Tensor, turn: Round) -> None:
         if turn.coefficients is not None:
-            factors = turn.coefficients.expand_as(ledger.ones)
-            factors = factors if on_host else torch.where(skip, 1.0, factors)
-            whole = [i for i, (position, _) in enumerate(present) if position not in units]
-            chosen = rows if len(whole) == len(present) else rows[whole]
-            inplace.scale_([present[i][1] for i in whole], factors[chosen])
+            factors = factors * turn.coefficients.expand_as(self.ledger.ones)[row]
+        if self.dropped is not None:
+            factors = torch.where(self.dropped[row], 1.0, factors)
+        if self.program.plan.device.type != "cpu":
+            factors = torch.where(self.skip, 1.0, factors)
+        inplace.scale_units_(gradient, factors, self.ledger.one.request.unit_dims[row])
+
+    def _rows(self, present: Sequence[tuple[int, Tensor]]) -> Tensor:
+        plan = self.program.plan
+        rows = [plan.pieces[position].index for position, _ in present]
+        return torch.tensor(rows, device=plan.device).long()
 
 
-def _scale_all(measured: LocalMeasurement, coefficient: Tensor) -> None:
-    """Multiply all gradients on the host by one number, neighbours in memory as one tensor."""
-    tensors: list[Tensor] = []
-    covered: Sequence[int] = ()
-    if measured.together is not None:
-        tensors += measured.together.spans
-        covered = measured.together.known.positions
-    if len(covered) < len(measured.present):
-        alone = set(range(len(measured.present))).difference(covered)
-        tensors += [g for p in alone if (g := measured.present[p]) is not None]
+def _scale_all(
+    present: Sequence[tuple[int, Tensor]], together: Together | None, coefficient: Tensor
+) -> None:
+    """Multiply gradients on the host by one number, neighbours in memory as one tensor."""
+    tensors = [] if together is None else list(together.spans)
+    covered = frozenset() if together is None else frozenset(together.known.positions)
+    if len(covered) < len(present):
+        tensors += [gradient for position, gradient in present if position not in covered]
     inplace.scale_(tensors, coefficient.expand(len(tensors)))
 
 

@@ -191,13 +191,14 @@ def train(
 ) -> bool:
     """Train for --steps; False if the loss stopped being a number."""
     pending: list[Tensor] = []
+    norms: list[Tensor] = []
     began = time.perf_counter()
     with reporter(accelerator, options.steps) as report:
         for step, windows in enumerate(batches, start=1):
             loss = model(windows)
             accelerator.backward(loss)
             if options.max_norm is not None:
-                accelerator.clip_grad_norm_(model.parameters(), options.max_norm)
+                norms += [accelerator.clip_grad_norm_(model.parameters(), options.max_norm)]
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
@@ -210,10 +211,12 @@ def train(
             now = time.perf_counter()
             tokens = len(losses) * options.batch_size * options.context
             tokens_per_s = tokens / (now - began)
-            for at, value in enumerate(losses, start=step - len(losses) + 1):
-                log.write(step=at, loss=value, tokens_per_s=round(tokens_per_s))
+            for number, value in enumerate(losses):
+                norm = {"norm": float(norms[number])} if norms else {}
+                at = step - len(losses) + 1 + number
+                log.write(step=at, loss=value, tokens_per_s=round(tokens_per_s), **norm)
             report(step, losses[-1], tokens_per_s)
-            pending, began = [], now
+            pending, norms, began = [], [], now
             if not math.isfinite(losses[-1]):  # averaged, hence the same on every rank
                 return False
     return True

@@ -24,7 +24,7 @@ IMPORTERS: dict[str, set[str]] = {
         "integrations/accelerate_cpu.py",
         "integrations/accelerate_prepared.py",
     },
-    "deepspeed": {"testing/on_rank.py"},
+    "deepspeed": {"integrations/deepspeed.py", "testing/on_rank.py"},
     "lightning": set(),
     "pytorch_lightning": set(),
     "transformers": set(),

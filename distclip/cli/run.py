@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -41,11 +42,13 @@ def run(
     ] = None,
     config: Annotated[
         Path | None,
-        typer.Option("--config", "-c", help=f"YAML or JSON; otherwise ${ENVIRONMENT}."),
+        typer.Option(
+            "--config",
+            "-c",
+            help=f"YAML or JSON; otherwise ${ENVIRONMENT}, or the section of a DeepSpeed JSON.",
+        ),
     ] = None,
-    cpu: Annotated[
-        bool, typer.Option("--cpu", help="Real gloo ranks on CPU under accelerate launch.")
-    ] = False,
+    cpu: Annotated[bool, typer.Option("--cpu", help="Real gloo ranks on CPU.")] = False,
     module: Annotated[bool, typer.Option("-m", help="Run a module, as python -m does.")] = False,
     check: Annotated[
         bool, typer.Option("--check", help="Hold the first steps against gathered tensors.")
@@ -58,11 +61,18 @@ def run(
     """
     path = _path(config)
     program = Script(script, [*context.obj, *(arguments or ())], module=module)
+    if path is None and not _names_deepspeed(program):
+        raise ConfigurationError(
+            f"run: no configuration; give --config policy.yaml before the script, or set "
+            f"{ENVIRONMENT}=policy.yaml in the environment (for DeepSpeed it may also be the "
+            f'"distclip" section of its JSON)'
+        )
     program.check()
     program.prepare()
-    loaded = configuration.load(path)
-    # Absolute, for a script that changes its directory and for processes that it starts.
-    os.environ[ENVIRONMENT] = str(path.absolute())
+    loaded = None if path is None else configuration.load(path)
+    if path is not None:
+        # Absolute, for a script that changes its directory and for processes that it starts.
+        os.environ[ENVIRONMENT] = str(path.absolute())
     _prepare_cpu(cpu)
     hooks.install(loaded)
     checking = _check(check_steps) if check else None
@@ -84,15 +94,27 @@ def _check(steps: int) -> StepCheck:
     return StepCheck(steps).install()
 
 
-def _path(option: Path | None) -> Path:
+def _path(option: Path | None) -> Path | None:
     if option is not None:
         return option
-    if os.environ.get(ENVIRONMENT):
-        return Path(os.environ[ENVIRONMENT])
-    raise ConfigurationError(
-        f"run: no configuration; give --config policy.yaml before the script, or set "
-        f"{ENVIRONMENT}=policy.yaml in the environment"
-    )
+    return Path(os.environ[ENVIRONMENT]) if os.environ.get(ENVIRONMENT) else None
+
+
+def _names_deepspeed(program: Script) -> bool:
+    """Whether a run without a configuration may find one in a DeepSpeed JSON.
+
+    The engine itself refuses a JSON without one; this spares other users to learn so late of an
+    option that they forgot.
+    """
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true", "yes"):
+        return True
+    words = [program.target, *program.arguments]
+    if any("deepspeed" in word.lower() for word in words):
+        return True
+    try:
+        return not program.module and b"deepspeed" in Path(program.target).read_bytes()
+    except OSError:  # a folder, or nothing: `check` tells
+        return False
 
 
 def _prepare_cpu(cpu: bool) -> None:
@@ -101,6 +123,8 @@ def _prepare_cpu(cpu: bool) -> None:
     try:
         accelerate_cpu.install(cpu=cpu)
     except ImportError as error:
+        if find_spec("deepspeed") is not None:  # needs no Accelerate to have its ranks
+            return
         raise DistclipError(
             f"run: --cpu gives ranks to Accelerate, which cannot be imported ({error}); "
             f"pip install 'distclip[accelerate]', or leave --cpu away for a script that "

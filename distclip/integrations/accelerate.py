@@ -19,6 +19,7 @@ from typing import Any
 import accelerate
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import DistributedType
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -91,21 +92,21 @@ def attach(accelerator: accelerate.Accelerator, policy_or_config: PolicyOrConfig
     return Attachment(accelerator, _config(policy_or_config))
 
 
-def enable(module: ModuleType, config: Config) -> None:
+def enable(module: ModuleType, config: Config | None) -> None:
     """Attach ``config`` to every ``Accelerator`` of this process, once it prepares something.
 
     What ``distclip run`` does as soon as the script imports Accelerate. It also sees to it that the
-    ranks of a CPU launch are really there.
+    ranks of a CPU launch are really there. Under DeepSpeed the engine gets the policy instead.
 
     Args:
         module: ``accelerate.accelerator``.
-        config: a checked configuration.
+        config: a checked configuration; None: a DeepSpeed JSON has it.
     """
     for name in ("prepare", "prepare_model", "prepare_optimizer"):
         setattr(module.Accelerator, name, _attaching(getattr(module.Accelerator, name), config))
 
 
-def _attaching(original: Any, config: Config) -> Any:
+def _attaching(original: Any, config: Config | None) -> Any:
     alone = original.__name__ == "prepare_optimizer"
 
     @functools.wraps(original)
@@ -113,12 +114,20 @@ def _attaching(original: Any, config: Config) -> Any:
         on_cpu = accelerate_cpu.requested()
         if not on_cpu:
             accelerate_cpu.check_ranks(self)
-        if getattr(self, "_distclip", None) is None:
+        engine = self.distributed_type == DistributedType.DEEPSPEED
+        if engine:
+            _resolve_auto(self.state.deepspeed_plugin)
+        elif config is None:
+            raise ConfigurationError(
+                "run: no configuration, and this launch does not use DeepSpeed, whose JSON might "
+                "have one: give --config policy.yaml before the script"
+            )
+        elif getattr(self, "_distclip", None) is None:
             Attachment(self, config)
         prepared = original(self, *args, **kwargs)
-        if alone:
+        if alone and not engine:
             self._distclip._adopt(prepared)
-        elif on_cpu and not kwargs.get("evaluation_mode"):
+        elif on_cpu and not alone and not kwargs.get("evaluation_mode"):
             accelerate_cpu.verify(self, *(prepared if isinstance(prepared, tuple) else (prepared,)))
         return prepared
 
@@ -359,3 +368,10 @@ def _config(policy_or_config: PolicyOrConfig) -> Config:
     if isinstance(policy_or_config, Policy):
         return Config(policy=policy_or_config)
     return load(policy_or_config)
+
+
+def _resolve_auto(plugin: Any) -> None:
+    """Give ``"auto"`` in the JSON's section its value before Accelerate stumbles over it."""
+    from distclip.integrations import deepspeed
+
+    deepspeed.resolve_auto(plugin.deepspeed_config, plugin.gradient_clipping)

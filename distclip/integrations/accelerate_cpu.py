@@ -84,8 +84,8 @@ def install(*, cpu: bool = False) -> bool:
     if not requested(os.environ):
         return False
     os.environ[_SWITCH] = "1"
-    _patch_backend()
     _set_environment(os.environ)
+    _patch_backend()
     return True
 
 
@@ -278,6 +278,7 @@ def _read_launch(arguments: list[str], folder: str) -> _Launch | None:
 
 def _set_environment(environ: MutableMapping[str, str]) -> None:
     environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed's own choice
     if "LOCAL_RANK" in environ:  # without it: one process, or MPI, which Accelerate serves itself
         # Accelerate's own switch means "plain DDP" and would drop FSDP and DeepSpeed in silence.
         environ["ACCELERATE_USE_CPU"] = "false"

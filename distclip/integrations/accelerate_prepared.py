@@ -158,8 +158,9 @@ def refuse_engines(accelerator: Any) -> None:
     kind = accelerator.distributed_type
     if kind == DistributedType.DEEPSPEED:
         raise DistclipError(
-            "under DeepSpeed, Accelerate's clip_grad_norm_ runs after the update; distclip does "
-            "not support it yet. Remove distclip from this launch, or launch with DDP or FSDP"
+            "under DeepSpeed, Accelerate's clip_grad_norm_ runs after the update, in which the "
+            "engine has clipped: attach to that, after prepare(): "
+            "distclip.deepspeed.attach(accelerator.deepspeed_engine_wrapped.engine, policy)"
         )
     if kind in (DistributedType.XLA, DistributedType.MEGATRON_LM):
         raise DistclipError(f"distclip does not know how gradients are laid out under {kind.value}")

@@ -26,7 +26,7 @@ __all__ = ["INTEGRATIONS", "Hook", "activated", "install", "mark_active", "on_im
 
 Callback = Callable[[ModuleType], object]
 
-INTEGRATIONS = {"accelerate": "accelerate.accelerator"}
+INTEGRATIONS = {"accelerate": "accelerate.accelerator", "deepspeed": "deepspeed.runtime.engine"}
 """Integration -> the module upon whose import ``distclip.integrations.<name>.enable`` is called."""
 
 activated: set[str] = set()
@@ -38,13 +38,13 @@ def mark_active(name: str) -> None:
     activated.add(name)
 
 
-def install(config: Config) -> None:
+def install(config: Config | None) -> None:
     """Have every integration take up its framework, with ``config``, once that is imported."""
     for name, module in INTEGRATIONS.items():
         on_import(module, functools.partial(_enable, name, config))
 
 
-def _enable(name: str, config: Config, module: ModuleType) -> None:
+def _enable(name: str, config: Config | None, module: ModuleType) -> None:
     # Imported here, so that no integration is loaded whose framework the program does not use.
     importlib.import_module(f"distclip.integrations.{name}").enable(module, config)
 

@@ -36,7 +36,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from distclip.errors import ConfigurationError, ProcessGroupError, UnsupportedGradientError
 from distclip.layouts import plain
-from distclip.layouts.piece import Box, Described, Entry, Piece
+from distclip.layouts.piece import Box, Described, Entry, Piece, shared_ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,9 +210,9 @@ def describe(name: str, parameter: Tensor, spread: Spread) -> Described:
         tuple(shape),
         str(parameter.dtype).removeprefix("torch."),
         split,
-        spread.slices if split else None,
+        shared_ranks(spread.slices) if split else None,
         f"plain, sliced along dim {spread.dim}" if split else "plain",
-        others,
+        shared_ranks(others),
         copy=spread.copy,
     )
     box = Box(tuple(offsets), tuple(parameter.shape))

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from distclip.errors import UnsupportedGradientError
-from distclip.layouts import declared, dtensor, fsdp1, names, plain
+from distclip.layouts import declared, dtensor, fsdp1, names, plain, zero
 from distclip.layouts.names import Named
 from distclip.layouts.piece import Described
 
@@ -55,6 +55,8 @@ def detect(name: str, parameter: Tensor) -> list[Described]:
         UnsupportedGradientError: a sharding that distclip cannot read; it is named.
     """
     refuse_stepped_in_backward(name, parameter)
+    if (extent := zero.extent_of(parameter)) is not None:
+        return [zero.describe(name, parameter, extent)]
     # These may look like plain tensors, and would be taken for whole ones.
     if fsdp1.is_flattened(parameter):
         return fsdp1.describe(name, parameter)
@@ -62,8 +64,8 @@ def detect(name: str, parameter: Tensor) -> list[Described]:
         return [dtensor.describe(name, parameter)]
     if hasattr(parameter, "ds_tensor"):
         raise UnsupportedGradientError(
-            f"parameter {name!r} is partitioned by DeepSpeed ZeRO-3, which distclip cannot read "
-            f"yet; use FSDP2, or ZeRO with DeepSpeed's own gradient_clipping"
+            f"parameter {name!r} is partitioned by DeepSpeed ZeRO-3: attach to the engine instead, "
+            f"distclip.deepspeed.attach(engine, policy)"
         )
     spread = declared.spread_of(name, parameter)
     if spread is not None:

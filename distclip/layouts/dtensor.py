@@ -7,10 +7,17 @@ import operator
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, TypeAlias, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
+from torch.distributed.tensor import (  # type: ignore[attr-defined]
+    DeviceMesh,
+    DTensor,
+    Partial,
+    Placement,
+    Replicate,
+)
 
 from distclip.errors import UnsupportedGradientError
 from distclip.layouts import plain
@@ -36,17 +43,19 @@ def describe(name: str, parameter: DTensor, hold: Holder | None = None) -> Descr
         for size, placement in zip(mesh.shape, placements, strict=True)
         if (dim := shard_dim(placement)) is not None and size > 1
     }
+    replicated = any(
+        size > 1 and shard_dim(placement) is None
+        for size, placement in zip(mesh.shape, placements, strict=True)
+    )
     entry = Entry(
         name,
         shape,
         str(parameter.dtype).removeprefix("torch."),
         tuple(sorted(split)),
-        tuple(mesh.mesh.flatten().tolist()),
+        mesh_ranks(mesh),
         f"{tuple(mesh.shape)} {' '.join(map(str, placements))}",
-        replicated=any(
-            size > 1 and shard_dim(placement) is None
-            for size, placement in zip(mesh.shape, placements, strict=True)
-        ),
+        replicated=replicated,
+        copies=replicated,
     )
     coordinate = mesh.get_coordinate()
     if coordinate is None:
@@ -79,6 +88,20 @@ def describe(name: str, parameter: DTensor, hold: Holder | None = None) -> Descr
         )
         for box, local, whole in _boxes(spans)
     ]
+
+
+_mesh_ranks: WeakKeyDictionary[DeviceMesh, tuple[int, ...]] = WeakKeyDictionary()
+
+
+def mesh_ranks(mesh: DeviceMesh) -> tuple[int, ...]:
+    """Global ranks of a mesh, in its order: one tuple, which all of its parameters share.
+
+    Thousands of ranks times hundreds of parameters would be millions of numbers otherwise.
+    """
+    known = _mesh_ranks.get(mesh)
+    if known is None:
+        known = _mesh_ranks[mesh] = tuple(mesh.mesh.flatten().tolist())
+    return known
 
 
 def shard_dim(placement: Placement) -> int | None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from distclip.errors import UnsupportedGradientError
 from distclip.layouts import dtensor, flat, plain
 from distclip.layouts.names import clean
-from distclip.layouts.piece import Box, Described, Entry, Holder, Piece, held
+from distclip.layouts.piece import Box, Described, Entry, Holder, Piece, held, shared_ranks
 
 FLAT_NAME = "_flat_param"
 """What torch calls a ``FlatParameter`` within the module that it belongs to."""
@@ -171,8 +171,13 @@ def _describe(name: str, handle: Any, index: int) -> Described:
         shape,
         str(flattened.dtype).removeprefix("torch."),
         tuple(sorted(split)),
-        None if ranks is None else tuple(sorted(ranks)),
+        None if ranks is None else shared_ranks(tuple(sorted(ranks))),
         f"FSDP1 {handle._sharding_strategy.name}" + ("" if spec is None else f" {spec.placements}"),
+        copies=spec is not None
+        and any(
+            size > 1 and dtensor.shard_dim(placement) is None
+            for size, placement in zip(spec.mesh.shape, spec.placements, strict=True)
+        ),
     )
     low = max(borders[handle.rank - 1] if sharded and handle.rank else -start, 0)
     high = min(part * (handle.rank + 1 if sharded else 1) - start, numel)

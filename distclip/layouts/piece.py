@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +20,12 @@ does not keep a model in memory."""
 def held(parameter: Tensor) -> Holder:
     """A weak hold on ``parameter``."""
     return cast(Holder, weakref.ref(parameter))
+
+
+@functools.lru_cache(maxsize=256)
+def shared_ranks(ranks: tuple[int, ...]) -> tuple[int, ...]:
+    """One tuple for all who give equal ones: thousands of ranks are not kept per parameter."""
+    return ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +52,8 @@ class Entry:
             there are none. The entry's name then says whose it is: ``name@place``.
         replicated: whether the mesh holds replicas of it, whose gradients may come unreduced.
         copy: whether another rank has the same tensor under another name, where it is counted.
+        copies: whether some of ``ranks`` hold copies of what others of them hold, which their
+            layout counts elsewhere (pieces with a share of 0).
     """
 
     name: str
@@ -56,6 +65,7 @@ class Entry:
     others: tuple[int, ...] = ()
     replicated: bool = False
     copy: bool = False
+    copies: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -118,6 +118,52 @@ def local_plan(
     )
 
 
+class Tables:
+    """The different tables there are, and which ranks have each.
+
+    Ranks that have the same table share one object: with thousands of ranks nothing may be done
+    for each parameter of each rank, or construction takes hours.
+
+    Attributes:
+        views: each table, with the global ranks that have it; in the order of their first ranks.
+    """
+
+    def __init__(self, tables: Sequence[Sequence[Entry]], ranks: Sequence[int]) -> None:
+        found: dict[int, tuple[Sequence[Entry], list[int]]] = {}
+        for rank, table in zip(ranks, tables, strict=True):
+            found.setdefault(id(table), (table, []))[1].append(rank)
+        self.views = list(found.values())
+        self._view_of = {
+            rank: view for view, (_, members) in enumerate(self.views) for rank in members
+        }
+        self._within: dict[int, tuple[int, ...]] = {}
+
+    def within(self, members: tuple[int, ...]) -> tuple[int, ...]:
+        """The views of these ranks. ``members`` is an attribute of an entry, so it lives on."""
+        known = self._within.get(id(members))
+        if known is None:
+            views = dict.fromkeys(self._view_of[r] for r in members if r in self._view_of)
+            known = self._within[id(members)] = tuple(views)
+        return known
+
+    def by_rank(
+        self, by_view: Mapping[int, str], members: Sequence[int] | None = None
+    ) -> dict[int, str]:
+        """What is said of views, said of their ranks, or of those of them among ``members``."""
+        if members is None:
+            return {rank: said for view, said in by_view.items() for rank in self.views[view][1]}
+        here = [rank for rank in members if self._view_of.get(rank) in by_view]
+        return {rank: by_view[self._view_of[rank]] for rank in here}
+
+    def holders(self) -> dict[str, dict[int, Entry]]:
+        """Name -> the entry of each view that has it."""
+        holders: dict[str, dict[int, Entry]] = {}
+        for view, (table, _) in enumerate(self.views):
+            for entry in table:
+                holders.setdefault(entry.name, {})[view] = entry
+        return holders
+
+
 def merged_plan(
     described: Sequence[Described],
     tables: Sequence[Sequence[Entry]],
@@ -135,22 +181,26 @@ def merged_plan(
     order: dict[str, int] = {}
     owners: dict[str, tuple[int, ...]] = {}
     merged: dict[str, Entry] = {}
-    for member, table in zip(ranks, tables, strict=True):
+    for table, members in Tables(tables, ranks).views:
         for entry in table:
-            if entry.name not in order:
+            known = merged.get(entry.name)
+            if known is None:
                 order[entry.name] = len(order)
                 merged[entry.name] = entry
-                owners[entry.name] = entry.ranks if entry.ranks is not None else (member,)
-            else:
+                owners[entry.name] = entry.ranks if entry.ranks is not None else (members[0],)
+            elif known.split_dims != entry.split_dims:
                 # Replicas on other sub-meshes may be cut along other dims.
-                known = merged[entry.name]
                 split = tuple(sorted({*known.split_dims, *entry.split_dims}))
                 merged[entry.name] = replace(known, split_dims=split)
-    me = ranks[rank]
+    me = (ranks[rank],)
+    counted: dict[tuple[int, int], bool] = {}
     pieces = []
     for entry, local in described:
-        mine = entry.ranks if entry.ranks is not None else (me,)
-        share = 1.0 if set(mine) == set(owners[entry.name]) else 0.0
+        mine, owner = me if entry.ranks is None else entry.ranks, owners[entry.name]
+        pair = id(mine), id(owner)
+        if pair not in counted:
+            counted[pair] = mine is owner or set(mine) == set(owner)
+        share = 1.0 if counted[pair] else 0.0
         pieces += [piece.numbered(order[entry.name], share) for piece in local]
     pieces.sort(key=lambda piece: piece.index)
     return Plan(tuple(merged.values()), tuple(pieces), group, device)
@@ -158,14 +208,16 @@ def merged_plan(
 
 def needs_reduction(tables: Sequence[Sequence[Entry]]) -> bool:
     """Whether any tensor is spread over ranks, or any parameter is not on every rank."""
-    if any(entry.ranks is not None or entry.others for table in tables for entry in table):
+    different = {id(table): table for table in tables}.values()
+    if any(entry.ranks is not None or entry.others for table in different for entry in table):
         return True
     return differ(tables)
 
 
 def differ(tables: Sequence[Sequence[Entry]]) -> bool:
     """Whether any parameter is not on every rank (pipeline stages, experts)."""
-    names = [{entry.name for entry in table} for table in tables]
+    different = {id(table): table for table in tables}.values()
+    names = [{entry.name for entry in table} for table in different]
     return any(other != names[0] for other in names)
 
 
@@ -173,7 +225,7 @@ def check_tables(tables: Sequence[Sequence[Entry]], ranks: Sequence[int], *, sta
     """Refuse tables that cannot belong to one model.
 
     Args:
-        tables: the table of each rank.
+        tables: the table of each rank; ranks that have the same share one object.
         ranks: global rank of each.
         stages: whether ranks may hold different parameters (a list of modules was given).
 
@@ -182,79 +234,95 @@ def check_tables(tables: Sequence[Sequence[Entry]], ranks: Sequence[int], *, sta
         ProcessGroupError: a parameter that is spread over ranks outside of the group.
         UnsupportedGradientError: a copy of a parameter that no rank calls so.
     """
-    holders: dict[str, dict[int, Entry]] = {}
-    for rank, table in zip(ranks, tables, strict=True):
-        for entry in table:
-            holders.setdefault(entry.name, {})[rank] = entry
-    everybody = set(ranks)
-    for name, by_rank in holders.items():
-        first = next(iter(by_rank.values()))
-        if all(entry.copy for entry in by_rank.values()):
+    said = Tables(tables, ranks)
+    holders = said.holders()
+    _check_group(holders, set(ranks))
+    for name, by_view in holders.items():
+        first = next(iter(by_view.values()))
+        if all(entry.copy for entry in by_view.values()):
+            who = ranked(list(said.by_rank(dict.fromkeys(by_view, ""))))
             raise UnsupportedGradientError(
-                f"parameter {name!r} on {ranked(list(by_rank))} is marked shared=True (Megatron: a "
-                f"copy of another stage's embedding), but no rank has it under this name unmarked: "
-                f"it would be counted once more. Give modules in which both stages call it alike; "
+                f"parameter {name!r} on {who} is marked shared=True (Megatron: a copy of another "
+                f"stage's embedding), but no rank has it under this name unmarked: it would be "
+                f"counted once more. Give modules in which both stages call it alike; "
                 f"distclip.clip_grad_norm_(..., process_group=...) leaves it out of the norm"
             )
-        if all(entry == first for entry in by_rank.values()):
-            _check_group(first, everybody)
+        if all(entry is first or entry == first for entry in by_view.values()):
             continue
-        for entry in by_rank.values():
-            _check_group(entry, everybody)
         _refuse_apart(
             name,
-            {rank: f"{entry.dtype} {list(entry.shape)}" for rank, entry in by_rank.items()},
+            said,
+            {view: f"{entry.dtype} {list(entry.shape)}" for view, entry in by_view.items()},
             "the ranks were given different models; give every rank the same parameters",
         )
-        kinds = {r: (e.ranks is None, not e.others) for r, e in by_rank.items()}
-        shown = {rank: entry.layout for rank, entry in by_rank.items()}
-        if len(set(kinds.values())) > 1:
-            _refuse_apart(name, shown, "shard it alike on every rank")
+        kinds = {(e.ranks is None, not e.others) for e in by_view.values()}
+        if len(kinds) > 1:
+            shown = {view: entry.layout for view, entry in by_view.items()}
+            _refuse_apart(name, said, shown, "shard it alike on every rank")
         # The members of one mesh hold parts of one tensor; other meshes may cut it otherwise.
-        meshes = dict.fromkeys(e.ranks for e in by_rank.values() if e.ranks is not None)
+        meshes = dict.fromkeys(e.ranks for e in by_view.values() if e.ranks is not None)
         for members in meshes:
-            mesh = {rank: by_rank[rank] for rank in members if rank in by_rank}
-            _refuse_apart(
-                name,
-                {r: f"{e.layout} over {ranked(e.ranks or ())}" for r, e in mesh.items()},
-                "the ranks of one device mesh must shard it alike",
-            )
+            layouts = {
+                view: f"{by_view[view].layout} over {ranked(by_view[view].ranks or ())}"
+                for view in said.within(members)
+                if view in by_view
+            }
+            mend = "the ranks of one device mesh must shard it alike"
+            _refuse_apart(name, said, layouts, mend, members)
     if not stages:
-        _refuse_missing(holders, ranks)
+        _refuse_missing(said, holders, ranks)
 
 
-def _check_group(entry: Entry, members: set[int]) -> None:
-    spread = {*(entry.ranks or ()), *entry.others}
-    if not members.issuperset(spread):
-        raise ProcessGroupError(
-            f"parameter {entry.name!r} is spread over ranks {sorted(spread)}, but the "
-            f"process group has only ranks {sorted(members)}: give the group of all ranks "
-            f"that hold the model, or none for all ranks"
-        )
+def _check_group(holders: Mapping[str, Mapping[int, Entry]], members: set[int]) -> None:
+    inside: set[int] = set()
+    for name, by_view in holders.items():
+        for entry in by_view.values():
+            for spread in (entry.ranks, entry.others):
+                if spread is None or id(spread) in inside:
+                    continue
+                if not members.issuperset(spread):
+                    everywhere = sorted({*(entry.ranks or ()), *entry.others})
+                    raise ProcessGroupError(
+                        f"parameter {name!r} is spread over {ranked(everywhere)}, but the "
+                        f"process group has only {ranked(sorted(members))}: give the group of all "
+                        f"ranks that hold the model, or none for all ranks"
+                    )
+                inside.add(id(spread))
 
 
-def _refuse_apart(name: str, by_rank: Mapping[int, str], mend: str) -> None:
-    found = sides(list(by_rank), list(by_rank.values()))
-    if len(found) > 1:
-        shown = " but ".join(f"{value} on {ranked(members)}" for value, members in found)
+def _refuse_apart(
+    name: str,
+    said: Tables,
+    by_view: Mapping[int, str],
+    mend: str,
+    members: Sequence[int] | None = None,
+) -> None:
+    if len(set(by_view.values())) > 1:
+        by_rank = said.by_rank(by_view, members)
+        found = sides(list(by_rank), list(by_rank.values()))
+        shown = " but ".join(f"{value} on {ranked(those)}" for value, those in found)
         raise RankMismatchError(f"parameter {name!r} is {shown}: {mend}")
 
 
-def _refuse_missing(holders: Mapping[str, Mapping[int, Entry]], ranks: Sequence[int]) -> None:
+def _refuse_missing(
+    said: Tables, holders: Mapping[str, Mapping[int, Entry]], ranks: Sequence[int]
+) -> None:
     """Every rank has every name, but for ranks outside of the mesh that a tensor lives on."""
     usual = len(ranks) / 2
     extra: dict[int, list[str]] = {}
     missing: dict[int, list[str]] = {}
-    for name, by_rank in holders.items():
-        lacking = [
-            rank
-            for rank in ranks
-            if rank not in by_rank
-            and any(entry.ranks is None or rank in entry.ranks for entry in by_rank.values())
-            and not any(entry.others for entry in by_rank.values())  # every rank has its own
-        ]
-        few = lacking and (len(by_rank) < usual or (len(by_rank) == usual and ranks[0] in lacking))
-        for rank in by_rank if few else lacking:
+    for name, by_view in holders.items():
+        if len(by_view) == len(said.views):
+            continue
+        having = {rank for view in by_view for rank in said.views[view][1]}
+        if any(entry.others for entry in by_view.values()):  # every rank has its own
+            continue
+        everywhere = any(entry.ranks is None for entry in by_view.values())
+        meshes = {id(e.ranks): e.ranks for e in by_view.values() if e.ranks is not None}
+        wanted = set(ranks) if everywhere else set[int]().union(*meshes.values())
+        lacking = [rank for rank in ranks if rank in wanted and rank not in having]
+        few = lacking and (len(having) < usual or (len(having) == usual and ranks[0] in lacking))
+        for rank in sorted(having) if few else lacking:
             (extra if few else missing).setdefault(rank, []).append(name)
     if not extra and not missing:
         return
@@ -270,19 +338,21 @@ def _together(by_rank: Mapping[int, Sequence[str]]) -> list[tuple[tuple[str, ...
     return sides(list(by_rank), [tuple(names) for names in by_rank.values()])
 
 
-def copied(tables: Sequence[Sequence[Entry]], held: Sequence[int]) -> frozenset[str]:
+def copied(tables: Sequence[Sequence[Entry]], ranks: Sequence[int]) -> frozenset[str]:
     """Names of the tensors of which there is more than one copy.
 
     Args:
-        tables: the table of each rank.
-        held: of each rank a bit per entry of its table: it has a copy that the layout counts
-            elsewhere.
+        tables: the table of each rank; ranks that have the same share one object.
+        ranks: global rank of each.
     """
     found: set[str] = set()
-    owners: dict[str, object] = {}
-    for member, (table, bits) in enumerate(zip(tables, held, strict=True)):
-        for row, entry in enumerate(table):
-            mine = entry.ranks if entry.ranks is not None else member
-            if bits >> row & 1 or owners.setdefault(entry.name, mine) != mine:
+    owners: dict[str, tuple[int, ...]] = {}
+    for table, members in Tables(tables, ranks).views:
+        first = (members[0],)
+        for entry in table:
+            mine = first if entry.ranks is None else entry.ranks
+            owner = owners.setdefault(entry.name, mine)
+            several = entry.copies or (entry.ranks is None and len(members) > 1)
+            if several or (owner is not mine and owner != mine):
                 found.add(entry.name)
     return frozenset(found)

@@ -108,4 +108,4 @@ def _own(hold: Holder) -> tuple[Placement, ...]:
 
 
 def _mesh_of(hold: Holder) -> tuple[int, ...]:
-    return tuple(hold().device_mesh.mesh.flatten().tolist())  # type: ignore[attr-defined]
+    return dtensor.mesh_ranks(hold().device_mesh)  # type: ignore[attr-defined]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
@@ -93,6 +94,29 @@ def gather(value: Object, group: ProcessGroup) -> list[Object]:
     values: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(values, value, group=group)
     return values
+
+
+def tell(value: Object, keys: Sequence[Hashable], group: ProcessGroup) -> list[Object]:
+    """As :func:`gather`, where ranks of equal keys have equal values: one of them tells it.
+
+    What travels, and what is kept, grows with the number of different values, not of ranks.
+
+    Args:
+        value: this rank's; picklable.
+        keys: of each rank, in group order; the same list on every rank.
+        group: the ranks.
+
+    Returns:
+        Every rank's value, in group order; ranks of equal keys share one object.
+    """
+    here = rank_in(group)
+    told: dict[Hashable, Object] = {}
+    for speaker, key in enumerate(keys):
+        if key not in told:
+            box: list[Any] = [value if speaker == here else None]
+            dist.broadcast_object_list(box, group=group, group_src=speaker)
+            told[key] = box[0]
+    return [told[key] for key in keys]
 
 
 def _existing_group(ranks: tuple[int, ...]) -> ProcessGroup | None:

@@ -338,7 +338,7 @@ def learn(tensors: Sequence[Tensor | None], widths: Sequence[int] | None = None)
     sorted_already = all(map(operator.lt, positions, positions[1:]))
     return Arrangement(
         positions=positions,
-        pick=operator.itemgetter(*(positions or (0,))),
+        pick=_picker(positions),
         complete=len(positions) == len(tensors),
         order=None if sorted_already else torch.tensor(np.argsort(positions)),
         numels=[numel for _, numel, _ in found],
@@ -349,6 +349,12 @@ def learn(tensors: Sequence[Tensor | None], widths: Sequence[int] | None = None)
         lengths=torch.tensor(lengths, dtype=torch.long),
         least=torch.tensor([numel * UNDERFLOW[2.0] for _, numel, _ in found], dtype=torch.float64),
     )
+
+
+def _picker(positions: tuple[int, ...]) -> Callable[[Any], Any]:
+    if len(positions) > 1:
+        return operator.itemgetter(*positions)
+    return lambda tensors: tuple(tensors[position] for position in positions)
 
 
 def _gaps(addresses: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

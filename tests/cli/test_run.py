@@ -206,8 +206,11 @@ def test_cpu_without_accelerate(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ModuleNotFoundError("No module named 'accelerate'")
 
     monkeypatch.setattr(accelerate_cpu, "install", install)
+    monkeypatch.setattr(command, "find_spec", lambda name: None)
     with pytest.raises(Exception, match=r"pip install 'distclip\[accelerate\]'"):
         command._prepare_cpu(True)
+    monkeypatch.setattr(command, "find_spec", lambda name: name == "deepspeed")
+    command._prepare_cpu(True)  # which has ranks of its own
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
@@ -216,7 +219,7 @@ def test_only_the_main_rank_warns(
 ) -> None:
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setattr(hooks, "activated", set())
-    monkeypatch.setattr(clipper, "in_use", False)  # another test of this process may have clipped
+    monkeypatch.setattr(clipper, "in_use", False)  # other tests clip in this process
     command._warn_if_idle()
     assert ("run clipped nothing" in capsys.readouterr().err) == (rank == "0")
     hooks.mark_active("accelerate")

@@ -115,6 +115,28 @@ def test_marks_that_one_rank_does_not_understand(when: str) -> None:
         dist.barrier()
 
 
+@pytest.mark.ranks(2, 3, timeout=SECONDS)
+def test_marks_under_another_threshold_and_on_other_parameters() -> None:
+    """The others have agreed on such a call, and reduce: so does the rank that cannot read it."""
+    mine = dist.get_rank() == 1
+    size = 131 + dist.get_world_size()
+    for number, unit in enumerate(("norm", "row", "tensor")):
+
+        def call(listed: list[Tensor], threshold: float, unit: Any = unit) -> object:
+            if unit == "norm":
+                return distclip.clip_grad_norm_(listed, threshold)
+            return distclip.clip_grad_agc_(listed, threshold, unit=unit)
+
+        call([sharded(size + 5 * number, 2), plain(7, 3)], 1.0)
+        for threshold in (2.0, 3.0):
+            listed: list[Tensor] = [sharded(size + 5 * number, 2), plain(7, 3)]
+            marked: Any = listed[1]
+            if mine:
+                marked.allreduce = False
+            message = refused(lambda x=listed, t=threshold: call(x, t), distclip.DistclipError)
+            assert ("declare_sharded" in message) if mine else ("another rank" in message)
+
+
 def unchanged_message(listed: list[Tensor], call: Callable[[list[Tensor]], object]) -> str:
     found: list[str] = []
     unchanged(listed, lambda: found.append(refused(lambda: call(listed), distclip.DistclipError)))

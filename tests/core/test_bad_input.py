@@ -451,7 +451,7 @@ def test_a_group_that_does_not_hold_the_whole_model() -> None:
         lambda: GradClipper([("w", p)], policies.measure(), process_group=mine),
         ProcessGroupError,
         "'w'",
-        "[0, 1, 2, 3]",
+        "ranks 0, 1, 2, 3",
     )
 
 

@@ -358,6 +358,21 @@ def test_over_tensor_parallelism(orig: bool, strategy: ShardingStrategy) -> None
 
 
 @pytest.mark.ranks(2)
+@ORIG
+def test_hybrid_sharding_with_one_shard_is_not_reduced_over_its_replicas(orig: bool) -> None:
+    """By torch, in silence; the replica check says so."""
+    grid = mesh_of((2, 1), ("replicas", "shards"))
+    model = wrap(make(), use_orig_params=orig, device_mesh=grid, sharding_strategy=HYBRID)
+    loss_of(model, mine(batch())).backward()
+    still_a_defect(
+        held(model) != pytest.approx(math.sqrt(2) * total(truth()), rel=1e-3),
+        "leaves replicas apart under HYBRID_SHARD with one shard",
+    )
+    with pytest.raises(distclip.ReplicaDriftError, match=r"body\.weight"):
+        GradClipper(model, policies.global_norm(1.0)).clip_()
+
+
+@pytest.mark.ranks(2)
 def test_frozen_ignored_tied_and_permuted_parameters() -> None:
     model, plain = make(), make()
     for each in (model, plain):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -282,8 +283,8 @@ def test_which_tensors_have_copies() -> None:
     plain_entry = Entry("p", (2,), "float32")
     cut = Entry("w", (2,), "float32", (0,), (0, 1), "S(0)")
     elsewhere = Entry("w", (2,), "float32", (0,), (2, 3), "S(0)")
-    assert copied([[cut]] * 2, [0, 0]) == frozenset()
-    assert copied([[cut]] * 2, [0, 1]) == {"w"}
-    assert copied([[plain_entry, cut]] * 2, [0, 0]) == {"p"}
-    assert copied([[cut], [cut], [elsewhere], [elsewhere]], [0] * 4) == {"w"}
-    assert copied([[plain_entry], [cut]], [0, 0]) == frozenset()
+    assert copied([[cut]] * 2, [0, 1]) == frozenset()
+    assert copied([[replace(cut, copies=True)]] * 2, [0, 1]) == {"w"}
+    assert copied([[plain_entry, cut]] * 2, [0, 1]) == {"p"}
+    assert copied([[cut], [cut], [elsewhere], [elsewhere]], range(4)) == {"w"}
+    assert copied([[plain_entry], [cut]], [0, 1]) == frozenset()

@@ -254,6 +254,10 @@ def test_no_lane_leaves_its_unit(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_long_tensor_is_a_run_of_its_own_and_a_short_one_is_not() -> None:
     alone = [torch.rand(2048), torch.rand(neighbours.LANE), torch.rand(4096)]
     assert learn(alone).positions == (0, 2)
+    one = learn(alone[:2])
+    spans = one.spans(alone[:2])
+    assert spans is not None
+    assert [span.shape for span in spans] == [(2048 // neighbours.LANE, neighbours.LANE)]
     check(alone, Neighbours())
     check(alone, Neighbours(), 1.0)
 

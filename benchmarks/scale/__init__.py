@@ -1,0 +1,1 @@
+"""What clipping does on thousands of ranks: traced without hardware, and modelled from that."""

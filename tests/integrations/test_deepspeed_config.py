@@ -1,0 +1,206 @@
+"""Which policy a DeepSpeed JSON means, and what is said of one that cannot be meant."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("deepspeed")
+
+import deepspeed.runtime.config
+import deepspeed.runtime.engine
+import torch.distributed as dist
+from torch import nn
+
+from distclip import policies
+from distclip.config import Config
+from distclip.errors import ConfigurationError
+from distclip.integrations import deepspeed as integration
+from distclip.integrations import hooks
+from tests.integrations.engines import backward, close, engine_of, json_of
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+ROOT = Path(__file__).resolve().parents[2]
+POLICY = {"name": "global_norm", "max_norm": 0.5}
+MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown policy": (
+        {"distclip": {"policy": {"name": "agcc"}}},
+        "DeepSpeed JSON: distclip: policy.name: no policy is called 'agcc', did you mean 'agc'?",
+    ),
+    "unknown key": (
+        {"distclip": {"policy": POLICY, "on_nonfinit": "skip"}},
+        "did you mean 'on_nonfinite'?",
+    ),
+    "wrong type": (
+        {"distclip": {"policy": {"name": "agc", "clip_factor": "x"}}},
+        "policy.clip_factor: should be a valid number, got 'x'",
+    ),
+    "no mapping": ({"distclip": [POLICY]}, "distclip: should be a mapping of keys to values"),
+    "both": (
+        {"distclip": {"policy": POLICY}, "gradient_clipping": 1.0},
+        'remove "gradient_clipping" .* or remove the section',
+    ),
+    "inside": (
+        {"zero_optimization": {"stage": 2, "distclip": {"policy": POLICY}}},
+        'zero_optimization.distclip: .* inside "zero_optimization".* move it to the top level',
+    ),
+    "auto": (
+        {"distclip": {"policy": {**POLICY, "max_norm": "auto"}}},
+        'distclip.policy.max_norm: "auto" has no value here; write a number',
+    ),
+    "auto in a list": (
+        {"distclip": {"policy": [POLICY, {"name": "value", "clip_value": "auto"}]}},
+        r'distclip\.policy\[1\]\.clip_value: "auto" has no value here',
+    ),
+    "gradient_clipping auto": (
+        {"gradient_clipping": "auto"},
+        "gradient_clipping: must be a number > 0, got 'auto'",
+    ),
+    "gradient_clipping negative": ({"gradient_clipping": -1.0}, "must be a number > 0, got -1.0"),
+    "gradient_clipping bool": ({"gradient_clipping": True}, "must be a number > 0, got True"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_told_with_its_place(mistake: str) -> None:
+    document, words = MISTAKES[mistake]
+    with pytest.raises(ConfigurationError, match=words):
+        integration.configured(document)
+
+
+def test_what_is_meant() -> None:
+    configured = integration.configured
+    one = Config(policy=policies.global_norm(0.5))
+    assert configured({"distclip": {"policy": POLICY}}) == one
+    assert configured({"distclip": {"policy": POLICY}, "gradient_clipping": 0.0}) == one
+    assert configured({"gradient_clipping": 0.5}) == one
+    assert configured({}, policies.global_norm(0.5)) == one
+    assert configured({}, {"policy": POLICY}) == one
+    assert configured({"gradient_clipping": 3}, one) is one  # what is given takes its place
+    for nothing in ({}, {"gradient_clipping": 0}, {"gradient_clipping": 0.0}):
+        assert configured(nothing) is None
+    with pytest.raises(ConfigurationError, match=r"another policy was given .* remove one"):
+        configured({"distclip": {"policy": POLICY}}, one)
+    with pytest.raises(ConfigurationError, match=r"missing\.yaml: no such configuration"):
+        configured({}, "missing.yaml")
+
+
+def test_auto_is_the_threshold_of_a_framework_above() -> None:
+    section = {"policy": [{**POLICY, "max_norm": "auto"}, {"name": "value", "clip_value": 1.0}]}
+    document: dict[str, Any] = {"distclip": section, "train_batch_size": "auto"}
+    integration.resolve_auto(document, 0.7)
+    assert document["distclip"]["policy"][0]["max_norm"] == 0.7
+    assert document["train_batch_size"] == "auto"  # not ours
+    assert integration.configured(document) is not None
+    for nothing in (None, "auto", True):
+        with pytest.raises(ConfigurationError, match=r"distclip\.policy\[0\]\.max_norm"):
+            integration.resolve_auto({"distclip": section}, nothing)
+    integration.resolve_auto({"gradient_clipping": "auto"}, None)  # no section: nothing to do
+
+
+def test_auto_is_the_trainers_max_grad_norm(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    module = transformers.integrations.deepspeed
+    original = module.HfTrainerDeepSpeedConfig.trainer_config_process
+    try:
+        integration._resolve_for_trainer(module)
+        document = {
+            "distclip": {"policy": {**POLICY, "max_norm": "auto"}},
+            "zero_optimization": {"stage": 2},
+            "train_micro_batch_size_per_gpu": 4,
+        }
+        made = module.HfTrainerDeepSpeedConfig(document)
+        arguments = transformers.TrainingArguments(
+            output_dir=str(tmp_path), max_grad_norm=0.7, use_cpu=True, report_to=[]
+        )
+        made.trainer_config_process(arguments)
+        assert made.config["distclip"]["policy"]["max_norm"] == 0.7
+    finally:
+        module.HfTrainerDeepSpeedConfig.trainer_config_process = original
+
+
+@contextmanager
+def enabled() -> Iterator[None]:
+    """As under ``distclip run``, for a while."""
+    module = deepspeed.runtime.engine
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in [
+            (module.DeepSpeedEngine, "__init__"),
+            (deepspeed.runtime.config.DeepSpeedConfig, "_initialize_params"),
+        ]:
+            patch.setattr(owner, name, getattr(owner, name))
+        integration.enable(module, None)
+        hooks._hooks.pop("transformers.integrations.deepspeed", None)
+        yield
+
+
+@pytest.mark.ranks(2, timeout=120)
+def test_initialize_under_run_takes_the_section_up_or_refuses_on_all_ranks() -> None:
+    with enabled():
+        initialize_with_mistakes()
+        initialize_without()
+
+
+def initialize_with_mistakes() -> None:
+    for label, (changes, words) in MISTAKES.items():
+        document = {**json_of(2), **copy.deepcopy(changes)}
+        if label == "inside":
+            document["zero_optimization"] |= changes["zero_optimization"]
+        with pytest.raises(Exception, match=words) as error:
+            engine_of(document)
+        said: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(said, str(error.value))
+        assert len(set(said)) == 1
+
+
+def initialize_without() -> None:
+    # An engine for inference steps nothing, and needs no policy.
+    assert deepspeed.initialize(model=nn.Linear(2, 2), config=json_of(0))[0] is not None
+    with pytest.raises(ConfigurationError, match='neither a "distclip" section nor'):
+        engine_of(json_of(2))
+    for changes, threshold in [
+        ({"distclip": {"policy": POLICY}}, 0.5),
+        ({"gradient_clipping": 0.25}, 0.25),
+    ]:
+        for stage in (0, 3):
+            engine = engine_of({**json_of(stage), **changes})
+            assert hooks.activated >= {"deepspeed"}
+            backward(engine, 0)
+            engine.step()
+            report = engine._distclip.last_report
+            assert float(report.threshold) == threshold
+            assert float(report.clipped_norm) == pytest.approx(threshold, rel=1e-5)
+            close(engine)
+
+
+CONFIGS = sorted((ROOT / "configs" / "deepspeed").glob("*.json"))
+
+
+@pytest.mark.ranks(2, timeout=120)
+def test_the_configurations_that_ship_train() -> None:
+    assert {f"zero{stage}.json" for stage in range(4)} <= {path.name for path in CONFIGS}
+    for path in CONFIGS:
+        document = json.loads(path.read_text())
+        with enabled():
+            engine = engine_of({**document, "steps_per_print": 10**9}, "adam")
+        backward(engine, 0)
+        engine.step()
+        report = engine._distclip.last_report
+        assert float(report.coefficient) == pytest.approx(1.0 / float(report.total_norm), rel=1e-5)
+        assert engine.was_step_applied(), path.name
+        close(engine)
+
+
+def test_the_launch_files_name_what_is_there() -> None:
+    yaml = pytest.importorskip("yaml")
+    for name in ("deepspeed.yaml", "deepspeed_cpu.yaml"):
+        document = yaml.safe_load((ROOT / "configs" / "accelerate" / name).read_text())
+        assert document["distributed_type"] == "DEEPSPEED"
+        assert (ROOT / document["deepspeed_config"]["deepspeed_config_file"]).is_file()

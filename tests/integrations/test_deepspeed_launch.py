@@ -1,0 +1,99 @@
+"""Training with no line of distclip in the script, under the launchers that people use.
+
+Each run costs seconds: one of each launcher, on the scripts and configurations that ship.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("deepspeed")
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+STEPS, MAX_NORM = 12, 0.25
+
+
+def free_port() -> int:
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        port: int = held.getsockname()[1]
+        return port
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def launched(script: str, folder: Path, json_name: str, *options: str) -> tuple[list[Any], ...]:
+    """What the script, and distclip, wrote at each step."""
+    document = json.loads((ROOT / "configs" / "deepspeed" / json_name).read_text())
+    document["distclip"]["policy"]["max_norm"] = MAX_NORM  # low enough to clip at every step
+    document["distclip"]["log"] = {"jsonl": str(folder / "clip.jsonl"), "every": 1}
+    (folder / "ds.json").write_text(json.dumps(document))
+    # Nothing of the surrounding run, which may itself be a launched one, reaches the ranks.
+    environ = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("ACCELERATE_", "FSDP_", "DISTCLIP_", "TORCHELASTIC_", "DS_"))
+        and name not in {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    }
+    environ |= {
+        "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"])),
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "JSON": str(folder / "ds.json"),
+        "PORT": str(free_port()),
+    }
+    done = subprocess.run(
+        ["bash", str(ROOT / "launch" / script), "--log", str(folder / "train.jsonl"), *options],
+        cwd=folder,
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert "clipped nothing" not in done.stderr
+    trained = [line for line in lines(folder / "train.jsonl") if "loss" in line]
+    clipped = [line for line in lines(folder / "clip.jsonl") if "total_norm" in line]
+    return trained, clipped
+
+
+SMALL = ("--steps", str(STEPS), "--width", "32", "--layers", "1")
+
+
+def check(trained: list[Any], clipped: list[Any]) -> None:
+    assert len(trained) == len(clipped) == STEPS
+    for line, report in zip(trained, clipped, strict=True):
+        # What the engine shows is the norm before clipping, and what was done is the policy's.
+        assert line["norm"] == pytest.approx(report["total_norm"], rel=1e-6)
+        assert report["coefficient"] == pytest.approx(
+            MAX_NORM / (report["total_norm"] + 1e-6), rel=1e-6
+        )
+        assert report["coefficient"] < 0.9
+    assert trained[-1]["loss"] < trained[0]["loss"] - 0.5
+
+
+def test_the_deepspeed_launcher_with_zero_2(tmp_path: Path) -> None:
+    check(*launched("deepspeed_zero3.sh", tmp_path, "zero2.json", *SMALL))
+
+
+def test_accelerate_launch_with_zero_3(tmp_path: Path) -> None:
+    """FIELD 14: `clip_grad_norm_`, after the update, gives the norm that the policy has seen.
+
+    Its threshold of 1e-9, which would stop the training, is not heard.
+    """
+    pytest.importorskip("transformers")  # Accelerate asks for it under any stage
+    options = (*SMALL, "--max-norm", "1e-9")
+    check(*launched("accelerate_deepspeed.sh", tmp_path, "zero3.json", *options))
