@@ -32,6 +32,9 @@ LAST_LIMIT = 5.0
 
 POLL = 0.1
 
+MOST_GAP = 0.5
+"""Seconds between two looks that count."""
+
 PATIENCE = 10
 """Limits that ranks which compute get, though nothing is heard of them."""
 
@@ -148,11 +151,12 @@ def _follow(
     limit: float,
     progress: Callable[[str], object],
 ) -> How:
-    started = moved = busy = looked = time.monotonic()
+    started = moved = busy = looked = now = 0.0
     failed: float | None = None
-    spent = 0.0
+    spent, last = 0.0, time.monotonic()
     while True:
-        now = time.monotonic()
+        # While this process does not get to run (a laptop sleeps), the ranks do not either.
+        now, last = now + min(time.monotonic() - last, MOST_GAP), time.monotonic()
         if now - looked > min(1.0, limit / 4):
             before, spent = spent, sum(map(_seconds, reader.ranks))
             busy = now if spent - before > BUSY * (now - looked) else busy
