@@ -10,6 +10,7 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from distclip import checkpoint, handshake
@@ -171,9 +172,17 @@ class GradClipper:
 
         Args:
             loss: one number, any float dtype; not read on the host.
+
+        Raises:
+            ConfigurationError: several numbers, or a DTensor.
         """
         if not self._reads_loss:
             return
+        if isinstance(loss, DTensor):
+            raise ConfigurationError(
+                "observe: the loss is a DTensor, and to read it the ranks would have to talk; give "
+                "loss.full_tensor()"
+            )
         value = torch.as_tensor(loss).detach()
         if value.numel() != 1:
             raise ConfigurationError(

@@ -28,6 +28,7 @@ from distclip import clipper as clippers
 from distclip.cli.verify_cells import judge, together
 from distclip.clipper import GradClipper, Watcher
 from distclip.errors import DistclipError
+from distclip.integrations import hooks
 from distclip.layouts import fsdp1
 from distclip.passes import report_order
 from distclip.policies import ByName, Chain, Policy
@@ -132,12 +133,12 @@ def gathered(clipper: GradClipper, loss_scale: Tensor | None = None) -> Whole:
 
 
 def _refuse(clipper: GradClipper) -> None:
+    if "deepspeed" in hooks.activated:
+        raise DistclipError(
+            "check: DeepSpeed keeps its gradients to itself until it steps, so they cannot be "
+            "gathered; leave --check away, and compare layouts with `distclip simulate` instead"
+        )
     for name, parameter in clipper.here.items():
-        if hasattr(parameter, "ds_tensor") or hasattr(parameter, "_hp_mapping"):
-            raise DistclipError(
-                f"check: {name!r} belongs to DeepSpeed, whose gradients cannot be gathered here; "
-                f"leave --check away, and compare layouts with `distclip simulate` instead"
-            )
         info = next(i for i in clipper.parameters if i.name == name)
         plain = not isinstance(parameter, DTensor) and not fsdp1.is_flattened(parameter)
         if plain and tuple(parameter.shape) != tuple(info.shape):

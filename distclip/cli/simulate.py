@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -70,9 +71,10 @@ def simulate(
         raise ConfigurationError(
             f"simulate: {ranks} ranks cannot be spread over {host_count} nodes"
         )
-    Script(script, arguments or (), module=module).check()
+    program = Script(script, arguments or (), module=module)
+    program.check()
     if config is not None:
-        configuration.load(config)
+        _check(config, program)
     console = Console()
     if host_count > 1 and (reason := nodes.why_not()):
         console.print(f"no network namespaces here: {reason}", style="dim", markup=False)
@@ -112,6 +114,16 @@ def simulate(
         typer.echo(f"written to {json}")
     if not all(outcome.sound for outcome in outcomes):
         raise typer.Exit(1)
+
+
+def _check(config: Path, program: Script) -> None:
+    """Read a configuration as the ranks will: it may import modules beside the program."""
+    path, argv = list(sys.path), sys.argv
+    program.prepare()
+    try:
+        configuration.load(config)
+    finally:
+        sys.path[:], sys.argv = path, argv
 
 
 def _compare(outcomes: Sequence[Outcome], tolerance: float) -> None:

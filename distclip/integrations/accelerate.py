@@ -190,6 +190,24 @@ class Attachment:
         self._handles.clear()
         self._forget_models()
 
+    def state_dict(self) -> dict[str, Any]:
+        """The memory of all clippers, for checkpoints that ``save_state`` does not make.
+
+        Tensors and plain values, the same on every rank.
+        """
+        return self._clippers.shelf.state_dict(self._clippers.known.values())
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Load what :meth:`state_dict` gave, on every rank, before the first step or later.
+
+        An empty state (a checkpoint from before distclip was in use) gives a warning in the log.
+
+        Raises:
+            StateError: no such state, or that of another policy or model; perhaps at the next step.
+        """
+        known = self._clippers.known.values()
+        self._clippers.shelf.load_state_dict(state, known, "what load_state_dict was given")
+
     def _save(self, models: object, weights: object, folder: str) -> None:
         on_each_node = self.accelerator.project_configuration.save_on_each_node
         here = self.accelerator.is_local_main_process

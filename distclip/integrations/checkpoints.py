@@ -29,10 +29,34 @@ class Shelf:
     def __init__(self) -> None:
         self._waiting: list[dict[str, Any]] = []
 
+    def state_dict(self, clippers: Iterable[GradClipper]) -> dict[str, Any]:
+        """The states of all clippers, and those that still wait: tensors and plain values."""
+        states = [clipper.state_dict() for clipper in clippers] + self._waiting
+        return {"version": 1, "clippers": states}
+
+    def load_state_dict(self, state: object, clippers: Iterable[GradClipper], source: str) -> None:
+        """Hand the states over, now or when their clipper comes into being.
+
+        Args:
+            state: what :meth:`state_dict` gave.
+            clippers: those that are there.
+            source: where it is from, for the messages. An empty state gives a warning.
+
+        Raises:
+            StateError: something else, or the state of another policy or model.
+        """
+        if not state:
+            self._warn_of_none(source)
+            return
+        if not isinstance(state, dict) or not isinstance(state.get("clippers"), list):
+            raise StateError(f"{source} is no state of distclip; leave it out to begin anew")
+        self._waiting = list(state["clippers"])
+        for clipper in clippers:
+            self.hand_over(clipper)
+
     def save(self, clippers: Iterable[GradClipper], folder: str | os.PathLike[str]) -> None:
         """Write the states of all clippers, and those that still wait. On one rank only."""
-        states = [clipper.state_dict() for clipper in clippers] + self._waiting
-        torch.save({"version": 1, "clippers": states}, Path(folder) / FILE)
+        torch.save(self.state_dict(clippers), Path(folder) / FILE)
 
     def load(self, clippers: Iterable[GradClipper], folder: str | os.PathLike[str]) -> None:
         """Read them, on every rank; a checkpoint without the file gives a warning.
@@ -42,31 +66,34 @@ class Shelf:
         """
         path = Path(folder) / FILE
         if not path.exists():
-            _logger.warning(
-                "%s has no %s (it is from before distclip was in use?): policies begin with an "
-                "empty memory",
-                folder,
-                FILE,
-            )
-            self._waiting = []
+            self._warn_of_none(f"{folder} has no {FILE}")
             return
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(loaded, dict) or not isinstance(loaded.get("clippers"), list):
-            raise StateError(f"{path} is no state of distclip; delete it to begin anew")
-        self._waiting = loaded["clippers"]
-        for clipper in clippers:
-            self.hand_over(clipper)
+        self.load_state_dict(loaded, clippers, str(path))
+
+    def _warn_of_none(self, what: str) -> None:
+        _logger.warning(
+            "%s: no state of distclip (the checkpoint is from before it was in use?); policies go "
+            "on with the memory they have, at the start with none",
+            what,
+        )
+        self._waiting = []
 
     def hand_over(self, clipper: GradClipper) -> None:
         """Give a clipper the state that waits for it, if there is one.
 
+        Two clippers whose parameters have the same names and shapes (two models of one class) are
+        told apart by the order in which they come into being.
+
         Raises:
             StateError: a state with some of its parameters, or for another policy: what differs.
         """
-        names = set(clipper.names)
-        for state in self._waiting:
-            if set(state.get("parameters", ())) == names:
-                self._waiting.remove(state)
+        shapes = {entry.name: list(entry.shape) for entry in clipper.plan.entries}
+        names = shapes.keys()
+        for position, state in enumerate(self._waiting):
+            saved = zip(state.get("parameters", ()), state.get("shapes", ()), strict=False)
+            if dict(saved) == shapes:
+                del self._waiting[position]
                 clipper.load_state_dict(state)
                 return
         for state in self._waiting:  # none fits, and one nearly does: say what differs

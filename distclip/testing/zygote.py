@@ -110,7 +110,7 @@ def _become_rank(rank: int, world_size: int, connection: int, output: int, stack
 
 
 def die_with_parent() -> None:
-    """Let the kernel end this process with the zygote, however the zygote ends (Linux)."""
+    """Let the kernel end this process with its parent, however that ends (Linux)."""
     if sys.platform != "linux":
         return
     parent = os.getppid()

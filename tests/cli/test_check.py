@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from distclip import DistclipError, GradClipper, clipper, policies
 from distclip.cli import check
 from distclip.cli.check import StepCheck
+from distclip.integrations import hooks
 
 POLICIES = [
     policies.global_norm(0.1),
@@ -138,6 +139,13 @@ def test_scaled_gradients_and_skipped_steps() -> None:
             report = ours.clip_before_step(torch.tensor(4.0))
         assert watching.checked == 1
         assert bool(report.skipped) == (value != 8.0)
+
+
+def test_deepspeed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hooks, "activated", {"deepspeed"})
+    model = nn.Linear(3, 2)
+    with checking(), pytest.raises(DistclipError, match="DeepSpeed keeps its gradients to itself"):
+        GradClipper(model, policies.global_norm(0.1)).clip_()
 
 
 def test_what_is_said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from distclip import GradClipper, policies
 from distclip.cli.simulation import agreement, findings, stuck
 from distclip.cli.simulation.rank import journal_of
 from distclip.cli.simulation.recorder import Journal, Recorder, samples
-from distclip.cli.simulation.records import Rank, Reader
+from distclip.cli.simulation.records import Rank, Reader, Step
 from distclip.cli.simulation.watch import Ending
 from distclip.testing import run_on_ranks
 
@@ -244,6 +244,24 @@ def test_a_batch_per_process_is_told(runs: dict[str, list[Rank]], tmp_path: Path
     assert "split_batches" in difference.text
 
 
+def test_further_reasons_why_layouts_differ() -> None:
+    def told(mine: list[Step], theirs: list[Step]) -> str:
+        found = [[Rank(number, [step]) for number, step in enumerate(e)] for e in (mine, theirs)]
+        difference = agreement.compare(("single", found[0]), ("other", found[1]), 1e-4)
+        assert difference is not None
+        return difference.text
+
+    def step(*sizes: int, loss: float = 1.0, norm: float | None = None) -> Step:
+        some = [str(number) for number in range(sum(sizes))]
+        return Step(samples=some, sizes=list(sizes), losses=[loss], norm=norm, world=1)
+
+    shown = told([step(3, 3)], [step(4, 2, loss=1.1)])
+    assert "micro-batches of other have 2 and 4 samples" in shown
+    shown = told([step(6)], [step(6, norm=2.0)])
+    assert "norm 2 and not nan" in shown
+    assert "under DeepSpeed (other) a script's own clipping of gradients does nothing" in shown
+
+
 def test_enough_steps(tmp_path: Path) -> None:
     with recorded(tmp_path, 0, steps=2):
         model = wrapped("none")
@@ -272,8 +290,23 @@ def test_checkpointing_and_evaluation_are_no_further_data(tmp_path: Path) -> Non
     reader = Reader(tmp_path, 1)
     reader.read()
     (step,) = reader.ranks[0].steps
-    assert step.samples == samples([x])
+    assert (step.samples, step.sizes) == (samples([x]), [4])
     assert len(step.losses) == 2
+
+
+def test_gradients_that_cannot_be_read_are_told(tmp_path: Path) -> None:
+    with recorded(tmp_path, 0):
+        model = nn.ModuleDict({"table": nn.Embedding(9, 5, sparse=True), "last": nn.Linear(5, 1)})
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(2):
+            model["last"](model["table"](torch.arange(4))).sum().backward()
+            optimizer.step()
+    reader = Reader(tmp_path, 1)
+    reader.read()
+    (remark,) = found(reader.ranks)
+    assert (remark.kind, remark.fault) == ("unseen", False)
+    assert "is sparse" in remark.text
+    assert len(reader.ranks[0].steps[1].pieces) == 2
 
 
 # ---- hangs, from stacks ------------------------------------------------------------------------

@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import Replicate, distribute_tensor
 
 from distclip import ConfigurationError, GradClipper, policies
 from distclip.policies import ParameterInfo, Policy, Scale, Skip, Statistics
 from distclip.testing import memory as reference
+from tests.sharded import mesh_of
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "golden_stateful.npz"
 
@@ -160,6 +162,12 @@ def test_row_22_a_nan_does_not_make_every_step_skip(golden: dict[str, np.ndarray
     norms[60] = math.nan
     actions, _ = drive(policies.skip_spikes(16, 6.0, 8), norms)
     assert [step for step in skipped(actions) if 60 <= step < 77] == [60]
+    # Nor does it make the window deaf: spikes after it are skipped as without the NaN.
+    norms[70] = 1e3 * norms[69]
+    spiky = skipped(drive(policies.skip_spikes(16, 6.0, 8), norms)[0])
+    without = skipped(drive(policies.skip_spikes(16, 6.0, 8), np.delete(norms, 60))[0])
+    assert 70 in spiky
+    assert [step - (step > 60) for step in spiky if step != 60] == without
 
 
 def test_row_23_adagc_does_not_collapse_nor_freeze(golden: dict[str, np.ndarray]) -> None:
@@ -256,8 +264,8 @@ LONG: dict[str, Policy] = {
     "adagc": policies.adagc(max_growth=100.0),
     "skip_spikes": policies.skip_spikes(),
 }
-RUNS, STEPS = 20, 5_000
-"""Twenty runs of 5,000 steps side by side: 100,000 steps of each policy."""
+RUNS, STEPS = 50, 2_000
+"""Fifty runs of 2,000 steps side by side: 100,000 steps of each policy."""
 
 
 def bounds(label: str, seen: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -367,6 +375,15 @@ def test_the_loss_is_judged_too() -> None:
         stepped(silent, parameter, 1.0)
     with pytest.raises(ConfigurationError, match=r"one number, got a tensor of shape \[2\]"):
         clipper.observe(torch.ones(2))
+
+
+@pytest.mark.ranks(2)
+def test_a_loss_that_is_spread_over_ranks_is_refused() -> None:
+    parameter = nn.Parameter(torch.zeros(2))
+    policy = policies.skip_spikes(window=16, min_history=4, loss=True)
+    clipper = GradClipper([("p", parameter)], policy)
+    with pytest.raises(ConfigurationError, match=r"loss\.full_tensor\(\)"):
+        clipper.observe(distribute_tensor(torch.tensor(1.0), mesh_of((2,), ("x",)), [Replicate()]))
 
 
 def test_the_reference_agrees_on_scripted_norms() -> None:

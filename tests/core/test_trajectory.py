@@ -12,6 +12,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -123,7 +124,7 @@ def check(label: str, layout: str, values: Whole) -> None:
             one = float(want.coefficients[name])
             tolerance = AutoClip.relative_error if name in sketched else 1e-6
             if gradients[name] is not None:
-                assert coefficient == pytest.approx(one, rel=tolerance), f"{where}, {name}"
+                assert math.isclose(coefficient, one, rel_tol=tolerance), f"{where}, {name}"
                 clipped += one < 1
         for name, local in model.local_gradients() if step % 25 == 0 else ():
             full = want.gradients[name]
@@ -146,6 +147,38 @@ def test_the_same_trajectory_under_every_sharding(world_size: int) -> None:
     for layout in LAYOUTS[world_size]:
         for label in TOGETHER:
             check(label, layout, whole())
+
+
+@pytest.mark.ranks(2, 3)
+def test_pipeline_stages_remember_together(world_size: int) -> None:
+    """Each rank has a layer of its own; what is remembered is that of the whole model, on all."""
+    configuration = [{**SKIP, "loss": False}, {**ADAGC, "warmup_steps": 10}, AUTOCLIP]
+    names = [f"{rank}.weight" for rank in range(world_size)]
+    stage = torch.nn.ModuleDict({str(dist.get_rank()): torch.nn.Linear(4, 3, bias=False)})
+    (mine,) = stage.parameters()
+    clipper = GradClipper([stage], build(configuration))
+    memory: dict[str, Any] = {}
+    weights = {name: np.ones((3, 4)) for name in names}
+    for step in range(60):
+        random = torch.Generator().manual_seed(step)
+        factor = 1000.0 if step in (40, 41) else 1.0
+        table = {name: torch.randn(3, 4, generator=random) * factor for name in names}
+        mine.grad = table[f"{dist.get_rank()}.weight"].clone()
+        report = clipper.clip_()
+        arrays = {name: value.double().numpy() for name, value in table.items()}
+        want = expected(configuration, arrays, weights, memory=memory)
+        assert bool(report.skipped) == want.skipped == (step in (40, 41))
+        part = want.gradients[f"{dist.get_rank()}.weight"]
+        assert part is not None
+        assert_rounded(mine.grad, part, coefficient_error=1e-6, name=str(step))
+    # One process that holds the whole model goes on from there.
+    whole_model = [(name, torch.nn.Parameter(torch.ones(3, 4))) for name in names]
+    states: list[Any] = [None] * world_size
+    dist.all_gather_object(states, clipper.state_dict())
+    assert all(alike(state, states[0]) for state in states)
+    alone = GradClipper(whole_model, build(configuration))
+    alone.load_state_dict(states[0])
+    assert alike(alone.state_dict(), states[0])
 
 
 # ---- stopping and going on -------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,59 @@ def test_a_resumed_run_decides_as_one_that_was_not_stopped(layout: str, tmp_path
     assert steps(resumed, 6, 10) == want
     resumed[1].remove()
     assert not resumed[0]._save_model_state_pre_hook
+
+
+@pytest.mark.ranks(1, 2)
+def test_a_checkpoint_that_the_accelerator_does_not_make(tmp_path: Path) -> None:
+    """As Trainer's, whose callback would keep ``handle.state_dict()``."""
+    import torch
+
+    run = begin("ddp")
+    steps(run, 0, 6)
+    weights, moments = copy.deepcopy((run[2].state_dict(), run[3].state_dict()))
+    file = tmp_path / f"{run[0].process_index}.pt"
+    torch.save(run[1].state_dict(), file)
+    want = steps(run, 6, 9)
+    resumed = begin("ddp")
+    resumed[2].load_state_dict(weights)
+    resumed[3].load_state_dict(moments)
+    resumed[1].load_state_dict(torch.load(file, weights_only=True))
+    assert steps(resumed, 6, 9) == want
+    assert len(resumed[1].state_dict()["clippers"]) == 1
+    with pytest.raises(StateError, match="was given is no state of distclip"):
+        resumed[1].load_state_dict({"clippers": 3})
+
+
+@pytest.mark.ranks(1, 2)
+def test_two_models_of_the_same_names_get_their_own_memory() -> None:
+    from torch import nn
+
+    def two() -> Any:
+        import distclip
+
+        accelerator = start("ddp")
+        handle = distclip.accelerate.attach(accelerator, policies.adagc(warmup_steps=2))
+        models = [nn.Linear(5, 1), nn.Linear(5, 2)]
+        optimizers = [sgd(model) for model in models]
+        prepared = accelerator.prepare(*models, *optimizers)
+        return accelerator, handle, prepared[:2], prepared[2:]
+
+    def train(run: Any, order: tuple[int, ...]) -> None:
+        accelerator, _, models, optimizers = run
+        for turn in order:
+            accelerator.backward((turn + 1.0) * models[turn](batch(0)).square().mean())
+            optimizers[turn].step()
+            optimizers[turn].zero_grad()
+
+    run, resumed = two(), two()
+    train(run, (0, 1, 0, 1))
+    saved = run[1].state_dict()
+    resumed[1].load_state_dict(saved)
+    train(resumed, (1, 0))  # in another order than before: the shapes tell them apart
+    found = {
+        str(clipper["shapes"]): clipper["step"] for clipper in resumed[1].state_dict()["clippers"]
+    }
+    assert found == {"[[1, 5], [1]]": 3, "[[2, 5], [2]]": 3}
 
 
 @pytest.mark.ranks(1)

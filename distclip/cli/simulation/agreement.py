@@ -103,7 +103,18 @@ def _why(
         return found, who
     if number == 0 and (found := _weights(name, here, layout, there)):
         return found, []
-    return _uneven(name, here, layout, there) or _gradients(name, here, layout, there), []
+    looks = (_own_clipping, _uneven, _gradients)
+    return next((found for look in looks if (found := look(name, here, layout, there))), []), []
+
+
+def _own_clipping(name: str, here: Sequence[Step], layout: str, there: Sequence[Step]) -> list[str]:
+    engines = [step.norm is not None for step in (here[0], there[0])]
+    if engines[0] == engines[1] or here[0].clips or there[0].clips:
+        return []
+    return [
+        f"under DeepSpeed ({layout if engines[1] else name}) a script's own clipping of gradients "
+        f"does nothing, and DeepSpeed's is switched off here: give a policy with --config"
+    ]
 
 
 def _uneven(name: str, here: Sequence[Step], layout: str, there: Sequence[Step]) -> list[str]:

@@ -47,7 +47,7 @@ def find(ending: Ending, *, branches: bool = True) -> list[Finding]:
     """
     ranks = ending.ranks
     looks: list[Callable[[Sequence[Rank]], Finding | None]] = [
-        _alone, _modules, _operations, _missing_gradients, _drifted, _data, _steps,
+        _alone, _modules, _operations, _missing_gradients, _drifted, _data, _steps, _unseen,
     ]  # fmt: skip
     found = [finding for look in looks if (finding := look(ranks)) is not None]
     for finding in found:
@@ -161,11 +161,8 @@ def _alone(ranks: Sequence[Rank]) -> Finding | None:
 
 def _modules(ranks: Sequence[Rank]) -> Finding | None:
     for number, steps in enumerate(_together(ranks, begun=False)):
-        # The last step of a rank that hangs or failed may not have come so far.
-        if len({len(step.sizes) for step in steps if step.begun}) <= 1 and not all(
-            step.begun or step.losses for step in steps
-        ):
-            continue
+        if not all(step.losses or step.begun for step in steps):
+            continue  # of a rank that hangs or failed
         odd, like = _odd([step.modules for step in steps])
         if odd:
             mine, theirs = Counter(steps[odd[0]].modules), Counter(steps[like].modules)
@@ -343,6 +340,18 @@ def _steps(ranks: Sequence[Rank]) -> Finding | None:
     odd, like = _odd(counts)
     text = f"{names(odd)} took {counts[odd[0]]} steps, rank {like} {counts[like]}"
     return Finding("steps", text, min(counts), tuple(odd))
+
+
+def _unseen(ranks: Sequence[Rank]) -> Finding | None:
+    for rank in ranks:
+        for number, step in enumerate(rank.steps):
+            if step.unseen:
+                text = (
+                    f"gradients that cannot be read were left out of the comparison and the norm: "
+                    f"{'; '.join(step.unseen[:SHOWN])}"
+                )
+                return Finding("unseen", text, number, (rank.number,), fault=False)
+    return None
 
 
 def gradient_squares(steps: Sequence[Step]) -> Mapping[str, float]:

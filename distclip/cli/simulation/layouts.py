@@ -65,13 +65,15 @@ def check(layout: str) -> None:
     """
     if layout not in LAYOUTS:
         raise ConfigurationError(f"simulate: no layout {layout!r}; there are {', '.join(LAYOUTS)}")
-    needed = ["accelerate"] if uses_accelerate(layout) else []
-    needed += ["deepspeed"] if layout.startswith("zero") else []
-    for package in needed:
+    needed = {"accelerate": "'distclip[accelerate]'"} if uses_accelerate(layout) else {}
+    if layout.startswith("zero"):
+        # Accelerate 1.15 looks up the version of transformers as soon as DeepSpeed is asked for.
+        needed |= {"deepspeed": "'distclip[deepspeed]'", "transformers": "transformers"}
+    for package, extra in needed.items():
         if importlib.util.find_spec(package) is None:
             raise ConfigurationError(
                 f"simulate: layout {layout!r} needs {package}, which is not installed: "
-                f"pip install 'distclip[{package}]'"
+                f"pip install {extra}"
             )
 
 

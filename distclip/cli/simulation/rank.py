@@ -97,14 +97,15 @@ def main() -> None:
     journal = Journal(journal_of(folder, rank))
     journal.write("start", pid=os.getpid(), world=int(os.environ.get("WORLD_SIZE", "1")))
     recorder = Recorder(journal, task.steps)
+    script = Script(task.script, [*sys.argv[1:], *task.arguments], module=task.module)
     sys.excepthook = _telling(journal, sys.excepthook)
     with recorder:
         try:
+            script.prepare()  # the configuration may import modules that lie beside it
             _prepare(task, recorder)
         except Exception as error:
             sys.excepthook(type(error), error, error.__traceback__)
             sys.exit(1)
-        script = Script(task.script, [*sys.argv[1:], *task.arguments], module=task.module)
         code = script.run()
     sys.stdout.flush()
     journal.write(
@@ -118,6 +119,10 @@ def main() -> None:
 def _prepare(task: Task, recorder: Recorder) -> None:
     hooks.on_import("deepspeed.runtime.engine", recorder.watch_engine)
     hooks.on_import("deepspeed.ops", _without_compiler)
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+        # The launcher's default, 1, would take the place of what the script asks for.
+        os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)
+        hooks.on_import("accelerate.accelerator", _with_batch_size)
     if task.accelerate:
         from distclip.integrations import accelerate_cpu
 
@@ -146,6 +151,20 @@ def _verify_ranks(module: Any) -> None:
         return prepared
 
     module.Accelerator.prepare = prepare
+
+
+def _with_batch_size(module: Any) -> None:
+    """Let a script prepare no DataLoader: Accelerate wants a batch size then, for its logs."""
+    original = module.Accelerator._prepare_deepspeed
+    key = "train_micro_batch_size_per_gpu"
+
+    def prepare(self: Any, *args: Any) -> Any:
+        plugin = self.state.deepspeed_plugin
+        if plugin.is_auto(key) and not any(hasattr(each, "batch_size") for each in args):
+            plugin.deepspeed_config[key] = 1
+        return original(self, *args)
+
+    module.Accelerator._prepare_deepspeed = prepare
 
 
 def _without_compiler(module: Any) -> None:

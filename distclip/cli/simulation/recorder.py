@@ -26,7 +26,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -40,9 +40,10 @@ from torch.utils.data import DataLoader
 
 from distclip import clipper
 from distclip.clipper import GradClipper, Watcher
+from distclip.errors import DistclipError
 from distclip.layouts.detect import detect
 from distclip.layouts.names import clean, named_parameters
-from distclip.layouts.piece import Entry, Piece
+from distclip.layouts.piece import Entry, MisplacedError, Piece
 from distclip.report import ClipReport
 from distclip.statistics.fingerprint import fingerprint
 
@@ -93,7 +94,7 @@ class Recorder(Watcher):
         self._within = threading.local()
         self._models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._module_names: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
-        self._pieces: dict[tuple[int, ...], list[tuple[Entry, Piece]]] = {}
+        self._pieces: weakref.WeakKeyDictionary[Optimizer, _Known] = weakref.WeakKeyDictionary()
         self._told: set[str] = set()
         self._stepping: FrameType | None = None
         self._undo: list[Callable[[], object]] = []
@@ -216,12 +217,12 @@ class Recorder(Watcher):
             return  # a part of a step: DeepSpeed's, or of a class whose step calls super().step()
         self._stepping = caller
         with torch.no_grad():
-            self._tell_step(self._told_of(optimizer))
+            self._tell_step(*self._told_of(optimizer))
 
-    def _tell_step(self, pieces: Sequence[Any]) -> None:
+    def _tell_step(self, pieces: Sequence[Any], unseen: Sequence[str]) -> None:
         alone = not (dist.is_available() and dist.is_initialized())
         world = 1 if alone else dist.get_world_size()
-        self.journal.write("step", step=self.step, world=world, pieces=pieces)
+        self.journal.write("step", step=self.step, world=world, pieces=pieces, unseen=unseen)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if sys._getframe(1) is self._stepping:
@@ -235,18 +236,34 @@ class Recorder(Watcher):
             self.enough = True
             raise SystemExit(0)
 
-    def _told_of(self, optimizer: Optimizer) -> list[Any]:
+    def _told_of(self, optimizer: Optimizer) -> tuple[list[Any], list[str]]:
+        """Of every local piece what it holds, and what cannot be read."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        key = tuple(map(id, parameters))
-        if key not in self._pieces:
-            names = {id(p): name for model in self._models for name, p in named_parameters(model)}
-            self._pieces[key] = [
-                (entry, piece)
-                for number, parameter in enumerate(parameters)
-                for entry, pieces in detect(names.get(id(parameter), f"{number}"), parameter)
-                for piece in pieces
-            ]
-        return [_told(entry, piece) for entry, piece in self._pieces[key]]
+        known = self._pieces.get(optimizer)
+        if known is None or known.parameters != tuple(map(id, parameters)):
+            known = self._pieces[optimizer] = self._described(parameters)
+        told, unseen = [], list(known.unseen)
+        for entry, piece in known.pieces:
+            try:
+                told.append(_told(entry, piece))
+            except (DistclipError, MisplacedError) as error:
+                unseen.append(str(error))
+        return told, unseen
+
+    def _described(self, parameters: Sequence[Tensor]) -> _Known:
+        names = {id(p): name for model in self._models for name, p in named_parameters(model)}
+        known = _Known(tuple(map(id, parameters)), [], [])
+        for number, parameter in enumerate(parameters):
+            name = names.get(id(parameter), str(number))
+            try:
+                described = detect(name, parameter)
+            except DistclipError as error:
+                known.unseen.append(str(error))
+            else:
+                known.pieces.extend(
+                    (entry, piece) for entry, pieces in described for piece in pieces
+                )
+        return known
 
     # ---- DeepSpeed -----------------------------------------------------------------------
 
@@ -261,7 +278,7 @@ class Recorder(Watcher):
     def _engine_step(self, original: Any, engine: Any, *args: Any, **kwargs: Any) -> Any:
         if not engine.is_gradient_accumulation_boundary():
             return original(engine, *args, **kwargs)
-        self._tell_step([])
+        self._tell_step([], [])
         self._depth("engine", 1)
         try:
             result = original(engine, *args, **kwargs)
@@ -272,6 +289,14 @@ class Recorder(Watcher):
             self.journal.write("norm", step=self.step, norm=float(norm))
         self._count()
         return result
+
+
+class _Known(NamedTuple):
+    """What an optimizer's parameters, told apart by their ids, consist of."""
+
+    parameters: tuple[int, ...]
+    pieces: list[tuple[Entry, Piece]]
+    unseen: list[str]
 
 
 def _told(entry: Entry, piece: Piece) -> list[Any]:

@@ -44,6 +44,7 @@ class Step:
         norm: DeepSpeed's, if there was one.
         world: size of the process group.
         pieces: what this rank holds.
+        unseen: what could not be read of them.
         done: whether the step came to its end.
     """
 
@@ -57,6 +58,7 @@ class Step:
     norm: float | None = None
     world: int | None = None
     pieces: dict[Box, Sums] = field(default_factory=dict)
+    unseen: list[str] = field(default_factory=list)
     done: bool = False
 
     @property
@@ -141,6 +143,7 @@ class Rank:
             step.norm = record["norm"]
         elif event == "step":
             step.world = record["world"]
+            step.unseen = record["unseen"]
             for name, offsets, extents, *sums in record["pieces"]:
                 step.pieces[Box(name, tuple(offsets), tuple(extents))] = Sums(*sums)
         elif event == "stepped":

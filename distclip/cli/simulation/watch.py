@@ -27,7 +27,16 @@ START_LIMIT = 180.0
 END_LIMIT = 30.0
 """Seconds that launchers get to end after their ranks."""
 
+LAST_LIMIT = 5.0
+"""Seconds that a killed process gets to be gone."""
+
 POLL = 0.1
+
+PATIENCE = 10
+"""Limits that ranks which compute get, though nothing is heard of them."""
+
+BUSY = 0.02
+"""Of one core, from which on a rank counts as computing; one that waits takes next to nothing."""
 
 How = Literal["ended", "failed", "hung", "not started"]
 
@@ -69,7 +78,8 @@ def run(
     Args:
         launch: what to start.
         folder: where its ranks write.
-        limit: seconds without a sign of life from any rank until it counts as hung.
+        limit: seconds in which no rank says or computes anything until it counts as hung; ten
+            times as long if one only computes.
         progress: told how far the ranks are.
         isolate: give each of several nodes a network namespace, if the system allows.
     """
@@ -138,10 +148,15 @@ def _follow(
     limit: float,
     progress: Callable[[str], object],
 ) -> How:
-    started = moved = time.monotonic()
+    started = moved = busy = looked = time.monotonic()
     failed: float | None = None
+    spent = 0.0
     while True:
         now = time.monotonic()
+        if now - looked > min(1.0, limit / 4):
+            before, spent = spent, sum(map(_seconds, reader.ranks))
+            busy = now if spent - before > BUSY * (now - looked) else busy
+            looked = now
         if reader.read():
             moved = now
             progress(_progress(reader.ranks))
@@ -154,9 +169,18 @@ def _follow(
             return "failed" if any(rank.pid for rank in ranks) else "not started"
         if any(rank.pid is None for rank in ranks) and now - started > max(limit, START_LIMIT):
             return "not started"
-        if all(rank.pid for rank in ranks) and now - moved > limit:
+        quiet = now - max(moved, busy) > limit or now - moved > PATIENCE * limit
+        if quiet and all(rank.pid for rank in ranks):
             return "hung"
         time.sleep(POLL)
+
+
+def _seconds(rank: Rank) -> float:
+    """Processor time that a rank has taken; 0 where that cannot be known."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        fields = Path(f"/proc/{rank.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return 0.0
 
 
 def _some_failed(ranks: list[Rank]) -> bool:
@@ -221,6 +245,9 @@ def _stop(reader: Reader, agents: list[subprocess.Popen[bytes]]) -> None:
         if rank.pid is not None and _runs(rank):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(rank.pid, signal.SIGKILL)
+    deadline = time.monotonic() + LAST_LIMIT
+    while any(map(_runs, reader.ranks)) and time.monotonic() < deadline:
+        time.sleep(POLL / 10)
     for number in (signal.SIGTERM, signal.SIGKILL):
         for agent in agents:
             if agent.poll() is None:
