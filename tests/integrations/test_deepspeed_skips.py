@@ -20,6 +20,7 @@ from distclip import policies
 from distclip.errors import NonFiniteGradientError
 from distclip.policies import Needs, ParameterInfo, Policy, Skip, State, Statistics
 from tests.integrations.engines import (
+    VERSION,
     Reference,
     backward,
     batch,
@@ -176,6 +177,8 @@ def test_on_nonfinite() -> None:
                 else:  # left to DeepSpeed, which drops such a step or takes it, by its version
                     assert not norm < float("inf"), where
                     continue
+                if VERSION == (0, 18) and kind == "bf16":
+                    continue  # which by itself never clears the gradients of such a step
                 step(engine, 2)
                 assert engine.was_step_applied(), where
                 assert all(bool(t.isfinite().all()) for t in weights_of(engine).values()), where
