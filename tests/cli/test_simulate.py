@@ -108,6 +108,24 @@ def test_one_script_under_several_layouts(folder: Path) -> None:
     assert len((folder / "kept" / "ddp" / "clip.jsonl").read_text().splitlines()) == 3
 
 
+def test_the_same_script_under_zero(folder: Path) -> None:
+    """Stage 2 cuts gradients, stage 3 weights too; DeepSpeed steps, and the policy clips in it."""
+    pytest.importorskip("accelerate")
+    pytest.importorskip("deepspeed")
+    code, shown, told = simulate(
+        *("--layout", "single", "--layout", "zero2", "--layout", "zero3", "--ranks", "2"),
+        *("--config", "policy.yaml", "--steps", "3", "accelerated.py"),
+    )
+    assert code == 0, shown
+    assert [each["layout"] for each in told["layouts"]] == ["single", "zero2", "zero3"]
+    first, *others = [each["steps"] for each in told["layouts"]]
+    assert len(first) == 3
+    assert all(0 < step["coefficient"] < 1 for step in first)
+    for steps in others:
+        for step, wanted in zip(steps, first, strict=True):
+            assert step == pytest.approx(wanted, rel=1e-5)
+
+
 def test_a_crash_ends_all_with_its_traceback_first(folder: Path) -> None:
     code, shown, told = simulate("--layout", "torchrun", "--keep", "kept", "plain.py", "crash")
     end = time.time()
