@@ -100,17 +100,13 @@ class Arrangement:
             if len(self._divisions) >= PATIENCE:
                 self._divisions.clear()
             lanes = dict(zip(self.positions, self.lengths.tolist(), strict=True))
-            fits = [each for each in self.positions if lanes[each] % parts.get(each, 1) == 0]
-            counts = [parts.get(each, 1) if each in fits else 1 for each in self.positions]
+            fits = {each for each, count in parts.items() if lanes.get(each, 1) % count == 0}
+            counts = [parts[each] if each in fits else 1 for each in self.positions]
             lengths = [lanes[e] // n for e, n in zip(self.positions, counts, strict=True)]
             numels = [numel // n for numel, n in zip(self.numels, counts, strict=True)]
             repeats = torch.tensor(counts)
             known = self._divisions[key] = Division(
-                tuple(
-                    number
-                    for number, each in enumerate(self.positions)
-                    if each in parts and each in fits
-                ),
+                tuple(number for number, each in enumerate(self.positions) if each in fits),
                 counts,
                 repeats.cumsum(0),
                 torch.tensor(lengths).repeat_interleave(repeats),

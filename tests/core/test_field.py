@@ -84,6 +84,15 @@ def test_row_02_tiny_gradients_never_underflow() -> None:
     assert relative(distclip.get_total_norm([tiny]), tiny.double().norm().item()) <= 1e-6
 
 
+def test_row_02_a_policy_sees_norms_whose_squares_overflow() -> None:
+    """Of float64 gradients the square of a norm may leave float64, and the norm itself not."""
+    named = [(name, parameter(torch.full((1,), value, dtype=torch.float64)))
+             for name, value in (("a", 3e200), ("b", 4e200))]  # fmt: skip
+    report = GradClipper(named, policies.global_norm(1.0)).clip_()
+    assert report.coefficient.item() == pytest.approx(2e-201, rel=1e-12)
+    assert [p.grad.item() for _, p in named if p.grad is not None] == pytest.approx([0.6, 0.8])
+
+
 @pytest.mark.parametrize("thousands", [32_000, 100_000])
 def test_row_03_a_large_fp32_norm_is_exact(thousands: int) -> None:
     block = randn(1000)
