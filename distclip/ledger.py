@@ -109,6 +109,11 @@ class Program:
         )
 
 
+def _chosen(values: Tensor, where: Tensor | slice) -> Tensor:
+    """``values[where]``, where a slice means all of them."""
+    return values if isinstance(where, slice) else values[where]
+
+
 def _is_one(coefficients: Tensor) -> bool:
     if coefficients.dim() == 0:
         return coefficients.item() == 1.0
@@ -137,9 +142,10 @@ class Ledger:
         self.table = program.tables[number]
         self.measurement = measurement
         # No tensor in these books is changed in place: most are shared, and all are replaced.
-        self.norms = dict(measurement.norms)
+        self._norms = dict(measurement.norms)
         self.units = dict(measurement.units)
-        self.ones = self.total = self.scaled = program.ones
+        self.ones = self._total = self._scaled = program.ones
+        self._common: Tensor | None = None
         self.unit_total = torch.ones_like(measurement.unit_weights) if self.table.size else None
         self.rounds = [Round(bounds=self.one.request.bounds)]
         self.threshold: Tensor | float | None = None
@@ -148,10 +154,34 @@ class Ledger:
         if program.shown in self.norms and self.one.local_units:
             self._book(measurement.clamped[program.shown], list(self.one.local_units))
 
+    @property
+    def norms(self) -> dict[float, Tensor]:
+        """Order -> float64 ``(parameters,)`` norms after the stages so far."""
+        self._settle()
+        return self._norms
+
+    @property
+    def total(self) -> Tensor:
+        """float64 ``(parameters,)``, what each gradient is multiplied by."""
+        self._settle()
+        return self._total
+
+    @property
+    def scaled(self) -> Tensor:
+        """The same, without what is decided unit by unit."""
+        self._settle()
+        return self._scaled
+
+    def _settle(self) -> None:
+        """Book the scaling that all share: only a later stage or a report asks for it."""
+        if self._common is not None:
+            factors, self._common = self._common, None
+            self._multiply(factors)
+
     def forget(self, members: Tensor) -> None:
         """Set the norms of the flagged parameters to 0: their gradients are dropped."""
-        self.norms = {p: torch.where(members, 0.0, norms) for p, norms in self.norms.items()}
-        self.total = torch.where(members, 1.0, self.total)
+        self._norms = {p: torch.where(members, 0.0, norms) for p, norms in self.norms.items()}
+        self._total = torch.where(members, 1.0, self.total)
         if self.table.size:
             dropped = members[self.table.owner]
             self.units = {p: torch.where(dropped, 0.0, units) for p, units in self.units.items()}
@@ -168,8 +198,8 @@ class Ledger:
         where = self._where(stage.members)
         statistics = Statistics(
             self._infos(stage.members),
-            {p: self.norms[p][where] for p in policy.needs.gradient_norms},
-            {p: self.measurement.weights[p][where] for p in policy.needs.weight_norms},
+            {p: _chosen(self.norms[p], where) for p in policy.needs.gradient_norms},
+            {p: _chosen(self.measurement.weights[p], where) for p in policy.needs.weight_norms},
             in_range=self.total is self.ones and self.measurement.in_range,
             loss=self.measurement.loss if policy.needs.loss else None,
         )
@@ -271,18 +301,25 @@ class Ledger:
         else:
             factors = self.ones.clone()
             factors[where] = coefficients
-        same = self.total is self.scaled
-        self.total = self.total * factors
-        self.scaled = self.total if same else self.scaled * factors
-        self.norms = {order: norms * factors for order, norms in self.norms.items()}
-        if self.unit_total is not None:
-            per_unit = factors if factors.dim() == 0 else factors[self.table.owner]
-            self.unit_total = self.unit_total * per_unit
-            self.units = {order: units * per_unit for order, units in self.units.items()}
+        if factors.dim() == 0 and self.unit_total is None:
+            self._common = factors if self._common is None else self._common * factors
+        else:
+            self._settle()
+            self._multiply(factors)
         pending = self.rounds[-1]
         pending.coefficients = (
             factors if pending.coefficients is None else pending.coefficients * factors
         )
+
+    def _multiply(self, factors: Tensor) -> None:
+        same = self._total is self._scaled
+        self._total = self._total * factors
+        self._scaled = self._total if same else self._scaled * factors
+        self._norms = {order: norms * factors for order, norms in self._norms.items()}
+        if self.unit_total is not None:
+            per_unit = factors if factors.dim() == 0 else factors[self.table.owner]
+            self.unit_total = self.unit_total * per_unit
+            self.units = {order: units * per_unit for order, units in self.units.items()}
 
     def _run_units(self, stage: Stage, policy: UnitPolicy) -> None:
         self._show(policy.threshold)
@@ -320,7 +357,7 @@ class Ledger:
         ratio = self.norms[self.program.shown][where] / before[where]
         total = self.total.clone()
         total[where] *= torch.where(before[where] > 0, ratio, 1.0)
-        self.total = total
+        self._total = total
 
 
 class Apply(Protocol):

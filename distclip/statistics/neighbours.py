@@ -11,7 +11,8 @@ import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +22,7 @@ from torch import Tensor
 LANE = 256
 """Elements per float32 partial sum: worst case 32 additions per SIMD lane, error below 1e-6."""
 CHUNK = 1 << 16
-"""Elements of a temporary, 256 KiB."""
+"""Elements of a temporary, 256 KiB in float32; with its float64 twin below 1 MiB."""
 SHORTEST_LANE = 32
 """Tensors whose size is a multiple of this can share lanes with their neighbours."""
 PATIENCE = 4
@@ -30,6 +31,8 @@ PATIENCE = 4
 FLOAT32 = {torch.float32}
 _numel, _is_contiguous, _address = Tensor.numel, Tensor.is_contiguous, Tensor.data_ptr
 _dtype = operator.attrgetter("dtype")
+
+Floats: TypeAlias = npt.NDArray[np.float64]
 
 UNDERFLOW = {1.0: 0.0, 2.0: 1e-30}
 """Mean p-th power below which powers lost to float32 underflow (1e-38 each) could matter."""
@@ -51,15 +54,30 @@ class Division(NamedTuple):
     """Tensors cut into equal parts, none of which shares a lane with another.
 
     ``asked``: which of the arrangement's tensors are those; ``counts``: parts of every one, 1 for
-    the others; ``stops``: where its parts end; ``lengths`` and ``numels``: lanes, and elements, of
-    each part.
+    the others; ``stops``: where its parts end; ``starts`` and ``lengths``: the first lane of each
+    part, and how many it has; ``least``: the sum of squares below which it is measured again.
     """
 
     asked: tuple[int, ...]
     counts: list[int]
-    stops: Tensor
+    stops: npt.NDArray[np.int64]
+    starts: npt.NDArray[np.int64]
     lengths: Tensor
-    numels: Tensor
+    least: Floats
+
+
+class Batch(NamedTuple):
+    """Lanes that are measured before the next ones, so that no temporary outgrows a chunk.
+
+    ``parts``: ``(run, first lane, last lane + 1, where their norms go)``; ``norms``: all those
+    places, the same memory for every batch; ``tensors``: which the lanes belong to; ``starts``:
+    where the lanes of each begin, from 0.
+    """
+
+    parts: tuple[tuple[int, int, int, Tensor], ...]
+    norms: npt.NDArray[np.float32]
+    tensors: slice
+    starts: npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -75,8 +93,9 @@ class Arrangement:
         gaps: bytes from each to the next.
         runs: of neighbours.
         within: bool, whether the next of each belongs to the same run.
-        index, lengths, least: as tensors: positions, lanes per tensor, and the sum of squares below
-            which a tensor has to be measured again.
+        index: ``positions`` as a tensor.
+        lanes: per tensor.
+        least: per tensor, the sum of squares below which it has to be measured again.
     """
 
     positions: tuple[int, ...]
@@ -88,8 +107,8 @@ class Arrangement:
     runs: tuple[Run, ...]
     within: npt.NDArray[np.bool_]
     index: Tensor
-    lengths: Tensor
-    least: Tensor
+    lanes: npt.NDArray[np.int64]
+    least: Floats
     _divisions: dict[tuple[tuple[int, int], ...], Division] = field(default_factory=dict)
 
     def division(self, parts: Mapping[int, int]) -> Division:
@@ -99,20 +118,53 @@ class Arrangement:
         if known is None:
             if len(self._divisions) >= PATIENCE:
                 self._divisions.clear()
-            lanes = dict(zip(self.positions, self.lengths.tolist(), strict=True))
+            lanes = dict(zip(self.positions, self.lanes.tolist(), strict=True))
             fits = {each for each, count in parts.items() if lanes.get(each, 1) % count == 0}
             counts = [parts[each] if each in fits else 1 for each in self.positions]
             lengths = [lanes[e] // n for e, n in zip(self.positions, counts, strict=True)]
             numels = [numel // n for numel, n in zip(self.numels, counts, strict=True)]
-            repeats = torch.tensor(counts)
+            parts_of_each = np.repeat(lengths, counts)
             known = self._divisions[key] = Division(
                 tuple(number for number, each in enumerate(self.positions) if each in fits),
                 counts,
-                repeats.cumsum(0),
-                torch.tensor(lengths).repeat_interleave(repeats),
-                torch.tensor(numels, dtype=torch.float64).repeat_interleave(repeats),
+                np.cumsum(counts),
+                _starts(parts_of_each),
+                torch.tensor(parts_of_each, dtype=torch.long),
+                np.repeat(numels, counts) * UNDERFLOW[2.0],
             )
         return known
+
+    @cached_property
+    def batches(self) -> tuple[Batch, ...]:
+        """All lanes, in order, a chunk at a time."""
+        size = min(CHUNK, int(self.lanes.sum()))
+        norms = torch.empty(size, dtype=torch.float32, device="cpu")
+        ends = np.cumsum(self.lanes)
+        batches: list[Batch] = []
+        parts: list[tuple[int, int, int, Tensor]] = []
+        done = filled = 0
+
+        def finish() -> None:
+            nonlocal done, filled
+            first, last = np.searchsorted(ends, (done, done + filled - 1), side="right")
+            starts = np.maximum(ends[first : last + 1] - self.lanes[first : last + 1] - done, 0)
+            every = norms[:filled].numpy()
+            batches.append(Batch(tuple(parts), every, slice(first, last + 1), starts))
+            parts.clear()
+            done, filled = done + filled, 0
+
+        for number, run in enumerate(self.runs):
+            start, total = 0, run.shape[0]
+            while start < total:
+                stop = min(total, start + CHUNK - filled)
+                place = norms[filled : filled + stop - start]
+                parts.append((number, start, stop, place))
+                start, filled = stop, filled + stop - start
+                if filled == CHUNK:
+                    finish()
+        if filled:
+            finish()
+        return tuple(batches)
 
     def spans(
         self, tensors: Sequence[Tensor | None], *, shaped: bool = False
@@ -217,7 +269,7 @@ class Together:
 
     known: Arrangement
     spans: Sequence[Tensor]
-    _powers: dict[float, Tensor] = field(default_factory=dict)
+    _powers: dict[float, Floats] = field(default_factory=dict)
 
     def norms(self, norm_type: float) -> tuple[Tensor, list[int]]:
         """Their p-norms, p = 1 or 2.
@@ -227,14 +279,14 @@ class Together:
             partial sums were zero, not finite, or too small to be sure of.
         """
         known = self.known
-        sums = self._summed(norm_type, known.lengths)
-        least = known.least if norm_type == 2.0 else 0.0
-        low, high = torch.aminmax(sums - least)
-        doubtful: list[int] = []
-        if not (low.item() > 0.0 and high.item() < math.inf):  # so that NaN is doubtful too
-            sound = (sums > least) & torch.isfinite(sums)
-            doubtful = known.index[~sound].tolist()
-        return sums if norm_type == 1.0 else sums.sqrt_(), doubtful
+        powers = self._powers.get(norm_type)
+        if powers is None:
+            sums = self._summed(norm_type)
+        else:
+            sums = np.add.reduceat(powers, _starts(known.lanes))
+        sound = _are_sound(sums, known.least, norm_type)
+        doubtful: list[int] = [] if sound.all() else known.index[~torch.tensor(sound)].tolist()
+        return _rooted(sums, norm_type), doubtful
 
     def divided(
         self, norm_type: float, parts: Mapping[int, int]
@@ -252,42 +304,79 @@ class Together:
         division = self.known.division(parts)
         if not division.asked:
             return {}, set()
-        sums = self._summed(norm_type, division.lengths)
-        sound = (sums > UNDERFLOW[norm_type] * division.numels) & torch.isfinite(sums)
+        sums = np.add.reduceat(self._lane_powers(norm_type), division.starts)
+        sound = _are_sound(sums, division.least, norm_type)
         doubtful: set[int] = set()
-        if not bool(sound.all()):  # of those most are zero
+        if not sound.all():  # of those most are zero
             lanes = torch.cat([reduce_rows(span, math.inf) for span in self.spans])
             largest = torch.segment_reduce(lanes, "max", lengths=division.lengths, unsafe=True)
-            unsure = (~sound & (largest != 0.0)).nonzero().flatten()
-            owners = torch.searchsorted(division.stops, unsure, right=True)
+            unsure = (~sound & (largest != 0.0).numpy()).nonzero()[0]
+            owners = np.searchsorted(division.stops, unsure, side="right")
             doubtful = {self.known.positions[each] for each in owners.tolist()}
-        norms = torch.split(sums if norm_type == 1.0 else sums.sqrt_(), division.counts)
+        norms = torch.split(_rooted(sums, norm_type), division.counts)
         return {self.known.positions[each]: norms[each] for each in division.asked}, doubtful
 
-    def _summed(self, norm_type: float, lengths: Tensor) -> Tensor:
-        """Sums of the p-th powers of as many lanes each as ``lengths`` says, float64."""
+    def _lane_powers(self, norm_type: float) -> Floats:
+        """The p-th power of the norm of every lane; remembered, since rows and tensors share it."""
         powers = self._powers.get(norm_type)
         if powers is None:
-            partials = [reduce_rows(span, norm_type) for span in self.spans]
-            powers = self._powers[norm_type] = torch.cat(partials).double()
-            if norm_type == 2.0:
-                powers.mul_(powers)
-        return torch.segment_reduce(powers, "sum", lengths=lengths, unsafe=True)
+            every = [_powers(batch, self.spans, norm_type) for batch in self.known.batches]
+            powers = self._powers[norm_type] = np.concatenate(every)
+        return powers
+
+    def _summed(self, norm_type: float) -> Floats:
+        """Sum of the p-th powers of every tensor."""
+        batches = self.known.batches
+        if len(batches) == 1:
+            return np.add.reduceat(_powers(batches[0], self.spans, norm_type), batches[0].starts)
+        sums = np.zeros(len(self.known.positions))
+        for batch in batches:
+            powers = _powers(batch, self.spans, norm_type)
+            sums[batch.tensors] += np.add.reduceat(powers, batch.starts)
+        return sums
 
 
-def reduce_rows(rows: Tensor, norm_type: float) -> Tensor:
+def _powers(batch: Batch, spans: Sequence[Tensor], norm_type: float) -> Floats:
+    """The p-th powers of a batch's lane norms. On arrays so small numpy costs a third of torch."""
+    for number, start, stop, place in batch.parts:
+        span = spans[number]
+        lanes = span if stop - start == len(span) else span[start:stop]
+        reduce_rows(lanes, norm_type, out=place)
+    if norm_type == 1.0:
+        return batch.norms.astype(np.float64)
+    powers: Floats = np.square(batch.norms, dtype=np.float64)
+    return powers
+
+
+def _starts(lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Where segments of these lengths, none of them 0, begin."""
+    starts: npt.NDArray[np.int64] = np.cumsum(lengths) - lengths
+    return starts
+
+
+def _are_sound(sums: Floats, least: Floats, norm_type: float) -> npt.NDArray[np.bool_]:
+    """Which sums of float32 powers have neither overflowed nor underflowed; NaN has."""
+    sound: npt.NDArray[np.bool_] = (sums > (least if norm_type == 2.0 else 0.0)) & (sums < math.inf)
+    return sound
+
+
+def _rooted(sums: Floats, norm_type: float) -> Tensor:
+    return torch.from_numpy(sums if norm_type == 1.0 else np.sqrt(sums))
+
+
+def reduce_rows(rows: Tensor, norm_type: float, *, out: Tensor | None = None) -> Tensor:
     """The p-norms over the last dim of a float32 CPU tensor in float32, p = 1, 2 or inf.
 
     torch's own is vectorised for p = 2 only; the others go through absolute values, a chunk at a
     time.
     """
     if norm_type == 2.0:
-        norms: Tensor = torch.linalg.vector_norm(rows, dim=-1)
+        norms: Tensor = torch.linalg.vector_norm(rows, dim=-1, out=out)
         return norms
     parts = torch.split(rows, max(1, CHUNK * len(rows) // max(1, rows.numel())))
     if norm_type == 1.0:
-        return torch.cat([part.abs().sum(dim=-1) for part in parts])
-    return torch.cat([part.abs().amax(dim=-1) for part in parts])
+        return torch.cat([part.abs().sum(dim=-1) for part in parts], out=out)
+    return torch.cat([part.abs().amax(dim=-1) for part in parts], out=out)
 
 
 def learn(tensors: Sequence[Tensor | None], widths: Sequence[int] | None = None) -> Arrangement:
@@ -342,8 +431,8 @@ def learn(tensors: Sequence[Tensor | None], widths: Sequence[int] | None = None)
         runs=tuple(runs),
         within=np.array(within[:-1], dtype=np.bool_),
         index=torch.tensor(positions, dtype=torch.long),
-        lengths=torch.tensor(lengths, dtype=torch.long),
-        least=torch.tensor([numel * UNDERFLOW[2.0] for _, numel, _ in found], dtype=torch.float64),
+        lanes=np.array(lengths, dtype=np.int64),
+        least=np.array([numel for _, numel, _ in found], dtype=np.float64) * UNDERFLOW[2.0],
     )
 
 

@@ -244,7 +244,7 @@ def test_no_lane_leaves_its_unit(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Tensor] = []
     reduce_rows = neighbours.reduce_rows
     monkeypatch.setattr(
-        neighbours, "reduce_rows", lambda r, p: calls.append(r) or reduce_rows(r, p)
+        neighbours, "reduce_rows", lambda r, p, **to: calls.append(r) or reduce_rows(r, p, **to)
     )
     monkeypatch.setattr(local, "reduce_rows", None)  # so nothing is measured alone
     unit_norms(tensors, 2.0, alone=False)
