@@ -271,3 +271,46 @@ def test_parts_that_share_a_lane_are_left_to_others() -> None:
     assert not doubtful
     want = torch.linalg.vector_norm(tensors[1].view(96, 256).double(), dim=1)
     assert norms[1].tolist() == pytest.approx(want.tolist(), rel=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+@pytest.mark.parametrize("order", [1.0, 2.0])
+def test_a_chunk_may_end_anywhere(
+    monkeypatch: pytest.MonkeyPatch, chunk: int, order: float
+) -> None:
+    """Also within a tensor, and just at the end of one: nothing is counted twice, or left out."""
+    monkeypatch.setattr(neighbours, "CHUNK", chunk)
+    tensors = buffer()
+    tensors[3][5] = math.nan
+    tensors[4].zero_()
+    known = Neighbours()
+    for _ in range(2):
+        check(tensors, known, order)
+    found = known.find(tensors)
+    assert found is not None
+    assert len(found.known.batches) == -(-int(found.known.lanes.sum()) // chunk)
+    check([*tensors[:3], tensors[0].new_full((4096,), 3e19), *tensors[4:]], known, order)
+
+
+def test_what_is_kept_and_made_does_not_grow_with_the_gradients() -> None:
+    """40 M elements are 625,000 lanes of 64: together they would take 7.5 MB."""
+    flat = torch.ones(40_000_000)
+    found = Neighbours().find([flat[:64], flat[64:]])
+    assert found is not None
+    assert found.known.runs[0].shape == (625_000, 64)
+    assert found.norms(2.0)[0].tolist() == [8.0, pytest.approx(math.sqrt(40e6 - 64), rel=1e-9)]
+    batches = found.known.batches
+    assert len(batches) == 10
+    assert max(batch.norms.nbytes for batch in batches) == 4 * neighbours.CHUNK
+    assert len({batch.norms.ctypes.data for batch in batches}) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_is_not_ours(dtype: torch.dtype) -> None:
+    tensors, before = buffer(), torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        check(tensors, Neighbours())
+        check(tensors, Neighbours(), 1.0)
+    finally:
+        torch.set_default_dtype(before)
