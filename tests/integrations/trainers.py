@@ -139,6 +139,7 @@ def norms_of(trainer: Any) -> list[float]:
 def reference(policy: Any, updates: int) -> tuple[dict[str, Tensor], list[float]]:
     """Weights and norms of the same training by the float64 oracle."""
     whole, norms = model().double(), []
+    memory: dict[str, Any] = {}
     named = dict(whole.named_parameters())
     data = examples(updates * ROWS)
     for number in range(updates):
@@ -149,12 +150,26 @@ def reference(policy: Any, updates: int) -> tuple[dict[str, Tensor], list[float]
             policy,
             {n: g.numpy() for n, g in zip(named, found, strict=True)},
             {n: p.detach().numpy() for n, p in named.items()},
+            memory=memory,
         )
         norms.append(float(np.sqrt(sum(float((g**2).sum()) for g in found))))
         with torch.no_grad():
             for name, p in named.items():
                 p -= LR * torch.from_numpy(np.asarray(want.gradients[name]))
     return {n: p.detach() for n, p in named.items()}, norms
+
+
+@contextlib.contextmanager
+def said() -> Iterator[list[str]]:
+    """What distclip logs."""
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore
+    logging.getLogger("distclip").addHandler(handler)
+    try:
+        yield messages
+    finally:
+        logging.getLogger("distclip").removeHandler(handler)
 
 
 @contextlib.contextmanager
