@@ -158,3 +158,45 @@ def test_what_cannot_be_meant_is_said_before_training(tmp_path: Path) -> None:
     callback = make(POLICY)
     with pytest.raises(distclip.DistclipError, match=r"not started by transformers\.Trainer"):
         callback.on_train_begin(None, None, None)
+
+
+@pytest.mark.ranks(2, timeout=240)
+def test_deepspeed_underneath(tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed")
+    from tests.integrations import engines  # no compiler
+    from tests.integrations.trainers import (
+        Watch,
+        norms_of,
+        reference,
+        said,
+        train,
+        trainer_of,
+        weights_of,
+    )
+
+    def run(policy: Any, json: dict[str, Any], **options: Any) -> Any:
+        callback = distclip.transformers.ClipCallback(policy)
+        watch = Watch(lambda: callback.last_report)
+        section = {"deepspeed": json, "save_strategy": "steps", "save_steps": 3}
+        trainer = trainer_of(tmp_path, "zero2", [callback, watch], max_grad_norm=0.4, **section)
+        with said() as messages:
+            train(trainer, **options)
+        assert trainer.model_wrapped._config.zero_optimization_stage == 2
+        found = watch.decisions, weights_of(trainer), norms_of(trainer), messages
+        engines.close(trainer.model_wrapped)
+        return found
+
+    want, norms = reference(SPEC, 4)
+    auto = [*SPEC[:2], {**SPEC[2], "max_norm": "auto"}]  # max_grad_norm, here the same 0.4
+    for policy, json in (
+        ({"policy": SPEC}, {"gradient_clipping": "auto"}),
+        (None, {"distclip": {"policy": auto}}),
+    ):
+        decisions, weights, logged, _ = run(policy, json)
+        close(weights, want)
+        assert logged == pytest.approx(norms, rel=1e-5)
+        at3 = str(tmp_path / "checkpoint-3")
+        resumed, again, _, messages = run(policy, json, resume_from_checkpoint=at3)
+        assert resumed == decisions[3:]
+        assert all(torch.equal(weights[name], again[name]) for name in weights)
+        assert not any("no state of distclip" in message for message in messages)

@@ -86,6 +86,17 @@ def trainer_of(
     if layout == "fsdp2":
         options["fsdp"] = "full_shard"
         options["fsdp_config"] = {"version": 2, "cpu_ram_efficient_loading": False}
+    if layout == "zero2":
+        options["deepspeed"] = {
+            "train_micro_batch_size_per_gpu": "auto",
+            "gradient_accumulation_steps": "auto",
+            "zero_optimization": {"stage": 2},
+            "optimizer": {"type": "SGD", "params": {"lr": LR}},
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "steps_per_print": 10**9,
+            **options.get("deepspeed", {}),
+        }
     given: dict[str, Any] = {
         "output_dir": str(folder),
         "per_device_train_batch_size": 2,
@@ -125,6 +136,10 @@ def train(trainer: Any, **options: Any) -> None:
 
 
 def weights_of(trainer: Any) -> dict[str, Tensor]:
+    if trainer.is_deepspeed_enabled:
+        from tests.integrations import engines
+
+        return engines.weights_of(trainer.model_wrapped)
     found = {}
     for name, p in trainer.model.named_parameters():
         whole = p.full_tensor() if hasattr(p, "full_tensor") else p
