@@ -181,6 +181,8 @@ class Attachment:
             StepHandle(inner, functools.partial(self._before_inner_step, weakref.ref(inner)))
             for inner in self._inners
         ]
+        if self._plain:
+            outer.overflow = False  # Accelerate looks now whether it will say so of a skipped step
         self._take_over()
         engine._distclip = self
         hooks.mark_active("deepspeed")

@@ -29,7 +29,7 @@ from distclip.report import ClipReport
 _logger = logging.getLogger("distclip.transformers")
 
 
-class ClipCallback(TrainerCallback):  # type: ignore[misc]
+class ClipCallback(TrainerCallback):
     """Let a policy do all the clipping of a ``Trainer``.
 
     ::
@@ -66,8 +66,8 @@ class ClipCallback(TrainerCallback):  # type: ignore[misc]
         """The newest report; None before the first step."""
         return None if self._handle is None else self._handle.last_report
 
-    def begin(self, trainer: Any, resume_from_checkpoint: Any) -> None:
-        """``trainer.train`` is about to start; it calls this by itself."""
+    def _begin(self, trainer: Any, resume_from_checkpoint: Any) -> None:
+        """``trainer.train`` is about to start."""
         self._trainer = weakref.ref(trainer)
         self._resume = resume_from_checkpoint
         if trainer.is_deepspeed_enabled:
@@ -101,7 +101,7 @@ class ClipCallback(TrainerCallback):  # type: ignore[misc]
         )
         folder = self._resume
         if folder is True:
-            folder = get_last_checkpoint(args.output_dir)
+            folder = get_last_checkpoint(args.output_dir)  # type: ignore[no-untyped-call]
         if folder:
             shelf, clippers = self._handle.memory()
             shelf.load(clippers, folder)
@@ -120,6 +120,9 @@ class ClipCallback(TrainerCallback):  # type: ignore[misc]
             from distclip.integrations import deepspeed
 
             self._handle = deepspeed.attach(engine, self.policy_or_config)
+            for accelerated in trainer.accelerator._optimizers:
+                # Asked before stage 0's optimizer, a plain one, was told of skips.
+                accelerated.__has_overflow__ = True
         elif self.policy_or_config is None:
             raise ConfigurationError(
                 "ClipCallback(): no policy, and neither `distclip run` nor DeepSpeed's JSON gives "
@@ -139,7 +142,7 @@ class ClipCallback(TrainerCallback):  # type: ignore[misc]
             for name in ("_has_mixed_mesh_grads", "_save_checkpoint"):
                 trainer.__dict__.pop(name, None)
 
-    def save(self, folder: str) -> None:
+    def _save(self, folder: str) -> None:
         """Write the policy's state into a checkpoint. On one rank only."""
         if self._handle is not None:
             shelf, clippers = self._handle.memory()
@@ -156,7 +159,7 @@ def _save_checkpoint(
     if saving.args.should_save:
         name = f"{PREFIX_CHECKPOINT_DIR}-{saving.state.global_step}"
         folder = os.path.join(saving._get_output_dir(trial=trial), name)
-        callback.save(folder)
+        callback._save(folder)
 
 
 def _documents(trainer: Any) -> list[dict[str, Any]]:
@@ -201,7 +204,7 @@ def _train(original: Any) -> Any:
         if callbacks:
             given = signature.bind(self, *args, **kwargs).arguments
             resume = given.get("resume_from_checkpoint")
-            callbacks[0].begin(self, resume)
+            callbacks[0]._begin(self, resume)
         return original(self, *args, **kwargs)
 
     return train
@@ -209,4 +212,4 @@ def _train(original: Any) -> Any:
 
 # Here, since a callback is told everything but which Trainer it belongs to. Without a ClipCallback
 # it changes nothing.
-Trainer.train = _train(Trainer.train)
+Trainer.train = _train(Trainer.train)  # type: ignore[method-assign]

@@ -165,7 +165,9 @@ def test_deepspeed_underneath(tmp_path: Path) -> None:
     pytest.importorskip("deepspeed")
     from tests.integrations import engines  # no compiler
     from tests.integrations.trainers import (
+        LR,
         Watch,
+        model,
         norms_of,
         reference,
         said,
@@ -200,3 +202,15 @@ def test_deepspeed_underneath(tmp_path: Path) -> None:
         assert resumed == decisions[3:]
         assert all(torch.equal(weights[name], again[name]) for name in weights)
         assert not any("no state of distclip" in message for message in messages)
+
+    for stage in (0, 2):
+        callback = distclip.transformers.ClipCallback(SkipAbove(0.0))
+        watch = Watch(lambda callback=callback: callback.last_report)
+        options = {"deepspeed": {"zero_optimization": {"stage": stage}}}
+        trainer = trainer_of(
+            tmp_path, "zero2", [callback, watch], lr_scheduler_type="linear", **options
+        )
+        train(trainer)
+        assert watch.rates == [LR] * 4, stage
+        close(weights_of(trainer), dict(model().named_parameters()), 0.0)
+        engines.close(trainer.model_wrapped)
