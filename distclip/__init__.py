@@ -41,11 +41,13 @@ if TYPE_CHECKING:
     from distclip import optim as optim
     from distclip.integrations import accelerate as accelerate
     from distclip.integrations import deepspeed as deepspeed
+    from distclip.integrations import transformers as transformers
 
 _LAZY = {
     "accelerate": "distclip.integrations.accelerate",
     "deepspeed": "distclip.integrations.deepspeed",
     "optim": "distclip.optim",
+    "transformers": "distclip.integrations.transformers",
 }
 """Namespaces that are imported when they are used; some import a framework."""
 

@@ -32,7 +32,7 @@ IMPORTERS: dict[str, set[str]] = {
     },
     "lightning": set(),
     "pytorch_lightning": set(),
-    "transformers": set(),
+    "transformers": {"integrations/transformers.py"},
     "tensorboard": set(),
     "matplotlib": {"monitor/plots.py"},
     "psutil": {"integrations/accelerate_cpu.py"},

@@ -12,7 +12,7 @@ import functools
 import logging
 import os
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from distclip.application.stepping import StepHandle
+from distclip.clipper import GradClipper
 from distclip.config import Config, load
 from distclip.errors import ConfigurationError, DistclipError
 from distclip.functional import get_total_norm
@@ -36,6 +37,7 @@ from distclip.integrations.accelerate_prepared import (
     parameters_of,
     refuse_engines,
 )
+from distclip.integrations.checkpoints import Shelf
 from distclip.layouts import fsdp1
 from distclip.policies import Policy
 from distclip.report import ClipReport
@@ -149,6 +151,8 @@ class Attachment:
         self._called: dict[int, Mark] = {}
         """Parameters (by id) that a call of the script has clipped since their last update."""
         self._announced = False
+        self.loss_factor: Callable[[], float] = lambda: 1
+        """What a loss that was given to ``backward`` has to be multiplied by."""
         replaced: dict[str, Any] = {
             "clip_grad_norm_": self.clip_grad_norm_,
             "clip_grad_value_": self.clip_grad_value_,
@@ -207,6 +211,10 @@ class Attachment:
         """
         known = self._clippers.known.values()
         self._clippers.shelf.load_state_dict(state, known, "what load_state_dict was given")
+
+    def memory(self) -> tuple[Shelf, Iterable[GradClipper]]:
+        """The shelf and the clippers, for another integration's checkpoints."""
+        return self._clippers.shelf, self._clippers.known.values()
 
     def _save(self, models: object, weights: object, folder: str) -> None:
         on_each_node = self.accelerator.project_configuration.save_on_each_node
@@ -335,7 +343,7 @@ class Attachment:
 
     def _backward(self, loss: Tensor, **kwargs: Any) -> None:
         self._originals["backward"][0](loss, **kwargs)
-        self.observe(loss)
+        self.observe(loss * self.loss_factor())
 
     def _prepare_optimizer(self, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
         prepared = self._originals["prepare_optimizer"][0](optimizer, *args, **kwargs)

@@ -13,7 +13,7 @@ import inspect
 import logging
 import math
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -28,6 +28,7 @@ from distclip.clipper import GradClipper, OnNonfinite
 from distclip.config import Config
 from distclip.errors import ConfigurationError, StateError
 from distclip.integrations import accelerate_cpu, deepspeed_engines, hooks
+from distclip.integrations.checkpoints import Shelf
 from distclip.integrations.deepspeed_json import (
     CLIPPING,
     SECTION,
@@ -147,6 +148,8 @@ class Attachment:
         self._factor: float | Tensor | None = 1.0
         self._growth: Callable[[], Any] | None = None
         self._skips, self._overflowed = False, False
+        self.loss_factor: Callable[[], float] = lambda: 1
+        """What a loss that was given to ``backward`` has to be multiplied by."""
         self._extents = zero.extents(outer, deepspeed_engines.trained(engine))
         self._plain = isinstance(outer, Optimizer) and type(outer).__name__ not in zero.READERS
         self._inners: list[Optimizer] = [outer] if self._plain else [outer.optimizer]
@@ -178,6 +181,8 @@ class Attachment:
             StepHandle(inner, functools.partial(self._before_inner_step, weakref.ref(inner)))
             for inner in self._inners
         ]
+        if self._plain:
+            outer.overflow = False  # Accelerate looks now whether it will say so of a skipped step
         self._take_over()
         engine._distclip = self
         hooks.mark_active("deepspeed")
@@ -203,6 +208,10 @@ class Attachment:
     def observe(self, loss: Tensor | float) -> None:
         """Tell the loss to a policy that reads it; ``engine.backward(loss)`` does so by itself."""
         self.clipper.observe(loss)
+
+    def memory(self) -> tuple[Shelf, Iterable[GradClipper]]:
+        """A shelf and the clipper, for another integration's checkpoints."""
+        return Shelf(), [self.clipper]
 
     def _unmark(self) -> None:
         for parameter, _ in self._extents:
@@ -259,7 +268,7 @@ class Attachment:
 
     def _backward(self, original: Callable[..., Any], loss: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(loss, Tensor) and loss.numel() == 1:
-            self.clipper.observe(loss)
+            self.clipper.observe(loss.detach() * self.loss_factor())
         return original(loss, *args, **kwargs)
 
     def _step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -26,7 +26,11 @@ __all__ = ["INTEGRATIONS", "Hook", "activated", "install", "mark_active", "on_im
 
 Callback = Callable[[ModuleType], object]
 
-INTEGRATIONS = {"accelerate": "accelerate.accelerator", "deepspeed": "deepspeed.runtime.engine"}
+INTEGRATIONS = {
+    "accelerate": "accelerate.accelerator",
+    "deepspeed": "deepspeed.runtime.engine",
+    "transformers": "transformers.trainer",
+}
 """Integration -> the module upon whose import ``distclip.integrations.<name>.enable`` is called."""
 
 activated: set[str] = set()

@@ -1,0 +1,74 @@
+"""A Trainer script under ``distclip run``, unchanged: DDP and ZeRO-2, and on from a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+from tests.integrations.test_trainer import SPEC, close
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def launched(folder: Path, before: list[str], after: list[str]) -> Any:
+    environ = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("ACCELERATE_", "FSDP_", "DISTCLIP_", "TORCHELASTIC_", "DS_"))
+        and name not in {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    }
+    environ |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    script = str(Path(__file__).parent / "scripts" / "train_trainer.py")
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         "-m", "distclip", "run", "--cpu", *before, script, str(folder / "out"), *after],
+        cwd=folder, env=environ, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert "clipped nothing" not in done.stderr
+    assert "no state of distclip" not in done.stderr
+    assert "is not used" in done.stderr
+    assert (folder / "out" / "checkpoint-3" / "distclip.pt").exists()
+    return torch.load(folder / "out" / "result.pt")
+
+
+def check(result: Any) -> None:
+    from tests.integrations.trainers import reference
+
+    want, norms = reference(SPEC, 4)
+    assert result["whole"]["ranks"] == 2
+    close(result["whole"]["weights"], want)
+    assert result["whole"]["norms"] == pytest.approx(norms, rel=1e-5)
+    assert result["resumed"]["norms"] == result["whole"]["norms"]
+    for name, weight in result["whole"]["weights"].items():
+        assert torch.equal(weight, result["resumed"]["weights"][name]), name
+
+
+def test_ddp_under_torchrun(tmp_path: Path) -> None:
+    (tmp_path / "policy.json").write_text(json.dumps({"policy": SPEC}))
+    check(launched(tmp_path, ["--config", "policy.json"], []))
+
+
+def test_zero_2_under_torchrun_with_auto_in_the_json(tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed")
+    document = {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "zero_optimization": {"stage": 2},
+        "optimizer": {"type": "SGD", "params": {"lr": 0.3}},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "distclip": {"policy": [*SPEC[:2], {**SPEC[2], "max_norm": "auto"}]},
+    }
+    (tmp_path / "ds.json").write_text(json.dumps(document))
+    check(launched(tmp_path, [], ["ds.json"]))
