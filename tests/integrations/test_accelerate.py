@@ -1220,7 +1220,7 @@ def stepping(skips: Iterable[bool] | None = None) -> Callable[..., Any]:
     plan = None if skips is None else iter(skips)
 
     def clip(optimizer: torch.optim.Optimizer) -> Any:
-        def decide(loss_scale: Tensor | None, found_inf: Tensor | None) -> Any:
+        def decide(loss_scale: Tensor | None, found_inf: Tensor | None, coming: Any) -> Any:
             if plan is not None:
                 return SimpleNamespace(skipped=torch.tensor(next(plan)))
             for group in optimizer.param_groups:
