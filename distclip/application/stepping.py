@@ -124,8 +124,10 @@ class StepHandle:
         coming = FusedStep(optimizer, scale, self._others_look(optimizer))
         try:
             decision = self._clip(scale, found_inf, coming)
-        finally:
-            self._asked = self._asked or coming.told
+        except BaseException:
+            take_back(optimizer)  # there will be no step, whatever other handles have told it
+            raise
+        self._asked = coming.told
         self._skipped = False if found_inf is None else _lazy((found_inf > 0).any())
         if decision is None:
             return
