@@ -1,4 +1,4 @@
-"""A fused step with clipping folded into it, in place, and by torch, for ``distclip bench fold``."""
+"""A fused step with clipping folded into it, in place, or by torch: ``distclip bench fold``."""
 
 from __future__ import annotations
 
@@ -35,6 +35,14 @@ class Step:
     def __call__(self) -> None:
         """What is measured."""
         self.optimizer.step()
+
+
+class Dividing(Step):
+    """The step with a ``grad_scale``: what folding adds to it, without any clipping."""
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        super().__init__(parameters)
+        self.optimizer.grad_scale = torch.tensor(2.0)  # type: ignore[attr-defined]
 
 
 class Reading(Step):
@@ -84,6 +92,7 @@ def ways() -> dict[str, Step]:
     return {
         "step + one read: sum()": Reading(parameters),
         "step alone": Step(parameters),
+        "step that divides": Dividing(parameters),
         "step + distclip, folded": clipped(parameters, fold=True),
         "step + distclip, in place": clipped(parameters, fold=False),
         "torch clip_grad_norm_ + step": Torch(parameters),

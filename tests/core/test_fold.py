@@ -260,6 +260,19 @@ def test_on_shards() -> None:
                     torch.testing.assert_close(now.double(), moved, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.ranks(2)
+def test_fused_sgd_of_dtensors_is_left_to_torch() -> None:
+    """Whatever torch makes of it, it is not asked to divide as well."""
+    values = whole()
+    model = shard("fsdp2", values)
+    model.set_gradients(values.gradients)
+    for kind in (SGD, Adagrad):
+        optimizer = kind(list(model.parameters.values()), lr=0.1, fused=True)
+        scope = folded.Scope(list(model.parameters.values()))
+        assert not scope.suits(optimizer)
+    assert scope.suits(Adam(list(model.parameters.values()), fused=True))
+
+
 def test_of_bf16_gradients_the_step_sees_more_than_rounded_ones(told: list[float]) -> None:
     errors = {}
     for fold in (True, False):

@@ -33,6 +33,7 @@ pytest.importorskip("accelerate")
 
 import distclip
 from distclip import policies
+from distclip.application import folded
 from distclip.application.stepping import StepHandle
 from distclip.errors import ConfigurationError, DistclipError, NonFiniteGradientError
 from distclip.policies import Needs, Policy, Scale, Skip
@@ -843,6 +844,34 @@ def test_gradient_scaler(layout: str, optimizer: Any, calls: str) -> None:
     assert accelerator.scaler.get_scale() == 1024 / 4 * 2
     seen_by_us = 6 if calls == "all" or optimizer is fused else 5 if calls == "first two" else 4
     assert len(reports) == seen_by_us
+
+
+@pytest.mark.ranks(1, 2)
+@LAYOUTS
+def test_a_fused_step_multiplies_unless_the_script_asks_for_clipped_gradients(layout: str) -> None:
+    policy = {"name": "global_norm", "max_norm": 1e-3}
+    told: list[str] = []
+    tell = folded.tell
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(
+            folded, "tell", lambda o, name, value: (told.append(name), tell(o, name, value))
+        )
+        for fold in (True, False):
+            accelerator, handle, model, stepper = scaled(
+                layout, {"policy": policy, "fold": fold}, fused
+            )
+            for called in (False, True):
+                accelerator.backward(loss_of(model, mine(batch(0))))
+                if called:
+                    clip_all(accelerator, model)
+                    norm = distclip.get_total_norm([p.grad for p in model.parameters()])
+                    assert norm.item() == pytest.approx(1e-3, rel=1e-4)
+                stepper.step()
+                norm = distclip.get_total_norm([p.grad for p in model.parameters()])
+                assert norm.item() == pytest.approx(1e-3, rel=1e-4)
+                assert handle.last_report.clipped_norm.item() == pytest.approx(1e-3, rel=1e-4)
+                stepper.zero_grad()
+                assert told == ["grad_scale"]
 
 
 @pytest.mark.ranks(1, 2)
