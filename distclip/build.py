@@ -43,6 +43,7 @@ def from_config(
         sinks=sinks_of(checked),
         norms=checked.norms,
         verify_replicas=checked.verify_replicas,
+        fold=checked.fold,
     )
 
 

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from distclip import checkpoint, handshake
 from distclip._version import __version__
+from distclip.application.folded import FusedStep, Scope
 from distclip.application.stepping import StepHandle
 from distclip.errors import ConfigurationError, DistclipError
 from distclip.layouts import names as naming
@@ -29,7 +30,7 @@ from distclip.policies._compose import reads_loss, stages
 from distclip.replicas import ReplicaCheck
 from distclip.report import ClipReport
 from distclip.statistics import collectives
-from distclip.walk import walk
+from distclip.walk import Fold, walk
 
 OnNonfinite: TypeAlias = Literal["error", "skip", "zero", "pass"]
 VerifyReplicas: TypeAlias = Literal["first", "never"] | int
@@ -83,6 +84,10 @@ class GradClipper:
             and gradients, bit by bit: ``"first"`` (the first step), ``"never"``, or a number n (the
             first and every n-th step after it). Rides on the step's all-reduce; under plain DDP,
             which has none, a compared step costs one. Other steps cost nothing.
+        fold: where it is attached to a fused Adam, AdamW, SGD or Adagrad that steps just these
+            parameters, and one coefficient is for all of them, let the optimizer's kernel multiply
+            as it reads, in place of a pass over the gradients before it. ``.grad`` is then clipped
+            after the step. False: always before it.
 
     Raises:
         ConfigurationError: an argument that cannot be meant.
@@ -102,10 +107,12 @@ class GradClipper:
         sinks: Sequence[Sink] = (),
         norms: bool = True,
         verify_replicas: VerifyReplicas = "first",
+        fold: bool = True,
     ) -> None:
         self.policy = policy
         self.on_nonfinite = on_nonfinite
         self.verify_replicas = verify_replicas
+        self.fold = fold
         self._replicas: ReplicaCheck | None = None
         self._walks = 0
         self.sinks = tuple(sinks)
@@ -120,6 +127,7 @@ class GradClipper:
         self._plan = self._compare_notes(target, process_group)
         self._watched = naming.Watched(target)
         self._known = {id(parameter) for _, parameter in self._named}
+        self._scope = Scope([parameter for _, parameter in self._named])
         wide = any(entry.dtype in ("float64", "complex128") for entry in self._plan.entries)
         self._dtype = torch.float64 if wide else torch.float32
         self._step = 0
@@ -200,7 +208,7 @@ class GradClipper:
         step counters as they are. Where ranks hold different parameters (stages, experts), every
         rank attaches at the same point. Works under ``torch.amp.GradScaler``, with fused
         optimizers too: norms are of the unscaled gradients, and a step that the scaler drops is
-        left to it.
+        left to it. Fused optimizers multiply by themselves where they can: see ``fold``.
 
         Args:
             optimizer: the torch optimizer that steps this model's parameters.
@@ -234,7 +242,10 @@ class GradClipper:
         return self._attached
 
     def clip_before_step(
-        self, loss_scale: Tensor | None = None, found_inf: Tensor | None = None
+        self,
+        loss_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+        coming: FusedStep | None = None,
     ) -> ClipReport:
         """As :meth:`clip_`, for gradients that a gradient scaler still has a hand in.
 
@@ -242,11 +253,15 @@ class GradClipper:
             loss_scale: 0-dim; the gradients are this many times too large and stay so.
             found_inf: 0-dim or ``(1,)``, > 0 where the scaler found NaN or inf: it drops such a
                 step itself, as a part of finding its scale, so it is no error here.
+            coming: the step that follows, which multiplies in place of this where it can and
+                ``fold`` allows it.
         """
         mode = self.on_nonfinite
         if found_inf is not None and mode == "error":
             mode = "skip"
-        return self._clip(mode, loss_scale)
+        # Watchers are shown what has been clipped.
+        folds = coming is not None and self.fold and not watchers and coming.suits(self._scope)
+        return self._clip(mode, loss_scale, fold=coming.multiply if coming and folds else None)
 
     def decide(
         self, on_nonfinite: OnNonfinite, loss_scale: Tensor | None = None
@@ -300,7 +315,14 @@ class GradClipper:
         parameters = self._program.parameters
         return checkpoint.Owner(self.policy, stages(self.policy, parameters), parameters)
 
-    def _clip(self, mode: str, loss_scale: Tensor | None, *, later: bool = False) -> ClipReport:
+    def _clip(
+        self,
+        mode: str,
+        loss_scale: Tensor | None,
+        *,
+        later: bool = False,
+        fold: Fold | None = None,
+    ) -> ClipReport:
         global in_use
         in_use = True
         if self._plan.group is not None:
@@ -320,6 +342,7 @@ class GradClipper:
                 trouble=self._trouble(),
                 loss=loss,
                 later=later,
+                fold=fold,
             )
             self._walks += 1
             self._states, self._apply = walked.states, walked.apply
@@ -426,6 +449,8 @@ class GradClipper:
             raise ConfigurationError(
                 f"verify_replicas must be 'first', 'never' or a number of steps >= 1, got {every!r}"
             )
+        if not isinstance(self.fold, bool):
+            raise ConfigurationError(f"fold must be True or False, got {self.fold!r}")
         self._reads_loss = reads_loss(self.policy)
         named = naming.named_parameters(target)
         naming.refuse_meta(named)

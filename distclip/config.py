@@ -11,6 +11,7 @@
     log: {jsonl: runs/clip.jsonl, every: 10, per_parameter: true}
     norms: true                              # false: do not measure what only a report would show
     verify_replicas: first                   # compare replicas: first (default) | never | every n
+    fold: true                               # false: never leave the multiplying to the optimizer
     imports: [my_project.clipping]           # modules that register policies of one's own
 
 A file with the key ``gradient_clip_norm`` and none of the above, such as the
@@ -65,7 +66,8 @@ class Config:
 
     ``on_nonfinite`` is what becomes of NaN and inf gradients, ``log`` where reports are written
     (None: nowhere), and ``norms=False`` allows not to measure what only a report would show.
-    ``verify_replicas`` says when replicas are compared.
+    ``verify_replicas`` says when replicas are compared, and ``fold=False`` forbids to leave the
+    multiplying to a fused optimizer.
     """
 
     policy: Policy
@@ -73,6 +75,7 @@ class Config:
     log: LogConfig | None = None
     norms: bool = True
     verify_replicas: VerifyReplicas = "first"
+    fold: bool = True
 
 
 class _Document(BaseModel):
@@ -102,6 +105,11 @@ class _Document(BaseModel):
         default="first",
         description="When to compare the copies of tensors that lie on several ranks: in the first "
         "step, never, or in the first and every n-th step after it.",
+    )
+    fold: bool = Field(
+        default=True,
+        description="Let a fused optimizer multiply as it reads, where one coefficient is for "
+        "everything that it steps; false: clip the gradients before the step.",
     )
     imports: list[str] = Field(
         default_factory=list,
@@ -159,7 +167,12 @@ def _checked(raw: Mapping[Any, Any], source: str) -> Config:
     assert document is not None  # None comes with a problem only
     assert policy is not None
     return Config(
-        policy, document.on_nonfinite, document.log, document.norms, document.verify_replicas
+        policy,
+        document.on_nonfinite,
+        document.log,
+        document.norms,
+        document.verify_replicas,
+        document.fold,
     )
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from distclip.statistics.packing import LocalDecision, Measurement, reduce
 from distclip.statistics.request import Request
 from distclip.statistics.units import combine_segments
 
+Fold: TypeAlias = Callable[[float | Tensor | None], bool]
+
 
 def walk(
     program: Program,
@@ -33,6 +35,7 @@ def walk(
     trouble: DistclipError | None = None,
     loss: Tensor | None = None,
     later: bool = False,
+    fold: Fold | None = None,
 ) -> Walked:
     """Measure, decide and act once over all the gradients of a plan.
 
@@ -45,6 +48,8 @@ def walk(
         trouble: what is wrong on this rank already; raised when all ranks have heard of it.
         loss: float64 ``(2,)``, the sum of this rank's losses and their number; for a policy that
             reads the loss.
+        fold: asked to multiply everything by one number in place of the last pass; says whether it
+            does. Given None where there is no such number.
         later: leave what the last pass decides to ``Walked.apply``, for engines that step with
             other tensors than the measured ones. Dropping and earlier passes act here.
 
@@ -97,9 +102,10 @@ def walk(
         acting = Acting(program, decided, ledger, walked.skipped, flags)
         if flags is not None:
             acting.drop(_pairs(measured))
-        if later and number == len(program.passes) - 1:
+        last = number == len(program.passes) - 1
+        if later and last:
             walked.apply = acting
-        elif not acting.is_idle():
+        elif not acting.is_idle() and not (fold and last and fold(acting.factor())):
             acting(_pairs(measured), loss_scale, measured.together)
     found = walked.nonfinite is not program.all_finite
     walked.undo(states, dropped=found and on_nonfinite == "skip")

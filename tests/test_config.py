@@ -48,6 +48,7 @@ def test_a_whole_configuration(write: Write) -> None:
         log: {jsonl: runs/clip.jsonl, every: 10, per_parameter: true}
         norms: false
         verify_replicas: 100
+        fold: false
         """
     )
     assert config.load(path) == config.Config(
@@ -58,6 +59,7 @@ def test_a_whole_configuration(write: Write) -> None:
         log=config.LogConfig(jsonl="runs/clip.jsonl", every=10, per_parameter=True),
         norms=False,
         verify_replicas=100,
+        fold=False,
     )
 
 
@@ -154,7 +156,7 @@ def test_hyperparameter_that_cannot_be_meant(value: object) -> None:
 
 
 @pytest.mark.parametrize(
-    "key", ["policy", "by_name", "on_nonfinite", "log", "norms", "verify_replicas"]
+    "key", ["policy", "by_name", "on_nonfinite", "log", "norms", "verify_replicas", "fold"]
 )
 def test_hyperparameter_beside_a_configuration(key: str) -> None:
     message = fault({"gradient_clip_norm": 5.0, key: None})

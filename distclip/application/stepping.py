@@ -2,7 +2,7 @@
 
 A skipped step leaves momentum, weight decay and step counters alone. Where the optimizer's fused
 kernel takes ``found_inf`` that costs no host read; otherwise the gradients are hidden from the step
-and given back after it.
+and given back after it. What a step can multiply by itself is in ``folded.py``.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ import sys
 import weakref
 from collections.abc import Callable
 from types import FrameType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from distclip.application.folded import FusedStep, take_back, tell
 from distclip.errors import ConfigurationError
 
 
@@ -36,7 +37,8 @@ class StepHandle:
     Args:
         optimizer: the torch optimizer itself, not a wrapper around it.
         clip: called before every step with the loss scale that the gradients still carry (0-dim
-            tensor, or None) and whether a gradient scaler has already found them not finite.
+            tensor, or None), whether a gradient scaler has already found them not finite, and the
+            step to come, which may be able to multiply them itself.
         after: called after every step with whether it was skipped, by ``clip`` or by the scaler.
 
     Raises:
@@ -46,7 +48,7 @@ class StepHandle:
     def __init__(
         self,
         optimizer: Optimizer,
-        clip: Callable[[Tensor | None, Tensor | None], Decision | None],
+        clip: Callable[[Tensor | None, Tensor | None, FusedStep], Decision | None],
         after: Callable[[bool | Tensor], None] | None = None,
     ) -> None:
         if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
@@ -55,6 +57,7 @@ class StepHandle:
                 f"called Optimizer.__init__. Attach to the torch optimizer inside it (mostly "
                 f"`.optimizer`)"
             )
+        self._optimizer = weakref.ref(optimizer)
         self._clip = clip
         self._after = after
         self._hidden: list[tuple[Tensor, Tensor]] = []
@@ -82,6 +85,9 @@ class StepHandle:
             if parameter.grad is None:
                 parameter.grad = gradient
         self._hidden.clear()
+        optimizer = self._optimizer()
+        if optimizer is not None:
+            self._untell(optimizer)
 
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -115,14 +121,20 @@ class StepHandle:
         # GradScaler hands a fused optimizer scaled gradients, and tells it so in these.
         scale: Tensor | None = getattr(optimizer, "grad_scale", None)
         found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
-        decision = self._clip(scale, found_inf)
+        coming = FusedStep(optimizer, scale, self._others_look(optimizer))
+        try:
+            decision = self._clip(scale, found_inf, coming)
+        except BaseException:
+            take_back(optimizer)  # there will be no step, whatever other handles have told it
+            raise
+        self._asked = coming.told
         self._skipped = False if found_inf is None else _lazy((found_inf > 0).any())
         if decision is None:
             return
         if skips_by_found_inf(optimizer) and not reads_on_host(decision.skipped):
             flag = decision.skipped.float()
             merged = flag if found_inf is None else torch.maximum(found_inf, flag.to(found_inf))
-            _replace_found_inf(optimizer, merged)
+            tell(optimizer, "found_inf", merged)
             self._asked = True
             self._skipped = (merged > 0).any()
         elif bool(decision.skipped):
@@ -154,9 +166,19 @@ class StepHandle:
         for group, settings in zip(optimizer.param_groups, self._settings, strict=False):
             group.update(settings)
         self._settings.clear()
+        self._untell(optimizer)
+
+    def _untell(self, optimizer: Optimizer) -> None:
         if self._asked:
             self._asked = False
-            _restore_found_inf(optimizer)
+            take_back(optimizer)
+
+    def _others_look(self, optimizer: Any) -> bool:
+        """Whether somebody else's hook comes between this one and the step."""
+        owners = [getattr(h, "__self__", h) for h in optimizer._optimizer_step_pre_hooks.values()]
+        if self not in owners:  # removed by the closure
+            return True
+        return not all(isinstance(o, StepHandle) for o in owners[owners.index(self) :])
 
 
 def _is_within(frame: FrameType | None, outer: FrameType) -> bool:
@@ -184,34 +206,3 @@ def skips_by_found_inf(optimizer: Optimizer) -> bool:
     return isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)) and all(
         group.get("fused") for group in optimizer.param_groups
     )
-
-
-class _Replaced(NamedTuple):
-    """An optimizer's ``found_inf`` as it was, and what stands there now."""
-
-    was_there: bool
-    before: Any
-    now: Tensor
-
-
-_replaced: weakref.WeakKeyDictionary[Optimizer, _Replaced] = weakref.WeakKeyDictionary()
-"""Kept for all handles together: post-hooks run in the order of the pre-hooks, not in reverse."""
-
-
-def _replace_found_inf(optimizer: Any, value: Tensor) -> None:
-    first = _replaced.get(optimizer)
-    if first is None or getattr(optimizer, "found_inf", None) is not first.now:
-        there = hasattr(optimizer, "found_inf")
-        first = _Replaced(there, getattr(optimizer, "found_inf", None), value)
-    _replaced[optimizer] = first._replace(now=value)
-    optimizer.found_inf = value
-
-
-def _restore_found_inf(optimizer: Any) -> None:
-    first = _replaced.pop(optimizer, None)
-    if first is None or getattr(optimizer, "found_inf", None) is not first.now:
-        return
-    if first.was_there:
-        optimizer.found_inf = first.before
-    else:
-        del optimizer.found_inf

@@ -114,6 +114,13 @@ def zero(stage: int) -> Ways:
     return bench_zero.ways(stage)
 
 
+def fold() -> Ways:
+    """A fused optimizer's step, with the clipping before it or folded into it."""
+    from distclip.cli import bench_fold
+
+    return {**bench_fold.ways()}
+
+
 def _dtensor(local: Tensor, mesh: object) -> DTensor:
     return DTensor.from_local(local.clone(), mesh, [Shard(0)], run_check=False)  # type: ignore[arg-type]
 
@@ -149,6 +156,8 @@ CASES = {
              "torch clip_grad_norm_"),
         Case("adaptive", "FSDP2, 288 parameters, adaptive policies", adaptive,
              "one read of gradients and weights: sum()"),
+        Case("fold", "fused AdamW, 82 parameters, 33.6 M elements: optimizer.step(), clipping",
+             fold, "step + one read: sum()"),
     )
 }  # fmt: skip
 for _stage in (1, 2, 3):

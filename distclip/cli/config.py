@@ -34,6 +34,7 @@ def check(
     typer.echo(f"on_nonfinite: {loaded.on_nonfinite}")
     typer.echo(f"norms: {'true' if loaded.norms else 'false'}")
     typer.echo(f"verify_replicas: {loaded.verify_replicas}")
+    typer.echo(f"fold: {'true' if loaded.fold else 'false'}")
     if loaded.log is not None:
         log = ", ".join(f"{key}: {value}" for key, value in loaded.log.model_dump().items())
         typer.echo(f"log: {log}")

@@ -23,6 +23,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor
 from torch.optim import Optimizer
 
+from distclip.application.folded import FusedStep
 from distclip.application.stepping import StepHandle
 from distclip.clipper import GradClipper
 from distclip.config import Config, load
@@ -287,6 +288,7 @@ class Attachment:
         optimizer: weakref.ref[Optimizer],
         loss_scale: Tensor | None,
         found_inf: Tensor | None,
+        coming: FusedStep,
     ) -> ClipReport | Together:
         stepping = optimizer()
         assert stepping is not None  # it is calling
@@ -295,7 +297,8 @@ class Attachment:
         called = [mark.report for p in parameters if (mark := self._called.get(id(p)))]
         if called:  # the script chose what to clip: the rest is left alone
             return Together({id(report): report for report in called}.values())
-        self.last_report = self._clippers.of(parameters).clip_before_step(loss_scale, found_inf)
+        clipper = self._clippers.of(parameters)
+        self.last_report = clipper.clip_before_step(loss_scale, found_inf, coming)
         return self.last_report
 
     def _after_step(self, optimizer: weakref.ref[Optimizer], skipped: bool | Tensor) -> None:

@@ -78,6 +78,7 @@ class Clippers:
                 sinks=() if measuring else self.next_sinks(),
                 norms=True if measuring else self._config.norms,
                 verify_replicas="never" if measuring else self._config.verify_replicas,
+                fold=self._config.fold,
             )
             if not measuring:
                 self._begin(known[key])

@@ -310,6 +310,7 @@ class Attachment:
         inner: weakref.ref[Optimizer],
         loss_scale: Tensor | None,
         found_inf: Tensor | None,
+        coming: object,
     ) -> ClipReport | None:
         optimizer = inner()
         assert optimizer is not None  # it is calling

@@ -308,7 +308,7 @@ def test_the_fused_kernel_is_told_by_found_inf(
         skipped = skip
 
     told: list[bool | Tensor] = []
-    stepping.StepHandle(optimizer, lambda scale, found: Decision, told.append)
+    stepping.StepHandle(optimizer, lambda scale, found, coming: Decision, told.append)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0, enabled=scaled)
 
     def step() -> None:

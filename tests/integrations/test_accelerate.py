@@ -33,6 +33,7 @@ pytest.importorskip("accelerate")
 
 import distclip
 from distclip import policies
+from distclip.application import folded
 from distclip.application.stepping import StepHandle
 from distclip.errors import ConfigurationError, DistclipError, NonFiniteGradientError
 from distclip.policies import Needs, Policy, Scale, Skip
@@ -845,6 +846,42 @@ def test_gradient_scaler(layout: str, optimizer: Any, calls: str) -> None:
     assert len(reports) == seen_by_us
 
 
+def norm_there(model: nn.Module, layout: str) -> float:
+    """Of the gradients as they lie on the ranks."""
+    found = [p.grad for p in model.parameters() if p.grad is not None]
+    parts = [g.to_local() if isinstance(g, DTensor) else g for g in found]
+    square = sum((part.double().square().sum() for part in parts), torch.zeros(()).double())
+    if layout != "ddp":
+        dist.all_reduce(square)
+    return square.sqrt().item()
+
+
+@pytest.mark.ranks(1, 2)
+@LAYOUTS
+def test_a_fused_step_multiplies_unless_the_script_asks_for_clipped_gradients(layout: str) -> None:
+    policy = {"name": "global_norm", "max_norm": 1e-3}
+    told: list[str] = []
+    tell = folded.tell
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(
+            folded, "tell", lambda o, name, value: (told.append(name), tell(o, name, value))
+        )
+        for fold in (True, False):
+            accelerator, handle, model, stepper = scaled(
+                layout, {"policy": policy, "fold": fold}, fused
+            )
+            for called in (False, True):
+                accelerator.backward(loss_of(model, mine(batch(0))))
+                if called:
+                    clip_all(accelerator, model)
+                    assert norm_there(model, layout) == pytest.approx(1e-3, rel=1e-4)
+                stepper.step()
+                assert norm_there(model, layout) == pytest.approx(1e-3, rel=1e-4)
+                assert handle.last_report.clipped_norm.item() == pytest.approx(1e-3, rel=1e-4)
+                stepper.zero_grad()
+                assert told == ["grad_scale"]
+
+
 @pytest.mark.ranks(1, 2)
 @LAYOUTS
 @pytest.mark.parametrize("optimizer", [fused, sgd])
@@ -1220,7 +1257,7 @@ def stepping(skips: Iterable[bool] | None = None) -> Callable[..., Any]:
     plan = None if skips is None else iter(skips)
 
     def clip(optimizer: torch.optim.Optimizer) -> Any:
-        def decide(loss_scale: Tensor | None, found_inf: Tensor | None) -> Any:
+        def decide(loss_scale: Tensor | None, found_inf: Tensor | None, coming: Any) -> Any:
             if plan is not None:
                 return SimpleNamespace(skipped=torch.tensor(next(plan)))
             for group in optimizer.param_groups:
