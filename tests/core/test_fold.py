@@ -378,8 +378,23 @@ def test_parameters_that_are_exchanged_later_are_seen(told: list[float]) -> None
         give(model, 0)
         optimizer.step()
         assert len(told) == 1
-    assert exchanged.grad is not None
+    # In the place of a known one, so that nobody counts more parameters than before.
+    optimizer.param_groups[0]["params"][-1].grad = None
+    optimizer.param_groups[0]["params"][0] = exchanged = nn.Parameter(torch.ones(2))
+    give(model, 0)
+    model[0].weight.grad = None
+    exchanged.grad = torch.ones(2)
+    optimizer.step()
+    assert len(told) == 1
     assert exchanged.grad.tolist() == [1.0, 1.0]
+
+
+def test_what_somebody_else_has_set_since_is_left_alone() -> None:
+    optimizer = fused("adamw", model_of())
+    folded.tell(optimizer, "grad_scale", torch.tensor(2.0))
+    optimizer.grad_scale = theirs = torch.tensor(3.0)
+    folded.take_back(optimizer)
+    assert optimizer.grad_scale is theirs
 
 
 def test_doubles_are_clipped_in_place_with_their_own_precision(told: list[float]) -> None:
