@@ -119,7 +119,7 @@ SIGNATURES = {
     "GradClipper": "(target: Target, policy: Policy, *, optimizer: Optimizer | None = None, "
     "on_nonfinite: OnNonfinite = error, process_group: ProcessGroup | None = None, "
     "sinks: Sequence[Sink] = (), norms: bool = True, "
-    "verify_replicas: VerifyReplicas = first) -> None",
+    "verify_replicas: VerifyReplicas = first, fold: bool = True) -> None",
     "GradClipper.clip_": "(self, loss: Tensor | float | None = None) -> ClipReport",
     "GradClipper.observe": "(self, loss: Tensor | float) -> None",
     "GradClipper.attach": "(self, optimizer: Optimizer) -> StepHandle",

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -79,7 +78,7 @@ def parameters_of(world: int) -> list[Tensor]:
     for number, shape in enumerate(SHAPES):
         model.register_parameter(f"p{number}", nn.Parameter(torch.zeros(shape)))
     if world > 1:
-        fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
+        fully_shard(model)
     parameters = list(model.parameters())
     for parameter in parameters:
         parameter.grad = torch.empty_like(parameter)
