@@ -101,18 +101,18 @@ def engine_of(
     )[0]
 
 
-def backward(engine: Any, number: int, micro: int = 1) -> None:
+def backward(engine: Any, number: int, micro: int = 1, times: float = 1.0) -> None:
     """All micro-batches of a step; ``engine.step()`` is left out after the last."""
     managed = getattr(engine, "managed_gradient_accumulation", lambda: True)()
     for part in range(micro):
         ids, target = batch(number * micro + part, dist.get_rank(), dist.get_world_size())
-        engine.backward(engine(ids, target))
+        engine.backward(engine(ids, target) * times)
         if managed and part < micro - 1:
             engine.step()
 
 
-def step(engine: Any, number: int, micro: int = 1) -> None:
-    backward(engine, number, micro)
+def step(engine: Any, number: int, micro: int = 1, times: float = 1.0) -> None:
+    backward(engine, number, micro, times)
     engine.step()
 
 
@@ -185,16 +185,21 @@ class Stepper:
         self.numbers = {id(p): n for n, g in enumerate(listed) for p in g["params"]}
         self.optimizer = optimizer_of(listed if groups else list(named.values()), optimizer)
         self.largest = 0.0
+        self.memory: dict[str, Any] = {}
 
-    def step(self, gradients: dict[str, Tensor], *, skip: bool = False) -> Any:
+    def step(
+        self, gradients: dict[str, Tensor], *, skip: bool = False, loss: float | None = None
+    ) -> Any:
         """Clip, and step unless told to skip. Returns what the oracle says."""
         want = expected(
             self.policy,
             {name: gradient.double().numpy() for name, gradient in gradients.items()},
             {name: p.detach().double().numpy() for name, p in self.named.items()},
             groups={n: self.numbers[id(p)] if self.grouped else 0 for n, p in self.named.items()},
+            memory=self.memory,
+            loss=loss,
         )
-        if not skip:
+        if not (skip or want.skipped):
             for name, p in self.named.items():
                 clipped = torch.from_numpy(np.asarray(want.gradients[name]))
                 self.largest = max(self.largest, float(clipped.abs().max()))
@@ -216,14 +221,16 @@ class Reference(Stepper):
         named = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         super().__init__(policy, named, optimizer, groups)
 
-    def train(self, number: int, *, skip: bool = False) -> Any:
+    def train(self, number: int, *, skip: bool = False, times: float = 1.0) -> Any:
         gradients = [torch.zeros_like(p) for p in self.named.values()]  # unused: steps with zeros
+        seen = 0.0
         for part in range(self.micro):
             ids, target = batch(number * self.micro + part, 0, 1)
-            loss = self.model(ids, target.double()) / self.micro
+            loss = self.model(ids, target.double()) * times / self.micro
+            seen += float(loss)
             found = torch.autograd.grad(loss, list(self.named.values()), allow_unused=True)
             gradients = [g if f is None else g + f for g, f in zip(gradients, found, strict=True)]
-        return self.step(dict(zip(self.named, gradients, strict=True)), skip=skip)
+        return self.step(dict(zip(self.named, gradients, strict=True)), skip=skip, loss=seen)
 
 
 class Replay(Stepper):

@@ -44,6 +44,12 @@ CELLS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "offload 1": (1, {}, {"zero": OFFLOAD}),
     "offload 2": (2, {}, {"zero": OFFLOAD}),
     "offload 3": (3, {}, {"zero": OFFLOAD}),
+    "offload all 3": (
+        3,
+        {},
+        {"zero": {**OFFLOAD, "offload_param": {"device": "cpu", "pin_memory": False}}},
+    ),
+    "hierarchical 3": (3, {}, {"zero": {"zero_hpz_partition_size": 2}}),
     "offload and accumulation 2": (2, {"micro": 2}, {"zero": OFFLOAD}),
     "round robin 1": (1, {}, {"zero": {"round_robin_gradients": True}}),
     "round robin 2": (2, {}, {"zero": {"round_robin_gradients": True}}),

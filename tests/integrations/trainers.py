@@ -97,6 +97,8 @@ def trainer_of(
             "steps_per_print": 10**9,
             **options.get("deepspeed", {}),
         }
+        if not options["deepspeed"]["optimizer"]:
+            del options["deepspeed"]["optimizer"]  # the Trainer's own, and its scheduler
     given: dict[str, Any] = {
         "output_dir": str(folder),
         "per_device_train_batch_size": 2,
