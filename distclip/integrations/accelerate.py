@@ -346,7 +346,8 @@ class Attachment:
 
     def _backward(self, loss: Tensor, **kwargs: Any) -> None:
         self._originals["backward"][0](loss, **kwargs)
-        self.observe(loss * self.loss_factor())
+        factor = self.loss_factor()
+        self.observe(loss if factor == 1 else loss.detach() * factor)
 
     def _prepare_optimizer(self, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
         prepared = self._originals["prepare_optimizer"][0](optimizer, *args, **kwargs)

@@ -268,7 +268,8 @@ class Attachment:
 
     def _backward(self, original: Callable[..., Any], loss: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(loss, Tensor) and loss.numel() == 1:
-            self.clipper.observe(loss.detach() * self.loss_factor())
+            factor = self.loss_factor()
+            self.clipper.observe(loss if factor == 1 else loss.detach() * factor)
         return original(loss, *args, **kwargs)
 
     def _step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

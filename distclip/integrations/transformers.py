@@ -180,11 +180,12 @@ def enable(module: ModuleType, config: Config | None) -> None:
         module: ``transformers.trainer``.
         config: not needed.
     """
-    _everywhere.add("on")
+    global _everywhere
+    _everywhere = True
 
 
-_everywhere: set[str] = set()
-"""Not empty: under ``distclip run``."""
+_everywhere = False
+"""Whether every Trainer of this process gets a callback: under ``distclip run``."""
 
 
 def _train(original: Any) -> Any:

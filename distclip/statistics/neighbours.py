@@ -50,34 +50,34 @@ class Run(NamedTuple):
     shape: tuple[int, int]
 
 
-class Division(NamedTuple):
-    """Tensors cut into equal parts, none of which shares a lane with another.
-
-    ``asked``: which of the arrangement's tensors are those; ``counts``: parts of every one, 1 for
-    the others; ``stops``: where its parts end; ``starts`` and ``lengths``: the first lane of each
-    part, and how many it has; ``least``: the sum of squares below which it is measured again.
-    """
-
-    asked: tuple[int, ...]
-    counts: list[int]
-    stops: npt.NDArray[np.int64]
-    starts: npt.NDArray[np.int64]
-    lengths: Tensor
-    least: Floats
-
-
 class Batch(NamedTuple):
     """Lanes that are measured before the next ones, so that no temporary outgrows a chunk.
 
     ``parts``: ``(run, first lane, last lane + 1, where their norms go)``; ``norms``: all those
-    places, the same memory for every batch; ``tensors``: which the lanes belong to; ``starts``:
+    places, the same memory for every batch; ``segments``: which the lanes belong to; ``starts``:
     where the lanes of each begin, from 0.
     """
 
     parts: tuple[tuple[int, int, int, Tensor], ...]
     norms: npt.NDArray[np.float32]
-    tensors: slice
+    segments: slice
     starts: npt.NDArray[np.int64]
+
+
+class Division(NamedTuple):
+    """Tensors cut into equal parts, none of which shares a lane with another.
+
+    ``asked``: which of the arrangement's tensors are those; ``counts``: parts of every one, 1 for
+    the others; ``stops``: where its parts end; ``lengths``: lanes of each part; ``least``: the sum
+    of squares below which it is measured again; ``batches``: with the parts as segments.
+    """
+
+    asked: tuple[int, ...]
+    counts: list[int]
+    stops: npt.NDArray[np.int64]
+    lengths: npt.NDArray[np.int64]
+    least: Floats
+    batches: tuple[Batch, ...]
 
 
 @dataclass(frozen=True)
@@ -128,43 +128,16 @@ class Arrangement:
                 tuple(number for number, each in enumerate(self.positions) if each in fits),
                 counts,
                 np.cumsum(counts),
-                _starts(parts_of_each),
-                torch.tensor(parts_of_each, dtype=torch.long),
+                parts_of_each,
                 np.repeat(numels, counts) * UNDERFLOW[2.0],
+                _batches(self.runs, parts_of_each),
             )
         return known
 
     @cached_property
     def batches(self) -> tuple[Batch, ...]:
-        """All lanes, in order, a chunk at a time."""
-        size = min(CHUNK, int(self.lanes.sum()))
-        norms = torch.empty(size, dtype=torch.float32, device="cpu")
-        ends = np.cumsum(self.lanes)
-        batches: list[Batch] = []
-        parts: list[tuple[int, int, int, Tensor]] = []
-        done = filled = 0
-
-        def finish() -> None:
-            nonlocal done, filled
-            first, last = np.searchsorted(ends, (done, done + filled - 1), side="right")
-            starts = np.maximum(ends[first : last + 1] - self.lanes[first : last + 1] - done, 0)
-            every = norms[:filled].numpy()
-            batches.append(Batch(tuple(parts), every, slice(first, last + 1), starts))
-            parts.clear()
-            done, filled = done + filled, 0
-
-        for number, run in enumerate(self.runs):
-            start, total = 0, run.shape[0]
-            while start < total:
-                stop = min(total, start + CHUNK - filled)
-                place = norms[filled : filled + stop - start]
-                parts.append((number, start, stop, place))
-                start, filled = stop, filled + stop - start
-                if filled == CHUNK:
-                    finish()
-        if filled:
-            finish()
-        return tuple(batches)
+        """All lanes, in order, a chunk at a time, with the tensors as segments."""
+        return _batches(self.runs, self.lanes)
 
     def spans(
         self, tensors: Sequence[Tensor | None], *, shaped: bool = False
@@ -269,7 +242,7 @@ class Together:
 
     known: Arrangement
     spans: Sequence[Tensor]
-    _powers: dict[float, Floats] = field(default_factory=dict)
+    _parts: dict[float, tuple[Floats, Division]] = field(default_factory=dict)
 
     def norms(self, norm_type: float) -> tuple[Tensor, list[int]]:
         """Their p-norms, p = 1 or 2.
@@ -279,13 +252,14 @@ class Together:
             partial sums were zero, not finite, or too small to be sure of.
         """
         known = self.known
-        powers = self._powers.get(norm_type)
-        if powers is None:
-            sums = self._summed(norm_type)
-        else:
-            sums = np.add.reduceat(powers, _starts(known.lanes))
+        measured = self._parts.get(norm_type)
+        if measured is None:
+            sums = self._summed(norm_type, known.batches)
+        else:  # part by part already
+            parts, division = measured
+            sums = np.add.reduceat(parts, division.stops - division.counts)
         sound = _are_sound(sums, known.least, norm_type)
-        doubtful: list[int] = [] if sound.all() else known.index[~torch.tensor(sound)].tolist()
+        doubtful = [] if sound.all() else [known.positions[each] for each in np.flatnonzero(~sound)]
         return _rooted(sums, norm_type), doubtful
 
     def divided(
@@ -304,36 +278,52 @@ class Together:
         division = self.known.division(parts)
         if not division.asked:
             return {}, set()
-        sums = np.add.reduceat(self._lane_powers(norm_type), division.starts)
+        sums = self._summed(norm_type, division.batches)
+        self._parts[norm_type] = sums, division
         sound = _are_sound(sums, division.least, norm_type)
         doubtful: set[int] = set()
         if not sound.all():  # of those most are zero
             lanes = torch.cat([reduce_rows(span, math.inf) for span in self.spans])
-            largest = torch.segment_reduce(lanes, "max", lengths=division.lengths, unsafe=True)
-            unsure = (~sound & (largest != 0.0).numpy()).nonzero()[0]
+            starts = np.cumsum(division.lengths) - division.lengths
+            largest = np.maximum.reduceat(lanes.numpy(), starts)
+            unsure = np.flatnonzero(~sound & (largest != 0.0))
             owners = np.searchsorted(division.stops, unsure, side="right")
             doubtful = {self.known.positions[each] for each in owners.tolist()}
         norms = torch.split(_rooted(sums, norm_type), division.counts)
         return {self.known.positions[each]: norms[each] for each in division.asked}, doubtful
 
-    def _lane_powers(self, norm_type: float) -> Floats:
-        """The p-th power of the norm of every lane; remembered, since rows and tensors share it."""
-        powers = self._powers.get(norm_type)
-        if powers is None:
-            every = [_powers(batch, self.spans, norm_type) for batch in self.known.batches]
-            powers = self._powers[norm_type] = np.concatenate(every)
-        return powers
-
-    def _summed(self, norm_type: float) -> Floats:
-        """Sum of the p-th powers of every tensor."""
-        batches = self.known.batches
+    def _summed(self, norm_type: float, batches: Sequence[Batch]) -> Floats:
+        """Sum of the p-th powers of every segment."""
         if len(batches) == 1:
             return np.add.reduceat(_powers(batches[0], self.spans, norm_type), batches[0].starts)
-        sums = np.zeros(len(self.known.positions))
+        sums = np.zeros(batches[-1].segments.stop)
         for batch in batches:
             powers = _powers(batch, self.spans, norm_type)
-            sums[batch.tensors] += np.add.reduceat(powers, batch.starts)
+            sums[batch.segments] += np.add.reduceat(powers, batch.starts)
         return sums
+
+
+def _batches(runs: Sequence[Run], lengths: npt.NDArray[np.int64]) -> tuple[Batch, ...]:
+    """The lanes of all runs, a chunk at a time, in consecutive segments of these lengths."""
+    ends = np.cumsum(lengths)
+    places = torch.empty(min(CHUNK, int(ends[-1])), dtype=torch.float32, device="cpu")
+    batches: list[Batch] = []
+    parts: list[tuple[int, int, int, Tensor]] = []
+    done = filled = 0
+    for number, run in enumerate(runs):
+        start, total = 0, run.shape[0]
+        while start < total:
+            stop = min(total, start + CHUNK - filled)
+            place = places[filled : filled + stop - start]
+            parts.append((number, start, stop, place))
+            start, filled = stop, filled + stop - start
+            if filled == CHUNK or done + filled == ends[-1]:
+                first, last = np.searchsorted(ends, (done, done + filled - 1), side="right")
+                here = slice(int(first), int(last) + 1)
+                starts = np.maximum(ends[here] - lengths[here] - done, 0)
+                batches.append(Batch(tuple(parts), places[:filled].numpy(), here, starts))
+                done, filled, parts = done + filled, 0, []
+    return tuple(batches)
 
 
 def _powers(batch: Batch, spans: Sequence[Tensor], norm_type: float) -> Floats:
@@ -346,12 +336,6 @@ def _powers(batch: Batch, spans: Sequence[Tensor], norm_type: float) -> Floats:
         return batch.norms.astype(np.float64)
     powers: Floats = np.square(batch.norms, dtype=np.float64)
     return powers
-
-
-def _starts(lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Where segments of these lengths, none of them 0, begin."""
-    starts: npt.NDArray[np.int64] = np.cumsum(lengths) - lengths
-    return starts
 
 
 def _are_sound(sums: Floats, least: Floats, norm_type: float) -> npt.NDArray[np.bool_]:

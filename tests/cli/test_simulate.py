@@ -86,6 +86,16 @@ def simulate(*arguments: str) -> tuple[int, str, dict[str, Any]]:
     return result.exit_code, result.output, json.loads(Path("found.json").read_text())
 
 
+def clipped_alike(told: Any, count: int) -> None:
+    """Every layout took the decisions of the first one, and those were to clip."""
+    first, *others = [each["steps"] for each in told["layouts"]]
+    assert len(first) == count
+    assert all(0 < step["coefficient"] < 1 for step in first)
+    for steps in others:
+        for step, wanted in zip(steps, first, strict=True):
+            assert step == pytest.approx(wanted, rel=1e-5)
+
+
 def test_one_script_under_several_layouts(folder: Path) -> None:
     pytest.importorskip("accelerate")
     code, shown, told = simulate(
@@ -96,12 +106,7 @@ def test_one_script_under_several_layouts(folder: Path) -> None:
     assert code == 0, shown
     assert [each["layout"] for each in told["layouts"]] == ["single", "fsdp2", "ddp"]
     assert [each["ranks"] for each in told["layouts"]] == [1, 2, 2]
-    first, *others = [each["steps"] for each in told["layouts"]]
-    assert len(first) == 3
-    assert all(0 < step["coefficient"] < 1 for step in first)
-    for steps in others:
-        for step, wanted in zip(steps, first, strict=True):
-            assert step == pytest.approx(wanted, rel=1e-5)
+    clipped_alike(told, 3)
     assert "fsdp2: sound; 3 steps on 2 rank(s)" in shown
     # The log of a real run is left alone.
     assert not (folder / "real").exists()
@@ -118,12 +123,7 @@ def test_the_same_script_under_zero(folder: Path) -> None:
     )
     assert code == 0, shown
     assert [each["layout"] for each in told["layouts"]] == ["single", "zero2", "zero3"]
-    first, *others = [each["steps"] for each in told["layouts"]]
-    assert len(first) == 3
-    assert all(0 < step["coefficient"] < 1 for step in first)
-    for steps in others:
-        for step, wanted in zip(steps, first, strict=True):
-            assert step == pytest.approx(wanted, rel=1e-5)
+    clipped_alike(told, 3)
 
 
 def test_a_crash_ends_all_with_its_traceback_first(folder: Path) -> None:

@@ -299,6 +299,11 @@ def test_what_is_kept_and_made_does_not_grow_with_the_gradients() -> None:
     assert found is not None
     assert found.known.runs[0].shape == (625_000, 64)
     assert found.norms(2.0)[0].tolist() == [8.0, pytest.approx(math.sqrt(40e6 - 64), rel=1e-9)]
+    parts, doubtful = found.divided(2.0, {1: 3})
+    assert not doubtful
+    assert parts[1].tolist() == pytest.approx([math.sqrt(40e6 / 3)] * 3, rel=1e-5)
+    divided = found.known.division({1: 3}).batches
+    assert max(batch.norms.nbytes for batch in divided) == 4 * neighbours.CHUNK
     batches = found.known.batches
     assert len(batches) == 10
     assert max(batch.norms.nbytes for batch in batches) == 4 * neighbours.CHUNK
@@ -314,3 +319,22 @@ def test_the_default_dtype_is_not_ours(dtype: torch.dtype) -> None:
         check(tensors, Neighbours(), 1.0)
     finally:
         torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("chunk", [5, neighbours.CHUNK])
+def test_tensors_measured_part_by_part_are_not_read_again(
+    monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    monkeypatch.setattr(neighbours, "CHUNK", chunk)
+    tensors = [t.view(4, -1) for t in buffer([64, 2048, 256, 4096])]
+    found = Neighbours().find(tensors, widths=[t.shape[1] for t in tensors])
+    assert found is not None
+    rows, _ = found.divided(2.0, {1: 4, 3: 4})
+    for position in (1, 3):
+        want = torch.linalg.vector_norm(tensors[position].double(), dim=1)
+        torch.testing.assert_close(rows[position], want, rtol=1e-6, atol=0.0)
+    monkeypatch.setattr(neighbours, "reduce_rows", None)
+    norms, doubtful = found.norms(2.0)
+    assert not doubtful
+    want = torch.stack([torch.linalg.vector_norm(t.double()) for t in tensors])
+    torch.testing.assert_close(norms, want, rtol=1e-6, atol=0.0)

@@ -203,6 +203,6 @@ def distclip_run(config: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        transformers._everywhere.clear()
+        transformers._everywhere = False
         for name, method in before.items():
             setattr(module.Accelerator, name, method)
