@@ -326,7 +326,7 @@ def test_tensors_measured_part_by_part_are_not_read_again(
     monkeypatch: pytest.MonkeyPatch, chunk: int
 ) -> None:
     monkeypatch.setattr(neighbours, "CHUNK", chunk)
-    tensors = [t.view(4, -1) for t in buffer([64, 2048, 256, 4096])]
+    tensors = [t.view(4, -1) for t in buffer([128, 2048, 256, 4096])]
     found = Neighbours().find(tensors, widths=[t.shape[1] for t in tensors])
     assert found is not None
     rows, _ = found.divided(2.0, {1: 4, 3: 4})
