@@ -13,6 +13,7 @@ import typer
 
 from distclip import clipper
 from distclip import config as configuration
+from distclip.cli.leaving import let_gloo_finish
 from distclip.cli.script import Script
 from distclip.errors import ConfigurationError, DistclipError
 from distclip.integrations import hooks
@@ -83,6 +84,7 @@ def run(
             _warn_if_idle()
             if checking is not None:
                 checking.conclude()
+        let_gloo_finish()
         sys.exit(code)
 
     pending.append(start)

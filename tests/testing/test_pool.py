@@ -341,6 +341,15 @@ def test_no_process_outlives_the_caller(tmp_path, end):
 
 
 def test_an_interrupt_ends_the_ranks():
+    # A run in the background of a shell (`... &`, nohup) ignores interrupts; this one must not.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        interrupt_ends_the_ranks()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def interrupt_ends_the_ranks():
     with RankPool(1) as pool:
         (pid,) = pool.run(os.getpid)
         timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))

@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import Any
 
 from distclip import config as configuration
+from distclip.cli.leaving import let_gloo_finish
 from distclip.cli.script import Script
 from distclip.cli.simulation.recorder import Journal, Recorder
 from distclip.integrations import hooks
@@ -113,6 +114,7 @@ def main() -> None:
     )
     if recorder.enough:
         _wait_for_others(folder, recorder.step)
+    let_gloo_finish()
     sys.exit(code)
 
 

@@ -1,0 +1,107 @@
+"""A rank ends when gloo has let go of its last tensors, and not before."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from distclip.cli import leaving
+
+ROOT = Path(__file__).parents[2]
+NAME = 15
+"""PR_SET_NAME of prctl."""
+
+pytestmark = pytest.mark.skipif(not leaving.TASKS.exists(), reason="no /proc here")
+
+
+def as_gloo(work: Callable[[], object]) -> threading.Thread:
+    """Work in a thread with the name that torch gives to those of gloo."""
+    named = threading.Event()
+
+    def run() -> None:
+        ctypes.CDLL(None).prctl(NAME, leaving.THREAD.encode(), 0, 0, 0)
+        named.set()
+        work()
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    assert named.wait(10)
+    return thread
+
+
+def compute() -> None:
+    """A second or so, without the GIL."""
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 8_000_000)
+
+
+def test_what_still_runs_is_waited_for() -> None:
+    thread = as_gloo(compute)
+    leaving.let_gloo_finish()
+    thread.join(0.2)  # its last Python steps
+    assert not thread.is_alive()
+
+
+def test_what_waits_itself_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a peer that is gone, for instance."""
+    monkeypatch.setattr(leaving, "LIMIT", 1000.0)
+    never = threading.Event()
+    as_gloo(never.wait)
+    began = time.monotonic()
+    leaving.let_gloo_finish()
+    assert time.monotonic() - began < 60
+    never.set()
+
+
+def test_there_is_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leaving, "LIMIT", 0.05)
+    thread = as_gloo(compute)
+    leaving.let_gloo_finish()
+    assert thread.is_alive()
+    thread.join()
+
+
+def test_the_thread_is_still_called_so() -> None:
+    """By a process of its own: the group needs a rendezvous."""
+    script = """
+    import torch.distributed as dist
+    from distclip.cli import leaving
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.barrier()
+    print(leaving._states() != set())
+    """
+    assert _python("-c", textwrap.dedent(script)) == "True\n"
+
+
+def test_a_run_ends_after_it(tmp_path: Path) -> None:
+    (tmp_path / "policy.yaml").write_text("policy: measure\n")
+    script = """
+    import os
+    from tests.cli.test_leaving import as_gloo, compute
+    as_gloo(lambda: (compute(), os.write(1, b"let go")))
+    """
+    (tmp_path / "script.py").write_text(textwrap.dedent(script))
+    arguments = ("--config", str(tmp_path / "policy.yaml"), str(tmp_path / "script.py"))
+    assert _python("-m", "distclip", "run", *arguments).endswith("let go")
+
+
+def _python(*arguments: str) -> str:
+    environ = {name: value for name, value in os.environ.items() if name != "RANK"}
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        env={**environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    return done.stdout
