@@ -131,7 +131,7 @@ def train(options: Options, label: str, seed: int, progress: Progress, task: Tas
         "-m", "distclip", "run", "--config", str(configuration),
         str(ROOT / "launch" / "train_lm.py"),
         "--steps", str(options.steps), "--seed", str(seed),
-        "--log", str(result.loss_log), "--log-every", "5", *options.extra,
+        "--jsonl", str(result.loss_log), "--log-every", "5", *options.extra,
     ]  # fmt: skip
     if options.text is not None:
         command += ["--text", str(options.text)]

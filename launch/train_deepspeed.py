@@ -33,7 +33,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--heads", type=int, default=4)
     add("--lr", type=float, default=3e-3)
     add("--seed", type=int, default=0)
-    add("--log", type=Path, help="write one JSON line per step to this file")
+    add("--jsonl", type=Path, help="write one JSON line per step to this file")
     add("--local_rank", type=int, default=-1, help="given by the launcher")
     return deepspeed.add_config_arguments(parser).parse_args()
 
@@ -51,7 +51,7 @@ def main() -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     share = engine.train_micro_batch_size_per_gpu()
     windows = Windows(data, options.context, options.steps * share * world, options.seed)
-    log = options.log.open("w", encoding="utf-8") if options.log and rank == 0 else None
+    log = options.jsonl.open("w", encoding="utf-8") if options.jsonl and rank == 0 else None
     for step in range(options.steps):
         first = (step * world + rank) * share
         batch = torch.stack([windows[place] for place in range(first, first + share)])

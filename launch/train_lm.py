@@ -5,7 +5,7 @@ The same command trains the same model on any number of ranks: the batch size is
 every batch is drawn from --seed, and each rank takes its share of it.
 
     python train_lm.py
-    accelerate launch --config_file CONFIG.yaml train_lm.py --steps 200 --log run.jsonl
+    accelerate launch --config_file CONFIG.yaml train_lm.py --steps 200 --jsonl run.jsonl
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def parse_arguments() -> argparse.Namespace:
         help="clip the gradient norm in this script (default: it does not)",
     )
     add("--seed", type=int, default=0)
-    add("--log", type=Path, help="write one JSON line per step to this file")
+    add("--jsonl", type=Path, help="write one JSON line per step to this file")
     add("--log-every", type=int, default=10, help="steps between two reports (default: 10)")
     return parser.parse_args()
 
@@ -259,7 +259,7 @@ def main() -> None:
             f"--batch-size {options.batch_size} cannot be shared by "
             f"{accelerator.num_processes} ranks"
         )
-    log = Log(options.log, accelerator.is_main_process)
+    log = Log(options.jsonl, accelerator.is_main_process)
 
     data = torch.frombuffer(bytearray(read_text(options.text).encode()), dtype=torch.uint8)
     cut = int(len(data) * (1 - HELD_OUT))

@@ -101,14 +101,21 @@ def engine_of(
     )[0]
 
 
-def backward(engine: Any, number: int, micro: int = 1, times: float = 1.0) -> None:
-    """All micro-batches of a step; ``engine.step()`` is left out after the last."""
+def backward(engine: Any, number: int, micro: int = 1, times: float = 1.0) -> float:
+    """All micro-batches of a step; ``engine.step()`` is left out after the last.
+
+    Returns this rank's loss, the mean over the micro-batches.
+    """
+    seen = 0.0
     managed = getattr(engine, "managed_gradient_accumulation", lambda: True)()
     for part in range(micro):
         ids, target = batch(number * micro + part, dist.get_rank(), dist.get_world_size())
-        engine.backward(engine(ids, target) * times)
+        loss = engine(ids, target) * times
+        seen += loss.item() / micro
+        engine.backward(loss)
         if managed and part < micro - 1:
             engine.step()
+    return seen
 
 
 def step(engine: Any, number: int, micro: int = 1, times: float = 1.0) -> None:

@@ -34,7 +34,9 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def launched(script: str, folder: Path, json_name: str, *options: str) -> tuple[list[Any], ...]:
+def launched(
+    command: list[str], folder: Path, json_name: str, *options: str
+) -> tuple[list[Any], ...]:
     """What the script, and distclip, wrote at each step."""
     document = json.loads((ROOT / "configs" / "deepspeed" / json_name).read_text())
     document["distclip"]["policy"]["max_norm"] = MAX_NORM  # low enough to clip at every step
@@ -55,7 +57,7 @@ def launched(script: str, folder: Path, json_name: str, *options: str) -> tuple[
         "PORT": str(free_port()),
     }
     done = subprocess.run(
-        ["bash", str(ROOT / "launch" / script), "--log", str(folder / "train.jsonl"), *options],
+        [*command, "--jsonl", str(folder / "train.jsonl"), *options],
         cwd=folder,
         env=environ,
         capture_output=True,
@@ -86,7 +88,18 @@ def check(trained: list[Any], clipped: list[Any]) -> None:
 
 
 def test_the_deepspeed_launcher_with_zero_2(tmp_path: Path) -> None:
-    check(*launched("deepspeed_zero3.sh", tmp_path, "zero2.json", *SMALL))
+    script = str(ROOT / "launch" / "deepspeed_zero3.sh")
+    check(*launched(["bash", script], tmp_path, "zero2.json", *SMALL))
+
+
+def test_torchrun_with_zero_3(tmp_path: Path) -> None:
+    """The script of the launcher above, under torchrun and in the stage that cuts the weights."""
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"),
+        *("-m", "distclip", "run", "--cpu", str(ROOT / "launch" / "train_deepspeed.py")),
+        *("--deepspeed_config", str(tmp_path / "ds.json")),
+    ]
+    check(*launched(command, tmp_path, "zero3.json", *SMALL))
 
 
 def test_accelerate_launch_with_zero_3(tmp_path: Path) -> None:
@@ -96,4 +109,5 @@ def test_accelerate_launch_with_zero_3(tmp_path: Path) -> None:
     """
     pytest.importorskip("transformers")  # Accelerate asks for it under any stage
     options = (*SMALL, "--max-norm", "1e-9")
-    check(*launched("accelerate_deepspeed.sh", tmp_path, "zero3.json", *options))
+    script = str(ROOT / "launch" / "accelerate_deepspeed.sh")
+    check(*launched(["bash", script], tmp_path, "zero3.json", *options))

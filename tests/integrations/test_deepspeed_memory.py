@@ -8,13 +8,27 @@ import pytest
 
 pytest.importorskip("deepspeed")
 
+import torch
+import torch.distributed as dist
+
 import distclip
 from tests.core.test_matrix import build
-from tests.integrations.engines import Reference, close, engine_of, json_of, step, weights_of
+from tests.integrations.engines import (
+    Reference,
+    Replay,
+    backward,
+    close,
+    engine_of,
+    gradients_of,
+    json_of,
+    step,
+    weights_of,
+)
+from tests.integrations.test_deepspeed_precision import DTYPES, EVERYWHERE, KINDS
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-STEPS, SPIKE = 12, 8
+STEPS, SPIKE, OVERFLOW = 12, 8, 6
 POLICIES: dict[str, Any] = {
     "autoclip": {"name": "autoclip", "percentile": 40.0, "window": 5},
     "zclip": {"name": "zclip", "z_thresh": 1.0, "warmup_steps": 4, "max_norm": None},
@@ -50,3 +64,65 @@ def test_decisions_and_weights_are_those_of_one_process() -> None:
                 bound = 2e-6 * max(1.0, float(whole[name].abs().max()))
                 assert error <= bound, (stage, label, name, error)
             close(engine)
+
+
+def mean_loss(local: float) -> float:
+    """Of all ranks."""
+    loss = torch.tensor(local, dtype=torch.float64)
+    dist.all_reduce(loss)
+    return float(loss) / dist.get_world_size()
+
+
+def replay(engine: Any, policy: dict[str, Any], overflow: bool) -> None:
+    """The oracle decides on the very gradients that the engine holds; an overflow is not shown it.
+
+    A sample of an overflow that entered the memory would change the decisions after it.
+    """
+    handle = distclip.deepspeed.attach(engine, build(policy))
+    mirror = Replay(policy, engine)
+    acted = 0
+    for number in range(STEPS):
+        times = 50.0 if number == SPIKE else 1.0
+        if overflow and number == OVERFLOW:
+            backward(engine, number, times=1e6)
+            engine.step()
+            assert not engine.was_step_applied()
+            continue
+        loss = mean_loss(backward(engine, number, times=times))
+        held = gradients_of(engine)
+        engine.step()
+        want, report = mirror.step(held, loss=loss), handle.last_report
+        assert bool(report.skipped) == want.skipped, number
+        assert engine.was_step_applied() != want.skipped, number
+        assert float(report.total_norm) == pytest.approx(want.total_norm, rel=1e-6), number
+        # A memory carries the error of the norms that it was made of.
+        assert float(report.coefficient) == pytest.approx(want.coefficient, rel=1e-5), number
+        acted += want.skipped or want.coefficient < 0.99
+        if number == SPIKE:
+            assert want.skipped or want.coefficient < 0.5
+        # ... and the coefficients made from it enter the weights.
+        bound = mirror.bound(number + 1, 1e-5)
+        for name, weight in weights_of(engine).items():
+            error = float((weight - mirror.weights()[name]).abs().max())
+            assert error <= bound, (number, name, error, bound)
+    assert acted >= (1 if policy["name"] == "skip_spikes" else 2)
+    assert engine.skipped_steps == (policy["name"] == "skip_spikes") + overflow
+
+
+@pytest.mark.ranks(2, 3, timeout=300)
+@pytest.mark.parametrize("kind", list(DTYPES))
+def test_decisions_in_half_precision(kind: str) -> None:
+    for label in EVERYWHERE:
+        _, stage, precision, options = KINDS[label]
+        if precision != kind:
+            continue
+        if kind == "fp16":  # high enough to overflow once and low enough for the spike
+            options = {"fp16": {"initial_scale_power": 4, "hysteresis": 1}}
+        for policy in POLICIES.values():
+            engine = engine_of(json_of(stage, kind, **options))
+            try:
+                replay(engine, policy, overflow=kind == "fp16")
+            except Exception as error:
+                raise AssertionError(f"{label}, {policy['name']}: {error}") from error
+            finally:
+                close(engine)
