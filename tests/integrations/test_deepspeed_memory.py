@@ -14,6 +14,7 @@ import torch.distributed as dist
 import distclip
 from tests.core.test_matrix import build
 from tests.integrations.engines import (
+    VERSION,
     Reference,
     Replay,
     backward,
@@ -120,8 +121,10 @@ def test_decisions_in_half_precision(kind: str) -> None:
             options = {"fp16": {"initial_scale_power": 4, "hysteresis": 1}}
         for policy in POLICIES.values():
             engine = engine_of(json_of(stage, kind, **options))
+            # After an overflow 0.16.9 shows that step's gradients for ever, and steps with others.
+            shown = VERSION > (0, 16) or stage == 3
             try:
-                replay(engine, policy, overflow=kind == "fp16")
+                replay(engine, policy, overflow=kind == "fp16" and shown)
             except Exception as error:
                 raise AssertionError(f"{label}, {policy['name']}: {error}") from error
             finally:

@@ -15,7 +15,7 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from tests.integrations.test_trainer import SPEC, close
+from tests.integrations.test_trainer import SPEC, WRONG_BY_ITSELF, close
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -60,7 +60,8 @@ def test_ddp_under_torchrun(tmp_path: Path) -> None:
 
 
 def test_zero_2_under_torchrun_with_auto_in_the_json(tmp_path: Path) -> None:
-    pytest.importorskip("deepspeed")
+    if pytest.importorskip("deepspeed").__version__.startswith("0.18.0"):
+        pytest.skip(WRONG_BY_ITSELF)
     document = {
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",
