@@ -281,16 +281,33 @@ class Together:
         sums = self._summed(norm_type, division.batches)
         self._parts[norm_type] = sums, division
         sound = _are_sound(sums, division.least, norm_type)
-        doubtful: set[int] = set()
-        if not sound.all():  # of those most are zero
-            lanes = torch.cat([reduce_rows(span, math.inf) for span in self.spans])
-            starts = np.cumsum(division.lengths) - division.lengths
-            largest = np.maximum.reduceat(lanes.numpy(), starts)
-            unsure = np.flatnonzero(~sound & (largest != 0.0))
-            owners = np.searchsorted(division.stops, unsure, side="right")
-            doubtful = {self.known.positions[each] for each in owners.tolist()}
+        unsure = np.flatnonzero(~sound)  # of those most are zero
+        nonzero = unsure[self._are_nonzero(unsure, division)] if len(unsure) else unsure
+        owners = np.searchsorted(division.stops, nonzero, side="right")
+        doubtful = {self.known.positions[each] for each in owners.tolist()}
         norms = torch.split(_rooted(sums, norm_type), division.counts)
         return {self.known.positions[each]: norms[each] for each in division.asked}, doubtful
+
+    def _are_nonzero(
+        self, parts: npt.NDArray[np.int64], division: Division
+    ) -> npt.NDArray[np.bool_]:
+        """Which of these parts have an element that is not zero. Reads no others."""
+        lengths = division.lengths[parts]
+        first = np.cumsum(division.lengths)[parts] - lengths
+        starts = np.cumsum(lengths) - lengths
+        # Every lane of every part, numbered over all runs.
+        lanes = np.repeat(first - starts, lengths) + np.arange(lengths.sum())
+        found = np.empty(len(lanes), np.bool_)
+        before = done = 0
+        for span in self.spans:
+            stop = int(np.searchsorted(lanes, before + len(span)))
+            here = torch.from_numpy(lanes[done:stop] - before)
+            rows_per_chunk = max(1, CHUNK // span.shape[1])
+            for rows in torch.split(here, rows_per_chunk) if len(here) else ():
+                found[done : done + len(rows)] = span.index_select(0, rows).any(dim=1).numpy()
+                done += len(rows)
+            before += len(span)
+        return np.logical_or.reduceat(found, starts)
 
     def _summed(self, norm_type: float, batches: Sequence[Batch]) -> Floats:
         """Sum of the p-th powers of every segment."""

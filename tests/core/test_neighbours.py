@@ -338,3 +338,34 @@ def test_tensors_measured_part_by_part_are_not_read_again(
     assert not doubtful
     want = torch.stack([torch.linalg.vector_norm(t.double()) for t in tensors])
     torch.testing.assert_close(norms, want, rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.parametrize("chunk", [300, neighbours.CHUNK])
+def test_of_doubtful_parts_the_zero_ones_are_told_apart(
+    monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    """Rows in several runs and chunks; only those in doubt are read a second time."""
+    monkeypatch.setattr(neighbours, "CHUNK", chunk)
+    one, other = torch.rand(40 * 512), torch.rand(64 * 256)
+    tensors = [one[:512].view(1, 512), one[512:].view(39, 512), other.view(64, 256)]
+    tensors[1][::2] = 0.0  # a unit that is never active has no gradient
+    tensors[2][10:50] = 0.0
+    found = Neighbours().find(tensors)
+    assert found is not None
+    assert len(found.spans) == 2
+    parts = {0: 1, 1: 39, 2: 64}
+    assert found.divided(2.0, parts)[1] == set()
+    for tensor, row, value in ((1, 38, 1e-25), (1, 0, math.nan), (2, 49, 3e19)):
+        before = tensors[tensor][row].clone()
+        tensors[tensor][row, -1] = value
+        assert found.divided(2.0, parts)[1] == {tensor}, value
+        tensors[tensor][row] = before
+    assert found.divided(2.0, parts)[1] == set()
+
+    read: list[int] = []
+    select = Tensor.index_select
+    monkeypatch.setattr(
+        Tensor, "index_select", lambda t, d, rows: read.append(len(rows)) or select(t, d, rows)
+    )
+    found.divided(2.0, parts)
+    assert sum(read) == 20 * 2 + 40
