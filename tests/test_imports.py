@@ -20,6 +20,7 @@ SOURCES = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE
 
 IMPORTERS: dict[str, set[str]] = {
     "accelerate": {
+        "cli/bench_peers.py",
         "integrations/accelerate.py",
         "integrations/accelerate_cpu.py",
         "integrations/accelerate_prepared.py",
@@ -72,7 +73,8 @@ HARMLESS = {
 """What of ``torch.distributed`` talks to no other rank."""
 
 ALLOWED_TO_TALK = (
-    "statistics/collectives.py", "testing/", "cli/bench_cases.py", "cli/check.py", "cli/doctor.py",
+    "statistics/collectives.py", "testing/", "cli/bench_cases.py",
+    "cli/bench_peers.py", "cli/bench_timing.py", "cli/check.py", "cli/doctor.py",
     "cli/verify_",
 )  # fmt: skip
 """The one file that issues collectives, and what is no part of a training run."""

@@ -16,6 +16,8 @@ from torch import Tensor
 LOW_PRECISION = frozenset((torch.bfloat16, torch.float16))
 CHUNK = 1 << 20
 """Elements of a low-precision accelerator tensor converted at a time."""
+HOST_CHUNK = 1 << 16
+"""Elements of the rows of a CPU tensor scaled at a time: 256 KiB in float32."""
 
 
 def scale_(tensors: Sequence[Tensor], coefficients: Tensor) -> None:
@@ -62,11 +64,11 @@ def _scale_on_device(tensor: Tensor, coefficient: Tensor) -> None:
 
 
 def _parts(tensor: Tensor) -> Sequence[Tensor]:
-    return torch.split(tensor, _rows_per_part(tensor)) if tensor.dim() else (tensor,)
+    return torch.split(tensor, _rows_per_part(tensor, CHUNK)) if tensor.dim() else (tensor,)
 
 
-def _rows_per_part(tensor: Tensor) -> int:
-    return max(1, CHUNK // max(1, math.prod(tensor.shape[1:])))
+def _rows_per_part(tensor: Tensor, chunk: int) -> int:
+    return max(1, chunk // max(1, math.prod(tensor.shape[1:])))
 
 
 def scale_units_(tensor: Tensor, coefficients: Tensor, unit_dims: Sequence[int]) -> None:
@@ -88,7 +90,7 @@ def scale_units_(tensor: Tensor, coefficients: Tensor, unit_dims: Sequence[int])
             return
         if tuple(unit_dims) == (0,) and 2 * len(chosen) <= len(coefficients):
             shape = (-1,) + (1,) * (tensor.dim() - 1)
-            for rows in torch.split(chosen, _rows_per_part(tensor)):
+            for rows in torch.split(chosen, _rows_per_part(tensor, HOST_CHUNK)):
                 scaled = tensor.index_select(0, rows) * factors[rows].view(shape)
                 tensor.index_copy_(0, rows, scaled.to(tensor.dtype))
             return

@@ -2,121 +2,131 @@
 
 from __future__ import annotations
 
-import datetime
-import json
 import os
-import platform
-from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from distclip._version import __version__
-from distclip.cli import bench_cases
-from distclip.cli.bench_cases import CASES, COUNTS, GROUPS, Row
+from distclip.cli import bench_cases, bench_draw, bench_record
+from distclip.cli.bench_cases import CASES, GROUPS
+from distclip.cli.bench_record import CaseRecord, Record
 from distclip.errors import ConfigurationError
 
 LIMIT = 600.0
-"""Seconds until a case counts as hung."""
+"""Seconds beyond its budget until a case counts as hung."""
+WIDTH = 120
+"""Characters of a table where nothing else says."""
 
 
 def bench(
     cases: Annotated[
         list[str] | None,
         typer.Argument(
-            help=f"Of: {', '.join([*CASES, *GROUPS])}, count. All by default.", show_default=False
+            help=f"Of: {', '.join([*CASES, *GROUPS])}. All by default.", show_default=False
         ),
     ] = None,
     ranks: Annotated[int, typer.Option(min=1, help="gloo ranks on this machine.")] = 2,
     rounds: Annotated[int, typer.Option(min=1, help="Measured rounds of each way.")] = 30,
-    output: Annotated[Path | None, typer.Option(help="Write the numbers as JSON.")] = None,
+    budget: Annotated[
+        float, typer.Option(min=1.0, help="Seconds after which a case begins no new round.")
+    ] = 120.0,
+    output: Annotated[Path | None, typer.Option(help="Write every round as JSON.")] = None,
+    source: Annotated[
+        Path | None, typer.Option("--from", help="Show a run that was kept, and measure nothing.")
+    ] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="Draw the run (png, svg, pdf). Needs matplotlib.")
+    ] = None,
 ) -> None:
     """Measure clipping against its peers, on gloo ranks, one thread each.
 
-    Only ratios mean something on a shared machine: every round runs all ways in turn, and the ratio
-    is taken round by round. Times are those of the slowest rank.
+    Only ratios mean something on a shared machine: every round takes all ways once, in an order
+    drawn anew, and the ratio is taken round by round. Times are those of the slowest rank.
     """
-    from distclip.testing import run_on_ranks
+    if source is not None and (cases or output is not None):
+        raise ConfigurationError(
+            "bench: --from shows a kept run as it is; give it no cases and no --output"
+        )
+    chosen = _chosen(cases or ())
+    console = Console()
+    if not console.is_terminal:  # a file or a pipe has no width of its own
+        console = Console(width=WIDTH)
+    record = _measured(chosen, ranks, rounds, budget, console) if source is None else None
+    if record is None:
+        assert source is not None
+        record = bench_record.read(source)
+        for case in record.cases.values():
+            _show(console, case, record.ranks)
+        console.print(", ".join(f"{key}: {value}" for key, value in record.machine.items()))
+    if output is not None:
+        record.write(output)
+        console.print(f"written to {output}")
+    if picture is not None:
+        bench_draw.save(record, picture)
+        console.print(f"drawn in {picture}")
 
-    chosen = [part for name in cases or () for part in GROUPS.get(name, (name,))]
+
+def _chosen(cases: list[str] | tuple[str, ...]) -> list[str]:
     if not cases:
         there = find_spec("deepspeed") is not None
-        chosen = [name for name in CASES if there or name not in GROUPS["zero"]] + ["count"]
-    unknown = [name for name in chosen if name not in CASES and name != "count"]
-    if unknown:
-        raise ConfigurationError(
-            f"bench: no case {unknown[0]!r}; there are {', '.join([*CASES, *GROUPS, 'count'])}"
-        )
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    console = Console()
-    document: dict[str, Any] = {"machine": machine(), "ranks": ranks, "rounds": rounds, "cases": {}}
+        return [name for name in CASES if there or name not in GROUPS["zero"]]
+    chosen = list(dict.fromkeys(part for name in cases for part in GROUPS.get(name, (name,))))
     for name in chosen:
-        if name == "count":
-            _counts(console, ranks, rounds, document)
-            continue
-        case = CASES[name]
-        taken = run_on_ranks(bench_cases.run_case, ranks, name, rounds, timeout=LIMIT)
-        result = bench_cases.rows(taken, case.peer)
-        document["cases"][name] = [asdict(row) for row in result]
-        console.print(_table(f"{case.title}, {ranks} ranks", case.peer, result))
-    if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(document, indent=2) + "\n")
-        console.print(f"written to {output}")
+        if name not in CASES:
+            raise ConfigurationError(
+                f"bench: no case {name!r}; there are {', '.join([*CASES, *GROUPS])}"
+            )
+        if name in GROUPS["zero"] and find_spec("deepspeed") is None:
+            raise ConfigurationError(f'bench: {name} needs pip install "distclip[deepspeed]"')
+    return chosen
 
 
-def _counts(console: Console, ranks: int, rounds: int, document: dict[str, Any]) -> None:
+def _measured(
+    chosen: list[str], ranks: int, rounds: int, budget: float, console: Console
+) -> Record:
     from distclip.testing import run_on_ranks
 
-    table = Table(title=f"DTensor parameters of 64 elements, {ranks} ranks")
-    for heading in ("parameters", "distclip, ms", "µs each", "times the first", "torch, ms"):
-        table.add_column(heading, justify="right")
-    first: float | None = None
-    for number in COUNTS:
-        turns = max(3, rounds // (1 + number // 2000))
-        taken = run_on_ranks(bench_cases.run_count, ranks, number, turns, timeout=LIMIT)
-        result = {row.name: row for row in bench_cases.rows(taken, "torch clip_grad_norm_")}
-        ours = result["GradClipper(global_norm)"]
-        peer = result.get("torch clip_grad_norm_")
-        first = first or ours.median_ms
-        table.add_row(
-            f"{number:,}",
-            f"{ours.median_ms:.2f}",
-            f"{1e3 * ours.median_ms / number:.2f}",
-            f"{ours.median_ms / first:.1f}",
-            f"{peer.median_ms:.2f}" if peer else "not run: grows as n * n",
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    machine = bench_record.machine()
+    found: dict[str, CaseRecord] = {}
+    for name in chosen:
+        case = CASES[name]
+        taken = run_on_ranks(
+            bench_cases.run_case, ranks, name, rounds, budget, timeout=budget + LIMIT
         )
-        document["cases"][f"count-{number}"] = [asdict(row) for row in result.values()]
-    console.print(table)
+        found[name] = bench_record.combine(case.title, case.peer, taken)
+        _show(console, found[name], ranks)
+    return Record(bench_record.with_load(machine), ranks, found)
 
 
-def _table(title: str, peer: str, result: list[Row]) -> Table:
-    table = Table(title=title)
-    table.add_column("way")
-    for heading in ("median, ms", "quartiles", f"times faster than\n{peer}"):
-        table.add_column(heading, justify="right")
-    for row in result:
+def _show(console: Console, case: CaseRecord, ranks: int) -> None:
+    rounds = len(next(iter(case.ways.values())).wall_ms)
+    table = Table(
+        title=f"{case.title}, {ranks} ranks, {rounds} rounds",
+        caption=f"faster: times faster than {case.peer}; extra: held at once, "
+        f"at most {case.allowed_bytes / 1024:.0f} KiB allowed",
+    )
+    table.add_column("way", overflow="fold")
+    for heading in ("median, ms", "quartiles", "faster", "CPU, ms", "faster", "extra, KiB"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in bench_record.rows(case):
         table.add_row(
             row.name,
             f"{row.median_ms:.2f}",
             f"{row.low_ms:.2f} to {row.high_ms:.2f}",
-            f"{row.ratio:.2f}",
+            _times(row.ratio),
+            f"{row.cpu_ms:.2f}",
+            _times(row.cpu_ratio),
+            f"{row.extra_bytes / 1024:.0f}",
         )
-    return table
+    for name, why in sorted(case.missing.items()):
+        table.add_row(name, why)
+    console.print(table)
 
 
-def machine() -> dict[str, str]:
-    """Where and when this was measured."""
-    return {
-        "date": datetime.date.today().isoformat(),
-        "processor": platform.processor() or platform.machine(),
-        "cores": str(os.cpu_count()),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "distclip": __version__,
-    }
+def _times(ratio: float) -> str:
+    return f"{ratio:.2f}" if ratio == ratio else ""

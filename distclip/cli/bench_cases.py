@@ -1,141 +1,275 @@
 """What ``distclip bench`` measures: on every rank, ways to clip the same gradients.
 
 Each case builds a model with gradients and gives named functions. The peers that the ratios are
-against are measured in the same run, in turn with ours.
+against are measured in the same run. A new case is one line in ``CASES``: its name, its title, a
+function that every rank calls for its :class:`Bench`, and the way that ratios are against.
 """
 
 from __future__ import annotations
 
 import functools
-import math
-import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor, Shard
 
 from distclip import GradClipper, clip_grad_norm_, policies
-
-Ways = dict[str, Callable[[], object]]
+from distclip.cli import bench_peers as peers
+from distclip.cli.bench_timing import Bench, Taken, Ways, measure
 
 LOOSE, TIGHT = 1e9, 1e-3
 """Thresholds that never and always clip."""
+TORCH = "torch clip_grad_norm_"
+READ = "one read of the gradients: sum()"
+READ_BOTH = "one read of gradients and weights: sum()"
+REDUCE = "one all-reduce of as many numbers"
+OURS = "GradClipper(global_norm)"
+TORCH_ROWS = "torch vector_norm(dtype=float32)"
+FOLD_PEER = "step + one read: sum()"
 
 
 @dataclass(frozen=True)
 class Case:
-    """One table: a model, and the rows measured on it. ``peer`` is the row ratios are against."""
+    """One table: a model, and the ways measured on it. ``peer`` is the one ratios are against."""
 
     name: str
     title: str
-    build: Callable[[], Ways]
+    build: Callable[[], Bench]
     peer: str
 
 
-def transformer(layers: int, width: int) -> list[Tensor]:
+def transformer(layers: int, width: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     """Parameters of an FSDP2-sharded encoder, with the gradients of a real backward."""
-    torch.manual_seed(0)
-    blocks = nn.ModuleList(
-        nn.TransformerEncoderLayer(width, 4, 4 * width, batch_first=True) for _ in range(layers)
-    )
+    blocks = _blocks(layers, width).to(dtype)
     for block in blocks:
         fully_shard(block)
-    for block in blocks:
-        block(torch.randn(2, 4, width)).square().sum().backward()
+    _backward(blocks, width, dtype)
     return list(blocks.parameters())
 
 
-def _against_torch(parameters: Sequence[Tensor], threshold: float) -> Ways:
+def _blocks(layers: int, width: int) -> nn.ModuleList:
+    torch.manual_seed(0)
+    return nn.ModuleList(
+        nn.TransformerEncoderLayer(width, 4, 4 * width, batch_first=True) for _ in range(layers)
+    )
+
+
+def _backward(blocks: nn.ModuleList, width: int, dtype: torch.dtype = torch.float32) -> None:
+    for block in blocks:
+        block(torch.randn(2, 4, width, dtype=dtype)).float().square().sum().backward()
+
+
+def bench_of(
+    parameters: Sequence[Tensor],
+    ways: Mapping[str, Callable[[], object]],
+    *,
+    clipping: bool,
+    optional: Mapping[str, Callable[[], Callable[[], object]]] | None = None,
+) -> Bench:
+    """Ways beside the floor: one read of the local gradients, and one all-reduce.
+
+    Args:
+        parameters: with gradients.
+        ways: that act on them.
+        clipping: put the gradients back before each way, since the one before has clipped them.
+        optional: makers of further ways, which may find that their package is not there.
+    """
+    gradients = local_gradients(parameters)
+    found: Ways = {**ways}
+    missing: dict[str, str] = {}
+    for name, make in (optional or {}).items():
+        try:
+            found[name] = make()
+        except ImportError as error:
+            missing[name] = f"not measured: {error}"
+    found[REDUCE] = _all_reduce(len(parameters))
+    found[READ] = lambda: [gradient.sum() for gradient in gradients]
+    before: Callable[[], object] = lambda: None  # noqa: E731
+    if clipping:
+        originals = [gradient.clone() for gradient in gradients]
+        before = functools.partial(torch._foreach_copy_, gradients, originals)
+    size = sum(gradient.numel() * gradient.element_size() for gradient in gradients)
+    return Bench(found, before, size, missing)
+
+
+def against_torch(parameters: Sequence[Tensor], threshold: float) -> Bench:
+    """Clipping by the global norm: distclip, and who else does it."""
     listed = list(parameters)
-    clipper = GradClipper(listed, policies.global_norm(threshold))
-    bare = GradClipper(listed, policies.global_norm(threshold), on_nonfinite="pass")
-    return {
-        "torch clip_grad_norm_": lambda: torch.nn.utils.clip_grad_norm_(listed, threshold),
-        "distclip clip_grad_norm_": lambda: clip_grad_norm_(listed, threshold),
-        "GradClipper(global_norm)": clipper.clip_,
-        'GradClipper(global_norm, on_nonfinite="pass")': bare.clip_,
-        "one all-reduce of as many numbers": _all_reduce(len(listed)),
-        "one read of the gradients: sum()": lambda: [_local(p).sum() for p in listed],
-    }
+    policy = policies.global_norm(threshold)
+    return bench_of(
+        listed,
+        {
+            TORCH: peers.torch_clip(listed, threshold),
+            "torchtitan's algorithm": peers.titan_clip(listed, threshold),
+            "distclip clip_grad_norm_": lambda: clip_grad_norm_(listed, threshold),
+            OURS: GradClipper(listed, policy).clip_,
+            'GradClipper(global_norm, on_nonfinite="pass")': GradClipper(
+                listed, policy, on_nonfinite="pass"
+            ).clip_,
+        },
+        clipping=threshold == TIGHT,
+        optional={"Accelerate clip_grad_norm_": lambda: peers.accelerate_clip(listed, threshold)},
+    )
 
 
-def small() -> Ways:
-    """288 parameters, 1.2 M elements, nothing clipped."""
-    return _against_torch(transformer(24, 64), LOOSE)
+def model(layers: int, width: int, threshold: float) -> Bench:
+    """Of an encoder under FSDP2."""
+    return against_torch(transformer(layers, width), threshold)
 
 
-def small_clipped() -> Ways:
-    """The same, clipped."""
-    return _against_torch(transformer(24, 64), TIGHT)
+def bf16() -> Bench:
+    """Measuring bf16 gradients; torch's function in float32 sees local shards only."""
+    parameters = transformer(12, 512, torch.bfloat16)
+    gradients = local_gradients(parameters)
+
+    def rows() -> list[Tensor]:
+        return [torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]
+
+    return bench_of(
+        parameters,
+        {
+            TORCH_ROWS: rows,
+            TORCH: peers.torch_clip(parameters, LOOSE),
+            OURS: GradClipper(parameters, policies.global_norm(LOOSE)).clip_,
+        },
+        clipping=False,
+    )
 
 
-def large() -> Ways:
-    """144 parameters, 38 M elements, nothing clipped."""
-    return _against_torch(transformer(12, 512), LOOSE)
-
-
-def large_clipped() -> Ways:
-    """The same, clipped."""
-    return _against_torch(transformer(12, 512), TIGHT)
-
-
-def adaptive() -> Ways:
-    """The adaptive policies on the small model: torch has none under sharding."""
-    parameters = transformer(24, 64)
-    ways: Ways = {"one read of gradients and weights: sum()": lambda: _read_both(parameters)}
-    for policy in (policies.agc(LOOSE), policies.agc(0.01), policies.dreamer_agc(LOOSE)):
+def adaptive(layers: int, width: int) -> Bench:
+    """The adaptive policies under FSDP2, where nobody else has them."""
+    parameters = transformer(layers, width)
+    both = [*local_gradients(parameters), *local_weights(parameters)]
+    ways: Ways = {READ_BOTH: lambda: [tensor.sum() for tensor in both]}
+    for policy in (
+        policies.agc(LOOSE), policies.agc(0.01), policies.dreamer_agc(LOOSE),
+        policies.dreamer_agc(0.01),
+    ):  # fmt: skip
         ways[repr(policy)] = GradClipper(parameters, policy).clip_
-    return ways
+    return bench_of(parameters, ways, clipping=True)
 
 
-def count(parameters: int) -> Ways:
+def adaptive_plain() -> Bench:
+    """Row AGC where its peers work: on tensors that are whole on every rank."""
+    parameters = list(_blocks(12, 512).parameters())
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    ways: Ways = {
+        "timm's formula": peers.agc_where(parameters, 0.01),
+        "Composer's formula": peers.agc_coefficient(parameters, 0.01),
+        repr(policies.agc(0.01)): GradClipper(parameters, policies.agc(0.01)).clip_,
+    }
+    return bench_of(parameters, ways, clipping=True)
+
+
+def fsdp1() -> Bench:
+    """A model under FSDP1, one flat parameter a layer."""
+    blocks = _blocks(24, 64)
+    wrapped = FullyShardedDataParallel(
+        nn.Sequential(*blocks),
+        auto_wrap_policy=ModuleWrapPolicy({nn.TransformerEncoderLayer}),
+        device_id=torch.device("cpu"),
+    )
+    wrapped(torch.randn(2, 4, 64)).square().sum().backward()
+    parameters = list(wrapped.parameters())
+    clipper = GradClipper(wrapped, policies.global_norm(TIGHT))
+    return bench_of(
+        parameters,
+        {"FSDP1's clip_grad_norm_": peers.fsdp1_clip(wrapped, TIGHT), OURS: clipper.clip_},
+        clipping=True,
+    )
+
+
+def gigabyte() -> Bench:
+    """One gibibyte of gradients in all."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    rows = 2048 // dist.get_world_size()
+    parameters = [
+        nn.Parameter(_dtensor(torch.ones(rows, 2048), mesh), requires_grad=True) for _ in range(64)
+    ]
+    for parameter in parameters:
+        parameter.grad = _dtensor(torch.randn(rows, 2048), mesh)
+    return against_torch(parameters, LOOSE)
+
+
+def every_policy() -> Bench:
+    """What one policy costs beside another."""
+    parameters = transformer(24, 64)
+    chosen: dict[str, Any] = {
+        "measure": policies.measure(),
+        "global_norm": policies.global_norm(TIGHT),
+        "value": policies.value(TIGHT),
+        "parameter_norm": policies.parameter_norm(TIGHT),
+        "group_norm": policies.group_norm(TIGHT),
+        "block_rms": policies.block_rms(TIGHT),
+        "agc, rows": policies.agc(0.01),
+        "agc, tensors": policies.agc(0.01, unit="tensor"),
+        "dreamer_agc": policies.dreamer_agc(0.01),
+        "autoclip": policies.autoclip(),
+        "zclip": policies.zclip(),
+        "adagc": policies.adagc(),
+    }
+    optimizer = torch.optim.SGD(parameters)  # whose parameter groups group_norm means
+    ways = {
+        name: GradClipper(parameters, policy, optimizer=optimizer).clip_
+        for name, policy in chosen.items()
+    }
+    return bench_of(parameters, ways, clipping=True)
+
+
+def count(parameters: int) -> Bench:
     """Many DTensor parameters of 64 elements: what one parameter costs."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     ones = torch.ones(64 // dist.get_world_size())
     made = [nn.Parameter(_dtensor(ones, mesh)) for _ in range(parameters)]
     for parameter in made:
         parameter.grad = _dtensor(ones, mesh)
-    ways: Ways = {"GradClipper(global_norm)": GradClipper(made, policies.global_norm(LOOSE)).clip_}
-    if parameters <= 1000:  # torch stacks K DTensors at a cost of K * K (pytorch#169445)
-        ways["torch clip_grad_norm_"] = lambda: torch.nn.utils.clip_grad_norm_(made, LOOSE)
-    return ways
+    ways: Ways = {OURS: GradClipper(made, policies.global_norm(LOOSE)).clip_}
+    missing = {}
+    if parameters <= 1000:
+        ways[TORCH] = peers.torch_clip(made, LOOSE)
+    else:  # torch stacks K DTensors at a cost of K * K (pytorch#169445)
+        missing[TORCH] = "not measured: its time grows as the square of the number of parameters"
+    return Bench(ways, gradient_bytes=4 * len(ones) * parameters, missing=missing)
 
 
-def zero(stage: int) -> Ways:
-    """Steps of two DeepSpeed engines of a stage, one of which clips by itself."""
+def zero(stage: int) -> Bench:
+    """Steps of DeepSpeed engines of a stage, one of which clips by itself."""
     from distclip.cli import bench_zero
 
-    return bench_zero.ways(stage)
+    return Bench(bench_zero.ways(stage))
 
 
-def fold() -> Ways:
+def fold() -> Bench:
     """A fused optimizer's step, with the clipping before it or folded into it."""
     from distclip.cli import bench_fold
 
-    return {**bench_fold.ways()}
+    return Bench(bench_fold.ways())
 
 
 def _dtensor(local: Tensor, mesh: object) -> DTensor:
     return DTensor.from_local(local.clone(), mesh, [Shard(0)], run_check=False)  # type: ignore[arg-type]
 
 
-def _local(parameter: Tensor) -> Tensor:
-    gradient = parameter.grad
-    return gradient.to_local() if isinstance(gradient, DTensor) else torch.zeros(())
+def local_gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """This rank's parts, without what makes a DTensor of them; fetched once, not in a round."""
+    return [_local(p.grad) for p in parameters if p.grad is not None]
 
 
-def _read_both(parameters: Sequence[Tensor]) -> None:
-    with torch.no_grad():
-        for parameter in parameters:
-            _local(parameter).sum()
-            if isinstance(parameter, DTensor):
-                parameter.to_local().sum()
+def local_weights(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """See :func:`local_gradients`."""
+    return [_local(parameter.detach()) for parameter in parameters]
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _all_reduce(size: int) -> Callable[[], object]:
@@ -143,21 +277,31 @@ def _all_reduce(size: int) -> Callable[[], object]:
     return lambda: dist.all_reduce(numbers)
 
 
+_SMALL = "FSDP2, 288 parameters, 1.2 M elements"
+_LARGE = "FSDP2, 144 parameters, 38 M elements"
+
 CASES = {
     case.name: case
     for case in (
-        Case("small", "FSDP2, 288 parameters, 1.2 M elements, not clipping", small,
-             "torch clip_grad_norm_"),
-        Case("small-clipped", "FSDP2, 288 parameters, 1.2 M elements, clipping", small_clipped,
-             "torch clip_grad_norm_"),
-        Case("large", "FSDP2, 144 parameters, 38 M elements, not clipping", large,
-             "torch clip_grad_norm_"),
-        Case("large-clipped", "FSDP2, 144 parameters, 38 M elements, clipping", large_clipped,
-             "torch clip_grad_norm_"),
-        Case("adaptive", "FSDP2, 288 parameters, adaptive policies", adaptive,
-             "one read of gradients and weights: sum()"),
+        Case("small", f"{_SMALL}, not clipping", functools.partial(model, 24, 64, LOOSE), TORCH),
+        Case("small-clipped", f"{_SMALL}, clipping", functools.partial(model, 24, 64, TIGHT),
+             TORCH),
+        Case("large", f"{_LARGE}, not clipping", functools.partial(model, 12, 512, LOOSE), TORCH),
+        Case("large-clipped", f"{_LARGE}, clipping", functools.partial(model, 12, 512, TIGHT),
+             TORCH),
+        Case("bf16", f"{_LARGE} in bf16, not clipping", bf16, TORCH_ROWS),
+        Case("agc-small", f"{_SMALL}, adaptive policies", functools.partial(adaptive, 24, 64),
+             READ),
+        Case("agc-large", f"{_LARGE}, adaptive policies", functools.partial(adaptive, 12, 512),
+             READ),
+        Case("agc-plain", "144 plain parameters, 38 M elements on each rank, clipping rows",
+             adaptive_plain, "timm's formula"),
+        Case("fsdp1", "FSDP1, 24 flat parameters of 288, 1.2 M elements, clipping", fsdp1,
+             "FSDP1's clip_grad_norm_"),
+        Case("gigabyte", "64 DTensors, 1 GiB of gradients, not clipping", gigabyte, TORCH),
+        Case("policies", f"{_SMALL}, each policy, clipping", every_policy, "global_norm"),
         Case("fold", "fused AdamW, 82 parameters, 33.6 M elements: optimizer.step(), clipping",
-             fold, "step + one read: sum()"),
+             fold, FOLD_PEER),
     )
 }  # fmt: skip
 for _stage in (1, 2, 3):
@@ -167,64 +311,20 @@ for _stage in (1, 2, 3):
         functools.partial(zero, _stage),
         "DeepSpeed's own clipping",
     )
-GROUPS = {"zero": tuple(name for name in CASES if name.startswith("zero-"))}
+for _number in (1_000, 5_000, 20_000):
+    CASES[f"count-{_number}"] = Case(
+        f"count-{_number}",
+        f"{_number:,} DTensor parameters of 64 elements, not clipping",
+        functools.partial(count, _number),
+        TORCH,
+    )
+GROUPS = {
+    group: tuple(name for name in CASES if name.startswith(f"{group}-"))
+    for group in ("zero", "count")
+}
 """What stands for several cases."""
-COUNTS = (1_000, 5_000, 20_000)
 
 
-def run_case(name: str, rounds: int) -> dict[str, list[float]]:
-    """On one rank: every way's wall times in ms, taken in turn after a common barrier.
-
-    A way may have a method ``before``, which is not part of what is measured.
-    """
-    return _time(CASES[name].build(), rounds)
-
-
-def run_count(parameters: int, rounds: int) -> dict[str, list[float]]:
-    """As :func:`run_case`, for a number of parameters."""
-    return _time(count(parameters), rounds)
-
-
-def _nothing() -> None:
-    pass
-
-
-def _time(ways: Ways, rounds: int) -> dict[str, list[float]]:
-    taken: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(rounds + 2):
-        for name, way in ways.items():
-            getattr(way, "before", _nothing)()
-            dist.barrier()
-            start = time.perf_counter()
-            way()
-            if turn >= 2:  # the first two warm caches and compile plans
-                taken[name].append(1e3 * (time.perf_counter() - start))
-    return taken
-
-
-@dataclass(frozen=True)
-class Row:
-    """One way's result: per round the slowest rank's time; ratio = peer / way, round by round."""
-
-    name: str
-    median_ms: float
-    low_ms: float
-    high_ms: float
-    ratio: float
-
-
-def rows(ranks: Sequence[dict[str, list[float]]], peer: str) -> list[Row]:
-    """Combine the ranks' times."""
-    slowest = {
-        name: [max(times) for times in zip(*(rank[name] for rank in ranks), strict=True)]
-        for name in ranks[0]
-    }
-    result = []
-    for name, times in slowest.items():
-        low, _, high = statistics.quantiles(times, n=4) if len(times) > 1 else (times[0],) * 3
-        against = slowest.get(peer)
-        ratio = math.nan
-        if against is not None:
-            ratio = statistics.median(a / b for a, b in zip(against, times, strict=True))
-        result.append(Row(name, statistics.median(times), low, high, ratio))
-    return result
+def run_case(name: str, rounds: int, budget: float) -> Taken:
+    """On one rank: all ways of a case, measured."""
+    return measure(CASES[name].build(), rounds, budget)

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from distclip import policies
-from distclip.cli.bench_cases import TIGHT, Ways
+from distclip.cli.bench_cases import TIGHT
+from distclip.cli.bench_timing import Ways
 from distclip.integrations import deepspeed as integration
 
 LAYERS, WIDTH = 8, 256

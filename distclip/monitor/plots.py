@@ -50,7 +50,7 @@ def draw(runs: Sequence[Run], losses: Sequence[Curve] = (), *, title: str = "") 
     Raises:
         DistclipError: matplotlib is not installed.
     """
-    matplotlib, figure_class = _matplotlib()
+    matplotlib, figure_class = backend()
     groups = list(dict.fromkeys([run.group for run in runs]))
     colours = {group: COLOURS[i % len(COLOURS)] for i, group in enumerate(groups)}
     with matplotlib.rc_context(STYLE):
@@ -85,7 +85,12 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> None:
         raise ConfigurationError(f"{path}: the picture cannot be written: {error}") from None
 
 
-def _matplotlib() -> tuple[Any, Any]:
+def backend() -> tuple[Any, Any]:
+    """The module, and its ``Figure``.
+
+    Raises:
+        DistclipError: matplotlib is not installed.
+    """
     try:
         import matplotlib
         from matplotlib.figure import Figure
