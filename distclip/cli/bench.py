@@ -123,9 +123,9 @@ def _show(console: Console, case: CaseRecord, ranks: int) -> None:
             _times(row.cpu_ratio),
             f"{row.extra_bytes / 1024:.0f}",
         )
-    for name, why in sorted(case.missing.items()):
-        table.add_row(name, why)
     console.print(table)
+    for name, why in sorted(case.missing.items()):  # a long reason would take a column's width
+        console.print(f"{name}: {why}")
 
 
 def _times(ratio: float) -> str:
