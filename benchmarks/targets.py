@@ -18,8 +18,7 @@ from pathlib import Path
 
 from distclip import policies
 from distclip.cli import bench_cases as cases
-from distclip.cli.bench_draw import is_ours
-from distclip.cli.bench_record import Record, ratio, read
+from distclip.cli.bench_record import Record, is_ours, ratio, read
 
 AGC, DREAMER = (repr(policy(cases.LOOSE)) for policy in (policies.agc, policies.dreamer_agc))
 FOLDED = "step + distclip, folded"

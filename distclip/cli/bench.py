@@ -15,6 +15,7 @@ from distclip.cli import bench_cases, bench_draw, bench_record
 from distclip.cli.bench_cases import CASES, GROUPS
 from distclip.cli.bench_record import CaseRecord, Record
 from distclip.errors import ConfigurationError
+from distclip.monitor import plots
 
 LIMIT = 600.0
 """Seconds beyond its budget until a case counts as hung."""
@@ -51,13 +52,14 @@ def bench(
         raise ConfigurationError(
             "bench: --from shows a kept run as it is; give it no cases and no --output"
         )
-    chosen = _chosen(cases or ())
+    if picture is not None:
+        plots.backend()  # before minutes of measuring are lost for the want of it
     console = Console()
     if not console.is_terminal:  # a file or a pipe has no width of its own
         console = Console(width=WIDTH)
-    record = _measured(chosen, ranks, rounds, budget, console) if source is None else None
-    if record is None:
-        assert source is not None
+    if source is None:
+        record = _measured(_chosen(cases or ()), ranks, rounds, budget, console)
+    else:
         record = bench_record.read(source)
         for case in record.cases.values():
             _show(console, case, record.ranks)

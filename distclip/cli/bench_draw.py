@@ -4,18 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from distclip.cli.bench_record import Record, rows
+from distclip.cli.bench_record import Record, is_ours, rows
 from distclip.monitor.plots import BEFORE, COLOURS, STYLE, backend
-
-PEERS = (
-    "torch", "Accelerate", "FSDP1", "timm", "Composer", "DeepSpeed", "one ", "no clipping",
-    "step + one read", "step alone", "step that divides",
-)  # fmt: skip
-
-
-def is_ours(way: str) -> bool:
-    """Whether distclip does it, and neither a peer nor the floor."""
-    return not way.startswith(PEERS)
 
 
 def save(record: Record, path: Path) -> None:

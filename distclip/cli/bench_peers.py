@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -54,17 +54,23 @@ def unit_norm(tensor: Tensor) -> Tensor:
     return norms
 
 
+def _bounded(
+    parameters: Sequence[Tensor], clip_factor: float, eps: float
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each gradient, and how large its units may be."""
+    for p in parameters:
+        assert p.grad is not None
+        yield p.grad, unit_norm(p).clamp_(min=eps).mul_(clip_factor)
+
+
 def agc_where(
     parameters: Sequence[Tensor], clip_factor: float, eps: float = 1e-3
 ) -> Callable[[], object]:
-    """Timm's formula: the clipped gradient everywhere, then a choice of it or the old one."""
+    """The formula of timm: the clipped gradient everywhere, then a choice of it or the old one."""
 
     @torch.no_grad()
     def act() -> None:
-        for p in parameters:
-            gradient = p.grad
-            assert gradient is not None
-            most = unit_norm(p).clamp_(min=eps).mul_(clip_factor)
+        for gradient, most in _bounded(parameters, clip_factor, eps):
             norm = unit_norm(gradient)
             clipped = gradient * (most / norm.clamp(min=1e-6))
             gradient.copy_(torch.where(norm < most, gradient, clipped))
@@ -79,10 +85,7 @@ def agc_coefficient(
 
     @torch.no_grad()
     def act() -> None:
-        for p in parameters:
-            gradient = p.grad
-            assert gradient is not None
-            most = unit_norm(p).clamp_(min=eps).mul_(clip_factor)
+        for gradient, most in _bounded(parameters, clip_factor, eps):
             coefficient = most / unit_norm(gradient)
             gradient.mul_(coefficient.nan_to_num_(1.0).clamp_(max=1.0))
 

@@ -19,6 +19,11 @@ from distclip.cli.bench_timing import Taken
 from distclip.errors import DistclipError
 
 FORMAT = 2
+PEERS = (
+    "torch", "Accelerate", "FSDP1", "timm", "Composer", "DeepSpeed", "one ", "no clipping",
+    "step + one read", "step alone", "step that divides",
+)  # fmt: skip
+"""How the ways begin that are not distclip's."""
 
 
 @dataclass(frozen=True)
@@ -158,6 +163,11 @@ def rows(case: CaseRecord) -> list[Row]:
             )
         )
     return found
+
+
+def is_ours(way: str) -> bool:
+    """Whether distclip does it, and neither a peer nor the floor."""
+    return not way.startswith(PEERS)
 
 
 def ratio(case: CaseRecord, slow: str, fast: str, *, cpu: bool = False) -> float:

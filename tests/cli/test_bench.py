@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 
 from benchmarks import targets
 from distclip import GradClipper, policies
+from distclip.application.inplace import scale_units_
 from distclip.cli import bench_cases, bench_peers, bench_record
 from distclip.cli.app import app
 from distclip.cli.bench_cases import CASES, OURS, READ, REDUCE, TIGHT, TORCH
@@ -74,6 +76,16 @@ def test_a_mistake_is_told_before_anything_is_measured(arguments: list[str], mes
     assert done.exit_code != 0
     told = done.output + str(done.exception)
     assert message in " ".join(told.split())
+
+
+def test_no_measuring_for_a_picture_that_cannot_be_drawn(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(bench_cases, "run_case", None)
+    done = command("small", "--picture", str(tmp_path / "run.png"))
+    assert done.exit_code != 0
+    assert "need matplotlib" in " ".join((done.output + str(done.exception)).split())
 
 
 def test_a_file_of_an_older_version_is_refused(tmp_path: Path) -> None:
@@ -207,15 +219,22 @@ def test_rows_are_taken_round_by_round() -> None:
     assert math.isnan(alone.ratio)
 
 
-def test_every_case_has_its_peer() -> None:
-    assert set(bench_cases.GROUPS["zero"]) | set(bench_cases.GROUPS["count"]) < set(CASES)
-
-
 @pytest.mark.ranks(2, timeout=120)
 @pytest.mark.parametrize("name", ["bf16", "agc-small", "fsdp1", "policies", "agc-plain"])
 def test_a_case_runs(name: str) -> None:
     bench = CASES[name].build()
     assert CASES[name].peer in bench.ways
+    assert any(map(bench_record.is_ours, bench.ways))
+    assert not all(map(bench_record.is_ours, bench.ways))
     for way in bench.ways.values():
         bench.before()
         way()
+
+
+@pytest.mark.parametrize("clipped", [10, 2000, 4096])
+def test_rows_are_scaled_without_a_large_copy(clipped: int) -> None:
+    rows = torch.ones(4096, 1024)  # 16 MiB
+    coefficients = torch.ones(4096, dtype=torch.float64)
+    coefficients[:clipped] = 0.5
+    assert extra_bytes(lambda: scale_units_(rows, coefficients, (0,))) < 1 << 20
+    assert torch.equal(rows, coefficients.float()[:, None].expand_as(rows))
