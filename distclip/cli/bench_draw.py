@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 
 from distclip.cli.bench_record import Record, is_ours, rows
 from distclip.monitor.plots import BEFORE, COLOURS, STYLE, backend
+
+LABEL, TITLE = 48, 64
+"""Characters of a line beside a bar, and above a panel, that the picture has room for."""
 
 
 def save(record: Record, path: Path) -> None:
@@ -16,9 +20,9 @@ def save(record: Record, path: Path) -> None:
     """
     matplotlib, figure_class = backend()
     tables = {name: rows(case) for name, case in record.cases.items()}
-    heights = [1.3 + 0.28 * len(table) for table in tables.values()]
+    heights = [1.3 + 0.34 * len(table) for table in tables.values()]
     with matplotlib.rc_context(STYLE):
-        figure = figure_class(figsize=(9.0, sum(heights)), layout="constrained")
+        figure = figure_class(figsize=(11.0, sum(heights)), layout="constrained")
         panels = figure.subplots(len(tables), 1, squeeze=False, height_ratios=heights)[:, 0]
         for panel, (name, table) in zip(panels, tables.items(), strict=True):
             medians = [row.median_ms for row in table]
@@ -28,15 +32,17 @@ def save(record: Record, path: Path) -> None:
             ]
             colours = [COLOURS[0] if is_ours(row.name) else BEFORE for row in table]
             panel.barh(range(len(table)), medians, color=colours, xerr=spread, ecolor="#333333")
-            panel.set_yticks(range(len(table)), [row.name for row in table])
+            panel.set_yticks(range(len(table)), [textwrap.fill(row.name, LABEL) for row in table])
             panel.invert_yaxis()
             panel.grid(visible=False, axis="y")
             for place, row in enumerate(table):
                 told = f" {row.ratio:.2f}x" if row.ratio == row.ratio else ""
                 panel.annotate(told, (row.high_ms, place), va="center", fontsize=8)
             panel.margins(x=0.1)
-            panel.set_title(record.cases[name].title)
-            panel.set_xlabel(f"ms; x: times faster than {record.cases[name].peer}")
+            case = record.cases[name]
+            panel.set_title(textwrap.fill(case.title, TITLE))
+            compared = case.peer in case.ways
+            panel.set_xlabel(f"ms; x: times faster than {case.peer}" if compared else "ms")
         machine = record.machine
         figure.suptitle(
             f"distclip bench, {record.ranks} ranks, {machine['processor']}, {machine['date'][:10]}",
