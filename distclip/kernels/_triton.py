@@ -1,0 +1,262 @@
+"""The Triton kernels. Import only where Triton is (``multi_tensor.is_usable``).
+
+All are deterministic: no atomics, and every sum in an order fixed by shapes and addresses. Sums run
+in float32 over at most ``TURNS`` elements of a lane and are combined in float64, which is exact to
+about 1e-7 relative; a part whose float32 sum shows overflow or underflow is read again in float64,
+decided on the device. ``KIND`` is the order of the norm, 0 for the maximum.
+
+Tensors come as addresses in a table. An address that is no multiple of 16 bytes is rounded down,
+and the elements before the tensor are masked, so that full chunks are read 16 bytes at a time.
+"""
+
+# No `from __future__ import annotations`: Triton reads these annotations.
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _add(total, x, KIND: tl.constexpr):
+    if KIND == 2:
+        return total + x * x
+    if KIND == 1:
+        return total + tl.abs(x)
+    return tl.maximum(total, tl.abs(x), propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def measure(
+    pointers,  # int64 (segments,)
+    numels,  # int64 (segments,)
+    firsts,  # int64 (segments + 1,), the first chunk of each
+    owners,  # int64 (chunks,), the segment of each
+    partials,  # float64 (chunks,), written
+    offset,  # of this launch's chunks among all
+    DTYPE: tl.constexpr,
+    SIZE: tl.constexpr,
+    KIND: tl.constexpr,
+    LEAST: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TURNS: tl.constexpr,
+):
+    """Sum of p-th powers, or the maximum, of one chunk of ``BLOCK * TURNS`` elements."""
+    program = tl.program_id(0).to(tl.int64) + offset
+    owner = tl.load(owners + program)
+    address = tl.load(pointers + owner)
+    aligned = (address // 16) * 16
+    head = (address - aligned) // SIZE
+    base = aligned.to(tl.pointer_type(DTYPE))
+    stop = head + tl.load(numels + owner)
+    start = (program - tl.load(firsts + owner)) * (BLOCK * TURNS)
+    left = tl.minimum(stop - start, BLOCK * TURNS).to(tl.int32)
+    lanes = tl.arange(0, BLOCK)
+    sums = tl.zeros([BLOCK], tl.float32)
+    largest = tl.zeros([BLOCK], tl.float32)
+    if (start >= head) & (left == BLOCK * TURNS):
+        for turn in tl.static_range(TURNS):
+            x = tl.load(base + start + turn * BLOCK + lanes).to(tl.float32)
+            sums = _add(sums, x, KIND)
+            if KIND != 0:
+                largest = tl.maximum(largest, tl.abs(x))
+    else:
+        for at in range(0, left, BLOCK):
+            index = start + at + lanes
+            x = tl.load(base + index, mask=(index >= head) & (index < stop), other=0.0)
+            x = x.to(tl.float32)
+            sums = _add(sums, x, KIND)
+            if KIND != 0:
+                largest = tl.maximum(largest, tl.abs(x))
+    if KIND == 0:
+        result = tl.reduce(sums, 0, _larger).to(tl.float64)
+    else:
+        result = tl.sum(sums.to(tl.float64), axis=0)
+        is_sound = (result > LEAST) & (result < float("inf"))
+        if (is_sound == 0) & (tl.max(largest, axis=0) != 0.0):
+            exact = tl.zeros([BLOCK], tl.float64)
+            for at in range(0, left, BLOCK):
+                index = start + at + lanes
+                x = tl.load(base + index, mask=(index >= head) & (index < stop), other=0.0)
+                exact = _add(exact, x.to(tl.float32).to(tl.float64), KIND)
+            result = tl.sum(exact, axis=0)
+    tl.store(partials + program, result)
+
+
+@triton.jit
+def combine(
+    partials,  # float64 (chunks,)
+    firsts,  # int64 (segments + 1,)
+    outputs,  # int64 (segments,), where the result goes
+    norms,  # float64, written
+    KIND: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The norm of one segment from its chunks."""
+    segment = tl.program_id(0)
+    first = tl.load(firsts + segment)
+    last = tl.load(firsts + segment + 1)
+    lanes = tl.arange(0, BLOCK)
+    sums = tl.zeros([BLOCK], tl.float64)
+    for at in range(first, last, BLOCK):
+        x = tl.load(partials + at + lanes, mask=at + lanes < last, other=0.0)
+        if KIND == 0:
+            sums = _larger(sums, x)
+        else:
+            sums += x
+    if KIND == 0:
+        result = tl.reduce(sums, 0, _larger)
+    else:
+        result = tl.sum(sums, axis=0)
+    if KIND == 2:
+        result = tl.sqrt(result)
+    tl.store(norms + tl.load(outputs + segment), result)
+
+
+@triton.jit
+def measure_rows(
+    pointers,  # int64 (matrices,)
+    heights,  # int64 (matrices,)
+    widths,  # int64 (matrices,)
+    firsts,  # int64 (matrices + 1,), the first tile of each
+    outputs,  # int64 (matrices,), where the result of its first row goes
+    owners,  # int64 (tiles,), the matrix of each
+    norms,  # float64, written
+    offset,  # of this launch's tiles among all
+    DTYPE: tl.constexpr,
+    VECTOR: tl.constexpr,
+    KIND: tl.constexpr,
+    LEAST: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TURNS: tl.constexpr,
+):
+    """The norms of ``ROWS`` rows."""
+    program = tl.program_id(0).to(tl.int64) + offset
+    owner = tl.load(owners + program)
+    row = (program - tl.load(firsts + owner)) * ROWS + tl.arange(0, ROWS)
+    inside = row < tl.load(heights + owner)
+    width = (tl.load(widths + owner) // VECTOR) * VECTOR
+    address = tl.load(pointers + owner)
+    if VECTOR > 1:
+        address = (address // 16) * 16
+    base = address.to(tl.pointer_type(DTYPE)) + row[:, None] * width
+    lanes = tl.arange(0, COLUMNS)[None, :]
+    result = tl.zeros([ROWS], tl.float64)
+    largest = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for at in range(0, width, COLUMNS * TURNS):
+        sums = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for turn in tl.static_range(TURNS):
+            column = at + turn * COLUMNS + lanes
+            x = tl.load(base + column, mask=inside[:, None] & (column < width), other=0.0)
+            x = x.to(tl.float32)
+            sums = _add(sums, x, KIND)
+            if KIND != 0:
+                largest = tl.maximum(largest, tl.abs(x))
+        if KIND == 0:
+            result = _larger(result, tl.reduce(sums, 1, _larger).to(tl.float64))
+        else:
+            result += tl.sum(sums, axis=1).to(tl.float64)
+    if KIND != 0:
+        is_sound = (result > LEAST) & (result < float("inf"))
+        doubtful = (is_sound == 0) & (tl.max(largest, axis=1) != 0.0)
+        if tl.max(doubtful.to(tl.int32), axis=0) > 0:
+            exact = tl.zeros([ROWS], tl.float64)
+            for at in range(0, width, COLUMNS):
+                column = at + lanes
+                x = tl.load(base + column, mask=inside[:, None] & (column < width), other=0.0)
+                wide = x.to(tl.float32).to(tl.float64)
+                exact += tl.sum(_add(wide * 0.0, wide, KIND), axis=1)
+            result = tl.where(doubtful, exact, result)
+    if KIND == 2:
+        result = tl.sqrt(result)
+    tl.store(norms + tl.load(outputs + owner) + row, result, mask=inside)
+
+
+@triton.jit
+def scale(
+    pointers,
+    numels,
+    firsts,
+    outputs,  # int64 (segments,), where its coefficient lies
+    owners,
+    coefficients,  # float64
+    stride,  # between coefficients; 0: one for all
+    offset,
+    DTYPE: tl.constexpr,
+    SIZE: tl.constexpr,
+    WIDE: tl.constexpr,
+    DROP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TURNS: tl.constexpr,
+):
+    """Multiply one chunk, not even read where the coefficient is 1; or, ``DROP``, set it to 0."""
+    program = tl.program_id(0).to(tl.int64) + offset
+    owner = tl.load(owners + program)
+    coefficient = tl.load(coefficients + tl.load(outputs + owner) * stride)
+    if coefficient != 1.0:
+        factor = coefficient.to(WIDE)
+        address = tl.load(pointers + owner)
+        aligned = (address // 16) * 16
+        head = (address - aligned) // SIZE
+        base = aligned.to(tl.pointer_type(DTYPE))
+        stop = head + tl.load(numels + owner)
+        start = (program - tl.load(firsts + owner)) * (BLOCK * TURNS)
+        left = tl.minimum(stop - start, BLOCK * TURNS).to(tl.int32)
+        lanes = tl.arange(0, BLOCK)
+        if (start >= head) & (left == BLOCK * TURNS):
+            for turn in tl.static_range(TURNS):
+                here = base + start + turn * BLOCK + lanes
+                if DROP:
+                    tl.store(here, tl.zeros([BLOCK], DTYPE))
+                else:
+                    tl.store(here, (tl.load(here).to(WIDE) * factor).to(DTYPE))
+        else:
+            for at in range(0, left, BLOCK):
+                index = start + at + lanes
+                inside = (index >= head) & (index < stop)
+                if DROP:
+                    tl.store(base + index, tl.zeros([BLOCK], DTYPE), mask=inside)
+                else:
+                    x = tl.load(base + index, mask=inside, other=0.0)
+                    tl.store(base + index, (x.to(WIDE) * factor).to(DTYPE), mask=inside)
+
+
+@triton.jit
+def scale_rows(
+    pointers,
+    heights,
+    widths,
+    firsts,
+    outputs,
+    owners,
+    coefficients,  # float64
+    offset,
+    DTYPE: tl.constexpr,
+    VECTOR: tl.constexpr,
+    WIDE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Multiply ``ROWS`` rows, each by its own coefficient; those of 1 are not even read."""
+    program = tl.program_id(0).to(tl.int64) + offset
+    owner = tl.load(owners + program)
+    row = (program - tl.load(firsts + owner)) * ROWS + tl.arange(0, ROWS)
+    inside = row < tl.load(heights + owner)
+    factors = tl.load(coefficients + tl.load(outputs + owner) + row, mask=inside, other=1.0)
+    changed = factors != 1.0
+    if tl.max(changed.to(tl.int32), axis=0) > 0:
+        width = (tl.load(widths + owner) // VECTOR) * VECTOR
+        address = tl.load(pointers + owner)
+        if VECTOR > 1:
+            address = (address // 16) * 16
+        base = address.to(tl.pointer_type(DTYPE)) + row[:, None] * width
+        lanes = tl.arange(0, COLUMNS)[None, :]
+        for at in range(0, width, COLUMNS):
+            here = base + at + lanes
+            mask = changed[:, None] & (at + lanes < width)
+            x = tl.load(here, mask=mask, other=0.0).to(WIDE)
+            tl.store(here, (x * factors.to(WIDE)[:, None]).to(DTYPE), mask=mask)
