@@ -50,7 +50,7 @@ def measure(
     address = tl.load(pointers + owner)
     aligned = (address // 16) * 16
     head = (address - aligned) // SIZE
-    base = aligned.to(tl.pointer_type(DTYPE))
+    base = tl.multiple_of(aligned.to(tl.pointer_type(DTYPE)), 16)
     stop = head + tl.load(numels + owner)
     start = (program - tl.load(firsts + owner)) * (BLOCK * TURNS)
     left = tl.minimum(stop - start, BLOCK * TURNS).to(tl.int32)
@@ -64,13 +64,15 @@ def measure(
             if KIND != 0:
                 largest = tl.maximum(largest, tl.abs(x))
     else:
-        for at in range(0, left, BLOCK):
+        at = 0
+        while at < left:
             index = start + at + lanes
             x = tl.load(base + index, mask=(index >= head) & (index < stop), other=0.0)
             x = x.to(tl.float32)
             sums = _add(sums, x, KIND)
             if KIND != 0:
                 largest = tl.maximum(largest, tl.abs(x))
+            at += BLOCK
     if KIND == 0:
         result = tl.reduce(sums, 0, _larger).to(tl.float64)
     else:
@@ -78,10 +80,12 @@ def measure(
         is_sound = (result > LEAST) & (result < float("inf"))
         if (is_sound == 0) & (tl.max(largest, axis=0) != 0.0):
             exact = tl.zeros([BLOCK], tl.float64)
-            for at in range(0, left, BLOCK):
+            at = 0
+            while at < left:
                 index = start + at + lanes
                 x = tl.load(base + index, mask=(index >= head) & (index < stop), other=0.0)
                 exact = _add(exact, x.to(tl.float32).to(tl.float64), KIND)
+                at += BLOCK
             result = tl.sum(exact, axis=0)
     tl.store(partials + program, result)
 
@@ -101,12 +105,14 @@ def combine(
     last = tl.load(firsts + segment + 1)
     lanes = tl.arange(0, BLOCK)
     sums = tl.zeros([BLOCK], tl.float64)
-    for at in range(first, last, BLOCK):
+    at = first
+    while at < last:
         x = tl.load(partials + at + lanes, mask=at + lanes < last, other=0.0)
         if KIND == 0:
             sums = _larger(sums, x)
         else:
             sums += x
+        at += BLOCK
     if KIND == 0:
         result = tl.reduce(sums, 0, _larger)
     else:
@@ -141,13 +147,15 @@ def measure_rows(
     inside = row < tl.load(heights + owner)
     width = (tl.load(widths + owner) // VECTOR) * VECTOR
     address = tl.load(pointers + owner)
+    first = address.to(tl.pointer_type(DTYPE))
     if VECTOR > 1:
-        address = (address // 16) * 16
-    base = address.to(tl.pointer_type(DTYPE)) + row[:, None] * width
+        first = tl.multiple_of(first, 16)
+    base = first + row[:, None] * width
     lanes = tl.arange(0, COLUMNS)[None, :]
     result = tl.zeros([ROWS], tl.float64)
     largest = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for at in range(0, width, COLUMNS * TURNS):
+    at = 0
+    while at < width:
         sums = tl.zeros([ROWS, COLUMNS], tl.float32)
         for turn in tl.static_range(TURNS):
             column = at + turn * COLUMNS + lanes
@@ -160,16 +168,19 @@ def measure_rows(
             result = _larger(result, tl.reduce(sums, 1, _larger).to(tl.float64))
         else:
             result += tl.sum(sums, axis=1).to(tl.float64)
+        at += COLUMNS * TURNS
     if KIND != 0:
         is_sound = (result > LEAST) & (result < float("inf"))
         doubtful = (is_sound == 0) & (tl.max(largest, axis=1) != 0.0)
         if tl.max(doubtful.to(tl.int32), axis=0) > 0:
             exact = tl.zeros([ROWS], tl.float64)
-            for at in range(0, width, COLUMNS):
+            at = 0
+            while at < width:
                 column = at + lanes
                 x = tl.load(base + column, mask=inside[:, None] & (column < width), other=0.0)
                 wide = x.to(tl.float32).to(tl.float64)
-                exact += tl.sum(_add(wide * 0.0, wide, KIND), axis=1)
+                exact += tl.sum(_add(tl.zeros([ROWS, COLUMNS], tl.float64), wide, KIND), axis=1)
+                at += COLUMNS
             result = tl.where(doubtful, exact, result)
     if KIND == 2:
         result = tl.sqrt(result)
@@ -202,7 +213,7 @@ def scale(
         address = tl.load(pointers + owner)
         aligned = (address // 16) * 16
         head = (address - aligned) // SIZE
-        base = aligned.to(tl.pointer_type(DTYPE))
+        base = tl.multiple_of(aligned.to(tl.pointer_type(DTYPE)), 16)
         stop = head + tl.load(numels + owner)
         start = (program - tl.load(firsts + owner)) * (BLOCK * TURNS)
         left = tl.minimum(stop - start, BLOCK * TURNS).to(tl.int32)
@@ -215,7 +226,8 @@ def scale(
                 else:
                     tl.store(here, (tl.load(here).to(WIDE) * factor).to(DTYPE))
         else:
-            for at in range(0, left, BLOCK):
+            at = 0
+            while at < left:
                 index = start + at + lanes
                 inside = (index >= head) & (index < stop)
                 if DROP:
@@ -225,6 +237,7 @@ def scale(
                     tl.store(base + index, (x.to(WIDE) * factor).to(DTYPE), mask=inside)
 
 
+                at += BLOCK
 @triton.jit
 def scale_rows(
     pointers,
@@ -251,12 +264,15 @@ def scale_rows(
     if tl.max(changed.to(tl.int32), axis=0) > 0:
         width = (tl.load(widths + owner) // VECTOR) * VECTOR
         address = tl.load(pointers + owner)
+        first = address.to(tl.pointer_type(DTYPE))
         if VECTOR > 1:
-            address = (address // 16) * 16
-        base = address.to(tl.pointer_type(DTYPE)) + row[:, None] * width
+            first = tl.multiple_of(first, 16)
+        base = first + row[:, None] * width
         lanes = tl.arange(0, COLUMNS)[None, :]
-        for at in range(0, width, COLUMNS):
+        at = 0
+        while at < width:
             here = base + at + lanes
             mask = changed[:, None] & (at + lanes < width)
             x = tl.load(here, mask=mask, other=0.0).to(WIDE)
             tl.store(here, (x * factors.to(WIDE)[:, None]).to(DTYPE), mask=mask)
+            at += COLUMNS
