@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from distclip.kernels.transfer import to_device
 from distclip.layouts.plan import Plan
 from distclip.passes import Group, Pass, grouped
 from distclip.policies import ParameterInfo, Scale, Skip, State, Statistics, UnitPolicy
@@ -275,7 +276,7 @@ class Ledger:
     def _where(self, members: Sequence[int]) -> Tensor | slice:
         if len(members) == len(self.program.parameters):
             return slice(None)
-        return torch.tensor(members, dtype=torch.long, device=self.program.plan.device)
+        return to_device(members, self.program.plan.device)
 
     def _show(self, threshold: Tensor | float | None) -> None:
         if self.threshold is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias, cast
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from distclip.application import inplace
 from distclip.errors import DistclipError, NonFiniteGradientError, UnsupportedGradientError
+from distclip.kernels.transfer import to_device
 from distclip.layouts.plan import Plan
 from distclip.ledger import Ledger, Program, Round, States, Walked
 from distclip.replicas import ReplicaCheck
@@ -293,46 +294,59 @@ class Acting:
         ledger, decided, skip = self.ledger, self.decided, self.skip
         plan = self.program.plan
         on_host = plan.device.type == "cpu"
-        if on_host and self.dropped is None and ledger.is_uniform() and not decided.coefficients:
-            _scale_all(present, together, cast(Tensor, ledger.rounds[0].coefficients))
+        if self.dropped is None and ledger.is_uniform() and not decided.coefficients:
+            coefficient = cast(Tensor, ledger.rounds[0].coefficients)
+            _scale_all(present, together, self._unless_skipped(coefficient))
             return
-        rows = self._rows(present)
         for number, turn in enumerate(ledger.rounds):
-            _clamp(plan, present, turn, loss_scale, None if on_host else skip)
+            sure = on_host or skip is self.program.no_skip
+            _clamp(plan, present, turn, loss_scale, None if sure else skip)
             units = dict(decided.coefficients) if number == 0 else {}
             if turn.units is not None:
                 for position, _ in present:
                     if plan.pieces[position].index in ledger.table.rows:
                         units[position] = turn.units[ledger.table.place(position)]
-            for position, gradient in present:
-                if position in units:
-                    self._scale_units(gradient, plan.pieces[position].index, units[position], turn)
+            self._scale_units([each for each in present if each[0] in units], units, turn)
             if turn.coefficients is not None:
-                factors = turn.coefficients.expand_as(ledger.ones)
-                factors = factors if on_host else torch.where(skip, 1.0, factors)
-                whole = [i for i, (position, _) in enumerate(present) if position not in units]
-                chosen = rows if len(whole) == len(present) else rows[whole]
-                inplace.scale_([present[i][1] for i in whole], factors[chosen])
+                factors = self._unless_skipped(turn.coefficients).expand_as(ledger.ones)
+                whole = [each for each in present if each[0] not in units]
+                inplace.scale_([gradient for _, gradient in whole], factors[self._rows(whole)])
 
-    def _scale_units(self, gradient: Tensor, row: int, factors: Tensor, turn: Round) -> None:
-        if turn.coefficients is not None:
-            factors = factors * turn.coefficients.expand_as(self.ledger.ones)[row]
-        if self.dropped is not None:
-            factors = torch.where(self.dropped[row], 1.0, factors)
-        if self.program.plan.device.type != "cpu":
-            factors = torch.where(self.skip, 1.0, factors)
-        inplace.scale_units_(gradient, factors, self.ledger.one.request.unit_dims[row])
+    def _unless_skipped(self, factors: Tensor) -> Tensor:
+        """On the host a skipped step does not come so far."""
+        if self.program.plan.device.type == "cpu" or self.skip is self.program.no_skip:
+            return factors
+        return torch.where(self.skip, 1.0, factors)
+
+    def _scale_units(
+        self, present: Sequence[tuple[int, Tensor]], units: Mapping[int, Tensor], turn: Round
+    ) -> None:
+        """Multiply the units of pieces by their factors, and by those of the whole parameters."""
+        rows = [self.program.plan.pieces[position].index for position, _ in present]
+        whole = turn.coefficients
+        if whole is not None and whole.dim():
+            whole = whole.expand_as(self.ledger.ones)
+        chosen = []
+        for row, (position, _) in zip(rows, present, strict=True):
+            factors = units[position]
+            if whole is not None:
+                factors = factors * (whole if whole.dim() == 0 else whole[row])
+            if self.dropped is not None:
+                factors = torch.where(self.dropped[row], 1.0, factors)
+            chosen.append(self._unless_skipped(factors))
+        dims = self.ledger.one.request.unit_dims
+        inplace.scale_units_([g for _, g in present], chosen, [dims[row] for row in rows])
 
     def _rows(self, present: Sequence[tuple[int, Tensor]]) -> Tensor:
         plan = self.program.plan
         rows = [plan.pieces[position].index for position, _ in present]
-        return torch.tensor(rows, device=plan.device).long()
+        return to_device(rows, plan.device)
 
 
 def _scale_all(
     present: Sequence[tuple[int, Tensor]], together: Together | None, coefficient: Tensor
 ) -> None:
-    """Multiply gradients on the host by one number, neighbours in memory as one tensor."""
+    """Multiply gradients by one number, neighbours in memory as one tensor."""
     tensors = [] if together is None else list(together.spans)
     covered = frozenset() if together is None else frozenset(together.known.positions)
     if len(covered) < len(present):

@@ -35,6 +35,7 @@ IMPORTERS: dict[str, set[str]] = {
     "pytorch_lightning": set(),
     "transformers": {"integrations/transformers.py"},
     "tensorboard": set(),
+    "triton": {"kernels/_triton.py", "kernels/multi_tensor.py"},
     "matplotlib": {"monitor/plots.py"},
     "psutil": {"integrations/accelerate_cpu.py"},
     "pydantic": {"config.py", "_config_policies.py", "_config_problems.py"},

@@ -30,15 +30,26 @@ def _add(total, x, KIND: tl.constexpr):
 
 
 @triton.jit
+def _clamped(x, bound, BOUNDED: tl.constexpr):
+    if BOUNDED:
+        x = tl.minimum(x, bound, propagate_nan=tl.PropagateNan.ALL)
+        x = tl.maximum(x, -bound, propagate_nan=tl.PropagateNan.ALL)
+    return x
+
+
+@triton.jit
 def measure(
     pointers,  # int64 (segments,)
     numels,  # int64 (segments,)
     firsts,  # int64 (segments + 1,), the first chunk of each
     owners,  # int64 (chunks,), the segment of each
+    outputs,  # int64 (segments,), where its bound lies
+    bounds,  # float64, ``BOUNDED``: to what elements are clamped first
     partials,  # float64 (chunks,), written
     offset,  # of this launch's chunks among all
     DTYPE: tl.constexpr,
     SIZE: tl.constexpr,
+    BOUNDED: tl.constexpr,
     KIND: tl.constexpr,
     LEAST: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -57,9 +68,13 @@ def measure(
     lanes = tl.arange(0, BLOCK)
     sums = tl.zeros([BLOCK], tl.float32)
     largest = tl.zeros([BLOCK], tl.float32)
+    bound = 0.0
+    if BOUNDED:
+        bound = tl.load(bounds + tl.load(outputs + owner)).to(tl.float32)
     if (start >= head) & (left == BLOCK * TURNS):
         for turn in tl.static_range(TURNS):
             x = tl.load(base + start + turn * BLOCK + lanes).to(tl.float32)
+            x = _clamped(x, bound, BOUNDED)
             sums = _add(sums, x, KIND)
             if KIND != 0:
                 largest = tl.maximum(largest, tl.abs(x))
@@ -68,7 +83,7 @@ def measure(
         while at < left:
             index = start + at + lanes
             x = tl.load(base + index, mask=(index >= head) & (index < stop), other=0.0)
-            x = x.to(tl.float32)
+            x = _clamped(x.to(tl.float32), bound, BOUNDED)
             sums = _add(sums, x, KIND)
             if KIND != 0:
                 largest = tl.maximum(largest, tl.abs(x))
@@ -84,7 +99,8 @@ def measure(
             while at < left:
                 index = start + at + lanes
                 x = tl.load(base + index, mask=(index >= head) & (index < stop), other=0.0)
-                exact = _add(exact, x.to(tl.float32).to(tl.float64), KIND)
+                x = _clamped(x.to(tl.float32), bound, BOUNDED)
+                exact = _add(exact, x.to(tl.float64), KIND)
                 at += BLOCK
             result = tl.sum(exact, axis=0)
     tl.store(partials + program, result)
@@ -236,8 +252,9 @@ def scale(
                     x = tl.load(base + index, mask=inside, other=0.0)
                     tl.store(base + index, (x.to(WIDE) * factor).to(DTYPE), mask=inside)
 
-
                 at += BLOCK
+
+
 @triton.jit
 def scale_rows(
     pointers,

@@ -16,21 +16,27 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from distclip.kernels import tables
+from distclip.kernels.transfer import to_device
 
 MEASURED = frozenset((torch.float32, torch.bfloat16, torch.float16))
 SCALED = MEASURED | {torch.float64}
 ORDERS = {1.0: 1, 2.0: 2, math.inf: 0}
 """Orders of norms, and what the kernels call them."""
-LEAST = {1: tables.BLOCK * tables.TURNS * 2.0**-102, 2: tables.BLOCK * tables.TURNS * 2.0**-102, 0: 0.0}
+LEAST = {
+    1: tables.BLOCK * tables.TURNS * 2.0**-102,
+    2: tables.BLOCK * tables.TURNS * 2.0**-102,
+    0: 0.0,
+}
 """Float32 sums of a chunk below this may have lost much to underflow."""
 SWITCH = "DISTCLIP_TRITON"
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def is_usable(device: torch.device) -> bool:
     """Whether the kernels run on this device. Compiles one of them to find out, once.
 
@@ -41,7 +47,7 @@ def is_usable(device: torch.device) -> bool:
     if importlib.util.find_spec("triton") is None:
         return False
     try:
-        norms([torch.ones(1, device=device)], 2.0)
+        _try(device)
     except Exception as error:
         warnings.warn(
             f"Triton is installed but its kernels do not run on {device} "
@@ -52,6 +58,10 @@ def is_usable(device: torch.device) -> bool:
         )
         return False
     return True
+
+
+def _try(device: torch.device) -> None:
+    norms([torch.ones(1, device=device)], 2.0)
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -67,18 +77,26 @@ def measures(tensor: Tensor, norm_type: float) -> bool:
     return tensor.dtype in MEASURED and norm_type in ORDERS and is_dense(tensor)
 
 
-def norms(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
+def norms(
+    tensors: Sequence[Tensor], norm_type: float, bounds: Sequence[float | None] | None = None
+) -> Tensor:
     """The norm of each tensor: one launch per dtype, and one to combine the parts.
 
     Args:
         tensors: dense, float32, bfloat16 or float16, any shapes, none empty; of one device.
         norm_type: 1, 2 or inf.
+        bounds: per tensor, measure ``clamp(x, -bound, bound)`` instead; None for as it is. In
+            float32, where the clamping itself happens in the tensor's dtype.
 
     Returns:
         float64 ``(len(tensors),)`` on their device.
     """
     kernels, table = _kernels(), tables.flat(tensors)
     device, kind = tensors[0].device, ORDERS[norm_type]
+    limits = None
+    if bounds is not None:
+        numbers = [math.inf if bound is None else bound for bound in bounds]
+        limits = to_device(np.array(numbers).view(np.int64), device).view(torch.float64)
     partials = torch.empty(table.chunks, dtype=torch.float64, device=device)
     result = torch.empty(table.segments, dtype=torch.float64, device=device)
     with _on(device):
@@ -88,10 +106,13 @@ def norms(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
                 table.numels,
                 table.firsts,
                 table.owners,
+                table.outputs,
+                partials if limits is None else limits,
                 partials,
                 launch.offset,
                 DTYPE=_triton_dtype(launch.dtype),
                 SIZE=launch.dtype.itemsize,
+                BOUNDED=limits is not None,
                 KIND=kind,
                 LEAST=LEAST[kind],
                 BLOCK=tables.BLOCK,
@@ -227,14 +248,14 @@ def scale_rows_(matrices: Sequence[Tensor], coefficients: Tensor) -> None:
             )
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _kernels() -> ModuleType:
     from distclip.kernels import _triton
 
     return _triton
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _triton_dtype(dtype: torch.dtype) -> Any:
     import triton.language as tl
 

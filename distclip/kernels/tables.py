@@ -123,11 +123,15 @@ def _flat(tensors: Sequence[Tensor]) -> Flat:
     heads = [tensor.data_ptr() % 16 // tensor.element_size() for tensor in ordered]
     chunk = BLOCK * TURNS
     counts = [-(-(head + t.numel()) // chunk) for head, t in zip(heads, ordered, strict=True)]
-    numbers, total = _packed(
+    (pointers, numels, firsts, outputs, owners), total = _packed(
         ordered[0].device, ordered, counts, [[tensor.numel() for tensor in ordered]], order
     )
     return Flat(
-        *numbers,
+        pointers,
+        numels,
+        firsts,
+        outputs,
+        owners,
         launches=_launches([(t.dtype,) for t in ordered], counts),
         segments=len(tensors),
         chunks=total,
@@ -139,13 +143,20 @@ def _rows(matrices: Sequence[Tensor]) -> Rows:
     kinds = [_kind(matrix) for matrix in matrices]
     order = sorted(range(len(matrices)), key=lambda each: (str(kinds[each][0]), *kinds[each][1:]))
     ordered = [matrices[each] for each in order]
-    counts = [
-        -(-len(matrices[each]) // max(1, BLOCK // kinds[each][1])) for each in order
-    ]
+    counts = [-(-len(matrices[each]) // max(1, BLOCK // kinds[each][1])) for each in order]
     sizes = [[len(matrix) for matrix in ordered], [matrix.shape[1] for matrix in ordered]]
-    numbers, _ = _packed(ordered[0].device, ordered, counts, sizes, starts[order])
+    (pointers, heights, widths, firsts, outputs, owners), _ = _packed(
+        ordered[0].device, ordered, counts, sizes, starts[order]
+    )
     return Rows(
-        *numbers, launches=_launches([kinds[each] for each in order], counts), rows=int(starts[-1])
+        pointers,
+        heights,
+        widths,
+        firsts,
+        outputs,
+        owners,
+        launches=_launches([kinds[each] for each in order], counts),
+        rows=int(starts[-1]),
     )
 
 

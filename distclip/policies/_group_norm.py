@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from distclip.errors import ConfigurationError
 from distclip.policies._norm_threshold import NormThreshold, norm_coefficient
@@ -53,10 +55,16 @@ class GroupNorm(NormThreshold):
             members.setdefault(parameter.group, []).append(index)
         coefficients = torch.ones_like(norms)
         for indices in members.values():
-            where = torch.tensor(indices, device=norms.device)
+            where = _placed(tuple(indices), norms.device)
             total = combine_norms(norms[where], self.norm_type)
             coefficients[where] = norm_coefficient(total, self.max_norm)
         return (Scale(coefficients, self.max_norm),), state
+
+
+@functools.lru_cache(maxsize=64)
+def _placed(indices: tuple[int, ...], device: torch.device) -> Tensor:
+    """The same at every step: brought to a device once, so that no later step waits for it."""
+    return torch.tensor(indices, device=device)
 
 
 group_norm = GroupNorm

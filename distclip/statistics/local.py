@@ -1,16 +1,15 @@
 """Norms of local tensors: exact to about 1e-7 relative whatever the dtype, without copies.
 
-Three ways, chosen by dtype and device:
+On the CPU there are three ways:
 
-* CPU, fp32, bf16, fp16, p = 1 or 2: float32 partial norms of 256 elements, combined in float64.
+* fp32, bf16, fp16, p = 1 or 2: float32 partial norms of 256 elements, combined in float64.
   Short partial sums are what keeps float32 exact (one long float32 sum of 32M elements is off by
   1e-3), and they run at memory speed, where a float64 reduction of float32 input does not. A
   result that shows overflow or underflow is measured again in float64.
 * p = inf: the extremes, exact in any dtype.
-* everything else (float64, complex, other p, other devices): float64 chunk by chunk, scaled by the
-  largest element where float64 itself could overflow or underflow.
+* everything else (float64, complex, other p): float64 chunk by chunk (``exact``).
 
-Nothing here reads a value of an accelerator tensor on the host.
+Accelerator tensors are left to ``accelerated``: nothing reads a value of one on the host.
 """
 
 from __future__ import annotations
@@ -23,18 +22,19 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from distclip.statistics import accelerated
+from distclip.statistics.exact import (
+    FAST_DTYPES,
+    chunks_of,
+    exact_norm,
+    exact_row_norms,
+    largest_magnitude,
+    prepared,
+)
 from distclip.statistics.neighbours import CHUNK, LANE, UNDERFLOW, Together, reduce_rows
 
 SHORT = 1024
 """Up to here one float32 dot product is as exact as partial sums, and cheaper."""
-FAST_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
-
-
-def is_wide(dtype: torch.dtype, norm_type: float) -> bool:
-    """Whether p-th powers of ``dtype`` values can leave the range of float64."""
-    return math.isfinite(norm_type) and (
-        norm_type > 6.0 or dtype in (torch.float64, torch.complex128)
-    )
 
 
 def norms(
@@ -72,7 +72,7 @@ def norms(
             result[known.index] = found
             done = set(known.positions)
             rest = (*rest, *(each for each in range(len(tensors)) if each not in done))
-    elsewhere: dict[int, Tensor] = {}
+    elsewhere: dict[torch.device, list[int]] = {}
     values: dict[int, float] = {}
     small: list[int] = []
     fast = norm_type in (1.0, 2.0)
@@ -82,7 +82,7 @@ def norms(
             continue
         bound = None if bounds is None else bounds[position]
         if not tensor.is_cpu:
-            elsewhere[position] = _exact_norm(tensor, norm_type, bound).to(device)
+            elsewhere.setdefault(tensor.device, []).append(position)
         elif fast and numel <= LANE and bound is None and tensor.dtype is torch.float32:
             small.append(position)
         else:
@@ -93,10 +93,15 @@ def norms(
         result[torch.tensor(list(values))] = torch.tensor(
             list(values.values()), dtype=torch.float64
         )
-    result = result.to(device)
-    if elsewhere:
-        where = torch.tensor(list(elsewhere), device=device)
-        result[where] = torch.stack(list(elsewhere.values()))
+    if isinstance(rest, range) and not values and not small:  # nothing on the host is a result
+        result = torch.zeros(len(tensors), dtype=torch.float64, device=device)
+    else:
+        result = result.to(device)
+    for positions in elsewhere.values():
+        limits = None if bounds is None else [bounds[position] for position in positions]
+        there = [cast(Tensor, tensors[position]) for position in positions]
+        found = accelerated.norms(there, norm_type, limits)
+        result = accelerated.placed(result, positions, found)
     return result
 
 
@@ -145,6 +150,7 @@ def unit_norms(
         ``unit_dims``.
     """
     parts: list[Tensor] = []
+    elsewhere: dict[torch.device, list[int]] = {}
     whole: dict[int, int] = {}
     shared, doubtful = _shared(tensors, unit_dims, counts, norm_type, bounds, positions, together)
     unchecked = _Unchecked(norm_type)
@@ -160,6 +166,9 @@ def unit_norms(
         elif not dims:
             whole[number] = start
             parts.append(torch.empty(1, dtype=torch.float64, device=device))
+        elif not tensor.is_cpu:
+            elsewhere.setdefault(tensor.device, []).append(number)
+            parts.append(tensor)
         elif tensor.dtype is torch.float32 and bound is None and _is_fast(tensor, norm_type):
             rows = _rows(tensor, dims, count)
             parts.append(_fast_row_norms(rows, norm_type))
@@ -172,12 +181,19 @@ def unit_norms(
         start += count
     if not parts:
         return torch.zeros(0, dtype=torch.float64, device=device)
+    for numbers in elsewhere.values():
+        matrices = [_rows(parts[each], unit_dims[each], counts[each]) for each in numbers]
+        limits = None if bounds is None else [bounds[each] for each in numbers]
+        norms_there = accelerated.row_norms(matrices, norm_type, limits)
+        found_there = torch.split(norms_there, [counts[each] for each in numbers])
+        for each, part in zip(numbers, found_there, strict=True):
+            parts[each] = part
     result = torch.cat([part.to(device) for part in parts]).double()
     unchecked.check(result)
     if whole:
         chosen = None if bounds is None else [bounds[number] for number in whole]
         alone = norms([tensors[number] for number in whole], norm_type, chosen, device=device)
-        result[torch.tensor(list(whole.values()), device=device)] = alone
+        result = accelerated.placed(result, list(whole.values()), alone)
     return result
 
 
@@ -252,17 +268,17 @@ def _cpu_norm(tensor: Tensor, norm_type: float, bound: float | None) -> float:
         largest = largest_magnitude(tensor).item()
         return min(largest, bound) if bound is not None and largest == largest else largest
     if not _is_fast(tensor, norm_type):
-        return float(_exact_norm(tensor, norm_type, bound))
+        return float(exact_norm(tensor, norm_type, bound))
     total = 0.0
-    for chunk in _chunks(tensor, whole=tensor.dtype is torch.float32 and bound is None):
-        total += _fast_power_sum(_prepared(chunk, bound, torch.float32), norm_type)
+    for chunk in chunks_of(tensor, whole=tensor.dtype is torch.float32 and bound is None):
+        total += _fast_power_sum(prepared(chunk, bound, torch.float32), norm_type)
     if math.isfinite(total) and total > tensor.numel() * UNDERFLOW[norm_type]:
         return total if norm_type == 1.0 else math.sqrt(total)
     # Zero, non-finite, or beyond what float32 partial sums can hold.
     largest = float(largest_magnitude(tensor))
     if largest == 0.0 or (not math.isfinite(largest) and bound is None):
         return largest
-    return float(_exact_norm(tensor, norm_type, bound))
+    return float(exact_norm(tensor, norm_type, bound))
 
 
 def _fast_power_sum(flat: Tensor, norm_type: float) -> float:
@@ -282,8 +298,8 @@ def _fast_power_sum(flat: Tensor, norm_type: float) -> float:
 def _row_norms(rows: Tensor, norm_type: float, bound: float | None) -> Tensor:
     """p-norm of each row of a 2-D tensor, float64."""
     if not _is_fast(rows, norm_type):
-        return _exact_row_norms(rows, norm_type, bound)
-    result = _fast_row_norms(_prepared(rows, bound, torch.float32), norm_type).double()
+        return exact_row_norms(rows, norm_type, bound)
+    result = _fast_row_norms(prepared(rows, bound, torch.float32), norm_type).double()
     floor = (rows.shape[1] * UNDERFLOW[norm_type]) ** (1.0 / norm_type)
     doubtful = ~((result > floor) & torch.isfinite(result))
     if bool(doubtful.any()):
@@ -317,92 +333,5 @@ def _remeasure(
         result[indices] = largest.double().to(result.device)
         rest = (largest != 0).nonzero().flatten()
         if len(rest):
-            again = _exact_row_norms(part[rest], norm_type, bound)
+            again = exact_row_norms(part[rest], norm_type, bound)
             result[indices[rest.to(indices.device)]] = again.to(result.device)
-
-
-def largest_magnitude(tensor: Tensor) -> Tensor:
-    """Largest absolute element, float64; NaN if there is one. 0-dim, no host read."""
-    if tensor.numel() == 0:
-        return torch.zeros((), dtype=torch.float64, device=tensor.device)
-    if tensor.is_complex():
-        return torch.stack([c.abs().amax() for c in _chunks(tensor)]).amax().double()
-    return torch.maximum(tensor.amax(), -tensor.amin()).double()
-
-
-def _exact_norm(tensor: Tensor, norm_type: float, bound: float | None) -> Tensor:
-    """p-norm in float64, chunk by chunk. 0-dim float64 on the tensor's device."""
-    if norm_type == math.inf:
-        largest = largest_magnitude(tensor)
-        return largest if bound is None else torch.clamp(largest, max=bound)
-    scale = _scale(largest_magnitude(tensor), tensor, norm_type)
-    parts = []
-    for chunk in _chunks(tensor):
-        values = _prepared(chunk, bound, torch.float64)
-        if scale is not None:
-            values = values / scale
-        parts.append(torch.linalg.vector_norm(values, norm_type))
-    total: Tensor = parts[0]
-    if len(parts) > 1:
-        total = torch.linalg.vector_norm(torch.stack(parts), norm_type)
-    return total if scale is None else total * scale
-
-
-def _exact_row_norms(rows: Tensor, norm_type: float, bound: float | None) -> Tensor:
-    if norm_type == math.inf:
-        if rows.is_complex():
-            return rows.abs().amax(dim=1).double()
-        largest = rows.abs().amax(dim=1).double()
-        return largest if bound is None else torch.clamp(largest, max=bound)
-    if rows.numel() > 2 * CHUNK and rows.shape[0] == 1:
-        return _exact_norm(rows, norm_type, bound).reshape(1)
-    values = _prepared(rows, bound, torch.float64)
-    if not is_wide(rows.dtype, norm_type):
-        return cast(Tensor, torch.linalg.vector_norm(values, norm_type, dim=1))
-    largest = values.abs().amax(dim=1, keepdim=True)
-    scale = torch.where((largest > 0) & torch.isfinite(largest), largest, 1.0)
-    norms = torch.linalg.vector_norm(values / scale, norm_type, dim=1) * scale.squeeze(1)
-    return cast(Tensor, norms)
-
-
-def _scale(largest: Tensor, tensor: Tensor, norm_type: float) -> Tensor | None:
-    """What to divide by so that p-th powers stay in range; None where they do anyway."""
-    if not is_wide(tensor.dtype, norm_type):
-        return None
-    return torch.where((largest > 0) & torch.isfinite(largest), largest, 1.0)
-
-
-def _prepared(chunk: Tensor, bound: float | None, dtype: torch.dtype) -> Tensor:
-    """The chunk in the dtype to measure in, clamped if asked; complex as absolute values."""
-    if chunk.is_complex():
-        chunk = chunk.abs()
-    chunk = chunk.to(dtype)
-    return chunk if bound is None else chunk.clamp(-bound, bound)
-
-
-def _chunks(tensor: Tensor, *, whole: bool = False) -> Sequence[Tensor]:
-    """Flat views of a tensor, in any order; a tensor with gaps is copied chunk by chunk.
-
-    With ``whole`` a tensor that needs no conversion comes as one chunk.
-    """
-    flat = _flat_view(tensor)
-    if flat is not None:
-        return (flat,) if whole or flat.numel() <= CHUNK else torch.split(flat, CHUNK)
-    step = max(1, CHUNK // max(1, tensor[0].numel()))
-    chunks: list[Tensor] = []
-    for part in torch.split(tensor, step):
-        if part.numel() > 2 * CHUNK and part.dim() > 1:
-            for row in part.unbind(0):
-                chunks.extend(_chunks(row))
-        else:
-            chunks.append(part.reshape(-1))
-    return chunks
-
-
-def _flat_view(tensor: Tensor) -> Tensor | None:
-    """All elements as a 1-D view if they lie without gaps in memory, in whatever order."""
-    if tensor.is_contiguous():
-        return tensor.view(-1)
-    dims = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
-    transposed = tensor.permute(dims)
-    return transposed.view(-1) if transposed.is_contiguous() else None

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from distclip.errors import DistclipError
+from distclip.kernels.transfer import to_device
 from distclip.layouts import dtensor
 from distclip.layouts.piece import MisplacedError
 from distclip.layouts.plan import Plan
@@ -146,9 +147,7 @@ def _measure_raw(plan: Plan, request: Request, result: LocalMeasurement) -> None
         gradient if piece.index in request.bounds and piece.share > 0.0 else None
         for piece, gradient in zip(plan.pieces, result.present, strict=True)
     ]
-    chosen = torch.tensor(
-        [piece.index in request.bounds for piece in plan.pieces], device=plan.device
-    )
+    chosen = to_device([piece.index in request.bounds for piece in plan.pieces], plan.device) > 0
     # In the same way as with a bound, so that they differ only where something was clamped.
     unbounded = [math.inf] * len(clamped)
     for order in request.raw_orders:
@@ -205,7 +204,7 @@ def _insert_units(plan: Plan, norms: Tensor, units: LocalUnits, order: float) ->
     if not units.positions:
         return
     whole = combine_segments(units.norms[order], units.counts, order)
-    where = torch.tensor(units.positions, device=norms.device)
+    where = to_device(units.positions, norms.device)
     if plan.shares is not None:
         whole = torch.where(plan.shares[where] > 0, whole, 0.0)
-    norms[where] = whole
+    norms.index_copy_(0, where, whole)

@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from distclip.layouts.plan import Plan
-from distclip.statistics import collectives, local
+from distclip.statistics import collectives
 from distclip.statistics.alignment import MISPLACED
 from distclip.statistics.encoding import Encoding
+from distclip.statistics.exact import is_wide
 from distclip.statistics.measurement import LocalMeasurement
 from distclip.statistics.request import Request
 from distclip.statistics.units import LocalUnits, UnitTable
@@ -226,7 +227,7 @@ def reduce(
 def _wide(dtypes: frozenset[str], orders: tuple[float, ...]) -> Mapping[float, bool]:
     """Per order, whether p-th powers of values of these dtypes can leave float64."""
     kinds = [getattr(torch, dtype) for dtype in dtypes]
-    return {order: any(local.is_wide(kind, order) for kind in kinds) for order in orders}
+    return {order: any(is_wide(kind, order) for kind in kinds) for order in orders}
 
 
 def _own_slot(value: Tensor, group: ProcessGroup) -> Tensor:

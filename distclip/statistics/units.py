@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from distclip.kernels.transfer import to_device
 from distclip.layouts.piece import Piece
 from distclip.layouts.plan import Plan
 from distclip.statistics.request import Request
@@ -154,11 +155,11 @@ def combine_segments(norms: Tensor, lengths: Sequence[int] | Tensor, order: floa
     Returns:
         float64 ``(len(lengths),)``.
     """
-    counts = torch.as_tensor(lengths, device=norms.device)
+    counts = lengths if isinstance(lengths, Tensor) else to_device(lengths, norms.device)
     largest = torch.segment_reduce(norms, "max", lengths=counts, unsafe=True, initial=0.0)
     if math.isinf(order):
         return largest
     unit = torch.where((largest > 0) & torch.isfinite(largest), largest, 1.0)
-    powers = (norms / unit.repeat_interleave(counts)).pow(order)
+    powers = (norms / unit.repeat_interleave(counts, output_size=len(norms))).pow(order)
     sums = torch.segment_reduce(powers, "sum", lengths=counts, unsafe=True, initial=0.0)
     return sums.pow(1.0 / order) * unit

@@ -71,9 +71,11 @@ def register() -> list[torch.library.Library]:
     aten = torch.library.Library("aten", "IMPL")
     for key in ("PrivateUse1", "CPU"):
         aten.impl("_copy_from", copy_from, key)
-    # torch makes these of an empty result that it then resizes, of which a fallback hears nothing.
-    for name in ("abs", "aminmax"):
-        op = getattr(torch.ops.aten, name).default
+    # torch makes these of an empty result that it then resizes, of which a fallback hears nothing,
+    # or calls their overload for tensors with numbers.
+    for name in ("abs", "aminmax", "remainder.Scalar"):
+        packet, _, overload = name.partition(".")
+        op = getattr(getattr(torch.ops.aten, packet), overload or "default")
         aten.impl(name, functools.partial(compute, op), "PrivateUse1")
     aten.impl("_local_scalar_dense", lambda tensor: tensor.raw.item(), "PrivateUse1")
     return [everything, aten]
@@ -84,6 +86,7 @@ def main() -> None:
     kept = register()
     from distclip.application import inplace
     from distclip.statistics import local
+    from tests.core.test_matrix import POLICIES, build
 
     there = torch.device(NAME)
     generator = torch.Generator().manual_seed(0)
@@ -117,8 +120,8 @@ def main() -> None:
         for dtype in (torch.float32, torch.bfloat16, torch.float64):
             want = rows.to(dtype)
             have = want.clone()
-            inplace.scale_units_(want, chosen, (0,))
-            inplace.scale_units_(have, chosen.to(there), (0,))
+            inplace.scale_units_([want], [chosen], [(0,)])
+            inplace.scale_units_([have], [chosen.to(there)], [(0,)])
             assert torch.equal(have, want), "units"
     one, two = rows.clone(), rows.clone()
     inplace.clamp_([one], [0.5])
@@ -130,8 +133,87 @@ def main() -> None:
     assert torch.equal(one, two), "scale"
     inplace.zero_([one], torch.tensor([True]).to(there))
     assert not bool(one.any()), "zero"
+    for mode in ("pass", "zero", "skip"):
+        for label, configuration in POLICIES.items():
+            check(label, build(configuration), mode, generator)
     del kept
     print("all equal")
+
+
+def check(label: str, policy: Any, mode: str, generator: torch.Generator) -> None:
+    """A whole walk with everything on the device, and the same on the CPU."""
+    from distclip.walk import walk
+
+    shapes = [(6, 9), (64,), (2, 3, 4), (), (0, 5), (700,)]
+    weights = [torch.randn(shape, generator=generator) for shape in shapes]
+    steps = [[torch.randn(shape, generator=generator) for shape in shapes] for _ in range(2)]
+    steps[1][0][2, 3] = math.nan
+    found = []
+    for device in (torch.device("cpu"), torch.device(NAME)):
+        gradients: list[Tensor] = []
+        program, states = compiled(policy, [w.to(device) for w in weights], gradients, device)
+        results: list[Any] = []
+        for step in steps:
+            gradients[:] = [gradient.clone().to(device) for gradient in step]
+            walked = walk(program, states, on_nonfinite=mode)
+            states = walked.states
+            for tensor in (
+                *gradients,
+                walked.raw,
+                walked.after,
+                walked.coefficients,
+                walked.smallest,
+                walked.clipped,
+                walked.threshold,
+                walked.skipped,
+            ):
+                results.append(read(tensor).clone())
+        found.append(results)
+    for number, (want, have) in enumerate(zip(*found, strict=True)):
+        assert torch.allclose(want.double(), have.double(), rtol=1e-6, atol=0, equal_nan=True), (
+            label, mode, number, want, have,
+        )  # fmt: skip
+
+
+def compiled(
+    policy: Any, weights: list[Tensor], gradients: list[Tensor], device: torch.device
+) -> tuple[Any, Any]:
+    """A program over ``weights``, whose gradients are asked for at each step."""
+    from distclip.layouts.piece import Box, Entry, Piece
+    from distclip.layouts.plan import local_plan
+    from distclip.ledger import Program
+    from distclip.passes import compile_passes, report_order
+    from distclip.policies import ParameterInfo
+    from distclip.policies._compose import stages
+
+    names = [f"layer.{n}.{'weight' if w.dim() == 2 else 'other'}" for n, w in enumerate(weights)]
+    described = [
+        (
+            Entry(name, tuple(weight.shape), "float32"),
+            [
+                Piece(
+                    0,
+                    Box((0,) * weight.dim(), tuple(weight.shape)),
+                    1.0,
+                    functools.partial(gradients.__getitem__, number),
+                    functools.partial(weights.__getitem__, number),
+                )
+            ],
+        )
+        for number, (name, weight) in enumerate(zip(names, weights, strict=True))
+    ]
+    plan = local_plan(described, device)
+    infos = [ParameterInfo(e.name, e.shape, n % 2) for n, e in enumerate(plan.entries)]
+    passes = compile_passes(policy, infos, plan.entries, norms=True, watch_nonfinite=True)
+    states = {
+        stage.path: {
+            key: value.to(device)
+            for key, value in stage.policy.init([infos[m] for m in stage.members]).items()
+        }
+        for stage in stages(policy, infos)
+        if stage.members
+    }
+    return Program.of(plan, infos, passes, report_order(policy, infos)), states
 
 
 def read(tensor: Tensor) -> Tensor:

@@ -1,0 +1,114 @@
+"""Norms in float64, chunk by chunk: for any dtype, order and device, where nothing faster will do.
+
+Scaled by the largest element where float64 itself could overflow or underflow. Nothing here reads a
+value of an accelerator tensor on the host.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from distclip.statistics.neighbours import CHUNK
+
+FAST_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
+"""Those whose squares float64 holds, and adds up, without care."""
+
+
+def is_wide(dtype: torch.dtype, norm_type: float) -> bool:
+    """Whether p-th powers of ``dtype`` values can leave the range of float64."""
+    return math.isfinite(norm_type) and (
+        norm_type > 6.0 or dtype in (torch.float64, torch.complex128)
+    )
+
+
+def largest_magnitude(tensor: Tensor) -> Tensor:
+    """Largest absolute element, float64; NaN if there is one. 0-dim, no host read."""
+    if tensor.numel() == 0:
+        return torch.zeros((), dtype=torch.float64, device=tensor.device)
+    if tensor.is_complex():
+        return torch.stack([c.abs().amax() for c in chunks_of(tensor)]).amax().double()
+    return torch.maximum(tensor.amax(), -tensor.amin()).double()
+
+
+def exact_norm(tensor: Tensor, norm_type: float, bound: float | None) -> Tensor:
+    """p-norm in float64, chunk by chunk. 0-dim float64 on the tensor's device."""
+    if norm_type == math.inf:
+        largest = largest_magnitude(tensor)
+        return largest if bound is None else torch.clamp(largest, max=bound)
+    scale = _scale(largest_magnitude(tensor), tensor, norm_type)
+    parts = []
+    for chunk in chunks_of(tensor):
+        values = prepared(chunk, bound, torch.float64)
+        if scale is not None:
+            values = values / scale
+        parts.append(torch.linalg.vector_norm(values, norm_type))
+    total: Tensor = parts[0]
+    if len(parts) > 1:
+        total = torch.linalg.vector_norm(torch.stack(parts), norm_type)
+    return total if scale is None else total * scale
+
+
+def exact_row_norms(rows: Tensor, norm_type: float, bound: float | None) -> Tensor:
+    """p-norm of each row of a 2-D tensor, all at once. float64 on its device."""
+    if norm_type == math.inf:
+        if rows.is_complex():
+            return rows.abs().amax(dim=1).double()
+        largest = rows.abs().amax(dim=1).double()
+        return largest if bound is None else torch.clamp(largest, max=bound)
+    if rows.numel() > 2 * CHUNK and rows.shape[0] == 1:
+        return exact_norm(rows, norm_type, bound).reshape(1)
+    values = prepared(rows, bound, torch.float64)
+    if not is_wide(rows.dtype, norm_type):
+        return cast(Tensor, torch.linalg.vector_norm(values, norm_type, dim=1))
+    largest = values.abs().amax(dim=1, keepdim=True)
+    scale = torch.where((largest > 0) & torch.isfinite(largest), largest, 1.0)
+    norms = torch.linalg.vector_norm(values / scale, norm_type, dim=1) * scale.squeeze(1)
+    return cast(Tensor, norms)
+
+
+def _scale(largest: Tensor, tensor: Tensor, norm_type: float) -> Tensor | None:
+    """What to divide by so that p-th powers stay in range; None where they do anyway."""
+    if not is_wide(tensor.dtype, norm_type):
+        return None
+    return torch.where((largest > 0) & torch.isfinite(largest), largest, 1.0)
+
+
+def prepared(chunk: Tensor, bound: float | None, dtype: torch.dtype) -> Tensor:
+    """The chunk in the dtype to measure in, clamped if asked; complex as absolute values."""
+    if chunk.is_complex():
+        chunk = chunk.abs()
+    chunk = chunk.to(dtype)
+    return chunk if bound is None else chunk.clamp(-bound, bound)
+
+
+def chunks_of(tensor: Tensor, *, whole: bool = False) -> Sequence[Tensor]:
+    """Flat views of a tensor, in any order; a tensor with gaps is copied chunk by chunk.
+
+    With ``whole`` a tensor that needs no conversion comes as one chunk.
+    """
+    flat = _flat_view(tensor)
+    if flat is not None:
+        return (flat,) if whole or flat.numel() <= CHUNK else torch.split(flat, CHUNK)
+    step = max(1, CHUNK // max(1, tensor[0].numel()))
+    found: list[Tensor] = []
+    for part in torch.split(tensor, step):
+        if part.numel() > 2 * CHUNK and part.dim() > 1:
+            for row in part.unbind(0):
+                found.extend(chunks_of(row))
+        else:
+            found.append(part.reshape(-1))
+    return found
+
+
+def _flat_view(tensor: Tensor) -> Tensor | None:
+    """All elements as a 1-D view if they lie without gaps in memory, in whatever order."""
+    if tensor.is_contiguous():
+        return tensor.view(-1)
+    dims = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+    transposed = tensor.permute(dims)
+    return transposed.view(-1) if transposed.is_contiguous() else None
