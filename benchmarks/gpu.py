@@ -1,0 +1,212 @@
+"""What measuring and clipping cost on one GPU, beside torch and beside the memory's own speed.
+
+``python -m benchmarks.gpu --output benchmarks/results/DATE-GPU.json``. All of a case's contestants
+take turns in drawn order; a time is the median of the rounds, by CUDA events (the device's) and by
+the host's clock from call to finished work. Gradients are put back before each round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import random
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distclip import GradClipper, __version__, policies
+from distclip.kernels import multi_tensor
+
+Contestant = Callable[[], Any]
+GIB = 1 << 30
+
+
+def mixed_sizes(total: int) -> list[int]:
+    """Sizes of a model's kind: a few large matrices, many middling ones, vectors."""
+    sizes: list[int] = []
+    kinds = (32_000 * 2048, 2048 * 5632, 2048 * 2048, 2048 * 256, 2048, 77)
+    left = total
+    for kind, share in zip(kinds, (0.25, 0.4, 0.25, 0.09, 0.0099, 0.0001), strict=True):
+        count = max(1, int(total * share / kind))
+        sizes += [kind] * min(count, max(0, left // kind))
+        left = total - sum(sizes)
+    return [*sizes, left] if left > 0 else sizes
+
+
+def model_of(sizes: list[int], dtype: torch.dtype, *, matrices: bool = False) -> nn.ParameterList:
+    """Parameters with gradients, drawn once."""
+    torch.manual_seed(0)
+    listed = nn.ParameterList()
+    for size in sizes:
+        shape = (size // 2048, 2048) if matrices and size % 2048 == 0 else (size,)
+        parameter = nn.Parameter(torch.randn(shape, device="cuda", dtype=dtype))
+        parameter.grad = torch.randn_like(parameter)
+        listed.append(parameter)
+    return listed
+
+
+def gradients(model: nn.ParameterList) -> list[Tensor]:
+    return [p.grad for p in model if p.grad is not None]
+
+
+def timed(
+    contestants: dict[str, Contestant], rounds: int, before: Contestant | None = None
+) -> dict[str, dict[str, float]]:
+    """Median milliseconds of each: of the device, and of the host until the work was done."""
+    for run in contestants.values():
+        for _ in range(3):
+            run()
+    device: dict[str, list[float]] = {name: [] for name in contestants}
+    host: dict[str, list[float]] = {name: [] for name in contestants}
+    drawn = random.Random(0)
+    for _ in range(rounds):
+        for name in drawn.sample(list(contestants), len(contestants)):
+            if before is not None:
+                before()
+            torch.cuda.synchronize()
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            began = time.perf_counter()
+            start.record()
+            contestants[name]()
+            stop.record()
+            torch.cuda.synchronize()
+            host[name].append(1e3 * (time.perf_counter() - began))
+            device[name].append(start.elapsed_time(stop))
+    return {
+        name: {
+            "device_ms": statistics.median(device[name]),
+            "host_ms": statistics.median(host[name]),
+            "device_low_ms": min(device[name]),
+            "device_high_ms": max(device[name]),
+        }
+        for name in contestants
+    }
+
+
+def foreach_norm(tensors: list[Tensor]) -> Tensor:
+    return torch.stack(torch._foreach_norm(tensors, 2.0))
+
+
+def measuring(sizes: list[int], dtype: torch.dtype, rounds: int) -> dict[str, Any]:
+    """Norms of all tensors, by the kernels and by torch; and a copy of as many bytes."""
+    model = model_of(sizes, dtype)
+    tensors = gradients(model)
+    read = sum(tensor.nbytes for tensor in tensors)
+    source = torch.empty(GIB, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    clipper = GradClipper(model, policies.measure(), on_nonfinite="pass")
+    found = timed(
+        {
+            "copy of 1 GiB": lambda: target.copy_(source),
+            "kernels": lambda: multi_tensor.norms(tensors, 2.0),
+            "distclip": clipper.clip_,
+            "torch _foreach_norm": lambda: foreach_norm(tensors),
+            "torch get_total_norm": lambda: nn.utils.get_total_norm(tensors),
+        },
+        rounds,
+    )
+    bandwidth = 2 * GIB / found["copy of 1 GiB"]["device_ms"]
+    reached = {
+        name: read / times["device_ms"] / bandwidth
+        for name, times in found.items()
+        if name != "copy of 1 GiB"
+    }
+    exact = torch.stack([torch.linalg.vector_norm(t, dtype=torch.float64) for t in tensors])
+    error = ((multi_tensor.norms(tensors, 2.0) - exact) / exact).abs().max().item()
+    theirs = ((foreach_norm(tensors).double() - exact) / exact).abs().max().item()
+    return {
+        "tensors": len(tensors),
+        "bytes": read,
+        "times": found,
+        "copy_GB_per_s": bandwidth / 1e6,
+        "share_of_copy_bandwidth": reached,
+        "largest_relative_error": {"kernels": error, "torch _foreach_norm": theirs},
+    }
+
+
+def clipping(
+    sizes: list[int], dtype: torch.dtype, rounds: int, *, clips: bool = True
+) -> dict[str, Any]:
+    """A whole clip by the global norm."""
+    model = model_of(sizes, dtype)
+    tensors = gradients(model)
+    kept = [tensor.clone() for tensor in tensors]
+    limit = 1.0 if clips else 1e9
+    clippers = {
+        mode: GradClipper(model, policies.global_norm(limit), on_nonfinite=mode)
+        for mode in ("error", "skip", "pass")
+    }
+    listed = list(model)
+    contestants: dict[str, Contestant] = {
+        f"distclip, {mode}": clipper.clip_ for mode, clipper in clippers.items()
+    }
+    contestants["torch clip_grad_norm_"] = lambda: nn.utils.clip_grad_norm_(listed, limit)
+    contestants["torch clip_grad_norm_, error"] = lambda: nn.utils.clip_grad_norm_(
+        listed, limit, error_if_nonfinite=True
+    )
+    found = timed(contestants, rounds, lambda: torch._foreach_copy_(tensors, kept))
+    return {"tensors": len(tensors), "clips": clips, "times": found}
+
+
+def by_rows(sizes: list[int], dtype: torch.dtype, rounds: int) -> dict[str, Any]:
+    """AGC, unit by unit, beside one read of weights and gradients."""
+    model = model_of(sizes, dtype, matrices=True)
+    tensors, weights = gradients(model), [p.detach() for p in model]
+    kept = [tensor.clone() for tensor in tensors]
+    loose = GradClipper(model, policies.agc(1e6), on_nonfinite="pass")
+    tight = GradClipper(model, policies.agc(0.01), on_nonfinite="pass")
+    found = timed(
+        {
+            "one read of both": lambda: multi_tensor.norms([*tensors, *weights], 2.0),
+            "agc, nothing clipped": loose.clip_,
+            "agc, all clipped": tight.clip_,
+        },
+        rounds,
+        lambda: torch._foreach_copy_(tensors, kept),
+    )
+    return {"tensors": len(tensors), "times": found}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--output", type=Path)
+    chosen = parser.parse_args()
+    large = mixed_sizes(GIB // 4)
+    generator = random.Random(1)
+    small = [generator.randrange(64, 16_384) for _ in range(5000)]
+    rounds = chosen.rounds
+    result: dict[str, Any] = {
+        "distclip": __version__,
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(),
+        "host": platform.processor() or platform.machine(),
+        "triton_kernels": multi_tensor.is_usable(torch.device("cuda", 0)),
+        "rounds": rounds,
+        "measuring": {
+            "1 GiB, float32": measuring(large, torch.float32, rounds),
+            "512 MiB, bfloat16": measuring(large, torch.bfloat16, rounds),
+            "5,000 small, float32": measuring(small, torch.float32, rounds),
+        },
+        "clipping": {
+            "1 GiB, float32": clipping(large, torch.float32, rounds),
+            "1 GiB, float32, not clipping": clipping(large, torch.float32, rounds, clips=False),
+            "512 MiB, bfloat16": clipping(large, torch.bfloat16, rounds),
+            "5,000 small, float32": clipping(small, torch.float32, rounds),
+        },
+        "rows": {"1 GiB, float32": by_rows(large, torch.float32, rounds)},
+    }
+    text = json.dumps(result, indent=1)
+    print(text)
+    if chosen.output is not None:
+        chosen.output.write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
