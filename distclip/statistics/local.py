@@ -2,7 +2,7 @@
 
 On the CPU there are three ways:
 
-* fp32, bf16, fp16, p = 1 or 2: float32 partial norms of 256 elements, combined in float64.
+* fp32, bf16, fp16, p = 1 or 2: float32 partial sums over 512 elements, combined in float64.
   Short partial sums are what keeps float32 exact (one long float32 sum of 32M elements is off by
   1e-3), and they run at memory speed, where a float64 reduction of float32 input does not. A
   result that shows overflow or underflow is measured again in float64.
@@ -19,6 +19,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,7 +32,7 @@ from distclip.statistics.exact import (
     largest_magnitude,
     prepared,
 )
-from distclip.statistics.neighbours import CHUNK, LANE, UNDERFLOW, Together, reduce_rows
+from distclip.statistics.neighbours import CHUNK, LANE, UNDERFLOW, Together, power_sums
 
 SHORT = 1024
 """Up to here one float32 dot product is as exact as partial sums, and cheaper."""
@@ -286,13 +287,14 @@ def _fast_power_sum(flat: Tensor, norm_type: float) -> float:
     numel = flat.numel()
     if numel <= SHORT and norm_type == 2.0:
         return float(torch.dot(flat, flat))
-    body = numel - numel % LANE
-    partial = reduce_rows(flat[:body].view(-1, LANE), norm_type).double()
-    total = torch.dot(partial, partial) if norm_type == 2.0 else partial.sum()
-    if body == numel:
-        return float(total)
-    rest = float(reduce_rows(flat[body:].view(1, -1), norm_type))
-    return float(total) + float(rest**norm_type)
+    values, body = flat.detach().numpy(), numel - numel % LANE
+    total, step = 0.0, LANE * CHUNK
+    for start in range(0, body, step):
+        lanes = values[start : min(start + step, body)].reshape(-1, LANE)
+        total += float(power_sums(lanes, norm_type).sum(dtype=np.float64))
+    if body < numel:
+        total += float(power_sums(values[body:].reshape(1, -1), norm_type)[0])
+    return total
 
 
 def _row_norms(rows: Tensor, norm_type: float, bound: float | None) -> Tensor:
@@ -308,18 +310,16 @@ def _row_norms(rows: Tensor, norm_type: float, bound: float | None) -> Tensor:
 
 
 def _fast_row_norms(rows: Tensor, norm_type: float) -> Tensor:
-    """p-norm of each row of a float32 matrix, p = 1 or 2, wrong where float32 overflows."""
-    width = rows.shape[1]
-    if width <= LANE:
-        return reduce_rows(rows, norm_type)
-    body = width - width % LANE
-    lanes = rows[:, :body].reshape(len(rows), -1, LANE)
-    partial = reduce_rows(lanes, norm_type).double()
+    """p-norm of each row of a float32 matrix, p = 1 or 2; wrong where float32 overflows."""
+    values, width = rows.detach().numpy(), rows.shape[1]
+    body = width - width % LANE if width > LANE else 0
+    sums = np.zeros(len(values))
+    if body:
+        lanes = values[:, :body].reshape(len(values), -1, LANE)
+        sums += power_sums(lanes, norm_type).sum(axis=1, dtype=np.float64)
     if body < width:
-        rest = reduce_rows(rows[:, body:], norm_type).unsqueeze(1)
-        partial = torch.cat([partial, rest.double()], dim=1)
-    whole: Tensor = torch.linalg.vector_norm(partial, norm_type, dim=1)
-    return whole
+        sums += power_sums(values[:, body:], norm_type)
+    return torch.from_numpy(sums if norm_type == 1.0 else np.sqrt(sums))
 
 
 def _remeasure(

@@ -19,8 +19,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-LANE = 256
-"""Elements per float32 partial sum: worst case 32 additions per SIMD lane, error below 1e-6."""
+LANE = 512
+"""Elements per float32 partial sum: at worst 32 additions one on the other, error below 1e-6."""
+SHORTEST_DOT = 32
+"""From here on a dot product is faster than a reduction of a row."""
 CHUNK = 1 << 16
 """Elements of a temporary, 256 KiB in float32; with its float64 twin below 1 MiB."""
 SHORTEST_LANE = 32
@@ -30,7 +32,7 @@ PATIENCE = 4
 
 FLOAT32 = {torch.float32}
 _numel, _is_contiguous, _address = Tensor.numel, Tensor.is_contiguous, Tensor.data_ptr
-_dtype = operator.attrgetter("dtype")
+_dtype, _is_cpu = operator.attrgetter("dtype"), operator.attrgetter("is_cpu")
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 
@@ -53,13 +55,13 @@ class Run(NamedTuple):
 class Batch(NamedTuple):
     """Lanes that are measured before the next ones, so that no temporary outgrows a chunk.
 
-    ``parts``: ``(run, first lane, last lane + 1, where their norms go)``; ``norms``: all those
+    ``parts``: ``(run, first lane, last lane + 1, where their sums go)``; ``sums``: all those
     places, the same memory for every batch; ``segments``: which the lanes belong to; ``starts``:
     where the lanes of each begin, from 0.
     """
 
-    parts: tuple[tuple[int, int, int, Tensor], ...]
-    norms: npt.NDArray[np.float32]
+    parts: tuple[tuple[int, int, int, npt.NDArray[np.float32]], ...]
+    sums: npt.NDArray[np.float32]
     segments: slice
     starts: npt.NDArray[np.int64]
 
@@ -135,6 +137,31 @@ class Arrangement:
         return known
 
     @cached_property
+    def pick_firsts(self) -> Callable[[Any], Any]:
+        """Gives the first of each run."""
+        return _picker(tuple(run.first for run in self.runs))
+
+    @cached_property
+    def pick_lasts(self) -> Callable[[Any], Any]:
+        """Gives the last of each run."""
+        return _picker(tuple(run.last for run in self.runs))
+
+    @cached_property
+    def numels_of_lasts(self) -> list[int]:
+        """Sizes of those."""
+        return [self.numels[run.last] for run in self.runs]
+
+    @cached_property
+    def shapes(self) -> list[tuple[int, int]]:
+        """Of the views over the runs."""
+        return [run.shape for run in self.runs]
+
+    @cached_property
+    def strides(self) -> list[tuple[int, int]]:
+        """Of these."""
+        return [(run.shape[1], 1) for run in self.runs]
+
+    @cached_property
     def batches(self) -> tuple[Batch, ...]:
         """All lanes, in order, a chunk at a time, with the tensors as segments."""
         return _batches(self.runs, self.lanes)
@@ -161,21 +188,20 @@ class Arrangement:
             addresses = np.fromiter(map(_address, chosen), np.int64, len(chosen))
             if (_gaps(addresses) != self.gaps)[self.within].any():
                 return None
-            spans: list[Tensor] = []
-            for run in self.runs:
-                first, last = chosen[run.first], chosen[run.last]
-                # One storage is on one device: the first of each run speaks for its neighbours.
-                # And it has to be one storage still: torch refuses a view that would leave it.
-                if not (
-                    first.is_cpu
-                    and first.dtype is torch.float32
-                    and last.dtype is torch.float32
-                    and last.is_contiguous()
-                    and last.numel() == self.numels[run.last]
-                ):
-                    return None
-                spans.append(first.as_strided(run.shape, (run.shape[1], 1)))
-            return spans
+            # One storage is on one device: the first of each run speaks for its neighbours. And
+            # it has to be one storage still: torch refuses a view that would leave it.
+            firsts, lasts = self.pick_firsts(chosen), self.pick_lasts(chosen)
+            if not (
+                all(map(_is_cpu, firsts))
+                and all(map(_is_contiguous, lasts))
+                and {*map(_dtype, firsts), *map(_dtype, lasts)} == FLOAT32
+                and list(map(_numel, lasts)) == self.numels_of_lasts
+            ):
+                return None
+            return [
+                first.as_strided(shape, stride)
+                for first, shape, stride in zip(firsts, self.shapes, self.strides, strict=True)
+            ]
         except (TypeError, AttributeError, RuntimeError):  # missing now, or without an address
             return None
 
@@ -323,9 +349,9 @@ class Together:
 def _batches(runs: Sequence[Run], lengths: npt.NDArray[np.int64]) -> tuple[Batch, ...]:
     """The lanes of all runs, a chunk at a time, in consecutive segments of these lengths."""
     ends = np.cumsum(lengths)
-    places = torch.empty(min(CHUNK, int(ends[-1])), dtype=torch.float32, device="cpu")
+    places = np.empty(min(CHUNK, int(ends[-1])), dtype=np.float32)
     batches: list[Batch] = []
-    parts: list[tuple[int, int, int, Tensor]] = []
+    parts: list[tuple[int, int, int, npt.NDArray[np.float32]]] = []
     done = filled = 0
     for number, run in enumerate(runs):
         start, total = 0, run.shape[0]
@@ -338,7 +364,7 @@ def _batches(runs: Sequence[Run], lengths: npt.NDArray[np.int64]) -> tuple[Batch
                 first, last = np.searchsorted(ends, (done, done + filled - 1), side="right")
                 here = slice(int(first), int(last) + 1)
                 starts = np.maximum(ends[here] - lengths[here] - done, 0)
-                batches.append(Batch(tuple(parts), places[:filled].numpy(), here, starts))
+                batches.append(Batch(tuple(parts), places[:filled], here, starts))
                 done, filled, parts = done + filled, 0, []
     return tuple(batches)
 
@@ -346,13 +372,8 @@ def _batches(runs: Sequence[Run], lengths: npt.NDArray[np.int64]) -> tuple[Batch
 def _powers(batch: Batch, spans: Sequence[Tensor], norm_type: float) -> Floats:
     """The p-th powers of a batch's lane norms. On arrays so small numpy costs a third of torch."""
     for number, start, stop, place in batch.parts:
-        span = spans[number]
-        lanes = span if stop - start == len(span) else span[start:stop]
-        reduce_rows(lanes, norm_type, out=place)
-    if norm_type == 1.0:
-        return batch.norms.astype(np.float64)
-    powers: Floats = np.square(batch.norms, dtype=np.float64)
-    return powers
+        power_sums(spans[number].numpy()[start:stop], norm_type, out=place)
+    return batch.sums.astype(np.float64)
 
 
 def _are_sound(sums: Floats, least: Floats, norm_type: float) -> npt.NDArray[np.bool_]:
@@ -365,19 +386,27 @@ def _rooted(sums: Floats, norm_type: float) -> Tensor:
     return torch.from_numpy(sums if norm_type == 1.0 else np.sqrt(sums))
 
 
-def reduce_rows(rows: Tensor, norm_type: float, *, out: Tensor | None = None) -> Tensor:
-    """The p-norms over the last dim of a float32 CPU tensor in float32, p = 1, 2 or inf.
+def power_sums(
+    rows: npt.NDArray[np.float32], norm_type: float, *, out: npt.NDArray[np.float32] | None = None
+) -> npt.NDArray[np.float32]:
+    """Sums of p-th powers over the last axis of float32 numbers, in float32, p = 1 or 2.
 
-    torch's own is vectorised for p = 2 only; the others go through absolute values, a chunk at a
-    time.
+    A lane of squares is one BLAS dot product, which adds up in 16 or more sums side by side; that
+    is not worth a call for short rows. Absolute values are made a chunk at a time.
     """
+    sums = np.empty(rows.shape[:-1], np.float32) if out is None else out
+    if norm_type == 2.0 and rows.shape[-1] >= SHORTEST_DOT:
+        with np.errstate(all="ignore"):  # the sums show it
+            np.vecdot(rows, rows, out=sums)
+        return sums
+    tensor, result = torch.from_numpy(rows), torch.from_numpy(sums)
     if norm_type == 2.0:
-        norms: Tensor = torch.linalg.vector_norm(rows, dim=-1, out=out)
-        return norms
-    parts = torch.split(rows, max(1, CHUNK * len(rows) // max(1, rows.numel())))
-    if norm_type == 1.0:
-        return torch.cat([part.abs().sum(dim=-1) for part in parts], out=out)
-    return torch.cat([part.abs().amax(dim=-1) for part in parts], out=out)
+        torch.linalg.vector_norm(tensor, dim=-1, out=result).square_()
+        return sums
+    step = max(1, CHUNK * len(rows) // max(1, rows.size))
+    for part, place in zip(torch.split(tensor, step), torch.split(result, step), strict=True):
+        torch.sum(part.abs(), dim=-1, out=place)
+    return sums
 
 
 def learn(tensors: Sequence[Tensor | None], widths: Sequence[int] | None = None) -> Arrangement:

@@ -241,12 +241,12 @@ def test_no_lane_leaves_its_unit(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = [rows[0].view(96, 64), rows[1].view(96, 128)]
     assert learn(tensors).runs[0].shape[1] == neighbours.LANE
     assert learn(tensors, [64, 128]).runs[0].shape[1] == 64
-    calls: list[Tensor] = []
-    reduce_rows = neighbours.reduce_rows
+    calls: list[object] = []
+    power_sums = neighbours.power_sums
     monkeypatch.setattr(
-        neighbours, "reduce_rows", lambda r, p, **to: calls.append(r) or reduce_rows(r, p, **to)
+        neighbours, "power_sums", lambda r, p, **to: calls.append(r) or power_sums(r, p, **to)
     )
-    monkeypatch.setattr(local, "reduce_rows", None)  # so nothing is measured alone
+    monkeypatch.setattr(local, "power_sums", None)  # so nothing is measured alone
     unit_norms(tensors, 2.0, alone=False)
     assert len(calls) == 1
 
@@ -263,13 +263,13 @@ def test_a_long_tensor_is_a_run_of_its_own_and_a_short_one_is_not() -> None:
 
 
 def test_parts_that_share_a_lane_are_left_to_others() -> None:
-    tensors = list(torch.rand(96 * 64 + 96 * 256).split([96 * 64, 96 * 256]))
+    tensors = list(torch.rand(96 * 64 + 96 * 512).split([96 * 64, 96 * 512]))
     found = Neighbours().find(tensors)
     assert found is not None
     norms, doubtful = found.divided(2.0, {0: 96, 1: 96})
     assert set(norms) == {1}
     assert not doubtful
-    want = torch.linalg.vector_norm(tensors[1].view(96, 256).double(), dim=1)
+    want = torch.linalg.vector_norm(tensors[1].view(96, 512).double(), dim=1)
     assert norms[1].tolist() == pytest.approx(want.tolist(), rel=1e-6)
 
 
@@ -303,11 +303,11 @@ def test_what_is_kept_and_made_does_not_grow_with_the_gradients() -> None:
     assert not doubtful
     assert parts[1].tolist() == pytest.approx([math.sqrt(40e6 / 3)] * 3, rel=1e-5)
     divided = found.known.division({1: 3}).batches
-    assert max(batch.norms.nbytes for batch in divided) == 4 * neighbours.CHUNK
+    assert max(batch.sums.nbytes for batch in divided) == 4 * neighbours.CHUNK
     batches = found.known.batches
     assert len(batches) == 10
-    assert max(batch.norms.nbytes for batch in batches) == 4 * neighbours.CHUNK
-    assert len({batch.norms.ctypes.data for batch in batches}) == 1
+    assert max(batch.sums.nbytes for batch in batches) == 4 * neighbours.CHUNK
+    assert len({batch.sums.ctypes.data for batch in batches}) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -333,7 +333,7 @@ def test_tensors_measured_part_by_part_are_not_read_again(
     for position in (1, 3):
         want = torch.linalg.vector_norm(tensors[position].double(), dim=1)
         torch.testing.assert_close(rows[position], want, rtol=1e-6, atol=0.0)
-    monkeypatch.setattr(neighbours, "reduce_rows", None)
+    monkeypatch.setattr(neighbours, "power_sums", None)
     norms, doubtful = found.norms(2.0)
     assert not doubtful
     want = torch.stack([torch.linalg.vector_norm(t.double()) for t in tensors])
@@ -346,8 +346,8 @@ def test_of_doubtful_parts_the_zero_ones_are_told_apart(
 ) -> None:
     """Rows in several runs and chunks; only those in doubt are read a second time."""
     monkeypatch.setattr(neighbours, "CHUNK", chunk)
-    one, other = torch.rand(40 * 512), torch.rand(64 * 256)
-    tensors = [one[:512].view(1, 512), one[512:].view(39, 512), other.view(64, 256)]
+    one, other = torch.rand(40 * 1024), torch.rand(64 * 512)
+    tensors = [one[:1024].view(1, 1024), one[1024:].view(39, 1024), other.view(64, 512)]
     tensors[1][::2] = 0.0  # a unit that is never active has no gradient
     tensors[2][10:50] = 0.0
     found = Neighbours().find(tensors)
