@@ -548,7 +548,5 @@ class GradClipper:
                 self._states[stage.path] = {key: value.to(device) for key, value in state.items()}
         program = Program.of(self._plan, parameters, passes, report_order(self.policy, parameters))
         if self.overlap and program.passes:
-            if self._early is not None:
-                self._early.close()
             self._early = Early(self._plan, program.passes[0].request, program.tables[0])
         return program

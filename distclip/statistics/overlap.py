@@ -170,8 +170,7 @@ class Early:
                 if parameter is not None and _may_come_early(parameter):
                     self._places[id(parameter)] = position
                     handles.append(parameter.register_post_accumulate_grad_hook(hook))
-        self.close = weakref.finalize(self, _remove, handles)
-        self.close.atexit = False
+        weakref.finalize(self, _remove, handles).atexit = False
         _forget_when_unscaled(self)
 
     @property

@@ -172,6 +172,12 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
 
 
 def _call(function: Any, arguments: dict[str, Any]) -> None:
-    result = function(**resolved(arguments))
+    values = resolved(arguments)
+    try:
+        result = function(**values)
+    finally:
+        for value in values.values():
+            if isinstance(value, pytest.MonkeyPatch):  # nobody else undoes what it did here
+                value.undo()
     if result is not None:
         raise TypeError(f"a test returns None, not {type(result).__name__}: did you mean assert?")

@@ -25,6 +25,7 @@ from distclip import (
     RankMismatchError,
     policies,
 )
+from distclip.application import inplace
 from distclip.statistics import local, overlap
 from distclip.testing import expected
 from tests.core.test_matrix import POLICIES, build
@@ -169,6 +170,23 @@ def test_step_after_step() -> None:
 
 
 @pytest.mark.ranks(1, 2)
+def test_what_was_clipped_is_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where kernels multiply behind torch's back, and nobody may look at the samples."""
+
+    def scale(tensors: Any, coefficients: Tensor) -> None:
+        for tensor, coefficient in zip(tensors, coefficients.tolist(), strict=True):
+            tensor.numpy()[...] *= coefficient
+
+    monkeypatch.setattr(inplace, "scale_", scale)
+    monkeypatch.setattr(overlap.Known, "edited", lambda self, present: torch.zeros(1).double())
+    model = sharded()
+    clipper = clipper_of(model)
+    backward(model)
+    check(clipper, model, 9)
+    check(clipper, model, 0)
+
+
+@pytest.mark.ranks(1, 2)
 def test_a_later_pass_measures_for_itself() -> None:
     configuration = [
         {"name": "agc", "clip_factor": 1e-3},
@@ -302,6 +320,20 @@ def replaced(model: nn.Module) -> None:
         parameter.grad = parameter.grad * 2.0
 
 
+def replaced_alike(model: nn.Module) -> None:
+    """By others of the same counters, and the same first, middle and last element."""
+    for parameter in model.parameters():
+        values = parameter.grad.to_local().clone()
+        if values.numel() > 4:
+            values = torch.where(torch.arange(values.numel()).view(values.shape) == 1, 5.0, values)
+        values.mul_(1.0)  # counted, as FSDP2's own writing is
+        placements = parameter.grad.placements
+        parameter.grad = DTensor.from_local(
+            values, parameter.device_mesh, placements, run_check=False,
+            shape=parameter.shape, stride=parameter.stride(),
+        )  # fmt: skip
+
+
 def of_one(model: nn.Module) -> None:
     with torch.no_grad():
         model.get_parameter("branch.weight").grad.mul_(3.0)
@@ -315,6 +347,7 @@ EDITS: dict[str, tuple[Callable[[Any], object], int]] = {
     "in place": (in_place(lambda g: g.mul_(2.0)), 0),
     "in place, the shard": (in_place(lambda g: g.to_local().mul_(2.0)), 0),
     "replaced": (replaced, 0),
+    "replaced by some that look alike": (replaced_alike, 0),
     "replaced shard": (in_place(lambda g: setattr(g, "_local_tensor", g.to_local() * 2.0)), 0),
     "one of them": (of_one, 8),
     "many at once": (lambda m: torch._foreach_mul_(gradients(m), 2.0), 0),

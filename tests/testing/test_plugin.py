@@ -171,6 +171,24 @@ def test_skips_and_expected_failures(run):
     result.stdout.fnmatch_lines(["SKIPPED * test_it.py:*: not here"])
 
 
+def test_a_patch_made_on_the_ranks_is_undone_there(run):
+    result = run(
+        """
+        import math
+
+        @pytest.mark.ranks(2)
+        def test_patched(monkeypatch):
+            monkeypatch.setattr(math, "tau", 0.0)
+            assert math.tau == 0.0
+
+        @pytest.mark.ranks(2)
+        def test_not_any_more():
+            assert math.tau > 6.0
+        """
+    )
+    result.assert_outcomes(passed=2)
+
+
 def test_what_cannot_travel_is_named(run):
     result = run(
         """
