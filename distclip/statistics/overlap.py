@@ -14,7 +14,7 @@ import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -67,20 +67,24 @@ class _Batch:
     memory is not used again before it has been read.
 
     Attributes:
-        norms: order -> float64 norms of the pieces that are measured as a whole.
+        positions: of their pieces.
+        whole: those of them that are measured as a whole.
+        norms: order -> float64 ``(whole,)``.
         units: order -> position -> float64 ``(units,)``.
-        samples: elements of every gradient.
+        samples, sampled: elements of every gradient, one after another, and how many of each.
     """
 
+    positions: list[int]
+    whole: list[int]
     norms: Mapping[float, Tensor]
     units: Mapping[float, Mapping[int, Tensor]]
-    samples: Mapping[int, Tensor]
+    samples: Tensor
+    sampled: list[int]
 
 
 class _Entry(NamedTuple):
     seal: _Seal
     batch: _Batch
-    place: int
 
 
 class Known:
@@ -89,6 +93,10 @@ class Known:
     def __init__(self, entries: Mapping[int, _Entry]) -> None:
         self._entries = entries
         self.positions = frozenset(entries)
+        batches: dict[int, tuple[_Batch, list[int]]] = {}
+        for position, entry in entries.items():
+            batches.setdefault(id(entry.batch), (entry.batch, []))[1].append(position)
+        self._batches = list(batches.values())
 
     def others(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Those that have still to be measured."""
@@ -98,20 +106,14 @@ class Known:
         """``norms``, float64 ``(pieces,)``, with those that are known."""
         where: list[int] = []
         found: list[Tensor] = []
-        batches = {id(entry.batch): entry.batch for entry in self._entries.values()}
-        places: dict[int, list[tuple[int, int]]] = {key: [] for key in batches}
-        for position, entry in self._entries.items():
-            if entry.place >= 0:
-                places[id(entry.batch)].append((entry.place, position))
-        for key, members in places.items():
-            if not members:
-                continue
-            values = batches[key].norms[order]
-            members.sort()
-            if len(members) < len(values):
-                values = values[to_device([place for place, _ in members], values.device)]
-            where += [position for _, position in members]
-            found.append(values)
+        for batch, positions in self._batches:
+            if len(positions) == len(batch.positions):
+                some = batch.whole
+            else:
+                some = [each for each in batch.whole if each in self.positions]
+            if some:
+                where += some
+                found.append(_some(batch.norms[order], batch.whole, some))
         if not where:
             return norms
         return norms.index_copy(0, to_device(where, norms.device), torch.cat(found))
@@ -122,15 +124,28 @@ class Known:
 
     def edited(self, present: Sequence[Tensor | None]) -> Tensor:
         """Float64 ``(1,)``, > 0 where a sampled element is another one than it was."""
-        pairs = [
-            (entry.batch.samples[position], shard)
-            for position, entry in self._entries.items()
-            if (shard := present[position]) is not None
-        ]
-        before = torch.cat([sample for sample, _ in pairs])
-        now = torch.cat([_sample(shard).to(before.dtype) for _, shard in pairs])
-        differs = (before != now) & ~(before.isnan() & now.isnan())
+        before: list[Tensor] = []
+        now: list[Tensor] = []
+        for batch, positions in self._batches:
+            if len(positions) == len(batch.positions):
+                before.append(batch.samples)
+                positions = batch.positions
+            else:
+                parts = torch.split(batch.samples, batch.sampled)
+                chosen = dict(zip(batch.positions, parts, strict=True))
+                before += [chosen[position] for position in positions]
+            now += [_sample(cast(Tensor, present[position])) for position in positions]
+        old, new = torch.cat(before), torch.cat(now)
+        differs = (old != new) & ~(old.isnan() & new.isnan())
         return differs.any().double().reshape(1)
+
+
+def _some(values: Tensor, positions: Sequence[int], some: Sequence[int]) -> Tensor:
+    """Of values that belong to positions, those of some of these."""
+    if len(some) == len(positions):
+        return values
+    places = {position: place for place, position in enumerate(positions)}
+    return values[to_device([places[position] for position in some], values.device)]
 
 
 class Early:
@@ -279,11 +294,13 @@ class Early:
                 some = [shards[position] for position in whole]
                 alike = near if len(whole) == len(positions) else None
                 norms[order] = local.norms(some, order, device=device, together=alike)
-        batch = _Batch(norms, units, {p: _sample(shard).clone() for p, shard in shards.items()})
-        places = {position: place for place, position in enumerate(whole)}
-        for position in (*whole, *by_unit):
-            seal = _Seal.of(gradients[position])
-            self._entries[position] = _Entry(seal, batch, places.get(position, -1))
+        known = [position for position in positions if position in {*whole, *by_unit}]
+        if known:
+            samples = [_sample(shards[position]) for position in known]
+            sizes = [len(sample) for sample in samples]
+            batch = _Batch(known, whole, norms, units, torch.cat(samples), sizes)
+            for position in known:
+                self._entries[position] = _Entry(_Seal.of(gradients[position]), batch)
 
 
 def _may_come_early(parameter: Tensor) -> bool:
@@ -309,11 +326,11 @@ def _called_by_fsdp2() -> bool:
 
 
 def _sample(shard: Tensor) -> Tensor:
-    """First, middle and last element, as a view. float64."""
+    """First, middle and last element, as a view."""
     numel = shard.numel()
     if numel > 2 and shard.is_contiguous():
-        return shard.as_strided((3,), ((numel - 1) // 2,)).double()
-    return shard.as_strided((min(numel, 1),), (1,)).double()
+        return shard.as_strided((3,), ((numel - 1) // 2,))
+    return shard.as_strided((min(numel, 1),), (1,))
 
 
 def _remove(handles: Sequence[Any]) -> None:
