@@ -44,7 +44,6 @@ def from_config(
         norms=checked.norms,
         verify_replicas=checked.verify_replicas,
         fold=checked.fold,
-        overlap=checked.overlap,
     )
 
 

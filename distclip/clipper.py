@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, TypeAlias, get_args
 
 import torch
@@ -31,19 +30,11 @@ from distclip.policies._compose import reads_loss, stages
 from distclip.replicas import ReplicaCheck
 from distclip.report import ClipReport
 from distclip.statistics import collectives
-from distclip.statistics.overlap import Early
 from distclip.walk import Fold, walk
 
 OnNonfinite: TypeAlias = Literal["error", "skip", "zero", "pass"]
 VerifyReplicas: TypeAlias = Literal["first", "never"] | int
 Sink: TypeAlias = Callable[[int, ClipReport], None]
-
-NOTHING_EARLY = (
-    "overlap=True, but two clips found no gradient that was measured during backward: only "
-    "parameters that FSDP2 (fully_shard) shards can be, by policies that do not clamp, with norms "
-    "of order 1, 2 or inf, and unless a GradScaler unscales them first. All is measured at the "
-    "clip, which is right, and gains nothing"
-)
 
 in_use = False
 """Whether a GradClipper has clipped in this process."""
@@ -97,9 +88,6 @@ class GradClipper:
             parameters, and one coefficient is for all of them, let the optimizer's kernel multiply
             as it reads, in place of a pass over the gradients before it. ``.grad`` is then clipped
             after the step. False: always before it.
-        overlap: measure the gradients of FSDP2's parameters during backward, as they are reduced.
-            What cannot come so early, or is not there any more as it was measured, is measured
-            at the clip. After changing gradients yourself call :meth:`gradients_changed`.
 
     Raises:
         ConfigurationError: an argument that cannot be meant.
@@ -120,14 +108,11 @@ class GradClipper:
         norms: bool = True,
         verify_replicas: VerifyReplicas = "first",
         fold: bool = True,
-        overlap: bool = False,
     ) -> None:
         self.policy = policy
         self.on_nonfinite = on_nonfinite
         self.verify_replicas = verify_replicas
         self.fold = fold
-        self.overlap = overlap
-        self._early: Early | None = None
         self._replicas: ReplicaCheck | None = None
         self._walks = 0
         self.sinks = tuple(sinks)
@@ -138,8 +123,7 @@ class GradClipper:
         self._stepped = 0
         self._parts = False
         self._reads_loss = False
-        self._warned_of_no_loss = self._warned_of_nothing_early = False
-        self._late_clips = 0
+        self._warned_of_no_loss = False
         self._plan = self._compare_notes(target, process_group)
         self._watched = naming.Watched(target)
         self._known = {id(parameter) for _, parameter in self._named}
@@ -216,15 +200,6 @@ class GradClipper:
         value = value.to(self._plan.device, torch.float64).reshape(())
         given = torch.stack([value, torch.ones_like(value)])
         self._loss = given if self._loss is None else self._loss + given
-
-    def gradients_changed(self) -> None:
-        """Say that gradients were changed since backward, for a clipper with ``overlap``.
-
-        Most changes are noticed without it; see ``docs/overlap.md``. Then the next clip measures
-        them all.
-        """
-        if self._early is not None:
-            self._early.forget()
 
     def attach(self, optimizer: Optimizer) -> StepHandle:
         """Clip before every ``optimizer.step()`` from now on.
@@ -357,7 +332,7 @@ class GradClipper:
         loss, self._loss = self._loss, None
         if self._reads_loss and loss is None:
             self._warn_of_no_loss()
-        with torch.no_grad(), self._measured_early() as early:
+        with torch.no_grad():
             walked = walk(
                 self._program,
                 self._states,
@@ -368,7 +343,6 @@ class GradClipper:
                 loss=loss,
                 later=later,
                 fold=fold,
-                early=early,
             )
             self._walks += 1
             self._states, self._apply = walked.states, walked.apply
@@ -385,21 +359,6 @@ class GradClipper:
         for watcher in watchers:
             watcher.after(self, report)
         return report
-
-    @contextlib.contextmanager
-    def _measured_early(self) -> Iterator[Early | None]:
-        """What backward has measured; after a clip, or an error, none of it is true any more."""
-        early = self._early
-        try:
-            yield early
-        finally:
-            if early is not None:
-                early.forget()
-        if early is not None and not early.used and not self._warned_of_nothing_early:
-            self._warned_of_nothing_early = self._late_clips > 0
-            self._late_clips += 1
-            if self._warned_of_nothing_early:
-                warnings.warn(NOTHING_EARLY, stacklevel=5)
 
     def _compares_now(self) -> bool:
         every = self.verify_replicas
@@ -490,9 +449,8 @@ class GradClipper:
             raise ConfigurationError(
                 f"verify_replicas must be 'first', 'never' or a number of steps >= 1, got {every!r}"
             )
-        for option in ("fold", "overlap"):
-            if not isinstance(value := getattr(self, option), bool):
-                raise ConfigurationError(f"{option} must be True or False, got {value!r}")
+        if not isinstance(self.fold, bool):
+            raise ConfigurationError(f"fold must be True or False, got {self.fold!r}")
         self._reads_loss = reads_loss(self.policy)
         named = naming.named_parameters(target)
         naming.refuse_meta(named)
@@ -508,7 +466,6 @@ class GradClipper:
                 ("on_nonfinite", repr(self.on_nonfinite)),
                 ("norms", repr(self._norms)),
                 ("verify_replicas", repr(self.verify_replicas)),
-                ("overlap", repr(self.overlap)),
             ),
             table=table,
             frozen=tuple(name for name, parameter in self._named if not parameter.requires_grad),
@@ -546,7 +503,4 @@ class GradClipper:
                 state = stage.policy.init(infos)
                 device = self._plan.device
                 self._states[stage.path] = {key: value.to(device) for key, value in state.items()}
-        program = Program.of(self._plan, parameters, passes, report_order(self.policy, parameters))
-        if self.overlap and program.passes:
-            self._early = Early(self._plan, program.passes[0].request, program.tables[0])
-        return program
+        return Program.of(self._plan, parameters, passes, report_order(self.policy, parameters))

@@ -12,7 +12,6 @@
     norms: true                              # false: do not measure what only a report would show
     verify_replicas: first                   # compare replicas: first (default) | never | every n
     fold: true                               # false: never leave the multiplying to the optimizer
-    overlap: false                           # true: measure during the backward of FSDP2
     imports: [my_project.clipping]           # modules that register policies of one's own
 
 A file with the key ``gradient_clip_norm`` and none of the above, such as the
@@ -68,7 +67,7 @@ class Config:
     ``on_nonfinite`` is what becomes of NaN and inf gradients, ``log`` where reports are written
     (None: nowhere), and ``norms=False`` allows not to measure what only a report would show.
     ``verify_replicas`` says when replicas are compared, and ``fold=False`` forbids to leave the
-    multiplying to a fused optimizer. ``overlap`` measures during FSDP2's backward.
+    multiplying to a fused optimizer.
     """
 
     policy: Policy
@@ -77,7 +76,6 @@ class Config:
     norms: bool = True
     verify_replicas: VerifyReplicas = "first"
     fold: bool = True
-    overlap: bool = False
 
 
 class _Document(BaseModel):
@@ -112,11 +110,6 @@ class _Document(BaseModel):
         default=True,
         description="Let a fused optimizer multiply as it reads, where one coefficient is for "
         "everything that it steps; false: clip the gradients before the step.",
-    )
-    overlap: bool = Field(
-        default=False,
-        description="Measure the gradients of FSDP2's parameters during backward, as they are "
-        "reduced.",
     )
     imports: list[str] = Field(
         default_factory=list,
@@ -180,7 +173,6 @@ def _checked(raw: Mapping[Any, Any], source: str) -> Config:
         document.norms,
         document.verify_replicas,
         document.fold,
-        document.overlap,
     )
 
 

@@ -19,7 +19,6 @@ from distclip.replicas import ReplicaCheck
 from distclip.statistics.alignment import align_alone, align_together, cannot_move
 from distclip.statistics.measurement import LocalMeasurement, measure
 from distclip.statistics.neighbours import Together
-from distclip.statistics.overlap import Early
 from distclip.statistics.packing import LocalDecision, Measurement, reduce
 from distclip.statistics.request import Request
 from distclip.statistics.units import combine_segments
@@ -38,7 +37,6 @@ def walk(
     loss: Tensor | None = None,
     later: bool = False,
     fold: Fold | None = None,
-    early: Early | None = None,
 ) -> Walked:
     """Measure, decide and act once over all the gradients of a plan.
 
@@ -53,7 +51,6 @@ def walk(
             reads the loss.
         fold: asked to multiply everything by one number in place of the last pass; says whether it
             does. Given None where there is no such number.
-        early: what was measured during backward, for the first pass.
         later: leave what the last pass decides to ``Walked.apply``, for engines that step with
             other tensors than the measured ones. Dropping and earlier passes act here.
 
@@ -76,9 +73,6 @@ def walk(
         )
         together = reads and request.reduced and program.plan.group is not None
         comparing = replicas if number == 0 else None
-        known = early if number == 0 else None
-        if known is not None and reads:
-            request = replace(request, early=True)
         measured, decided, measurement, packed = _measured(
             program,
             number,
@@ -88,7 +82,6 @@ def walk(
             together=together,
             trouble=trouble,
             loss=loss,
-            early=known,
         )
         if comparing is not None and packed is not None:
             summed = measurement.passengers
@@ -134,18 +127,17 @@ def _measured(
     together: bool,
     trouble: DistclipError | None,
     loss: Tensor | None,
-    early: Early | None,
 ) -> tuple[LocalMeasurement, LocalDecision, Measurement, Tensor | None]:
     """Measure and reduce; a second time where gradients had to be brought into place first."""
     plan, table, habits = program.plan, program.tables[number], program.memory.habits
     if number == 0 and habits and together:
         align_together(plan)  # as at the steps before: then once is enough
     while True:
-        measured = measure(plan, request, table, program.memory, early)
+        measured = measure(plan, request, table, program.memory)
         if measured.misplaced and not together:
             if plan.group is None:
                 align_alone(plan)
-                measured = measure(plan, request, table, program.memory, early)
+                measured = measure(plan, request, table, program.memory)
             else:  # ranks that lack this gradient would not come along
                 measured.trouble = measured.trouble or cannot_move(plan)
         measured.trouble = measured.trouble or trouble
@@ -158,9 +150,6 @@ def _measured(
         if comparing is not None:
             packed = comparing.pack(measured.present, measured.trouble is not None)
         measurement = reduce(plan, request, table, measured, decided, packed)
-        if early is not None and measurement.edited is not None and measurement.edited.item() > 0:
-            early.forget()  # on all ranks alike
-            continue
         if not together or not 0.0 < measurement.troubled.item() < 1.0:
             return measured, decided, measurement, packed
         align_together(plan)

@@ -79,7 +79,6 @@ class Clippers:
                 norms=True if measuring else self._config.norms,
                 verify_replicas="never" if measuring else self._config.verify_replicas,
                 fold=self._config.fold,
-                overlap=self._config.overlap and not measuring,
             )
             if not measuring:
                 self._begin(known[key])

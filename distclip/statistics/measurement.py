@@ -16,7 +16,6 @@ from distclip.layouts.piece import MisplacedError
 from distclip.layouts.plan import Plan
 from distclip.statistics import local
 from distclip.statistics.neighbours import Neighbours, Together
-from distclip.statistics.overlap import Early, Known
 from distclip.statistics.request import Request
 from distclip.statistics.units import LocalUnits, UnitTable, combine_segments
 
@@ -35,7 +34,6 @@ class LocalMeasurement:
         together: those of them that lie side by side in memory and were measured as one.
         misplaced: whether a gradient here has to be redistributed, by all ranks of its mesh.
         loss: float64 ``(2,)``, the sum of the losses given on this rank, and how many those are.
-        edited: float64 ``(1,)``, > 0 where a gradient measured during backward has changed since.
     """
 
     norms: dict[float, Tensor] = field(default_factory=dict)
@@ -47,7 +45,6 @@ class LocalMeasurement:
     together: Together | None = None
     misplaced: bool = False
     loss: Tensor | None = None
-    edited: Tensor | None = None
 
     def divide(self, scale: Tensor) -> None:
         """Divide all gradient norms by a 0-dim loss scale."""
@@ -67,14 +64,8 @@ class Memory:
     """``"misplaced"`` once gradients had to be redistributed; the same on every rank."""
 
 
-def measure(
-    plan: Plan,
-    request: Request,
-    table: UnitTable,
-    memory: Memory,
-    early: Early | None = None,
-) -> LocalMeasurement:
-    """Measure this rank's pieces, but those that ``early`` knows. Issues no collective."""
+def measure(plan: Plan, request: Request, table: UnitTable, memory: Memory) -> LocalMeasurement:
+    """Measure this rank's pieces. Issues no collective."""
     result = LocalMeasurement()
     quick = None if plan.holds is None else dtensor.quick_gradients(plan.holds, plan.specs)
     result.present = present = _fetched(plan, result) if quick is None else quick
@@ -89,16 +80,11 @@ def measure(
         plain = _counted(plan, request, present)
     bounds = [request.bounds.get(piece.index) for piece in plan.pieces] if request.bounds else None
     weights = _weights(plan) if request.weight_orders or request.unit_dims else ()
-    known = None if early is None else early.known(present)
-    if known is not None and request.early:
-        result.edited = known.edited(present)
     if request.unit_dims:
-        result.units = _measure_units(plan, request, table, weights, result, memory, known)
+        result.units = _measure_units(plan, request, table, weights, result, memory)
     for order in request.orders:
         if len(table.local.positions) == len(plan.pieces) and bounds is None:
             norms = torch.zeros(len(plan.pieces), dtype=torch.float64, device=plan.device)
-        elif known is not None:
-            norms = known.fill(local.norms(known.others(plain), order, device=plan.device), order)
         else:
             norms = local.norms(plain, order, bounds, device=plan.device, together=result.together)
         _insert_units(plan, norms, result.units, order)
@@ -176,7 +162,6 @@ def _measure_units(
     weights: Sequence[Tensor],
     measured: LocalMeasurement,
     memory: Memory,
-    known: Known | None,
 ) -> LocalUnits:
     present = measured.present
     places = table.local.without([present[position] is None for position in table.local.positions])
@@ -206,21 +191,10 @@ def _measure_units(
             together=together,
         )
 
-    def of_gradients(order: float) -> Tensor:
-        if known is None:
-            return of(present, order, bounds, measured.together)
-        found = torch.split(of(known.others(present), order, None, None), places.counts)
-        return torch.cat(
-            [
-                known.units(order, position) if position in known.positions else norms
-                for position, norms in zip(places.positions, found, strict=True)
-            ]
-        )
-
     return LocalUnits(
         places.positions,
         places.counts,
-        {order: of_gradients(order) for order in request.unit_orders},
+        {order: of(present, order, bounds, measured.together) for order in request.unit_orders},
         of(counted, 2.0, None, memory.unit_weights.find(counted, widths=table.widths)),
     )
 

@@ -61,8 +61,6 @@ class Measurement:
         passengers: what else was summed along; None where nothing travelled.
         in_range: whether powers of the norms stay in float64's range.
         loss: 0-dim, mean of the losses that ranks gave, NaN for none; None where not asked for.
-        edited: one element, > 0 if on any rank a gradient that was measured during backward has
-            changed since; None where none is measured so.
     """
 
     raw: Mapping[float, Tensor]
@@ -77,7 +75,6 @@ class Measurement:
     passengers: Tensor | None
     in_range: bool
     loss: Tensor | None = None
-    edited: Tensor | None = None
 
 
 class Packet:
@@ -204,9 +201,6 @@ def reduce(
         packet.add_sum("loss", measured.loss)
     flag = plan.flag(measured.trouble is not None)
     packet.add_flag("trouble", flag + MISPLACED if measured.misplaced else flag)
-    if request.early:
-        nothing = plan.flag(False)
-        packet.add_flag("edited", nothing if measured.edited is None else measured.edited)
     got.update(packet.exchange())
 
     def reduced(kind: str) -> dict[float, Tensor]:
@@ -226,7 +220,6 @@ def reduce(
         passengers=got.get("passengers"),
         in_range=True not in wide.values(),
         loss=got["loss"][0] / got["loss"][1] if "loss" in got else None,
-        edited=got.get("edited"),
     )
 
 

@@ -21,7 +21,6 @@ class Request:
         raw_orders: orders to measure also without the clamping.
         reduced: whether anything has to be known on all ranks.
         loss: whether the loss is averaged over ranks along with the norms.
-        early: whether gradients may have been measured during backward, on any rank.
     """
 
     orders: tuple[float, ...]
@@ -33,7 +32,6 @@ class Request:
     raw_orders: tuple[float, ...] = ()
     reduced: bool = True
     loss: bool = False
-    early: bool = False
 
     @property
     def unit_orders(self) -> tuple[float, ...]:
