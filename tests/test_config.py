@@ -156,7 +156,7 @@ def test_hyperparameter_that_cannot_be_meant(value: object) -> None:
 
 
 @pytest.mark.parametrize(
-    "key", ["policy", "by_name", "on_nonfinite", "log", "norms", "verify_replicas", "fold"]
+    "key", ["policy", "by_name", "on_nonfinite", "log", "norms", "verify_replicas", "fold", "overlap"]
 )
 def test_hyperparameter_beside_a_configuration(key: str) -> None:
     message = fault({"gradient_clip_norm": 5.0, key: None})

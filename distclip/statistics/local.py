@@ -57,6 +57,9 @@ def norms(
     Returns:
         float64 tensor of shape ``(len(tensors),)``. NaN and inf elements give NaN and inf.
     """
+    on_device = device.type != "cpu" and len(tensors) > 0 and bounds is None
+    if on_device and all(tensor is None or tensor.device == device for tensor in tensors):
+        return _norms_on_device(tensors, norm_type, device)
     rest: Iterable[int] = range(len(tensors))
     if together is None or bounds is not None or norm_type not in (1.0, 2.0):
         result = torch.zeros(len(tensors), dtype=torch.float64)
@@ -98,6 +101,19 @@ def norms(
         where = torch.tensor(list(elsewhere), device=device)
         result[where] = torch.stack(list(elsewhere.values()))
     return result
+
+
+def _norms_on_device(
+    tensors: Sequence[Tensor | None], norm_type: float, device: torch.device
+) -> Tensor:
+    """All from the tensors' own device, so that the host neither copies nor waits."""
+    zero = torch.zeros((), dtype=torch.float64, device=device)
+    return torch.stack(
+        [
+            zero if tensor is None or tensor.numel() == 0 else _exact_norm(tensor, norm_type, None)
+            for tensor in tensors
+        ]
+    )
 
 
 def _measure_small(
@@ -158,7 +174,7 @@ def unit_norms(
             if number in doubtful:
                 unchecked.add(start, tensor, count)
         elif not dims:
-            whole[number] = start
+            whole[number] = len(parts)
             parts.append(torch.empty(1, dtype=torch.float64, device=device))
         elif tensor.dtype is torch.float32 and bound is None and _is_fast(tensor, norm_type):
             rows = _rows(tensor, dims, count)
@@ -172,12 +188,13 @@ def unit_norms(
         start += count
     if not parts:
         return torch.zeros(0, dtype=torch.float64, device=device)
-    result = torch.cat([part.to(device) for part in parts]).double()
-    unchecked.check(result)
     if whole:
         chosen = None if bounds is None else [bounds[number] for number in whole]
         alone = norms([tensors[number] for number in whole], norm_type, chosen, device=device)
-        result[torch.tensor(list(whole.values()), device=device)] = alone
+        for part, norm in zip(whole.values(), torch.split(alone, 1), strict=True):
+            parts[part] = norm
+    result = torch.cat([part.to(device) for part in parts]).double()
+    unchecked.check(result)
     return result
 
 
