@@ -128,7 +128,8 @@ class Batch:
 
     def untouched(self, gradients: Sequence[Any]) -> list[Tensor] | None:
         """The local gradients, if they are the ones that were measured, as far as torch counts."""
-        if any(map(operator.is_not, gradients, [ref() for ref in self.gradients])):
+        known = [ref() for ref in self.gradients]
+        if any(map(operator.is_not, gradients, known)) or any(ref is None for ref in known):
             return None
         shards: list[Tensor] = list(map(_shard, gradients))
         if any(map(operator.is_not, shards, [ref() for ref in self.shards])):
