@@ -68,7 +68,7 @@ class Config:
     ``on_nonfinite`` is what becomes of NaN and inf gradients, ``log`` where reports are written
     (None: nowhere), and ``norms=False`` allows not to measure what only a report would show.
     ``verify_replicas`` says when replicas are compared, ``fold=False`` forbids to leave the
-    multiplying to a fused optimizer, and ``overlap`` measures during backward where FSDP2 allows it.
+    multiplying to a fused optimizer, and ``overlap=True`` measures during backward under FSDP2.
     """
 
     policy: Policy

@@ -661,7 +661,7 @@ def test_without_fsdp2_it_warns_and_clips() -> None:
     with pytest.warns(UserWarning, match="overlap=True has no effect here"):
         clipper = GradClipper(model, build(TIGHT), overlap=True)
     assert hooks_on(model) == 0
-    for number in range(3):
+    for _ in range(3):
         model.zero_grad()
         model(torch.arange(9)).square().mean().backward()
         clip_and_check(clipper, model, early=0)
