@@ -285,9 +285,6 @@ class Overlap:
     def note(self, position: int) -> None:
         """The gradient of this piece has been reduced, for the first time or once more."""
         self.calls += 1
-        if (known := self._done.get(position)) is not None:
-            for each in known.pattern.positions:  # of what it was before
-                self._done.pop(each, None)
         if position not in self._wanted or self.error is not None:
             return
         (gradient,) = self._gradients((position,))

@@ -493,14 +493,30 @@ def test_what_shows_in_one_group_leaves_the_others_early() -> None:
 
 
 @pytest.mark.ranks(2)
-def test_another_tensor_with_the_same_samples() -> None:
+@pytest.mark.parametrize("way", ["both", "shard", "wrapper"])
+def test_another_tensor_with_the_same_samples(way: str) -> None:
     """Neither address, nor versions, nor samples tell: only that it is another tensor."""
     model = make()
     clipper = warm(model)
     backward(model, 1)
-    twin = model.body.weight.grad.to_local().data
-    unsampled(twin).add_(5.0)
-    _rewrapped(model.body.weight, twin.data)
+    gradient = model.body.weight.grad
+    shard = gradient.to_local()
+    unsampled(shard.data).add_(5.0)
+    twin = shard.data
+    while twin._version < shard._version:
+        twin.add_(0.0)
+    if way == "both":
+        _rewrapped(model.body.weight, twin)
+    elif way == "shard":
+        gradient._local_tensor = twin
+    else:
+        model.body.weight.grad = DTensor(
+            gradient._local_tensor, gradient._spec, requires_grad=False
+        )
+    replaced = model.body.weight.grad
+    assert replaced._version == gradient._version
+    assert replaced._local_tensor._version == shard._version
+    assert replaced._local_tensor.data_ptr() == shard.data_ptr()
     clip_and_check(clipper, model, early=used(model) - 2)
 
 
@@ -536,6 +552,17 @@ def unsampled(shard: Tensor) -> Tensor:
     """The second of the elements of a contiguous tensor; the first is a sample."""
     assert shard.numel() >= 2 * overlapping.SAMPLES
     return shard.view(-1)[1:2]
+
+
+@pytest.mark.ranks(2)
+def test_an_uncounted_change_that_shows_in_one_group_only() -> None:
+    """Who changes one so may have changed the others so: none of them is trusted."""
+    model = make()
+    clipper = warm(model)
+    backward(model, 1)
+    unsampled(model.body.weight.grad.to_local().data).add_(5.0)
+    model.middle.weight.grad.data.mul_(3)
+    clip_and_check(clipper, model, early=0)
 
 
 @pytest.mark.ranks(2)
