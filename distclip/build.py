@@ -44,6 +44,7 @@ def from_config(
         norms=checked.norms,
         verify_replicas=checked.verify_replicas,
         fold=checked.fold,
+        overlap=checked.overlap,
     )
 
 

@@ -30,6 +30,7 @@ from distclip.policies._compose import reads_loss, stages
 from distclip.replicas import ReplicaCheck
 from distclip.report import ClipReport
 from distclip.statistics import collectives
+from distclip.statistics.overlap import Overlap
 from distclip.walk import Fold, walk
 
 OnNonfinite: TypeAlias = Literal["error", "skip", "zero", "pass"]
@@ -88,6 +89,10 @@ class GradClipper:
             parameters, and one coefficient is for all of them, let the optimizer's kernel multiply
             as it reads, in place of a pass over the gradients before it. ``.grad`` is then clipped
             after the step. False: always before it.
+        overlap: under FSDP2, measure each gradient during backward, as soon as it is reduced, so
+            that the clip only has to reduce and decide. What does not come so is measured at the
+            clip, and so is what was changed in between, as far as that can be seen: read
+            docs/overlap.md before you change gradients by hand. Holds until :meth:`close`.
 
     Raises:
         ConfigurationError: an argument that cannot be meant.
@@ -108,11 +113,13 @@ class GradClipper:
         norms: bool = True,
         verify_replicas: VerifyReplicas = "first",
         fold: bool = True,
+        overlap: bool = False,
     ) -> None:
         self.policy = policy
         self.on_nonfinite = on_nonfinite
         self.verify_replicas = verify_replicas
         self.fold = fold
+        self.overlap = overlap
         self._replicas: ReplicaCheck | None = None
         self._walks = 0
         self.sinks = tuple(sinks)
@@ -135,6 +142,9 @@ class GradClipper:
         self._states: States = {}
         self._loss: Tensor | None = None
         self._apply: Apply | None = None
+        self._early = Overlap(self._plan) if overlap else None
+        if self._early is not None and not self._early.active:
+            self._warn_of_no_overlap()
         self._program = self._compile(optimizer)
 
     @property
@@ -283,6 +293,20 @@ class GradClipper:
         return report, self._apply
 
     @property
+    def measured_early(self) -> int:
+        """How many gradients of this rank the last clip found measured during backward."""
+        return 0 if self._early is None else self._early.taken
+
+    def close(self) -> None:
+        """Stop measuring during backward; clipping goes on without. Other clippers do nothing.
+
+        A clipper that is garbage collected does so by itself.
+        """
+        if self._early is not None:
+            self._early.close()
+            self._early = None
+
+    @property
     def plan(self) -> plans.Plan:
         """The table of parameters, and where this rank's pieces of them lie."""
         return self._plan
@@ -332,18 +356,23 @@ class GradClipper:
         loss, self._loss = self._loss, None
         if self._reads_loss and loss is None:
             self._warn_of_no_loss()
+        try:
+            with torch.no_grad():
+                walked = walk(
+                    self._program,
+                    self._states,
+                    on_nonfinite=mode,
+                    loss_scale=loss_scale,
+                    replicas=self._replicas if self._compares_now() else None,
+                    trouble=self._trouble(),
+                    loss=loss,
+                    later=later,
+                    fold=fold,
+                )
+        finally:
+            if self._early is not None:
+                self._early.forget()
         with torch.no_grad():
-            walked = walk(
-                self._program,
-                self._states,
-                on_nonfinite=mode,
-                loss_scale=loss_scale,
-                replicas=self._replicas if self._compares_now() else None,
-                trouble=self._trouble(),
-                loss=loss,
-                later=later,
-                fold=fold,
-            )
             self._walks += 1
             self._states, self._apply = walked.states, walked.apply
             report = ClipReport(
@@ -358,7 +387,30 @@ class GradClipper:
             sink(step, report)
         for watcher in watchers:
             watcher.after(self, report)
+        if self._early is not None:
+            self._look_at_overlap(self._early)
         return report
+
+    def _look_at_overlap(self, early: Overlap) -> None:
+        """Say so where measuring during backward has ended, or never began."""
+        if early.error is not None:
+            self.close()
+            error = f"{type(early.error).__name__}: {early.error}"
+            warnings.warn(
+                f"measuring during backward (overlap=True) failed with {error}; from now on "
+                f"gradients are measured at the clip, which is as right and takes its time then",
+                stacklevel=4,
+            )
+        # The first backward may have been over when this was built.
+        elif self._walks == 2 and early.active and not early.calls:
+            self._warn_of_no_overlap()
+
+    def _warn_of_no_overlap(self) -> None:
+        warnings.warn(
+            "overlap=True has no effect here: no gradient comes from FSDP2 (fully_shard) to the "
+            "device of the statistics, so all are measured at the clip, as without it",
+            stacklevel=4,
+        )
 
     def _compares_now(self) -> bool:
         every = self.verify_replicas
@@ -451,6 +503,8 @@ class GradClipper:
             )
         if not isinstance(self.fold, bool):
             raise ConfigurationError(f"fold must be True or False, got {self.fold!r}")
+        if not isinstance(self.overlap, bool):
+            raise ConfigurationError(f"overlap must be True or False, got {self.overlap!r}")
         self._reads_loss = reads_loss(self.policy)
         named = naming.named_parameters(target)
         naming.refuse_meta(named)
@@ -503,4 +557,5 @@ class GradClipper:
                 state = stage.policy.init(infos)
                 device = self._plan.device
                 self._states[stage.path] = {key: value.to(device) for key, value in state.items()}
-        return Program.of(self._plan, parameters, passes, report_order(self.policy, parameters))
+        shown = report_order(self.policy, parameters)
+        return Program.of(self._plan, parameters, passes, shown, self._early)

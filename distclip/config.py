@@ -12,6 +12,7 @@
     norms: true                              # false: do not measure what only a report would show
     verify_replicas: first                   # compare replicas: first (default) | never | every n
     fold: true                               # false: never leave the multiplying to the optimizer
+    overlap: false                           # true: under FSDP2, measure during backward
     imports: [my_project.clipping]           # modules that register policies of one's own
 
 A file with the key ``gradient_clip_norm`` and none of the above, such as the
@@ -66,8 +67,8 @@ class Config:
 
     ``on_nonfinite`` is what becomes of NaN and inf gradients, ``log`` where reports are written
     (None: nowhere), and ``norms=False`` allows not to measure what only a report would show.
-    ``verify_replicas`` says when replicas are compared, and ``fold=False`` forbids to leave the
-    multiplying to a fused optimizer.
+    ``verify_replicas`` says when replicas are compared, ``fold=False`` forbids to leave the
+    multiplying to a fused optimizer, and ``overlap=True`` measures during backward under FSDP2.
     """
 
     policy: Policy
@@ -76,6 +77,7 @@ class Config:
     norms: bool = True
     verify_replicas: VerifyReplicas = "first"
     fold: bool = True
+    overlap: bool = False
 
 
 class _Document(BaseModel):
@@ -110,6 +112,11 @@ class _Document(BaseModel):
         default=True,
         description="Let a fused optimizer multiply as it reads, where one coefficient is for "
         "everything that it steps; false: clip the gradients before the step.",
+    )
+    overlap: bool = Field(
+        default=False,
+        description="Under FSDP2, measure gradients during backward, as soon as they are reduced; "
+        "elsewhere without effect.",
     )
     imports: list[str] = Field(
         default_factory=list,
@@ -173,6 +180,7 @@ def _checked(raw: Mapping[Any, Any], source: str) -> Config:
         document.norms,
         document.verify_replicas,
         document.fold,
+        document.overlap,
     )
 
 

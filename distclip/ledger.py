@@ -21,6 +21,7 @@ from distclip.passes import Group, Pass, grouped
 from distclip.policies import ParameterInfo, Scale, Skip, State, Statistics, UnitPolicy
 from distclip.policies._compose import Stage
 from distclip.statistics.measurement import Memory
+from distclip.statistics.overlap import Overlap
 from distclip.statistics.packing import LocalDecision, Measurement
 from distclip.statistics.units import LocalUnits, UnitTable, combine_segments
 
@@ -89,8 +90,12 @@ class Program:
         parameters: Sequence[ParameterInfo],
         passes: Sequence[Pass],
         shown: float,
+        overlap: Overlap | None = None,
     ) -> Program:
-        """Build, with the tables of units that the passes need."""
+        """Build, with the tables of units that the passes need.
+
+        ``overlap`` measures during backward what the first of them is to measure.
+        """
         tables = tuple(UnitTable(plan, one.request) for one in passes)
         counts = []
         for one in passes:
@@ -100,6 +105,8 @@ class Program:
                 for row, entry in enumerate(plan.entries)
             ]
             counts.append(torch.tensor(units, dtype=torch.float64, device=plan.device).clamp(min=1))
+        if overlap is not None:
+            overlap.expect(passes[0].request, tables[0])
         return cls(
             plan,
             tuple(parameters),
@@ -107,6 +114,7 @@ class Program:
             tables,
             shown,
             tuple(counts),
+            Memory(overlap=overlap),
         )
 
 

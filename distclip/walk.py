@@ -132,8 +132,10 @@ def _measured(
     plan, table, habits = program.plan, program.tables[number], program.memory.habits
     if number == 0 and habits and together:
         align_together(plan)  # as at the steps before: then once is enough
+    overlap = program.memory.overlap if number == 0 else None
     while True:
-        measured = measure(plan, request, table, program.memory)
+        early = None if overlap is None else overlap.take()
+        measured = measure(plan, request, table, program.memory, early)
         if measured.misplaced and not together:
             if plan.group is None:
                 align_alone(plan)

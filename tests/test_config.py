@@ -49,6 +49,7 @@ def test_a_whole_configuration(write: Write) -> None:
         norms: false
         verify_replicas: 100
         fold: false
+        overlap: true
         """
     )
     assert config.load(path) == config.Config(
@@ -60,6 +61,7 @@ def test_a_whole_configuration(write: Write) -> None:
         norms=False,
         verify_replicas=100,
         fold=False,
+        overlap=True,
     )
 
 
@@ -156,7 +158,8 @@ def test_hyperparameter_that_cannot_be_meant(value: object) -> None:
 
 
 @pytest.mark.parametrize(
-    "key", ["policy", "by_name", "on_nonfinite", "log", "norms", "verify_replicas", "fold"]
+    "key",
+    ["policy", "by_name", "on_nonfinite", "log", "norms", "verify_replicas", "fold", "overlap"],
 )
 def test_hyperparameter_beside_a_configuration(key: str) -> None:
     message = fault({"gradient_clip_norm": 5.0, key: None})

@@ -119,10 +119,11 @@ SIGNATURES = {
     "GradClipper": "(target: Target, policy: Policy, *, optimizer: Optimizer | None = None, "
     "on_nonfinite: OnNonfinite = error, process_group: ProcessGroup | None = None, "
     "sinks: Sequence[Sink] = (), norms: bool = True, "
-    "verify_replicas: VerifyReplicas = first, fold: bool = True) -> None",
+    "verify_replicas: VerifyReplicas = first, fold: bool = True, overlap: bool = False) -> None",
     "GradClipper.clip_": "(self, loss: Tensor | float | None = None) -> ClipReport",
     "GradClipper.observe": "(self, loss: Tensor | float) -> None",
     "GradClipper.attach": "(self, optimizer: Optimizer) -> StepHandle",
+    "GradClipper.close": "(self) -> None",
     "GradClipper.state_dict": "(self) -> dict[str, object]",
     "GradClipper.load_state_dict": "(self, state: dict[str, object]) -> None",
     "ClipReport.to_dict": "(self, *, per_parameter: bool = True) -> dict[str, Any]",

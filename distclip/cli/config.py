@@ -35,6 +35,7 @@ def check(
     typer.echo(f"norms: {'true' if loaded.norms else 'false'}")
     typer.echo(f"verify_replicas: {loaded.verify_replicas}")
     typer.echo(f"fold: {'true' if loaded.fold else 'false'}")
+    typer.echo(f"overlap: {'true' if loaded.overlap else 'false'}")
     if loaded.log is not None:
         log = ", ".join(f"{key}: {value}" for key, value in loaded.log.model_dump().items())
         typer.echo(f"log: {log}")

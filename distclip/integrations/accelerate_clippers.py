@@ -43,6 +43,8 @@ class Clippers:
 
     def forget(self) -> None:
         """Their models are gone."""
+        for clipper in self.known.values():
+            clipper.close()
         self.known.clear()
         self._measurers.clear()
         self._losses.clear()
@@ -79,6 +81,7 @@ class Clippers:
                 norms=True if measuring else self._config.norms,
                 verify_replicas="never" if measuring else self._config.verify_replicas,
                 fold=self._config.fold,
+                overlap=self._config.overlap and not measuring,
             )
             if not measuring:
                 self._begin(known[key])

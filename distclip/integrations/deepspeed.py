@@ -188,6 +188,11 @@ class Attachment:
         hooks.mark_active("deepspeed")
         if engine.global_rank == 0:
             _logger.info("clipping %d parameters by %r", len(self._extents), config.policy)
+        if engine.global_rank == 0 and config.overlap:
+            _logger.warning(
+                "overlap has no effect under DeepSpeed, which says of no gradient that it has been "
+                "reduced; all are measured at the step"
+            )
 
     def remove(self) -> None:
         """Give the engine its own clipping back; a second call does nothing."""

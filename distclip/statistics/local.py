@@ -165,7 +165,7 @@ def unit_norms(
             if number in doubtful:
                 unchecked.add(start, tensor, count)
         elif not dims:
-            whole[number] = start
+            whole[number] = len(parts)
             parts.append(torch.empty(1, dtype=torch.float64, device=device))
         elif not tensor.is_cpu:
             elsewhere.setdefault(tensor.device, []).append(number)
@@ -189,12 +189,13 @@ def unit_norms(
         found_there = torch.split(norms_there, [counts[each] for each in numbers])
         for each, part in zip(numbers, found_there, strict=True):
             parts[each] = part
-    result = torch.cat([part.to(device) for part in parts]).double()
-    unchecked.check(result)
     if whole:
         chosen = None if bounds is None else [bounds[number] for number in whole]
         alone = norms([tensors[number] for number in whole], norm_type, chosen, device=device)
-        result = accelerated.placed(result, list(whole.values()), alone)
+        for part, norm in zip(whole.values(), torch.split(alone, 1), strict=True):
+            parts[part] = norm
+    result = torch.cat([part.to(device) for part in parts]).double()
+    unchecked.check(result)
     return result
 
 

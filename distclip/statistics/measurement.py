@@ -16,8 +16,9 @@ from distclip.layouts.piece import MisplacedError
 from distclip.layouts.plan import Plan
 from distclip.statistics import local
 from distclip.statistics.neighbours import Neighbours, Together
+from distclip.statistics.overlap import Early, Overlap
 from distclip.statistics.request import Request
-from distclip.statistics.units import LocalUnits, UnitTable, combine_segments
+from distclip.statistics.units import LocalPlaces, LocalUnits, UnitTable, combine_segments
 
 
 @dataclass
@@ -55,17 +56,23 @@ class LocalMeasurement:
 
 @dataclass(frozen=True)
 class Memory:
-    """What is remembered from step to step about the places of a plan's tensors in memory."""
+    """What is remembered from step to step: mostly the places of a plan's tensors in memory."""
 
     gradients: Neighbours = field(default_factory=Neighbours)
+    late: Neighbours = field(default_factory=Neighbours)
+    """Of gradients that backward has left to the clip, where it has measured others."""
     weights: Neighbours = field(default_factory=Neighbours)
     unit_weights: Neighbours = field(default_factory=Neighbours)
     habits: set[str] = field(default_factory=set)
     """``"misplaced"`` once gradients had to be redistributed; the same on every rank."""
+    overlap: Overlap | None = None
+    """What measures during backward for the first pass."""
 
 
-def measure(plan: Plan, request: Request, table: UnitTable, memory: Memory) -> LocalMeasurement:
-    """Measure this rank's pieces. Issues no collective."""
+def measure(
+    plan: Plan, request: Request, table: UnitTable, memory: Memory, early: Early | None = None
+) -> LocalMeasurement:
+    """Measure this rank's pieces, but for what came ``early``. Issues no collective."""
     result = LocalMeasurement()
     quick = None if plan.holds is None else dtensor.quick_gradients(plan.holds, plan.specs)
     result.present = present = _fetched(plan, result) if quick is None else quick
@@ -81,12 +88,18 @@ def measure(plan: Plan, request: Request, table: UnitTable, memory: Memory) -> L
     bounds = [request.bounds.get(piece.index) for piece in plan.pieces] if request.bounds else None
     weights = _weights(plan) if request.weight_orders or request.unit_dims else ()
     if request.unit_dims:
-        result.units = _measure_units(plan, request, table, weights, result, memory)
+        result.units = _measure_units(plan, request, table, weights, result, memory, early)
+    together = result.together
+    if early is not None:
+        plain = early.rest(plain)
+        together = memory.late.find(plain)
     for order in request.orders:
         if len(table.local.positions) == len(plan.pieces) and bounds is None:
             norms = torch.zeros(len(plan.pieces), dtype=torch.float64, device=plan.device)
         else:
-            norms = local.norms(plain, order, bounds, device=plan.device, together=result.together)
+            norms = local.norms(plain, order, bounds, device=plan.device, together=together)
+            if early is not None:
+                early.insert(norms, order)
         _insert_units(plan, norms, result.units, order)
         result.norms[order] = norms
     if request.bounds:
@@ -162,6 +175,7 @@ def _measure_units(
     weights: Sequence[Tensor],
     measured: LocalMeasurement,
     memory: Memory,
+    early: Early | None,
 ) -> LocalUnits:
     present = measured.present
     places = table.local.without([present[position] is None for position in table.local.positions])
@@ -175,6 +189,7 @@ def _measure_units(
             counted[position] = weights[position]
 
     def of(
+        places: LocalPlaces,
         tensors: Sequence[Tensor | None],
         order: float,
         bounds: Sequence[float | None] | None,
@@ -191,11 +206,20 @@ def _measure_units(
             together=together,
         )
 
+    def of_gradients(order: float) -> Tensor:
+        known = {} if early is None else early.units(order)
+        if not known:
+            return of(places, present, order, bounds, measured.together)
+        late = places.without([position in known for position in places.positions], always=True)
+        parts = torch.split(of(late, present, order, None, None), late.counts)
+        known.update(zip(late.positions, parts, strict=True))
+        return torch.cat([known[position] for position in places.positions])
+
     return LocalUnits(
         places.positions,
         places.counts,
-        {order: of(present, order, bounds, measured.together) for order in request.unit_orders},
-        of(counted, 2.0, None, memory.unit_weights.find(counted, widths=table.widths)),
+        {order: of_gradients(order) for order in request.unit_orders},
+        of(places, counted, 2.0, None, memory.unit_weights.find(counted, widths=table.widths)),
     )
 
 

@@ -45,12 +45,15 @@ class LocalPlaces(NamedTuple):
                 found.decided.append(decided)
         return found
 
-    def without(self, missing: Sequence[bool]) -> LocalPlaces:
-        """Those that are not missing: of a unit cut across ranks the weights count anyway."""
+    def without(self, missing: Sequence[bool], *, always: bool = False) -> LocalPlaces:
+        """Those that are not missing.
+
+        Of a unit cut across ranks the weights count anyway: those stay, unless ``always``.
+        """
         kept = [
             each
             for each, (lost, decided) in enumerate(zip(missing, self.decided, strict=True))
-            if not (lost and decided)
+            if not (lost and (decided or always))
         ]
         if len(kept) == len(missing):
             return self

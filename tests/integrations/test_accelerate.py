@@ -883,6 +883,38 @@ def test_a_fused_step_multiplies_unless_the_script_asks_for_clipped_gradients(la
 
 
 @pytest.mark.ranks(1, 2)
+def test_overlap_measures_during_backward_under_fsdp2() -> None:
+    policy = {"name": "global_norm", "max_norm": 0.3}
+    accelerator, handle, model, optimizer = prepared(
+        "fsdp2", {"policy": policy, "overlap": True}, gradient_accumulation_steps=2
+    )
+    reference = Reference(plain := make(), sgd(plain))
+    early = []
+    for number in range(4):
+        for half in mine(batch(number)).chunk(2):
+            with accelerator.accumulate(model):
+                accelerator.backward(loss_of(model, half))
+                if number % 2:  # and otherwise by the hook
+                    clip_all(accelerator, model)
+                optimizer.step()
+                optimizer.zero_grad()
+        reference.update(policy, loss_of(plain, batch(number)))
+        found = handle.last_report.total_norm.item()
+        assert found == pytest.approx(reference.norms[-1], rel=1e-6)
+        (clipper,) = handle._clippers.known.values()
+        early.append(clipper.measured_early)
+    same(whole(model), whole(plain))
+    # The clipper was built at the first step, after its backward, and the second told it how many
+    # gradients come together.
+    assert early == [0, 0, 4, 4]
+    hooks = [p._post_accumulate_grad_hooks for p in model.parameters()]
+    assert all(len(each) == 1 for each in hooks)
+    del clipper
+    accelerator.free_memory()
+    assert not any(hooks)
+
+
+@pytest.mark.ranks(1, 2)
 @LAYOUTS
 @pytest.mark.parametrize("optimizer", [fused, sgd])
 def test_gradient_scaler_with_accumulation_and_calls_for_parts(layout: str, optimizer: Any) -> None:

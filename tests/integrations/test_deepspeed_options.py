@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from typing import Any
 
@@ -214,6 +215,25 @@ def test_the_norm_is_a_norm_or_what_it_is() -> None:
         finally:
             close(plain)
             close(ours)
+
+
+@pytest.mark.ranks(1, 2, timeout=120)
+def test_overlap_is_told_to_have_no_effect() -> None:
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("distclip.deepspeed")
+    logger.addHandler(handler)
+    engine = engine_of(json_of(2))
+    try:
+        for overlap in (False, True):
+            handle = distclip.deepspeed.attach(engine, {"policy": GLOBAL, "overlap": overlap})
+            expected = int(overlap and dist.get_rank() == 0)
+            assert sum("overlap has no effect under DeepSpeed" in each for each in said) == expected
+            handle.remove()
+    finally:
+        logger.removeHandler(handler)
+        close(engine)
 
 
 @pytest.mark.ranks(2, timeout=120)

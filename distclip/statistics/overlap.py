@@ -1,0 +1,456 @@
+"""Gradients measured during backward, as FSDP2 finishes them, and used at the clip if untouched.
+
+FSDP2 calls the ``register_post_accumulate_grad_hook``s of its sharded parameters when a gradient is
+reduced over the ranks, on the stream of that reduction. The gradients of one ``fully_shard`` are
+then measured together, when as many of them are there as the last time. What does not come so
+(other parameters, gradients without a call, the first step) is measured at the clip as ever.
+
+A norm counts at the clip only if its gradient is still what was measured. Three things say so:
+
+* identity: the same ``.grad``, the same local tensor, at the same address;
+* versions: torch counts in-place operations, on the DTensor and on its local tensor apart;
+* samples: some elements of each gradient, bit by bit. Operations on lists of DTensors
+  (``torch._foreach_*``, and so ``GradScaler.unscale_`` and ``torch.nn.utils.clip_grad_norm_``),
+  collectives, ``.data`` and numpy leave no version behind, but they change elements.
+"""
+
+from __future__ import annotations
+
+import operator
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from distclip.layouts.piece import Holder, Piece
+from distclip.layouts.plan import Plan
+from distclip.statistics import local
+from distclip.statistics.neighbours import Neighbours
+from distclip.statistics.request import Request
+from distclip.statistics.units import UnitTable
+
+CALLER = "torch.distributed.fsdp._fully_shard."
+"""Modules of FSDP2, which calls the hooks itself. A call by autograd comes before any reduction."""
+SAMPLES = 8
+"""Elements compared of each gradient, at least, where it has so many."""
+SPACING = 4093
+"""Elements from one sample to the next, at most; prime, to come through all columns."""
+PATTERNS = 512
+"""Sets of parameters that are remembered; routing may call other ones at every step."""
+
+_version, _shard, _grad = map(operator.attrgetter, ("_version", "_local_tensor", "grad"))
+_address = Tensor.data_ptr
+
+_running = 0
+"""Hooks that run now, in any thread: meanwhile torch walks over the hooks of a parameter."""
+
+
+@dataclass(eq=False)
+class Pattern:
+    """Parameters that are measured together, and what is the same of them at every step.
+
+    Attributes:
+        positions: of their pieces in the plan.
+        index: int64, ``positions`` on the plan's device.
+        plain: whether each is measured as a whole.
+        numbers, dims, counts: those that are measured per unit: their places in ``positions``, the
+            dims that index their units, how many units each has.
+        widths: elements of each piece's units; None where there are no units.
+        neighbours: who lies beside whom in memory.
+    """
+
+    positions: tuple[int, ...]
+    index: Tensor
+    plain: list[bool]
+    numbers: list[int]
+    dims: list[tuple[int, ...]]
+    counts: list[int]
+    widths: list[int] | None
+    neighbours: Neighbours = field(default_factory=Neighbours)
+    _offsets: list[int] = field(default_factory=list)
+    _places: Tensor | None = None
+
+    def sampled(self, shards: Sequence[Tensor]) -> Tensor:
+        """Some elements of each of these contiguous tensors, which share a storage; a copy."""
+        offsets = [int(shard.storage_offset()) for shard in shards]
+        if self._places is None or offsets != self._offsets:
+            self._places = _places(offsets, [shard.numel() for shard in shards], shards[0].device)
+            self._offsets = offsets
+        ends = (offset + shard.numel() for offset, shard in zip(offsets, shards, strict=True))
+        start, stop = min(offsets), max(ends)
+        flat = shards[0].as_strided((stop - start,), (1,), start)
+        return flat.index_select(0, self._places)
+
+
+def _places(offsets: Sequence[int], numels: Sequence[int], device: torch.device) -> Tensor:
+    """Where the samples lie, counted from the first gradient; int32, half of what int64 takes."""
+    start = min(offsets)
+    parts = [
+        torch.arange(offset - start, offset - start + numel, max(1, min(SPACING, numel // SAMPLES)))
+        for offset, numel in zip(offsets, numels, strict=True)
+        if numel
+    ]
+    places = torch.cat(parts) if parts else torch.zeros(0)
+    return places.to(device, torch.int32 if not parts or places[-1] < 2**31 else torch.int64)
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """What was measured of some gradients, and how they were then.
+
+    Attributes:
+        pattern: whose they are.
+        norms: order -> float64 ``(pieces,)``, 0 for those that are measured per unit.
+        units: order -> float64, the units of the others one after another.
+        samples: some elements.
+        telling: 0-dim bool, whether any of the samples would change if all were multiplied.
+    """
+
+    # On CUDA all of these were made on FSDP2's stream. At the end of backward FSDP2 makes the main
+    # stream wait for that stream (`finalize_backward`), so the main stream may read them. Their
+    # memory goes back to that stream's pool when the clip has let go of them, and is written next
+    # by the next backward, before whose reductions FSDP2 makes that stream wait for the main one.
+    # FSDP2 keeps the gradients themselves by the same two rules.
+    pattern: Pattern
+    gradients: list[weakref.ref[Tensor]]
+    shards: list[weakref.ref[Tensor]]
+    footprint: tuple[list[int], list[int], list[int]]
+    norms: Mapping[float, Tensor]
+    units: Mapping[float, Tensor]
+    samples: Tensor
+    telling: Tensor
+
+    def untouched(self, gradients: Sequence[Any]) -> list[Tensor] | None:
+        """The local gradients, if they are the ones that were measured, as far as torch counts."""
+        known = [ref() for ref in self.gradients]
+        if any(map(operator.is_not, gradients, known)) or any(ref is None for ref in known):
+            return None
+        shards: list[Tensor] = list(map(_shard, gradients))
+        if any(map(operator.is_not, shards, [ref() for ref in self.shards])):
+            return None
+        return shards if footprint(gradients, shards) == self.footprint else None
+
+
+def footprint(
+    gradients: Sequence[Tensor], shards: Sequence[Tensor]
+) -> tuple[list[int], list[int], list[int]]:
+    """What changes with most changes: versions of both, and where the local tensors lie."""
+    return list(map(_version, gradients)), list(map(_version, shards)), list(map(_address, shards))
+
+
+@dataclass(frozen=True)
+class Early:
+    """Norms that came during backward, and that the clip may use."""
+
+    batches: Sequence[Batch]
+
+    @cached_property
+    def positions(self) -> frozenset[int]:
+        """The pieces that they are of."""
+        return frozenset(each for batch in self.batches for each in batch.pattern.positions)
+
+    def rest(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Those that are left to be measured."""
+        known = self.positions
+        return [None if each in known else tensor for each, tensor in enumerate(tensors)]
+
+    def insert(self, norms: Tensor, order: float) -> None:
+        """Write the norms to the places of their pieces, ``(pieces,)``."""
+        for batch in self.batches:
+            if order in batch.norms:
+                norms.index_copy_(0, batch.pattern.index, batch.norms[order])
+
+    def units(self, order: float) -> dict[int, Tensor]:
+        """Position -> norms of its units."""
+        found: dict[int, Tensor] = {}
+        for batch in self.batches:
+            pattern = batch.pattern
+            if pattern.numbers:
+                parts = torch.split(batch.units[order], pattern.counts)
+                found.update(zip((pattern.positions[n] for n in pattern.numbers), parts))  # noqa: B905
+        return found
+
+
+class Overlap:
+    """Hooks that measure during backward what the first pass of a clip will ask for.
+
+    Holds the parameters weakly, and is held weakly by its hooks: when it is gone, so are they.
+
+    Args:
+        plan: whose pieces to measure. Hooks go on the parameters that FSDP2 may manage; whether it
+            does, its call says.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._holds: dict[int, Holder] = {}
+        self._handles: list[RemovableHandle] = []
+        self._request: Request | None = None
+        self._table: UnitTable | None = None
+        self._wanted: frozenset[int] = frozenset()
+        self._patterns: dict[tuple[int, ...], Pattern] = {}
+        self._sizes: dict[int, int] = {}
+        """First parameter of a group -> how many were called one after another."""
+        self._group: tuple[int, int, int] | None = None
+        """The group that is being called: its storage, its first parameter, how many so far."""
+        self._pending: list[int] = []
+        self._done: dict[int, Batch] = {}
+        self.calls = 0
+        """Calls by FSDP2 so far."""
+        self.taken = 0
+        """Pieces whose norms the last clip used."""
+        self.error: Exception | None = None
+        """What ended the measuring during backward, for good."""
+        for position, piece in enumerate(plan.pieces):
+            if _is_eligible(piece, plan.device):
+                assert piece.hold is not None
+                self._holds[position] = piece.hold
+                hook = _hook(weakref.ref(self), position)
+                parameter: Any = piece.hold()
+                self._handles.append(parameter.register_post_accumulate_grad_hook(hook))
+        weakref.finalize(self, _remove, self._handles).atexit = False
+
+    @property
+    def active(self) -> bool:
+        """Whether there is a parameter to wait for."""
+        return bool(self._handles) and self.error is None
+
+    def close(self) -> None:
+        """Take the hooks off."""
+        self._drop()
+        self._wanted = frozenset()
+        _remove(self._handles)
+        self._handles.clear()
+
+    def expect(self, request: Request, table: UnitTable) -> None:
+        """Say what the first pass of the clips to come measures."""
+        self.forget()
+        self._patterns.clear()
+        self._request, self._table = request, table
+        units = frozenset(table.local.positions)
+        self._wanted = frozenset(
+            position
+            for position in self._holds
+            if position in units
+            or (
+                self._plan.pieces[position].share > 0.0
+                and self._plan.pieces[position].index not in request.unit_dims
+            )
+        )
+        # A clamp acts on elements, and under a loss scale its bound is not known before the clip.
+        if request.bounds:
+            self._wanted = frozenset()
+
+    def forget(self) -> None:
+        """Begin anew: what was measured belongs to gradients that have been clipped."""
+        self._end_group()
+        self._drop()
+
+    def take(self) -> Early | None:
+        """What may be used of gradients as they are now.
+
+        On an accelerator it reads flags on the host, once.
+        """
+        self.taken = 0
+        try:
+            early = self._untouched()
+        except Exception as error:  # the other ranks are on their way to the all-reduce
+            self.fail(error)
+            return None
+        if early is not None:
+            self.taken = len(early.positions)
+        return early
+
+    def _untouched(self) -> Early | None:
+        batches: list[Batch] = []
+        flags: list[Tensor] = []
+        for batch in dict.fromkeys(self._done.values()):
+            shards = batch.untouched(self._gradients(batch.pattern.positions))
+            if shards is not None:
+                batches.append(batch)
+                flags += [(batch.pattern.sampled(shards) == batch.samples).all(), batch.telling]
+        if not batches:
+            return None
+        read: list[bool] = torch.stack(flags).tolist()
+        if not all(read[::2]):  # behind torch's back, and so perhaps in others where it shows less
+            return None
+        return Early([batch for batch, telling in zip(batches, read[1::2], strict=True) if telling])
+
+    def note(self, position: int) -> None:
+        """The gradient of this piece has been reduced, for the first time or once more."""
+        self.calls += 1
+        if position not in self._wanted or self.error is not None:
+            return
+        (gradient,) = self._gradients((position,))
+        storage = _shard(gradient).untyped_storage().data_ptr()
+        group = self._group
+        if group is None or group[0] != storage or position in self._pending:
+            self._end_group()
+            group = (storage, position, 0)
+        self._group = (group[0], group[1], group[2] + 1)
+        self._pending.append(position)
+        # In the same call of FSDP2, so on the stream that its gradients were made on. Fewer or more
+        # than the last time are left to the clip.
+        if self._group[2] == self._sizes.get(group[1]):
+            self._measure(tuple(self._pending), storage)
+            self._pending = []
+
+    def fail(self, error: Exception) -> None:
+        """Never mind: measure at the clip, from now on. A hook that raised would hang ranks."""
+        self.error = error
+        self._drop()
+
+    def _drop(self) -> None:
+        self._done.clear()
+        self._pending = []
+        self._group = None
+
+    def _end_group(self) -> None:
+        if self._group is not None:
+            _, first, count = self._group
+            self._sizes[first] = count
+        self._group, self._pending = None, []
+
+    def _gradients(self, positions: Iterable[int]) -> list[Any]:
+        with torch._C.DisableTorchFunctionSubclass():
+            return list(map(_grad, [self._holds[each]() for each in positions]))
+
+    def _measure(self, positions: tuple[int, ...], storage: int) -> None:
+        gradients = self._gradients(positions)
+        shards: list[Tensor] = list(map(_shard, gradients))
+        if not _are_alike(shards, storage, self._plan.device):
+            return
+        pattern, request, device = self._pattern(positions), self._request, self._plan.device
+        assert request is not None
+        together = pattern.neighbours.find(shards, widths=pattern.widths)
+        units = {
+            order: local.unit_norms(
+                [shards[number] for number in pattern.numbers],
+                pattern.dims,
+                pattern.counts,
+                order,
+                device=device,
+                positions=pattern.numbers,
+                together=together,
+            )
+            for order in (request.unit_orders if pattern.numbers else ())
+        }
+        whole = [s if plain else None for s, plain in zip(shards, pattern.plain, strict=True)]
+        norms = {
+            order: local.norms(whole, order, device=device, together=together)
+            for order in (request.orders if any(pattern.plain) else ())
+        }
+        samples = pattern.sampled(shards)
+        telling = ((samples != 0) & torch.isfinite(samples)).any()
+        batch = Batch(
+            pattern,
+            [weakref.ref(gradient) for gradient in gradients],
+            [weakref.ref(shard) for shard in shards],
+            # Now, and not when each was called: neighbours are views of one tensor and share its
+            # version, which counts up as FSDP2 adds to one after the other.
+            footprint(gradients, shards),
+            norms,
+            units,
+            samples,
+            telling if len(samples) else torch.ones_like(telling),
+        )
+        self._done.update(dict.fromkeys(positions, batch))
+
+    def _pattern(self, positions: tuple[int, ...]) -> Pattern:
+        known = self._patterns.get(positions)
+        if known is None:
+            if len(self._patterns) >= PATTERNS:
+                self._patterns.clear()
+            known = self._patterns[positions] = self._made(positions)
+        return known
+
+    def _made(self, positions: tuple[int, ...]) -> Pattern:
+        table = self._table
+        assert table is not None
+        places = table.local
+        units = {
+            p: (d, c) for p, d, c in zip(places.positions, places.dims, places.counts, strict=True)
+        }
+        numbers = [number for number, each in enumerate(positions) if each in units]
+        found = [units[positions[number]] for number in numbers]
+        return Pattern(
+            positions,
+            torch.tensor(positions, dtype=torch.long, device=self._plan.device),
+            [each not in units for each in positions],
+            numbers,
+            [dims for dims, _ in found],
+            [count for _, count in found],
+            None if table.widths is None else [table.widths[each] for each in positions],
+        )
+
+
+def _is_eligible(piece: Piece, device: torch.device) -> bool:
+    """Whether FSDP2 may call for it; the whole of what a rank has of a sharded parameter.
+
+    Under CPU offload a hook would make FSDP2 wait for the copy to the host.
+    """
+    if piece.hold is None or not piece.trainable:
+        return False
+    parameter: Any = piece.hold()
+    return bool(
+        parameter.requires_grad
+        and parameter.is_leaf
+        and parameter.device.type == parameter.device_mesh.device_type == device.type
+    )
+
+
+def _are_alike(shards: Sequence[Tensor], storage: int, device: torch.device) -> bool:
+    """Whether these are plain tensors without gaps in one storage."""
+    return all(
+        type(shard) is Tensor
+        and shard.is_contiguous()
+        and shard.dtype is shards[0].dtype
+        and shard.device == device
+        and shard.untyped_storage().data_ptr() == storage
+        for shard in shards
+    )
+
+
+def _hook(owner: weakref.ref[Overlap], position: int) -> Callable[[Tensor], None]:
+    def hook(parameter: Tensor) -> None:
+        global _running
+        overlap = owner()
+        if overlap is None or not _is_called_by_fsdp2():
+            return
+        _running += 1
+        try:
+            with torch.no_grad():
+                overlap.note(position)
+        except Exception as error:
+            overlap.fail(error)
+        finally:
+            _running -= 1
+
+    return hook
+
+
+def _is_called_by_fsdp2() -> bool:
+    """Whether the hook that asks was called by FSDP2's Python, and not by autograd.
+
+    That is exact where the sharding of a parameter is not: tensor parallelism, FSDP2's
+    ``ignored_params``, a loss that reads sharded weights. Elsewhere in torch it would read False.
+    """
+    try:
+        caller = sys._getframe(2)
+    except ValueError:  # autograd's own thread: no Python below
+        return False
+    return str(caller.f_globals.get("__name__", "")).startswith(CALLER)
+
+
+def _remove(handles: Sequence[RemovableHandle]) -> None:
+    # A garbage collection may come in the middle of a hook, while FSDP2 walks over the hooks: they
+    # stay there then, and do nothing, since their owner is gone.
+    if not _running:
+        for handle in handles:
+            handle.remove()
