@@ -192,8 +192,8 @@ def unit_norms(
     if whole:
         chosen = None if bounds is None else [bounds[number] for number in whole]
         alone = norms([tensors[number] for number in whole], norm_type, chosen, device=device)
-        for part, norm in zip(whole.values(), torch.split(alone, 1), strict=True):
-            parts[part] = norm
+        for place, norm in zip(whole.values(), torch.split(alone, 1), strict=True):
+            parts[place] = norm
     result = torch.cat([part.to(device) for part in parts]).double()
     unchecked.check(result)
     return result
