@@ -19,6 +19,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from distclip import GradClipper, __version__, policies
 from distclip.kernels import multi_tensor
@@ -173,6 +176,55 @@ def by_rows(sizes: list[int], dtype: torch.dtype, rounds: int) -> dict[str, Any]
     return {"tensors": len(tensors), "times": found}
 
 
+def overlapping(layers: int, width: int, rounds: int) -> dict[str, Any]:
+    """How much of the measuring FSDP2's backward hides, on one rank: nothing waits for a network.
+
+    Three equal models take turns: backward alone, backward and then measuring, and measuring
+    during backward. What the second takes longer than the first is what there is to hide.
+    """
+    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cuda", (1,))
+        inputs = torch.randn(4, 256, width, device="cuda")
+
+        def backward(clipping: dict[str, Any] | None) -> tuple[Contestant, GradClipper | None]:
+            torch.manual_seed(0)
+            blocks = nn.Sequential(
+                *(nn.TransformerEncoderLayer(width, 16, batch_first=True) for _ in range(layers))
+            ).cuda()
+            for block in blocks:
+                fully_shard(block, mesh=mesh)
+            fully_shard(blocks, mesh=mesh)
+            clipper = None
+            if clipping is not None:
+                clipper = GradClipper(blocks, policies.measure(), on_nonfinite="pass", **clipping)
+
+            def step() -> None:
+                blocks.zero_grad()
+                blocks(inputs).square().mean().backward()
+                if clipper is not None:
+                    clipper.clip_()
+
+            return step, clipper
+
+        alone, _ = backward(None)
+        after, _ = backward({})
+        during, early = backward({"overlap": True})
+        assert early is not None
+        found = timed({"alone": alone, "measured after": after, "during": during}, rounds)
+        return {
+            "times": found,
+            "gradients_measured_early": early.measured_early,
+            "share_hidden": {
+                clock: 1 - (found["during"][clock] - found["alone"][clock])
+                / (found["measured after"][clock] - found["alone"][clock])
+                for clock in ("device_ms", "host_ms")
+            },
+        }  # fmt: skip
+    finally:
+        dist.destroy_process_group()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=30)
@@ -201,6 +253,7 @@ def main() -> None:
             "5,000 small, float32": clipping(small, torch.float32, rounds),
         },
         "rows": {"1 GiB, float32": by_rows(large, torch.float32, rounds)},
+        "overlap": {"16 layers of width 2,048": overlapping(16, 2048, rounds)},
     }
     text = json.dumps(result, indent=1)
     print(text)

@@ -65,6 +65,8 @@ def targets(record: Record) -> list[Target]:
                slower("agc-large", cases.READ, DREAMER), 2.4, False),
         Target("bf16: times torch vector_norm(dtype=float32)",
                faster("bf16", cases.TORCH_ROWS), 3.0, True),
+        Target("bf16, one large tensor: times torch vector_norm(dtype=float32)",
+               faster("bf16-embedding", cases.TORCH_ROWS), 3.0, True),
         Target("20,000 parameters: of 1,000", _growth(record), 25.0, False),
         Target("folded step: of the step + one read",
                slower("fold", cases.FOLD_PEER, FOLDED), 1.1, False),

@@ -124,9 +124,18 @@ def model(layers: int, width: int, threshold: float) -> Bench:
     return against_torch(transformer(layers, width), threshold)
 
 
-def bf16() -> Bench:
+def embedding() -> list[Tensor]:
+    """An FSDP2-sharded bf16 table of a vocabulary, with the gradient of a real backward."""
+    torch.manual_seed(0)
+    table = nn.Embedding(32_000, 1024, dtype=torch.bfloat16)
+    fully_shard(table)
+    table(torch.arange(32_000)).float().square().sum().backward()
+    return list(table.parameters())
+
+
+def bf16(build: Callable[[], list[Tensor]]) -> Bench:
     """Measuring bf16 gradients; torch's function in float32 sees local shards only."""
-    parameters = transformer(12, 512, torch.bfloat16)
+    parameters = build()
     gradients = local_gradients(parameters)
 
     def rows() -> list[Tensor]:
@@ -289,7 +298,11 @@ CASES = {
         Case("large", f"{_LARGE}, not clipping", functools.partial(model, 12, 512, LOOSE), TORCH),
         Case("large-clipped", f"{_LARGE}, clipping", functools.partial(model, 12, 512, TIGHT),
              TORCH),
-        Case("bf16", f"{_LARGE} in bf16, not clipping", bf16, TORCH_ROWS),
+        Case("bf16", f"{_LARGE} in bf16, not clipping",
+             functools.partial(bf16, functools.partial(transformer, 12, 512, torch.bfloat16)),
+             TORCH_ROWS),
+        Case("bf16-embedding", "FSDP2, one embedding of 32,000 x 1,024 in bf16, not clipping",
+             functools.partial(bf16, embedding), TORCH_ROWS),
         Case("agc-small", f"{_SMALL}, adaptive policies", functools.partial(adaptive, 24, 64),
              READ),
         Case("agc-large", f"{_LARGE}, adaptive policies", functools.partial(adaptive, 12, 512),
