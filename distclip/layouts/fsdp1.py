@@ -194,7 +194,7 @@ def _describe(name: str, handle: Any, index: int) -> Described:
     trainable = flattened._params[index].requires_grad if original else flattened.requires_grad
     pieces = []
     for box, place in found:
-        cut = _Cut(source, first + place, box.extents, memory)
+        cut = _Cut.of(source, first + place, box.extents, memory)
         pieces.append(
             Piece(
                 0,
@@ -337,10 +337,18 @@ class _Cut:
 
     source: _Source
     first: int
-    extents: tuple[int, ...]
-    """In memory order."""
-    memory: tuple[int, ...]
-    """The dim that each of them belongs to."""
+    shape: tuple[int, ...]
+    """Of the box, dims as the parameter has them."""
+    strides: tuple[int, ...]
+    """Elements from one to the next along each of these dims."""
+
+    @classmethod
+    def of(cls, source: _Source, first: int, extents: Sequence[int], memory: Sequence[int]) -> _Cut:
+        """From extents in memory order, and the dim that each of them belongs to."""
+        strides = [math.prod(extents[place + 1 :]) for place in range(len(extents))]
+        places = sorted(range(len(memory)), key=memory.__getitem__)
+        shape = tuple(extents[place] for place in places)
+        return cls(source, first, shape, tuple(strides[place] for place in places))
 
     def gradient(self) -> Tensor | None:
         """A view of the gradient, of the box's shape."""
@@ -354,11 +362,9 @@ class _Cut:
     def _view(self, whole: Tensor) -> Tensor:
         if whole.dim() != 1:  # unsharded, with the shape that it always had
             return whole
-        part = whole.narrow(0, self.first, math.prod(self.extents)).view(self.extents)
-        back = [0] * len(self.memory)
-        for place, dim in enumerate(self.memory):
-            back[dim] = place
-        return part.permute(back)
+        step = whole.stride(0)
+        strides = self.strides if step == 1 else [step * stride for stride in self.strides]
+        return whole.as_strided(self.shape, strides, whole.storage_offset() + step * self.first)
 
 
 def _is_reduced(flattened: Any) -> bool:
