@@ -26,13 +26,12 @@ from torch import Tensor
 from distclip.statistics import accelerated
 from distclip.statistics.exact import (
     FAST_DTYPES,
-    chunks_of,
     exact_norm,
     exact_row_norms,
     largest_magnitude,
-    prepared,
 )
 from distclip.statistics.neighbours import CHUNK, LANE, UNDERFLOW, Together, power_sums
+from distclip.statistics.widening import Floats32, Widener
 
 SHORT = 1024
 """Up to here one float32 dot product is as exact as partial sums, and cheaper."""
@@ -77,6 +76,7 @@ def norms(
     values: dict[int, float] = {}
     small: list[int] = []
     fast = norm_type in (1.0, 2.0)
+    widener = Widener()
     for position in rest:
         tensor = tensors[position]
         if tensor is None or (numel := tensor.numel()) == 0:
@@ -87,7 +87,7 @@ def norms(
         elif fast and numel <= LANE and bound is None and tensor.dtype is torch.float32:
             small.append(position)
         else:
-            values[position] = _cpu_norm(tensor, norm_type, bound)
+            values[position] = _cpu_norm(tensor, norm_type, bound, widener)
     if small:
         _measure_small(result, small, [cast(Tensor, tensors[each]) for each in small], norm_type)
     if values:
@@ -114,11 +114,12 @@ def _measure_small(
     sound = (found > (LANE * UNDERFLOW[norm_type]) ** (1.0 / norm_type)) & torch.isfinite(found)
     doubtful = (~sound).nonzero().flatten().tolist()
     if doubtful:
+        widener = Widener()
         again = [tensors[each] for each in doubtful]
         for each, tensor, largest in zip(
             doubtful, again, torch.stack(torch._foreach_norm(again, math.inf)).tolist(), strict=True
         ):
-            found[each] = _cpu_norm(tensor, norm_type, None) if largest else 0.0
+            found[each] = _cpu_norm(tensor, norm_type, None, widener) if largest else 0.0
     result[torch.tensor(positions)] = found
 
 
@@ -155,6 +156,7 @@ def unit_norms(
     whole: dict[int, int] = {}
     shared, doubtful = _shared(tensors, unit_dims, counts, norm_type, bounds, positions, together)
     unchecked = _Unchecked(norm_type)
+    widener = Widener()
     start = 0
     for number, (tensor, dims, count) in enumerate(zip(tensors, unit_dims, counts, strict=True)):
         bound = None if bounds is None else bounds[number]
@@ -172,12 +174,14 @@ def unit_norms(
             parts.append(tensor)
         elif tensor.dtype is torch.float32 and bound is None and _is_fast(tensor, norm_type):
             rows = _rows(tensor, dims, count)
-            parts.append(_fast_row_norms(rows, norm_type))
+            parts.append(_fast_row_norms(rows.detach().numpy(), norm_type))
             unchecked.add(start, rows, count)
         else:
             rows = _rows(tensor, dims, count)
             step = max(1, CHUNK // rows.shape[1])
-            pieces = [_row_norms(part, norm_type, bound) for part in torch.split(rows, step)]
+            pieces = [
+                _row_norms(part, norm_type, bound, widener) for part in torch.split(rows, step)
+            ]
             parts.append(torch.cat(pieces).to(device))
         start += count
     if not parts:
@@ -265,15 +269,15 @@ def _is_fast(tensor: Tensor, norm_type: float) -> bool:
     return tensor.device.type == "cpu" and tensor.dtype in FAST_DTYPES and norm_type in (1.0, 2.0)
 
 
-def _cpu_norm(tensor: Tensor, norm_type: float, bound: float | None) -> float:
+def _cpu_norm(tensor: Tensor, norm_type: float, bound: float | None, widener: Widener) -> float:
     if norm_type == math.inf and not tensor.is_complex():
         largest = largest_magnitude(tensor).item()
         return min(largest, bound) if bound is not None and largest == largest else largest
     if not _is_fast(tensor, norm_type):
         return float(exact_norm(tensor, norm_type, bound))
     total = 0.0
-    for chunk in chunks_of(tensor, whole=tensor.dtype is torch.float32 and bound is None):
-        total += _fast_power_sum(prepared(chunk, bound, torch.float32), norm_type)
+    for values in widener.chunks(tensor, bound):
+        total += _fast_power_sum(values, norm_type)
     if math.isfinite(total) and total > tensor.numel() * UNDERFLOW[norm_type]:
         return total if norm_type == 1.0 else math.sqrt(total)
     # Zero, non-finite, or beyond what float32 partial sums can hold.
@@ -283,12 +287,13 @@ def _cpu_norm(tensor: Tensor, norm_type: float, bound: float | None) -> float:
     return float(exact_norm(tensor, norm_type, bound))
 
 
-def _fast_power_sum(flat: Tensor, norm_type: float) -> float:
-    """Sum of p-th powers of a contiguous float32 tensor, p = 1 or 2."""
-    numel = flat.numel()
+def _fast_power_sum(values: Floats32, norm_type: float) -> float:
+    """Sum of p-th powers of contiguous float32 numbers, p = 1 or 2."""
+    numel = values.size
     if numel <= SHORT and norm_type == 2.0:
-        return float(torch.dot(flat, flat))
-    values, body = flat.detach().numpy(), numel - numel % LANE
+        with np.errstate(all="ignore"):  # the sum shows it
+            return float(np.dot(values, values))
+    body = numel - numel % LANE
     total, step = 0.0, LANE * CHUNK
     for start in range(0, body, step):
         lanes = values[start : min(start + step, body)].reshape(-1, LANE)
@@ -298,11 +303,11 @@ def _fast_power_sum(flat: Tensor, norm_type: float) -> float:
     return total
 
 
-def _row_norms(rows: Tensor, norm_type: float, bound: float | None) -> Tensor:
+def _row_norms(rows: Tensor, norm_type: float, bound: float | None, widener: Widener) -> Tensor:
     """p-norm of each row of a 2-D tensor, float64."""
     if not _is_fast(rows, norm_type):
         return exact_row_norms(rows, norm_type, bound)
-    result = _fast_row_norms(prepared(rows, bound, torch.float32), norm_type).double()
+    result = _fast_row_norms(widener.rows(rows, bound), norm_type)
     floor = (rows.shape[1] * UNDERFLOW[norm_type]) ** (1.0 / norm_type)
     doubtful = ~((result > floor) & torch.isfinite(result))
     if bool(doubtful.any()):
@@ -310,9 +315,9 @@ def _row_norms(rows: Tensor, norm_type: float, bound: float | None) -> Tensor:
     return result
 
 
-def _fast_row_norms(rows: Tensor, norm_type: float) -> Tensor:
-    """p-norm of each row of a float32 matrix, p = 1 or 2; wrong where float32 overflows."""
-    values, width = rows.detach().numpy(), rows.shape[1]
+def _fast_row_norms(values: Floats32, norm_type: float) -> Tensor:
+    """p-norms of the rows of a float32 matrix, p = 1 or 2; wrong where float32 overflows."""
+    width = values.shape[1]
     body = width - width % LANE if width > LANE else 0
     sums = np.zeros(len(values))
     if body:
