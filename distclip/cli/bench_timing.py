@@ -152,6 +152,7 @@ def extra_bytes(act: Callable[[], object]) -> int:
     profile = torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     )
+    time.sleep(0.05)  # gloo's threads let go: torch 2.13 crashed where one was still at work
     with _silent():
         profile.start()
     tracing = tracemalloc.is_tracing()

@@ -15,6 +15,11 @@ from distclip.statistics.encoding import from_ordered_bits, to_ordered_bits
 
 Object = TypeVar("Object")
 
+FEW = 8
+"""Ranks up to which a short message on the CPU is gathered by all rather than reduced."""
+SHORT = 1 << 19
+"""Bytes that such a message may come to on a rank, from all ranks together."""
+
 
 def default_group(process_group: ProcessGroup | None) -> ProcessGroup | None:
     """The group to compare notes over: the one given, else all ranks; None if there is one rank.
@@ -78,15 +83,38 @@ def device_for(group: ProcessGroup | None, preferred: torch.device) -> torch.dev
 
 
 def all_reduce_sum(values: Tensor, group: ProcessGroup) -> None:
-    """Sum float64 ``values`` over the group, in place."""
-    dist.all_reduce(values, op=dist.ReduceOp.SUM, group=group)
+    """Sum float64 ``values`` over the group, in place; bitwise the same on every rank."""
+    everyones = _everyones(values, group)
+    if everyones is None:
+        dist.all_reduce(values, op=dist.ReduceOp.SUM, group=group)
+    else:
+        torch.sum(everyones, 0, out=values)
 
 
 def all_reduce_max(values: Tensor, group: ProcessGroup) -> Tensor:
     """Maximum of non-negative float64 ``values`` over the group; NaN wins over everything."""
     bits = to_ordered_bits(values)
-    dist.all_reduce(bits, op=dist.ReduceOp.MAX, group=group)
+    everyones = _everyones(bits, group)
+    if everyones is None:
+        dist.all_reduce(bits, op=dist.ReduceOp.MAX, group=group)
+    else:
+        bits = everyones.amax(0)
     return from_ordered_bits(bits)
+
+
+def _everyones(values: Tensor, group: ProcessGroup) -> Tensor | None:
+    """Every rank's 1-D ``values``, ``(ranks, numbers)``, for each to reduce by itself.
+
+    None where an all-reduce is better: on accelerators, among many ranks, for long messages.
+    gloo's all-reduce goes round the ring twice and an all-gather once, and what counts there is how
+    often a thread has to be woken: with 2 to 8 ranks on one machine it takes half the time.
+    """
+    ranks = group.size()
+    if not values.is_cpu or ranks > FEW or ranks * values.nbytes > SHORT:
+        return None
+    everyones = values.new_empty(ranks, len(values))
+    group.allgather([list(everyones.unbind())], [values]).wait()
+    return everyones
 
 
 def gather(value: Object, group: ProcessGroup) -> list[Object]:

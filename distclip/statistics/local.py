@@ -287,12 +287,12 @@ def _cpu_norm(tensor: Tensor, norm_type: float, bound: float | None, widener: Wi
     return float(exact_norm(tensor, norm_type, bound))
 
 
+@np.errstate(all="ignore")  # the sums show it
 def _fast_power_sum(values: Floats32, norm_type: float) -> float:
     """Sum of p-th powers of contiguous float32 numbers, p = 1 or 2."""
     numel = values.size
     if numel <= SHORT and norm_type == 2.0:
-        with np.errstate(all="ignore"):  # the sum shows it
-            return float(np.dot(values, values))
+        return float(np.dot(values, values))
     body = numel - numel % LANE
     total, step = 0.0, LANE * CHUNK
     for start in range(0, body, step):
@@ -315,6 +315,7 @@ def _row_norms(rows: Tensor, norm_type: float, bound: float | None, widener: Wid
     return result
 
 
+@np.errstate(all="ignore")
 def _fast_row_norms(values: Floats32, norm_type: float) -> Tensor:
     """p-norms of the rows of a float32 matrix, p = 1 or 2; wrong where float32 overflows."""
     width = values.shape[1]

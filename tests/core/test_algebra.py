@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from distclip import GradClipper
 from distclip.testing import assert_rounded, expected
 from tests.core.test_matrix import build
-from tests.core.watching import watch
+from tests.core.watching import REDUCTION, watch
 from tests.sharded import shard, whole
 
 LONG = [
@@ -87,7 +87,7 @@ def test_a_long_chain_communicates_once_and_equals_the_oracle_step_by_step() -> 
         model.set_gradients(gradients)
         with watch() as seen:
             report = clipper.clip_()
-        assert seen.collective_names == ["allreduce_"], step
+        assert seen.collective_names == [REDUCTION], step
         arrays = {n: None if g is None else g.double().numpy() for n, g in gradients.items()}
         want = expected(LONG, arrays, weights, memory=memory)
         assert bool(report.skipped) == want.skipped == (step == 20)

@@ -14,8 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import distclip
 from distclip import GradClipper, policies
+from distclip.statistics import collectives
 from tests.core.test_matrix import POLICIES, build
-from tests.core.watching import watch
+from tests.core.watching import REDUCTION, bits, same_bits, watch
 from tests.sharded import mesh_of, shard, whole
 
 SHARDED = ["fsdp2", "hsdp", "tp", "fsdp2_tp", "mixed", "fsdp1", "fsdp1_mixed"]
@@ -45,6 +46,7 @@ def test_the_watch_sees_collectives_of_any_spelling() -> None:
         group.allreduce([torch.ones(2)]).wait()
         distribute_tensor(torch.ones(4), mesh_of((2,), ("x",)), [Shard(0)]).full_tensor()
     assert ("allreduce_", 12) in seen.collectives
+    assert ("allgather_", 8) in seen.collectives  # the length of the pickled object
     assert seen.collective_names.count("allreduce_") == 2
     kinds = " ".join(seen.collective_names)
     for kind in ("allgather", "broadcast", "barrier", "all_gather_into_tensor"):
@@ -63,11 +65,11 @@ def test_one_all_reduce_a_step(layout: str) -> None:
             clipper.clip_()
         # The replica check of the first step rides along, but no sum can ride on a maximum.
         wanted = COUNTS.get(label, 2 if label.endswith("p=inf") else 1)
-        assert seen.collective_names == ["allreduce_"] * wanted, label
+        assert seen.collective_names == [REDUCTION] * wanted, label
         model.set_gradients(values.gradients)
         with watch() as seen:
             report = clipper.clip_()
-        assert seen.collective_names == ["allreduce_"] * COUNTS.get(label, 1), label
+        assert seen.collective_names == [REDUCTION] * COUNTS.get(label, 1), label
         with watch() as seen:
             report.to_dict()
             str(report)
@@ -76,27 +78,46 @@ def test_one_all_reduce_a_step(layout: str) -> None:
         assert seen.collectives == [], label
 
 
+@pytest.mark.ranks(2, 3, 4)
+def test_gathered_or_reduced_it_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short messages of a few CPU ranks are gathered and reduced by each; others all-reduced."""
+    group = dist.group.WORLD
+    assert group is not None
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    most = collectives.SHORT // (8 * ranks)
+    numbers = torch.rand(ranks, most + 1, generator=torch.Generator().manual_seed(5)).double()
+    numbers[0, 3], numbers[-1, 5] = math.inf, math.nan
+    for count, few, wanted in (
+        (1, 8, "allgather_"),
+        (most, 8, "allgather_"),
+        (most, ranks - 1, "allreduce_"),
+        (most + 1, 8, "allreduce_"),
+    ):
+        monkeypatch.setattr(collectives, "FEW", few)
+        mine = numbers[rank, :count].clone()
+        with watch() as seen:
+            largest = collectives.all_reduce_max(mine, group)
+            collectives.all_reduce_sum(mine, group)
+        assert seen.collectives == [(wanted, 8 * count)] * 2
+        torch.testing.assert_close(mine, numbers[:, :count].sum(0), equal_nan=True)
+        assert torch.equal(largest.nan_to_num(-1.0), numbers[:, :count].amax(0).nan_to_num(-1.0))
+        for found in (mine, largest):
+            everyones = [torch.empty_like(found) for _ in range(ranks)]
+            dist.all_gather(everyones, found)
+            assert all(same_bits(bits(one), bits(found)) for one in everyones)
+
+
 @pytest.mark.ranks(2)
-def test_every_mode_costs_the_same_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_mode_costs_the_same_one() -> None:
     values = whole()
-    calls: list[int] = []
-    real = dist.all_reduce
-
-    def counted(tensor: torch.Tensor, *args: object, **kwargs: object) -> object:
-        calls.append(tensor.numel())
-        return real(tensor, *args, **kwargs)
-
-    monkeypatch.setattr(dist, "all_reduce", counted)
     for mode in ("error", "skip", "zero", "pass"):
         for policy in (policies.global_norm(1.0), policies.agc(0.1), policies.value(0.1)):
             model = shard("fsdp2", values)
             model.set_gradients(values.gradients)
             clipper = GradClipper(model.named(), policy, on_nonfinite=mode)
-            calls.clear()
             with watch() as seen:
                 clipper.clip_()
-            assert seen.collective_names == ["allreduce_"]
-            assert len(calls) == 1
+            assert seen.collective_names == [REDUCTION]
 
 
 @pytest.mark.ranks(2)
@@ -108,7 +129,7 @@ def test_plain_ddp_communicates_nothing() -> None:
         with watch() as seen:
             clipper.clip_()
         # The replica check, once: 10 numbers for each of 2 parameters, and a flag.
-        assert seen.collectives == [("allreduce_", 8 * 21)]
+        assert seen.collectives == [(REDUCTION, 8 * 21)]
         with watch() as seen:
             clipper.clip_()
         assert seen.collectives == []
@@ -144,11 +165,11 @@ def test_row_agc_of_whole_rows_communicates_nothing_without_a_report() -> None:
         clipper = GradClipper(model, policies.agc(1e-4), **options)
         with watch() as seen:
             clipper.clip_()
-        assert seen.collective_names == ["allreduce_"]
+        assert seen.collective_names == [REDUCTION]
     columns = policies.agc(1e-4, unit_dims={"*": (1,)})
     with watch() as seen:
         GradClipper(model, columns, norms=False, on_nonfinite="pass").clip_()
-    assert "allreduce_" in seen.collective_names
+    assert REDUCTION in seen.collective_names
 
 
 @pytest.mark.ranks(2)
@@ -194,7 +215,7 @@ def test_the_functions_cost_one_all_reduce() -> None:
             call(parameters)  # the first call may have to make a group
             with watch() as seen:
                 call(parameters)
-            assert seen.collective_names == ["allreduce_"]
+            assert seen.collective_names == [REDUCTION]
         distclip.clip_grad_value_(parameters, 0.1)
         with watch() as seen:
             distclip.clip_grad_value_(parameters, 0.1)
@@ -205,4 +226,4 @@ def test_the_functions_cost_one_all_reduce() -> None:
             if isinstance(p, DTensor)
             for placement, size in zip(p.placements, p.device_mesh.shape, strict=True)
         )
-        assert seen.collectives == ([("allreduce_", 8)] if replicates else [])
+        assert seen.collectives == ([(REDUCTION, 8)] if replicates else [])

@@ -19,7 +19,7 @@ import distclip
 from distclip import GradClipper, policies
 from distclip.testing import assert_rounded, expected
 from tests.core.test_matrix import POLICIES, ROUNDINGS, build
-from tests.core.watching import watch
+from tests.core.watching import REDUCTION, watch
 from tests.sharded import mesh_of
 
 SECONDS = 60
@@ -96,9 +96,9 @@ def test_every_policy_on_declared_experts(idle: bool) -> None:
         clipper = GradClipper(mine.items(), build(words))
         with watch() as seen:
             report = clipper.clip_()
-        assert set(seen.collective_names) == {"allreduce_"}, label
+        assert set(seen.collective_names) == {REDUCTION}, label
         if label in ("global", "agc", "parameter"):
-            assert seen.collective_names == ["allreduce_"]
+            assert seen.collective_names == [REDUCTION]
         assert report.total_norm.item() == pytest.approx(want.total_norm, rel=1e-6), label
         assert set(report.parameter_norms) == set(known)
         for name, norm in report.parameter_norms.items():
@@ -157,7 +157,7 @@ def test_stacked_experts_on_a_mesh_of_their_own(idle: bool) -> None:
         give()
         with watch() as seen:
             report = clipper.clip_()
-        assert set(seen.collective_names) == {"allreduce_"}, label
+        assert set(seen.collective_names) == {REDUCTION}, label
         assert report.total_norm.item() == pytest.approx(want.total_norm, rel=1e-6), label
         check(p, want.gradients["experts.weight"])
         if label == "global":

@@ -25,7 +25,7 @@ from distclip.errors import ConfigurationError, UnsupportedGradientError
 from distclip.testing import expected
 from distclip.testing.flattened import flatten, wrap
 from tests.core.test_field import still_a_defect
-from tests.core.watching import watch
+from tests.core.watching import REDUCTION, watch
 from tests.sharded import SHAPES, mesh_of, whole
 
 ORIG = pytest.mark.parametrize("orig", [False, True], ids=["flat", "orig"])
@@ -263,7 +263,7 @@ def test_one_collective_and_the_functions_take_any_subset(orig: bool) -> None:
         distclip.clip_grad_norm_(chosen, 1e9)  # a mesh of its own makes its group at the first
         with watch() as seen:
             distclip.clip_grad_norm_(chosen, 1e9)
-        assert seen.collective_names == ["allreduce_"]
+        assert seen.collective_names == [REDUCTION]
     norms = distclip.grad_norms(model)
     assert {n: pytest.approx(v.item(), rel=1e-5) for n, v in norms.items()} == {
         n: g.norm().item() for n, g in gradients.items()
@@ -351,7 +351,7 @@ def test_over_tensor_parallelism(orig: bool, strategy: ShardingStrategy) -> None
     )
     with watch() as seen:
         report = clipper.clip_()
-    assert seen.collective_names == ["allreduce_"]
+    assert seen.collective_names == [REDUCTION]
     for name, norm in report.parameter_norms.items():
         assert norm == pytest.approx(want.parameter_norms[name], rel=1e-5), name
     assert report.clipped_norm.item() == pytest.approx(want.clipped_norm, rel=1e-5)

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 
 import distclip
 from distclip import GradClipper, policies
-from tests.core.watching import watch
+from tests.core.watching import REDUCTION, watch
 from tests.sharded import mesh_of
 
 SECONDS = 20
@@ -110,6 +110,6 @@ def test_what_travels(how: str) -> None:
         act()  # the replica check, the first agreement
         with watch() as seen:
             act()
-        travels = [] if placement == Shard(0) else ["allreduce_"]
+        travels = [] if placement == Shard(0) else [REDUCTION]
         assert seen.collective_names == travels
         assert sum(size for _, size in seen.collectives) <= 8 * 5

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 
 import distclip
 from distclip import GradClipper, policies
-from tests.core.watching import watch
+from tests.core.watching import REDUCTION, watch
 from tests.sharded import mesh_of
 
 SECONDS = 60
@@ -102,7 +102,7 @@ def test_a_pipeline_with_fsdp2_trains_as_one_process(kind: str) -> None:
             schedule.step(target=target[half])
         with watch() as seen:
             optimizer.step()
-        assert seen.collective_names == ["allreduce_"]
+        assert seen.collective_names == [REDUCTION]
         optimizer.zero_grad()
     assert found == pytest.approx(norms, rel=1e-5)
     for part in parts:
@@ -201,7 +201,7 @@ def test_row_27_stages_whose_gradients_come_and_go(how: str) -> None:
                 norm = distclip.clip_grad_norm_(
                     stage.parameters(), 0.5, process_group=dist.group.WORLD
                 )
-        assert seen.collective_names == ["allreduce_"]
+        assert seen.collective_names == [REDUCTION]
         assert norm.item() == pytest.approx(math.sqrt(square), rel=1e-6)
         for p in stage.parameters():
             if p.grad is not None:

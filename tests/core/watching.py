@@ -14,10 +14,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 COLLECTIVE_NAMESPACES = {"c10d", "_c10d_functional", "_dtensor", "symm_mem"}
 
+REDUCTION = "allgather_"
+"""How distclip's all-reduce of a short message looks on a few gloo ranks."""
+
 
 @dataclass
 class Seen:
-    """Ops by name, ops on DTensors by name, and each collective with its size in bytes."""
+    """Ops by name, ops on DTensors by name, and each collective with its size in bytes.
+
+    Of what is gathered, only what this rank gives counts.
+    """
 
     ops: Counter[str] = field(default_factory=Counter)
     dtensor_ops: Counter[str] = field(default_factory=Counter)
@@ -48,8 +54,10 @@ class watch(TorchDispatchMode):  # noqa: N801 - used as `with watch() as seen`
             self.seen.dtensor_ops[name] += 1
             # A tensor that knows how to handle the op itself must get the chance to.
         if func.namespace in COLLECTIVE_NAMESPACES:
-            size = sum(t.numel() * t.element_size() for t in _tensors(args))
-            self.seen.collectives.append((name.split(".")[1], size))
+            name = name.split(".")[1]
+            given = args[1] if name == "allgather_" else args
+            size = sum(t.numel() * t.element_size() for t in _tensors(given))
+            self.seen.collectives.append((name, size))
         return func(*args, **(kwargs or {}))
 
 

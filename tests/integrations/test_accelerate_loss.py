@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 import distclip
 from distclip import ConfigurationError, policies
-from tests.core.watching import watch
+from tests.core.watching import REDUCTION, watch
 from tests.integrations.test_accelerate import LAYOUTS, batch, loss_of, make, sgd, start, whole
 
 pytest.importorskip("accelerate")
@@ -64,7 +64,7 @@ def test_the_loss_rides_on_the_one_all_reduce() -> None:
         with watch() as seen:
             optimizer.step()
         optimizer.zero_grad()
-    assert seen.collective_names == ["allreduce_"]
+    assert seen.collective_names == [REDUCTION]
 
 
 @pytest.mark.ranks(1)
