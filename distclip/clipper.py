@@ -458,7 +458,6 @@ class GradClipper:
                 collectives.gather(handshake.trouble(__version__, error), group)
             raise
         device = self._named[0][1].device if self._named else torch.device("cpu")
-        device = collectives.device_for(group, device)
         if group is None:
             return plans.local_plan(described, device)
         table = tuple(entry for entry, _ in described)
@@ -473,6 +472,10 @@ class GradClipper:
         if len(set(digests)) > 1:
             notes = collectives.tell(mine, digests, group)
             handshake.compare(notes, ranks)
+        common = handshake.common_device(notes)
+        if device.type != common:
+            device = torch.device(common)
+        device = collectives.device_for(group, device)
         tables = [each.table for each in notes]
         plans.check_tables(tables, ranks, stages=naming.is_list_of_modules(target))
         if plans.needs_reduction(tables) or self._reads_loss:
@@ -523,6 +526,7 @@ class GradClipper:
             ),
             table=table,
             frozen=tuple(name for name, parameter in self._named if not parameter.requires_grad),
+            device=self._named[0][1].device.type if self._named else "",
         )
 
     def _compile(self, optimizer: Optimizer | None) -> Program:

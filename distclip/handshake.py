@@ -26,12 +26,14 @@ class Notes:
         options: policy and arguments in words, by name.
         table: the parameters.
         frozen: names of those that require no gradient.
+        device: type of the device of the first of them; empty where there are none.
     """
 
     versions: Options
     options: Options
     table: tuple[Entry, ...]
     frozen: tuple[str, ...] = ()
+    device: str = ""
 
     def digest(self) -> bytes:
         """A short fingerprint: where all ranks have the same, nothing else needs comparing.
@@ -48,7 +50,7 @@ class Notes:
                     numbers[id(ranks)] = groups.setdefault(ranks, len(groups))
             short = replace(entry, ranks=None, others=())
             table.append((short, numbers[id(entry.ranks)], numbers[id(entry.others)]))
-        facts = (self.versions, self.options, list(groups), table, self.frozen)
+        facts = (self.versions, self.options, list(groups), table, self.frozen, self.device)
         return hashlib.sha256(repr(facts).encode()).digest()
 
 
@@ -180,6 +182,16 @@ def compare(notes: Sequence[Notes], ranks: Sequence[int]) -> None:
             f"Build the same GradClipper on every rank"
         )
     _refuse_frozen(notes, ranks)
+
+
+def common_device(notes: Sequence[Notes]) -> str:
+    """Type of the device that every rank's statistics are to lie on.
+
+    That of the parameters, for a rank without any too (a stage that has none): its part of a
+    collective has to go to the backend that the others use. The CPU where they have different ones.
+    """
+    found = {note.device for note in notes if note.device}
+    return found.pop() if len(found) == 1 else "cpu"
 
 
 def told(ranks: Sequence[int], values: Sequence[str]) -> str:

@@ -15,7 +15,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import distclip.clipper
 from distclip import DistclipError, GradClipper, RankMismatchError, policies
-from distclip.handshake import Hail, Notes, compare, refuse_troubled
+from distclip.handshake import Hail, Notes, common_device, compare, refuse_troubled
 from distclip.layouts.differences import listed, ranked, sides
 from distclip.layouts.piece import Entry
 from distclip.layouts.plan import check_tables, copied
@@ -270,6 +270,40 @@ def test_a_thousand_ranks_and_one_that_differs() -> None:
     with pytest.raises(RankMismatchError, match="rank 700 lacks 'p4'"):
         check_tables([note.table for note in notes], range(1000), stages=False)
     check_tables([note.table for note in notes], range(1000), stages=True)
+
+
+def test_where_the_statistics_of_all_ranks_lie() -> None:
+    """A stage without parameters goes to the backend that the others use, or all would wait."""
+    some, none = (Entry("w", (4,), "float32"),), ()
+    on = {kind: Notes((), (), some, device=kind) for kind in ("cuda", "cpu")}
+    empty = Notes((), (), none)
+    assert common_device([on["cuda"], empty, on["cuda"]]) == "cuda"
+    assert common_device([on["cpu"], empty]) == common_device([empty, empty]) == "cpu"
+    assert common_device([on["cuda"], on["cpu"]]) == "cpu"
+    assert on["cuda"].digest() != on["cpu"].digest()  # so that they tell each other
+
+
+@pytest.mark.ranks(2, 3)
+def test_a_rank_without_parameters_goes_where_the_others_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first rank says that its parameters are on an accelerator; the others have none."""
+    asked = []
+    notes_of = GradClipper._notes
+
+    def notes(clipper: GradClipper, table: tuple[Entry, ...]) -> Notes:
+        found = notes_of(clipper, table)
+        return replace(found, device="cuda") if table else found
+
+    def device_for(group: Any, preferred: torch.device) -> torch.device:
+        asked.append(preferred.type)
+        return torch.device("cpu")
+
+    monkeypatch.setattr(GradClipper, "_notes", notes)
+    monkeypatch.setattr(collectives, "device_for", device_for)
+    stage = nn.Linear(3, 2) if dist.get_rank() == 0 else nn.ReLU()
+    GradClipper([stage], policies.global_norm(1.0)).clip_()
+    assert asked == ["cuda"]
 
 
 def test_hails() -> None:
