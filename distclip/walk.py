@@ -21,7 +21,7 @@ from distclip.statistics.measurement import LocalMeasurement, measure
 from distclip.statistics.neighbours import Together
 from distclip.statistics.packing import LocalDecision, Measurement, reduce
 from distclip.statistics.request import Request
-from distclip.statistics.units import combine_segments
+from distclip.statistics.units import combine_segments, sum_segments
 
 Fold: TypeAlias = Callable[[float | Tensor | None], bool]
 
@@ -215,17 +215,19 @@ def decide_locally(program: Program, number: int, measured: LocalMeasurement) ->
     for group in program.groups(number, units):
         weights = units.weights[group.units]
         norms = {order: values[group.units] for order, values in units.norms.items()}
-        total = torch.ones_like(weights)
+        total: Tensor | None = None
         for policy in group.policies:
             factors = policy.unit_coefficients(norms[2.0], weights)
-            total = total * factors
+            total = factors if total is None else total * factors
             norms = {order: values * factors for order, values in norms.items()}
+        if total is None:
+            continue
         if plan.device.type == "cpu" and bool((total == 1.0).all()):
             continue
         smallest = torch.minimum(smallest, torch.nan_to_num(total, nan=1.0).min())
         coefficients.update(zip(group.positions, torch.split(total, group.counts), strict=True))
         share = 1.0 if plan.shares is None else plan.shares[group.where]
-        changed = combine_segments((total < 1.0).double(), group.lengths, 1.0) * share
+        changed = sum_segments((total < 1.0).double(), group.lengths) * share
         rows = group.where if plan.rows is None else plan.rows[group.where]
         clipped = clipped.index_add(0, rows, changed)
         for order, values in after.items():

@@ -90,8 +90,10 @@ class AGC(UnitPolicy):
         return (0,) if self.unit == "row" and ndim > 1 else ()
 
     def unit_coefficients(self, gradient_norms: Tensor, weight_norms: Tensor) -> Tensor:
-        limit = torch.clamp(weight_norms, min=self.eps) * self.clip_factor
-        shrunk = limit / torch.clamp(gradient_norms, min=GRADIENT_FLOOR)
+        # In place where it can be: rows are many, and each of these vectors is a number for each.
+        limit = torch.clamp(weight_norms, min=self.eps).mul_(self.clip_factor)
+        floored = torch.clamp(gradient_norms, min=GRADIENT_FLOOR)
+        shrunk = torch.div(limit, floored, out=floored)
         # A NaN gradient is not ">" anything, but it must not pass as "within the limit" either.
         return torch.where(gradient_norms <= limit, 1.0, shrunk)
 

@@ -17,7 +17,7 @@ Object = TypeVar("Object")
 
 FEW = 8
 """Ranks up to which a short message on the CPU is gathered by all rather than reduced."""
-SHORT = 1 << 19
+SHORT = 1 << 18
 """Bytes that such a message may come to on a rank, from all ranks together."""
 
 

@@ -35,6 +35,8 @@ from distclip.statistics.widening import Floats32, Widener
 
 SHORT = 1024
 """Up to here one float32 dot product is as exact as partial sums, and cheaper."""
+BATCH = 1024
+"""Tensors whose norms torch gives one by one at a time: each is an object of 200 bytes."""
 
 
 def norms(
@@ -75,6 +77,7 @@ def norms(
     elsewhere: dict[torch.device, list[int]] = {}
     values: dict[int, float] = {}
     small: list[int] = []
+    on_host = False
     fast = norm_type in (1.0, 2.0)
     widener = Widener()
     for position in rest:
@@ -85,16 +88,21 @@ def norms(
         if not tensor.is_cpu:
             elsewhere.setdefault(tensor.device, []).append(position)
         elif fast and numel <= LANE and bound is None and tensor.dtype is torch.float32:
+            on_host = True
             small.append(position)
+            if len(small) == BATCH:
+                _measure_small(result, small, tensors, norm_type)
+                small = []
         else:
+            on_host = True
             values[position] = _cpu_norm(tensor, norm_type, bound, widener)
     if small:
-        _measure_small(result, small, [cast(Tensor, tensors[each]) for each in small], norm_type)
+        _measure_small(result, small, tensors, norm_type)
     if values:
         result[torch.tensor(list(values))] = torch.tensor(
             list(values.values()), dtype=torch.float64
         )
-    if isinstance(rest, range) and not values and not small:  # nothing on the host is a result
+    if isinstance(rest, range) and not on_host:  # nothing on the host is a result
         result = torch.zeros(len(tensors), dtype=torch.float64, device=device)
     else:
         result = result.to(device)
@@ -107,15 +115,16 @@ def norms(
 
 
 def _measure_small(
-    result: Tensor, positions: list[int], tensors: list[Tensor], norm_type: float
+    result: Tensor, positions: list[int], tensors: Sequence[Tensor | None], norm_type: float
 ) -> None:
-    """Write the norms of float32 tensors of at most ``LANE`` elements to their places."""
-    found = torch.stack(torch._foreach_norm(tensors, norm_type)).double()
+    """Write the norms of some float32 tensors of at most ``LANE`` elements to their places."""
+    small = [cast(Tensor, tensors[each]) for each in positions]
+    found = torch.stack(torch._foreach_norm(small, norm_type)).double()
     sound = (found > (LANE * UNDERFLOW[norm_type]) ** (1.0 / norm_type)) & torch.isfinite(found)
     doubtful = (~sound).nonzero().flatten().tolist()
     if doubtful:
         widener = Widener()
-        again = [tensors[each] for each in doubtful]
+        again = [small[each] for each in doubtful]
         for each, tensor, largest in zip(
             doubtful, again, torch.stack(torch._foreach_norm(again, math.inf)).tolist(), strict=True
         ):

@@ -25,6 +25,8 @@ SHORTEST_DOT = 32
 """From here on a dot product is faster than a reduction of a row."""
 CHUNK = 1 << 16
 """Elements of a temporary, 256 KiB in float32; with its float64 twin below 1 MiB."""
+LANES = 1 << 14
+"""Lanes measured before their sums are added up in float64, 128 KiB of them."""
 SHORTEST_LANE = 32
 """Tensors whose size is a multiple of this can share lanes with their neighbours."""
 PATIENCE = 4
@@ -347,20 +349,20 @@ class Together:
 
 
 def _batches(runs: Sequence[Run], lengths: npt.NDArray[np.int64]) -> tuple[Batch, ...]:
-    """The lanes of all runs, a chunk at a time, in consecutive segments of these lengths."""
+    """The lanes of all runs, so many at a time, in consecutive segments of these lengths."""
     ends = np.cumsum(lengths)
-    places = np.empty(min(CHUNK, int(ends[-1])), dtype=np.float32)
+    places = np.empty(min(LANES, int(ends[-1])), dtype=np.float32)
     batches: list[Batch] = []
     parts: list[tuple[int, int, int, npt.NDArray[np.float32]]] = []
     done = filled = 0
     for number, run in enumerate(runs):
         start, total = 0, run.shape[0]
         while start < total:
-            stop = min(total, start + CHUNK - filled)
+            stop = min(total, start + LANES - filled)
             place = places[filled : filled + stop - start]
             parts.append((number, start, stop, place))
             start, filled = stop, filled + stop - start
-            if filled == CHUNK or done + filled == ends[-1]:
+            if filled == LANES or done + filled == ends[-1]:
                 first, last = np.searchsorted(ends, (done, done + filled - 1), side="right")
                 here = slice(int(first), int(last) + 1)
                 starts = np.maximum(ends[here] - lengths[here] - done, 0)

@@ -163,6 +163,12 @@ def combine_segments(norms: Tensor, lengths: Sequence[int] | Tensor, order: floa
     if math.isinf(order):
         return largest
     unit = torch.where((largest > 0) & torch.isfinite(largest), largest, 1.0)
-    powers = (norms / unit.repeat_interleave(counts, output_size=len(norms))).pow(order)
-    sums = torch.segment_reduce(powers, "sum", lengths=counts, unsafe=True, initial=0.0)
-    return sums.pow(1.0 / order) * unit
+    powers = unit.repeat_interleave(counts, output_size=len(norms))
+    torch.div(norms, powers, out=powers).pow_(order)
+    return sum_segments(powers, counts).pow(1.0 / order) * unit
+
+
+def sum_segments(values: Tensor, lengths: Sequence[int] | Tensor) -> Tensor:
+    """Sums of consecutive float64 ``values``, ``lengths[i]`` of them each."""
+    counts = lengths if isinstance(lengths, Tensor) else to_device(lengths, values.device)
+    return torch.segment_reduce(values, "sum", lengths=counts, unsafe=True, initial=0.0)

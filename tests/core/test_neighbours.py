@@ -280,6 +280,7 @@ def test_a_chunk_may_end_anywhere(
 ) -> None:
     """Also within a tensor, and just at the end of one: nothing is counted twice, or left out."""
     monkeypatch.setattr(neighbours, "CHUNK", chunk)
+    monkeypatch.setattr(neighbours, "LANES", chunk)
     tensors = buffer()
     tensors[3][5] = math.nan
     tensors[4].zero_()
@@ -303,10 +304,10 @@ def test_what_is_kept_and_made_does_not_grow_with_the_gradients() -> None:
     assert not doubtful
     assert parts[1].tolist() == pytest.approx([math.sqrt(40e6 / 3)] * 3, rel=1e-5)
     divided = found.known.division({1: 3}).batches
-    assert max(batch.sums.nbytes for batch in divided) == 4 * neighbours.CHUNK
+    assert max(batch.sums.nbytes for batch in divided) == 4 * neighbours.LANES
     batches = found.known.batches
-    assert len(batches) == 10
-    assert max(batch.sums.nbytes for batch in batches) == 4 * neighbours.CHUNK
+    assert len(batches) == 39
+    assert max(batch.sums.nbytes for batch in batches) == 4 * neighbours.LANES
     assert len({batch.sums.ctypes.data for batch in batches}) == 1
 
 
@@ -321,11 +322,11 @@ def test_the_default_dtype_is_not_ours(dtype: torch.dtype) -> None:
         torch.set_default_dtype(before)
 
 
-@pytest.mark.parametrize("chunk", [5, neighbours.CHUNK])
+@pytest.mark.parametrize("lanes", [5, neighbours.LANES])
 def test_tensors_measured_part_by_part_are_not_read_again(
-    monkeypatch: pytest.MonkeyPatch, chunk: int
+    monkeypatch: pytest.MonkeyPatch, lanes: int
 ) -> None:
-    monkeypatch.setattr(neighbours, "CHUNK", chunk)
+    monkeypatch.setattr(neighbours, "LANES", lanes)
     tensors = [t.view(4, -1) for t in buffer([128, 2048, 256, 4096])]
     found = Neighbours().find(tensors, widths=[t.shape[1] for t in tensors])
     assert found is not None
@@ -346,6 +347,7 @@ def test_of_doubtful_parts_the_zero_ones_are_told_apart(
 ) -> None:
     """Rows in several runs and chunks; only those in doubt are read a second time."""
     monkeypatch.setattr(neighbours, "CHUNK", chunk)
+    monkeypatch.setattr(neighbours, "LANES", min(chunk, neighbours.LANES))
     one, other = torch.rand(40 * 1024), torch.rand(64 * 512)
     tensors = [one[:1024].view(1, 1024), one[1024:].view(39, 1024), other.view(64, 512)]
     tensors[1][::2] = 0.0  # a unit that is never active has no gradient
