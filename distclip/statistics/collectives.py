@@ -103,7 +103,7 @@ def all_reduce_max(values: Tensor, group: ProcessGroup) -> Tensor:
 
 
 def _everyones(values: Tensor, group: ProcessGroup) -> Tensor | None:
-    """Every rank's 1-D ``values``, ``(ranks, numbers)``, for each to reduce by itself.
+    """Every rank's ``values``, ``(ranks, *values.shape)``, for each to reduce by itself.
 
     None where an all-reduce is better: on accelerators, among many ranks, for long messages.
     gloo's all-reduce goes round the ring twice and an all-gather once, and what counts there is how
@@ -112,7 +112,7 @@ def _everyones(values: Tensor, group: ProcessGroup) -> Tensor | None:
     ranks = group.size()
     if not values.is_cpu or ranks > FEW or ranks * values.nbytes > SHORT:
         return None
-    everyones = values.new_empty(ranks, len(values))
+    everyones = values.new_empty(ranks, *values.shape)
     group.allgather([list(everyones.unbind())], [values]).wait()
     return everyones
 

@@ -101,6 +101,10 @@ def test_gathered_or_reduced_it_is_the_same(monkeypatch: pytest.MonkeyPatch) -> 
         assert seen.collectives == [(wanted, 8 * count)] * 2
         torch.testing.assert_close(mine, numbers[:, :count].sum(0), equal_nan=True)
         assert torch.equal(largest.nan_to_num(-1.0), numbers[:, :count].amax(0).nan_to_num(-1.0))
+        matrix = collectives.all_reduce_max(
+            numbers[rank, :count, None].expand(-1, 2).clone(), group
+        )
+        assert same_bits(bits(matrix), bits(largest[:, None].expand(-1, 2)))
         for found in (mine, largest):
             everyones = [torch.empty_like(found) for _ in range(ranks)]
             dist.all_gather(everyones, found)
