@@ -462,17 +462,8 @@ class GradClipper:
             return plans.local_plan(described, device)
         table = tuple(entry for entry, _ in described)
         ranks = collectives.ranks_of(group)
-        mine = self._notes(table)
-        hail = handshake.Hail(__version__, mine.digest())
-        hails = handshake.refuse_troubled(collectives.gather(tuple(hail), group), ranks)
-        digests = [other.digest for other in hails]
-        # Ranks that have the same share one object from here on: with thousands of ranks, nothing
-        # may be done for each parameter of each of them.
-        notes = [mine] * len(ranks)
-        if len(set(digests)) > 1:
-            notes = collectives.tell(mine, digests, group)
-            handshake.compare(notes, ranks)
-        common = handshake.common_device(notes)
+        notes = handshake.meet(self._notes(table), __version__, group)
+        common = handshake.common_device(each.device for each in notes)
         if device.type != common:
             device = torch.device(common)
         device = collectives.device_for(group, device)

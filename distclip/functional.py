@@ -273,7 +273,9 @@ def _joint_norm(
         norms, entries = walk(program, {}).raw, program.plan.entries
     except DistclipError as error:  # the other members have to learn of it before it is raised
         trouble = error
-    device = collectives.device_for(group, norms.device)
+    here = norms.device.type if entries else ""
+    common = _agreements.device(group, here)
+    device = collectives.device_for(group, norms.device if here == common else torch.device(common))
     members = set(collectives.ranks_of(group))
     spread = [e.ranks is not None or bool(e.others) for e in entries]
     holders = [

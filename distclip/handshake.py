@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -77,6 +77,7 @@ class Agreements:
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[ProcessGroup, set[bytes]]] = {}
+        self._devices: dict[int, tuple[ProcessGroup, str]] = {}
 
     def agree(self, group: ProcessGroup, what: str, entries: Sequence[Entry]) -> None:
         """Compare, unless that has been done.
@@ -117,6 +118,28 @@ class Agreements:
             found is not None and found[0] is group and self._digest(what, entries)[0] in found[1]
         )
 
+    def device(self, group: ProcessGroup, here: str) -> str:
+        """Type of the device whose backend carries the numbers of members with and without any.
+
+        Where a group has several backends, asked at the first such call in it.
+
+        Args:
+            group: the ranks that call together.
+            here: type of the device of this rank's numbers; empty where it has none.
+        """
+        if not collectives.is_mixed(group):
+            return here or "cpu"
+        known = self._devices.get(id(group))
+        if known is None or known[0] is not group:
+            known = group, common_device(collectives.gather(here, group))
+            alive = {
+                key: each
+                for key, each in self._devices.items()
+                if collectives.is_registered(each[0])
+            }
+            self._devices = {**alive, id(group): known}
+        return known[1]
+
     def tell(self, group: ProcessGroup, error: Exception) -> None:
         """Say, at a first call, that this rank cannot take part: the others are asking."""
         told = f"{type(error).__name__}: {error}" if not isinstance(error, DistclipError) else error
@@ -134,6 +157,26 @@ def _shown(table: Sequence[tuple[str, tuple[int, ...]]]) -> str:
     some = ", ".join(f"{dtype} {list(shape)}" for dtype, shape in table[:3])
     more = f", ... [{digest}]" if len(table) > 3 else ""
     return f"{len(table)} parameter{'s' * (len(table) != 1)} ({some}{more})"
+
+
+def meet(mine: Notes, version: str, group: ProcessGroup) -> list[Notes]:
+    """Exchange notes with the ranks of a group, and refuse what does not go together.
+
+    Returns:
+        Those of every rank, in group order. Ranks that have the same share one object: with
+        thousands of ranks, nothing may be done for each parameter of each of them.
+
+    Raises:
+        RankMismatchError: on every rank.
+    """
+    ranks = collectives.ranks_of(group)
+    heard = collectives.gather(tuple(Hail(version, mine.digest())), group)
+    digests = [hail.digest for hail in refuse_troubled(heard, ranks)]
+    if len(set(digests)) == 1:
+        return [mine] * len(ranks)
+    notes = collectives.tell(mine, digests, group)
+    compare(notes, ranks)
+    return notes
 
 
 def trouble(version: str, error: Exception) -> tuple[object, ...]:
@@ -184,13 +227,13 @@ def compare(notes: Sequence[Notes], ranks: Sequence[int]) -> None:
     _refuse_frozen(notes, ranks)
 
 
-def common_device(notes: Sequence[Notes]) -> str:
+def common_device(devices: Iterable[str]) -> str:
     """Type of the device that every rank's statistics are to lie on.
 
-    That of the parameters, for a rank without any too (a stage that has none): its part of a
-    collective has to go to the backend that the others use. The CPU where they have different ones.
+    That of the parameters, for a rank without any (an empty name) too: its part of a collective
+    has to go to the backend that the others use. The CPU where they have different ones.
     """
-    found = {note.device for note in notes if note.device}
+    found = {device for device in devices if device}
     return found.pop() if len(found) == 1 else "cpu"
 
 

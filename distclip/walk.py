@@ -218,7 +218,7 @@ def decide_locally(program: Program, number: int, measured: LocalMeasurement) ->
         total: Tensor | None = None
         for policy in group.policies:
             factors = policy.unit_coefficients(norms[2.0], weights)
-            total = factors if total is None else total * factors
+            total = factors.expand_as(weights) if total is None else total * factors
             norms = {order: values * factors for order, values in norms.items()}
         if total is None:
             continue

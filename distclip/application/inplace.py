@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from distclip.kernels import multi_tensor
+from distclip.kernels.bounds import held
 from distclip.kernels.transfer import to_device
 
 LOW_PRECISION = frozenset((torch.bfloat16, torch.float16))
@@ -165,7 +166,11 @@ def _shaped(coefficients: Tensor, tensor: Tensor, unit_dims: Sequence[int]) -> T
 
 
 def clamp_(tensors: Sequence[Tensor], bounds: Sequence[float | Tensor]) -> None:
-    """Clamp ``tensors[i]`` elementwise to ``+-bounds[i]``; NaN stays NaN."""
+    """Clamp ``tensors[i]`` elementwise to ``+-bounds[i]``, rounded to its dtype; NaN stays NaN."""
+    bounds = [
+        bound if isinstance(bound, Tensor) else held(bound, tensor.dtype)
+        for tensor, bound in zip(tensors, bounds, strict=True)
+    ]
     numbers = [bound for bound in bounds if not isinstance(bound, Tensor)]
     if tensors and len(numbers) == len(bounds) and not tensors[0].is_cpu:
         torch._foreach_clamp_max_(list(tensors), numbers)

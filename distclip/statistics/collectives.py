@@ -16,9 +16,9 @@ from distclip.statistics.encoding import from_ordered_bits, to_ordered_bits
 Object = TypeVar("Object")
 
 FEW = 8
-"""Ranks up to which a short message on the CPU is gathered by all rather than reduced."""
+"""Ranks up to which gloo gathers a short message in place of reducing it."""
 SHORT = 1 << 18
-"""Bytes that such a message may come to on a rank, from all ranks together."""
+"""The longest such message, in bytes, those of all ranks together."""
 
 
 def default_group(process_group: ProcessGroup | None) -> ProcessGroup | None:
@@ -82,13 +82,23 @@ def device_for(group: ProcessGroup | None, preferred: torch.device) -> torch.dev
     return torch.device("cpu")
 
 
+def is_mixed(group: ProcessGroup) -> bool:
+    """Whether tensors of different devices go to different backends, deaf to each other."""
+    pairs = dist.get_backend_config(group).split(",")
+    return len({pair.partition(":")[2] for pair in pairs}) > 1
+
+
 def all_reduce_sum(values: Tensor, group: ProcessGroup) -> None:
     """Sum float64 ``values`` over the group, in place; bitwise the same on every rank."""
     everyones = _everyones(values, group)
     if everyones is None:
         dist.all_reduce(values, op=dist.ReduceOp.SUM, group=group)
-    else:
-        torch.sum(everyones, 0, out=values)
+        return
+    # One after another: the order in which torch.sum adds depends on the processor.
+    first, *rest = everyones.unbind()
+    values.copy_(first)
+    for other in rest:
+        values.add_(other)
 
 
 def all_reduce_max(values: Tensor, group: ProcessGroup) -> Tensor:
@@ -105,12 +115,15 @@ def all_reduce_max(values: Tensor, group: ProcessGroup) -> Tensor:
 def _everyones(values: Tensor, group: ProcessGroup) -> Tensor | None:
     """Every rank's ``values``, ``(ranks, *values.shape)``, for each to reduce by itself.
 
-    None where an all-reduce is better: on accelerators, among many ranks, for long messages.
-    gloo's all-reduce goes round the ring twice and an all-gather once, and what counts there is how
-    often a thread has to be woken: with 2 to 8 ranks on one machine it takes half the time.
+    None where an all-reduce is better: among many ranks, for long messages, without gloo. gloo's
+    all-reduce goes round the ring twice and its all-gather once, and what counts there is how often
+    a thread has to be woken: with 3 to 8 ranks on two cores it takes half the time. All members
+    choose alike, whatever device the numbers of each lie on.
     """
     ranks = group.size()
-    if not values.is_cpu or ranks > FEW or ranks * values.nbytes > SHORT:
+    if ranks > FEW or ranks * values.nbytes > SHORT:
+        return None
+    if f"{values.device.type}:gloo" not in dist.get_backend_config(group):
         return None
     everyones = values.new_empty(ranks, *values.shape)
     group.allgather([list(everyones.unbind())], [values]).wait()

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distclip.kernels.bounds import held
 from distclip.statistics import accelerated
 from distclip.statistics.exact import (
     FAST_DTYPES,
@@ -60,6 +61,7 @@ def norms(
         float64 tensor of shape ``(len(tensors),)``. NaN and inf elements give NaN and inf.
     """
     rest: Iterable[int] = range(len(tensors))
+    bounds = _held(tensors, bounds)
     if together is None or bounds is not None or norm_type not in (1.0, 2.0):
         result = torch.zeros(len(tensors), dtype=torch.float64)
     else:
@@ -163,6 +165,7 @@ def unit_norms(
     parts: list[Tensor] = []
     elsewhere: dict[torch.device, list[int]] = {}
     whole: dict[int, int] = {}
+    bounds = _held(tensors, bounds)
     shared, doubtful = _shared(tensors, unit_dims, counts, norm_type, bounds, positions, together)
     unchecked = _Unchecked(norm_type)
     widener = Widener()
@@ -272,6 +275,18 @@ def _rows(tensor: Tensor, unit_dims: Sequence[int], count: int) -> Tensor:
         return tensor.reshape(count, -1)
     others = [dim for dim in range(tensor.dim()) if dim not in unit_dims]
     return tensor.permute(*unit_dims, *others).reshape(count, -1)
+
+
+def _held(
+    tensors: Sequence[Tensor | None], bounds: Sequence[float | None] | None
+) -> Sequence[float | None] | None:
+    """The bounds, each as its tensor's dtype holds it."""
+    if bounds is None:
+        return None
+    return [
+        bound if bound is None or tensor is None else held(bound, tensor.dtype)
+        for tensor, bound in zip(tensors, bounds, strict=True)
+    ]
 
 
 def _is_fast(tensor: Tensor, norm_type: float) -> bool:

@@ -18,7 +18,7 @@ from distclip.statistics.exact import chunks_of, prepared
 from distclip.statistics.neighbours import CHUNK
 
 SHORT = 4096
-"""Elements from which on the buffer, or two operations of numpy, are cheaper than a new tensor."""
+"""Below this many elements a new tensor is cheaper than the buffer."""
 UPPER = np.uint32(0xFFFF0000)
 
 Floats32: TypeAlias = npt.NDArray[np.float32]

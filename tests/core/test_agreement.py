@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import distclip
+from distclip import functional
+from distclip.handshake import Agreements
+from distclip.statistics import collectives
 from tests.core.watching import REDUCTION, bits, same_bits, watch
 from tests.sharded import mesh_of
 
@@ -175,8 +178,10 @@ def test_ranks_agree_once() -> None:
         listed: list[Tensor] = [sharded(111, 2), plain(3)]
         with watch() as seen:
             distclip.clip_grad_norm_(listed, threshold)
-        assert seen.collective_names[-1] == REDUCTION
-        assert (len(seen.collectives) > 1) == (threshold == 1.0)
+        # To agree takes two gathers: of sizes, then of what is compared. Then come two norms and a
+        # flag.
+        assert len(seen.collectives) == (3 if threshold == 1.0 else 1)
+        assert seen.collectives[-1] == (REDUCTION, 8 * 3)
 
 
 @pytest.mark.ranks(2, timeout=SECONDS)
@@ -193,3 +198,46 @@ def test_value_clipping_of_shards_talks_to_nobody_even_at_first() -> None:
             distclip.clip_grad_value_([p, q], 0.5)
         assert seen.collectives == []
     dist.barrier()
+
+
+@pytest.mark.ranks(2, 3, timeout=SECONDS)
+@pytest.mark.parametrize("fault", ["nothing", "sparse"])
+def test_a_member_without_numbers_goes_where_the_others_are(
+    monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    """In a group of several backends, which hear nothing of each other: asked once in a group.
+
+    Rank 0 says that its numbers are on an accelerator; the others have none, or cannot be measured.
+    """
+    asked: list[str] = []
+    device_of = Agreements.device
+
+    def device(self: Agreements, group: Any, here: str) -> str:
+        return device_of(self, group, "cuda" if dist.get_rank() == 0 else here)
+
+    def device_for(group: Any, preferred: torch.device) -> torch.device:
+        asked.append(preferred.type)
+        return torch.device("cpu")
+
+    monkeypatch.setattr(functional, "_agreements", Agreements())
+    monkeypatch.setattr(collectives, "is_mixed", lambda group: True)
+    monkeypatch.setattr(Agreements, "device", device)
+    monkeypatch.setattr(collectives, "device_for", device_for)
+    group = dist.group.WORLD
+    listed: list[Tensor] = []
+    if dist.get_rank() == 0:
+        listed = [plain(4)]
+    elif fault == "sparse":
+        listed = [plain(4)]
+        listed[0].grad = torch.eye(4).to_sparse()[0]
+    for first in (True, False):
+        asked.clear()
+        with watch() as seen:
+            if fault == "sparse":
+                with pytest.raises(distclip.UnsupportedGradientError):
+                    distclip.clip_grad_norm_(listed, 1.0, process_group=group)
+            else:
+                norm = distclip.clip_grad_norm_(listed, 1e9, process_group=group)
+                assert norm.item() == pytest.approx(18.0, rel=1e-6)
+        assert asked[-1] == "cuda"
+        assert len(seen.collectives) == (3 if first else 1)

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distclip import GradClipper
+from distclip import GradClipper, policies
 from distclip.testing import assert_rounded, expected
 from tests.core.test_matrix import build
 from tests.core.watching import REDUCTION, watch
@@ -98,3 +99,24 @@ def test_a_long_chain_communicates_once_and_equals_the_oracle_step_by_step() -> 
                 part = full.reshape(-1)[model.elements[name].numpy()]
                 assert_rounded(local, part, coefficient_error=1e-6, name=name)
     assert clipped > 20
+
+
+class Halved(policies.agc):
+    """A policy of units whose coefficient is the same for all of them."""
+
+    def unit_coefficients(self, gradient_norms: Tensor, weight_norms: Tensor) -> Tensor:
+        return gradient_norms.new_tensor(0.5)
+
+
+@pytest.mark.ranks(1, 2, 3)
+def test_one_coefficient_for_all_units() -> None:
+    values = whole()
+    model = shard("fsdp2", values)
+    model.set_gradients(values.gradients)
+    gradients = [p.grad for p in model.parameters.values() if p.grad is not None]
+    local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+    wanted = [0.5 * gradient for gradient in local]
+    report = GradClipper(model.named(), Halved(1.0)).clip_()
+    for gradient, want in zip(local, wanted, strict=True):
+        torch.testing.assert_close(gradient, want)
+    torch.testing.assert_close(report.clipped_norm, 0.5 * report.total_norm)

@@ -530,3 +530,28 @@ def test_complex_parameters_cannot_be_clamped() -> None:
     with pytest.raises(ConfigurationError, match="'w' is complex"):
         GradClipper([("w", p)], policies.value(1.0))
     GradClipper([("w", p)], policies.global_norm(1.0)).clip_()
+
+
+@pytest.mark.parametrize("numel", [10, 5000])
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str
+)
+def test_a_bound_beyond_the_dtype_clamps_nothing(dtype: torch.dtype, numel: int) -> None:
+    """torch refuses such a bound. Under a loss scale, too, fp16 comes there soon."""
+    largest = torch.finfo(dtype).max
+    gradient = torch.zeros(numel, dtype=dtype)
+    gradient[:2] = torch.tensor([largest, -3.0], dtype=torch.float64).to(dtype)
+    for bound in (2.0 * largest, 1e39 if dtype is not torch.float64 else math.inf):
+        for scale in (1.0, 2.0**14):
+            p = nn.Parameter(torch.zeros(numel, dtype=dtype))
+            p.grad = gradient.clone()
+            clipper = GradClipper([("w", p)], policies.value(bound / scale))
+            report = clipper.clip_before_step(torch.tensor(scale))
+            assert torch.equal(p.grad, gradient)
+            assert report.total_norm.item() == pytest.approx(largest / scale, rel=1e-6)
+            assert report.clipped_fraction.item() == 0.0
+        distclip.clip_grad_value_([p], bound)
+        assert torch.equal(p.grad, gradient)
+    p.grad[2] = math.inf
+    GradClipper([("w", p)], policies.value(2.0 * largest), on_nonfinite="pass").clip_()
+    assert p.grad[2].item() == math.inf  # as 2 * largest is in this dtype

@@ -61,9 +61,12 @@ def test_every_bit_pattern(dtype: torch.dtype, bound: float | None) -> None:
 def test_rows_stay_apart(dtype: torch.dtype, shape: tuple[int, int]) -> None:
     matrix = drawn(*shape, dtype=dtype)
 
-    for rows in (matrix, drawn(*reversed(shape), dtype=dtype).t()):
-        found = Widener().rows(rows, None)
-        np.testing.assert_array_equal(np.sort(found), np.sort(rows.float().numpy()))
+    odd = drawn(math.prod(shape) + 1, dtype=dtype)[1:].view(shape)
+    for rows in (matrix, odd, drawn(*reversed(shape), dtype=dtype).t()):
+        for bound in (None, 0.5):
+            found = Widener().rows(rows, bound)
+            want = rows.float() if bound is None else rows.float().clamp(-bound, bound)
+            np.testing.assert_array_equal(np.sort(found), np.sort(want.numpy()))
 
 
 @pytest.mark.parametrize("norm_type", [1.0, 2.0])
