@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +27,7 @@ from distclip.layouts.piece import Described, Entry
 from distclip.ledger import Apply, Program, States
 from distclip.passes import compile_passes, report_order
 from distclip.policies import ParameterInfo, Policy
-from distclip.policies._compose import reads_loss, stages
+from distclip.policies._compose import reads_loss, stages, unmatched
 from distclip.replicas import ReplicaCheck
 from distclip.report import ClipReport
 from distclip.statistics import collectives
@@ -36,6 +37,8 @@ from distclip.walk import Fold, walk
 OnNonfinite: TypeAlias = Literal["error", "skip", "zero", "pass"]
 VerifyReplicas: TypeAlias = Literal["first", "never"] | int
 Sink: TypeAlias = Callable[[int, ClipReport], None]
+
+_logger = logging.getLogger("distclip")
 
 in_use = False
 """Whether a GradClipper has clipped in this process."""
@@ -146,6 +149,11 @@ class GradClipper:
         if self._early is not None and not self._early.active:
             self._warn_of_no_overlap()
         self._program = self._compile(optimizer)
+        self._mention_unmatched()
+
+    def __repr__(self) -> str:
+        """The policy, and how many parameters there are on all ranks."""
+        return f"GradClipper({self.policy!r}, {len(self.names)} parameters)"
 
     @property
     def parameters(self) -> tuple[ParameterInfo, ...]:
@@ -235,6 +243,11 @@ class GradClipper:
                 "this GradClipper is attached already, and would clip all its parameters before "
                 "the steps of both optimizers; build one GradClipper for each optimizer's "
                 "parameters, or handle.remove() the first"
+            )
+        if not hasattr(optimizer, "param_groups"):
+            raise ConfigurationError(
+                f"attach: expected the optimizer that steps the parameters, got a "
+                f"{type(optimizer).__name__}"
             )
         mine = {id(parameter) for _, parameter in self._named}
         stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -436,6 +449,18 @@ class GradClipper:
             f"built, and would not be clipped; build the GradClipper anew, after everything that "
             f"changes the model (fully_shard, adapters such as LoRA)"
         )
+
+    def _mention_unmatched(self) -> None:
+        """A pattern for nothing is mostly a typing error, or meant for another model."""
+        patterns = unmatched(self.policy, self.names)
+        if patterns and collectives.is_first():
+            _logger.warning(
+                "by_name: no parameter's name matches %s, so what is said of it concerns none of "
+                "the %d parameters here (%s)",
+                ", ".join(map(repr, patterns)),
+                len(self.names),
+                ", ".join(self.names[:3]) + (", ..." if len(self.names) > 3 else ""),
+            )
 
     def _warn_of_no_loss(self) -> None:
         if not self._warned_of_no_loss:

@@ -15,7 +15,7 @@ from distclip.ledger import Walked
 from distclip.policies._protocol import combine_norms
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ClipReport:
     """The result of :meth:`GradClipper.clip_`.
 
@@ -119,6 +119,9 @@ class ClipReport:
                 for name, norm in self.parameter_norms.items()
             }
         return shown
+
+    def __repr__(self) -> str:
+        return f"<ClipReport: {self}>"
 
     def __str__(self) -> str:
         if bool(self.skipped.item()):

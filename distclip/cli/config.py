@@ -6,11 +6,12 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from distclip import config
+from distclip.integrations.deepspeed_json import CLIPPING, SECTION, configured
 from distclip.policies import ByName, Chain, Policy
 
 app = typer.Typer(help="Check a configuration; show its schema.", no_args_is_help=True)
@@ -26,9 +27,17 @@ def schema() -> None:
 def check(
     file: Annotated[Path, typer.Argument(help="YAML or JSON.", show_default=False)],
 ) -> None:
-    """Check a configuration file and print what it means, all defaults filled in."""
+    """Check a configuration file and print what it means, all defaults filled in.
+
+    Of a DeepSpeed JSON the "distclip" section, or its gradient_clipping, is checked.
+    """
     sys.path.insert(0, os.getcwd())  # for `imports`, as under python -m
-    loaded = config.load(file)
+    document = _deepspeed(file)
+    found = config.load(file) if document is None else configured(document)
+    if found is None:
+        typer.echo(f'{file} is a DeepSpeed JSON that clips nothing: it has no "{SECTION}" section')
+        return
+    loaded = found
     typer.echo(f"{file} is valid, digest {config.digest(loaded)}")
     typer.echo("\n".join(["policy:", *_lines(loaded.policy, "  ")]))
     typer.echo(f"on_nonfinite: {loaded.on_nonfinite}")
@@ -39,6 +48,19 @@ def check(
     if loaded.log is not None:
         log = ", ".join(f"{key}: {value}" for key, value in loaded.log.model_dump().items())
         typer.echo(f"log: {log}")
+
+
+def _deepspeed(file: Path) -> dict[str, Any] | None:
+    """The content of a DeepSpeed JSON; None where the file is none."""
+    if file.suffix != ".json":
+        return None
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # told when it is loaded
+        return None
+    theirs = ("train_batch_size", "train_micro_batch_size_per_gpu", "zero_optimization")
+    known = isinstance(found, dict) and not found.keys().isdisjoint((SECTION, CLIPPING, *theirs))
+    return found if known else None
 
 
 def _lines(policy: Policy | None, indent: str) -> list[str]:

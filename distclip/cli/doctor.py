@@ -1,4 +1,4 @@
-"""``distclip doctor``: what is installed, what was tested with it, and whether ranks are real."""
+"""``distclip doctor``: what is installed, what it works with, and whether ranks are real."""
 
 from __future__ import annotations
 
@@ -126,17 +126,17 @@ def _package(name: str, tested: str) -> Line:
     except metadata.PackageNotFoundError:
         state: State = "wrong" if name in NEEDED else "note"
         return Line(
-            "versions", name, state, f"not installed{f', tested {tested}' if tested else ''}"
+            "versions", name, state, f"not installed{f', supported {tested}' if tested else ''}"
         )
     if not tested:
-        return Line("versions", name, "note", f"{found}; not tested with distclip")
+        return Line("versions", name, "note", f"{found}; nothing is said of it")
     if within(found, tested):
-        return Line("versions", name, "good", f"{found}, tested {tested}")
-    return Line("versions", name, "note", f"{found} is outside of what was tested: {tested}")
+        return Line("versions", name, "good", f"{found}, supported {tested}")
+    return Line("versions", name, "note", f"{found} is outside of what is supported: {tested}")
 
 
 def ranges() -> dict[str, str]:
-    """Package -> the range that distclip states, which is what its tests were run with."""
+    """Package -> the range that distclip states, which its tests were run within."""
     try:
         found = {"python": metadata.metadata("distclip")["Requires-Python"] or ""}
         requirements = metadata.requires("distclip") or []

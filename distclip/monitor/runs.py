@@ -200,7 +200,7 @@ class Summary:
                 f"a threshold at the 90th percentile of the norms: "
                 f"policy: {{name: global_norm, max_norm: {self.percentiles[90]:.3g}}}"
             )
-        if self.share > 0.5:
+        if self.share > 0.5 and math.isfinite(self.threshold):
             advice.append(
                 f"{self.share:.0%} of all gradients were clipped: where it is more than half of "
                 f"them, lower the learning rate rather than clip on"

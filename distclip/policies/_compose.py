@@ -102,6 +102,22 @@ def stages(policy: Policy, parameters: Sequence[ParameterInfo]) -> tuple[Stage, 
     return tuple(_stages(policy, parameters, tuple(range(len(parameters))), ""))
 
 
+def unmatched(policy: Policy, names: Sequence[str]) -> list[str]:
+    """Patterns of every ``by_name`` of a composition that no name matches, in order."""
+    if isinstance(policy, Chain):
+        return [each for part in policy.policies for each in unmatched(part, names)]
+    if not isinstance(policy, ByName):
+        return []
+    found = [
+        pattern
+        for pattern, _ in policy.mapping
+        if not any(matches(name, pattern) for name in names)
+    ]
+    for part in (*(choice for _, choice in policy.mapping), policy.default):
+        found += [] if part is None else unmatched(part, names)
+    return found
+
+
 def reads_loss(policy: Policy) -> bool:
     """Whether any policy of a composition reads the loss."""
     return any(stage.policy.needs.loss for stage in stages(policy, ()))

@@ -70,6 +70,11 @@ def rank_in(group: ProcessGroup) -> int:
     return dist.get_rank(group)
 
 
+def is_first() -> bool:
+    """Whether this is the one process of all that speaks for them."""
+    return not dist.is_available() or not dist.is_initialized() or dist.get_rank() == 0
+
+
 def device_for(group: ProcessGroup | None, preferred: torch.device) -> torch.device:
     """Where the statistics live: ``preferred`` unless the group's backend cannot carry it."""
     if group is None:

@@ -38,6 +38,27 @@ def test_check_fails_on_a_faulty_file(tmp_path: Path) -> None:
     assert isinstance(result.exception, ConfigurationError)
 
 
+def test_check_reads_what_a_deepspeed_json_says_of_clipping(tmp_path: Path) -> None:
+    for file in sorted((CONFIGS / "deepspeed").glob("*.json")):
+        result = invoke(app, ["config", "check", str(file)])
+        assert result.exit_code == 0, (file, result.output)
+        assert "GlobalNorm(max_norm=1.0" in result.output
+
+    def told(document: object) -> str:
+        (tmp_path / "ds.json").write_text(json.dumps(document))
+        result = invoke(app, ["config", "check", str(tmp_path / "ds.json")])
+        return str(result.exception) if result.exception else result.output
+
+    stage = {"zero_optimization": {"stage": 2}}
+    assert "GlobalNorm(max_norm=0.5" in told({**stage, "gradient_clipping": 0.5})
+    assert "clips nothing" in told(stage)
+    misspelt = told({**stage, "distclip": {"policy": {"name": "agc", "clip_facto": 0.1}}})
+    assert "DeepSpeed JSON: distclip: policy.clip_facto" in misspelt
+    both = told({**stage, "gradient_clipping": 1.0, "distclip": {"policy": "measure"}})
+    assert "remove one" in both or "stands beside" in both
+    assert "on_nonfinite: error" in told({"policy": "measure"})  # ours, in JSON
+
+
 def test_main_tells_a_fault_in_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -144,5 +144,5 @@ def test_a_version_that_was_not_tested(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "ranges", lambda: {"python": "", "torch": "<2.14"})
     lines = {line.what: line for line in doctor.versions()}
     assert (lines["torch"].state, lines["torch"].text) == (
-        "note", "9.9 is outside of what was tested: <2.14",
+        "note", "9.9 is outside of what is supported: <2.14",
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from typing import Any
@@ -355,3 +356,40 @@ def test_zero_redundancy_optimizer() -> None:
     assert len(reports) == 3
     for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.ranks(1, 2, 3)
+def test_a_pattern_for_nothing_is_mentioned_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By one rank, and not where the parameters of another stage match."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    stage = nn.Module()
+    stage.register_parameter(f"own{rank}", nn.Parameter(torch.ones(3)))
+    for p in stage.parameters():
+        p.grad = torch.ones_like(p)
+    last = dist.get_world_size() - 1 if dist.is_initialized() else 0
+    inner = policies.by_name({"*.inner": None, "own*": policies.measure()})
+    policy = policies.chain(
+        policies.by_name({f"own{last}": None, "head.*": None}, default=policies.global_norm(1.0)),
+        policies.by_name({}, default=inner),
+    )
+    told: list[str] = []
+    logger = logging.getLogger("distclip")
+    monkeypatch.setattr(logger, "warning", lambda text, *given: told.append(text % given))
+    clipper = GradClipper([stage], policy)
+    clipper.clip_()
+    clipper.clip_()
+    if rank == 0:
+        (message,) = told
+        assert "no parameter's name matches 'head.*', '*.inner'" in message
+        assert f"none of the {last + 1} parameters here (own0" in message
+    else:
+        assert told == []
+    assert repr(clipper) == f"GradClipper({policy!r}, {last + 1} parameters)"
+    assert repr(clipper.clip_()).startswith("<ClipReport: norm ")
+
+
+def test_what_is_no_optimizer_is_refused() -> None:
+    model = nn.Linear(2, 2)
+    wrong: Any = model
+    with pytest.raises(distclip.ConfigurationError, match=r"the optimizer .* got a Linear"):
+        GradClipper(model, policies.global_norm(1.0)).attach(wrong)

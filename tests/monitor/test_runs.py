@@ -106,11 +106,12 @@ def test_a_threshold_that_is_never_reached(tmp_path: Path) -> None:
 def test_policies_that_clip_a_little_in_every_step_are_not_told_to_slow_down(
     tmp_path: Path,
 ) -> None:
-    part = {"coefficient": 0.5, "clipped_fraction": 0.1, "threshold": 0.01}
-    run = read_run(write(tmp_path / "agc.jsonl", [record(s, 0.8, **part) for s in range(9)]))
-    summary = Summary.of(run)
-    assert summary.clipped == 1.0
-    assert not any("learning rate" in sentence for sentence in summary.advice())
+    for share in (0.1, 1.0):  # that is advice for thresholds on norms
+        part = {"coefficient": 0.5, "clipped_fraction": share, "threshold": 0.01}
+        run = read_run(write(tmp_path / "agc.jsonl", [record(s, 0.8, **part) for s in range(9)]))
+        summary = Summary.of(run)
+        assert summary.clipped == 1.0
+        assert not any("learning rate" in sentence for sentence in summary.advice())
 
 
 def test_nothing_finite_at_all(tmp_path: Path) -> None:
