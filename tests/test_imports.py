@@ -43,7 +43,17 @@ IMPORTERS: dict[str, set[str]] = {
     "yaml": {"_config_files.py", "cli/simulation/layouts.py"},
     "typer": {
         f"cli/{name}.py"
-        for name in ("app", "bench", "config", "doctor", "report", "run", "simulate", "verify")
+        for name in (
+            "app",
+            "bench",
+            "config",
+            "doctor",
+            "report",
+            "run",
+            "simulate",
+            "suggest",
+            "verify",
+        )
     },
     "rich": {
         "cli/bench.py",

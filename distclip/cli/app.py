@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from distclip._version import __version__
-from distclip.cli import bench, config, doctor, report, run, simulate, verify
+from distclip.cli import bench, config, doctor, report, run, simulate, suggest, verify
 from distclip.errors import DistclipError
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app.command(name="run", context_settings=run.CONTEXT)(run.run)
 app.command(name="simulate", context_settings=simulate.CONTEXT)(simulate.simulate)
 app.add_typer(config.app, name="config")
 app.command(name="report")(report.report)
+app.command(name="suggest")(suggest.suggest)
 app.command(name="doctor")(doctor.doctor)
 app.command(name="verify")(verify.verify)
 app.command(name="bench")(bench.bench)

@@ -57,7 +57,7 @@ def doctor(
         int, typer.Option(min=1, help="gloo ranks to start for the self-check; 1: none.")
     ] = 2,
 ) -> None:
-    """Say what is installed and tested, what works here, and whether ranks are really distributed.
+    """Say what is installed, what works here, and whether ranks are really distributed.
 
     Alone, or under the launcher whose ranks are in doubt:
     accelerate launch ... -m distclip doctor

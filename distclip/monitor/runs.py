@@ -221,3 +221,64 @@ class Summary:
 def summaries(runs: Sequence[Run]) -> list[Summary]:
     """One summary a run."""
     return [Summary.of(run) for run in runs]
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """A threshold for the global norm, after Google's tuning playbook.
+
+    ``max_norm`` is the asked percentile of the finite norms before clipping, of all runs together;
+    ``clipped`` the share of these ``steps`` in which anything was clipped.
+    """
+
+    max_norm: float
+    percentile: float
+    steps: int
+    median: float
+    largest: float
+    clipped: float
+
+    @classmethod
+    def of(
+        cls, runs: Sequence[Run], percentile: float = 90.0, first_step: float = 0.0
+    ) -> Suggestion:
+        """From recorded runs.
+
+        Args:
+            runs: of one model, at the learning rate that is meant.
+            percentile: in (0, 100].
+            first_step: steps before it do not count.
+
+        Raises:
+            ConfigurationError: another percentile, or no norm that is finite and not zero.
+        """
+        if not 0.0 < percentile <= 100.0:
+            raise ConfigurationError(f"suggest: percentile must be in (0, 100], got {percentile!r}")
+        chosen = [np.isfinite(run.total_norm) & (run.steps >= first_step) for run in runs]
+        norms = np.concatenate(
+            [run.total_norm[here] for run, here in zip(runs, chosen, strict=True)]
+        )
+        clipped = np.concatenate(
+            [run.clipped[here] for run, here in zip(runs, chosen, strict=True)]
+        )
+        found = float(np.percentile(norms, percentile)) if norms.size else 0.0
+        if found <= 0.0:
+            since = f" from step {first_step:g} on" if first_step else ""
+            raise ConfigurationError(
+                f"suggest: {norms.size} finite norms{since}, and no threshold above 0 in them; "
+                f"give the log of a run that trains"
+            )
+        return cls(
+            found,
+            percentile,
+            norms.size,
+            float(np.median(norms)),
+            float(norms.max()),
+            float(clipped.mean()),
+        )
+
+    def __str__(self) -> str:
+        return (
+            f"percentile {self.percentile:g} of {self.steps} norms, median {self.median:.3g}, "
+            f"largest {self.largest:.3g}"
+        )

@@ -1,0 +1,44 @@
+"""``distclip suggest``: a threshold from the norms of recorded runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+FEW = 100
+"""Steps below which a percentile of the norms says little."""
+
+
+def suggest(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN.jsonl...", help="Files that `log` wrote; their norms together."
+        ),
+    ],
+    percentile: Annotated[
+        float, typer.Option(help="Of the norms before clipping; in (0, 100].")
+    ] = 90.0,
+    first_step: Annotated[
+        float, typer.Option("--from", help="Leave out the steps before this one, such as warm-up.")
+    ] = 0.0,
+) -> None:
+    """Print a configuration with a threshold for `global_norm`, from the norms of recorded runs.
+
+    distclip suggest runs/measure.jsonl > policy.yaml
+    """
+    from distclip.monitor.runs import Suggestion, read_run
+
+    found = Suggestion.of([read_run(path) for path in runs], percentile, first_step)
+    if found.clipped > 0.0:
+        typer.echo(
+            f"distclip: in {found.clipped:.0%} of these steps something was clipped: their norms "
+            f"are those of a run that was already held back; record one with policy: measure",
+            err=True,
+        )
+    if found.steps < FEW:
+        typer.echo(f"distclip: {found.steps} steps are few for a percentile", err=True)
+    typer.echo(f"# {', '.join(map(str, runs))}: {found}")
+    typer.echo(f"policy: {{name: global_norm, max_norm: {found.max_norm:.3g}}}")
