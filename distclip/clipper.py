@@ -451,9 +451,12 @@ class GradClipper:
         )
 
     def _mention_unmatched(self) -> None:
-        """A pattern for nothing is mostly a typing error, or meant for another model."""
+        """A pattern for nothing is mostly a typing error, or meant for another model.
+
+        Or for other parameters of a script that clips by parts: so it is no warning.
+        """
         patterns = unmatched(self.policy, self.names)
-        if patterns and collectives.is_first():
+        if patterns and collectives.is_first(self._plan.group):
             _logger.warning(
                 "by_name: no parameter's name matches %s, so what is said of it concerns none of "
                 "the %d parameters here (%s)",

@@ -215,13 +215,11 @@ def decide_locally(program: Program, number: int, measured: LocalMeasurement) ->
     for group in program.groups(number, units):
         weights = units.weights[group.units]
         norms = {order: values[group.units] for order, values in units.norms.items()}
-        total: Tensor | None = None
+        total = weights.new_ones(()).expand_as(weights)
         for policy in group.policies:
             factors = policy.unit_coefficients(norms[2.0], weights)
-            total = factors.expand_as(weights) if total is None else total * factors
+            total = total * factors
             norms = {order: values * factors for order, values in norms.items()}
-        if total is None:
-            continue
         if plan.device.type == "cpu" and bool((total == 1.0).all()):
             continue
         smallest = torch.minimum(smallest, torch.nan_to_num(total, nan=1.0).min())

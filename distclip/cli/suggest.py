@@ -29,7 +29,7 @@ def suggest(
 
     distclip suggest runs/measure.jsonl > policy.yaml
     """
-    from distclip.monitor.runs import Suggestion, read_run
+    from distclip.monitor.runs import Suggestion, configuration, read_run
 
     found = Suggestion.of([read_run(path) for path in runs], percentile, first_step)
     if found.clipped > 0.0:
@@ -41,4 +41,4 @@ def suggest(
     if found.steps < FEW:
         typer.echo(f"distclip: {found.steps} steps are few for a percentile", err=True)
     typer.echo(f"# {', '.join(map(str, runs))}: {found}")
-    typer.echo(f"policy: {{name: global_norm, max_norm: {found.max_norm:.3g}}}")
+    typer.echo(configuration(found.max_norm))

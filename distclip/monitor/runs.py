@@ -198,7 +198,7 @@ class Summary:
         if math.isfinite(self.percentiles[90]):
             advice.append(
                 f"a threshold at the 90th percentile of the norms: "
-                f"policy: {{name: global_norm, max_norm: {self.percentiles[90]:.3g}}}"
+                f"{configuration(self.percentiles[90])}"
             )
         if self.share > 0.5 and math.isfinite(self.threshold):
             advice.append(
@@ -221,6 +221,11 @@ class Summary:
 def summaries(runs: Sequence[Run]) -> list[Summary]:
     """One summary a run."""
     return [Summary.of(run) for run in runs]
+
+
+def configuration(max_norm: float) -> str:
+    """The line of YAML that clips at this norm, to three digits."""
+    return f"policy: {{name: global_norm, max_norm: {max_norm:.3g}}}"
 
 
 @dataclass(frozen=True)

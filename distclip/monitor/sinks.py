@@ -15,9 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, TextIO, TypeAlias
 
-import torch.distributed as dist
-
 from distclip.errors import ConfigurationError
+from distclip.statistics import collectives
 
 
 class Report(Protocol):
@@ -60,7 +59,7 @@ class JsonlSink:
 
     def __call__(self, step: int, report: Report) -> None:
         """Write the report of a step, where it is this step's and this rank's turn."""
-        if step % self.every or not is_main_rank():
+        if step % self.every or not collectives.is_first():
             return
         if self._closed:
             raise ValueError(f"JsonlSink({str(self.path)!r}) is closed")
@@ -87,13 +86,6 @@ class JsonlSink:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def is_main_rank() -> bool:
-    """Whether this is rank 0 of the process group, or of the launch before there is a group."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank() == 0
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _open(path: Path) -> TextIO:

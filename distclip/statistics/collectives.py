@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Hashable, Sequence
 from typing import Any, TypeVar, cast
 
@@ -70,9 +71,11 @@ def rank_in(group: ProcessGroup) -> int:
     return dist.get_rank(group)
 
 
-def is_first() -> bool:
-    """Whether this is the one process of all that speaks for them."""
-    return not dist.is_available() or not dist.is_initialized() or dist.get_rank() == 0
+def is_first(group: ProcessGroup | None = None) -> bool:
+    """Whether this rank speaks for all of the group; for all ranks, or the launch, without one."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(group) == 0
+    return os.environ.get("RANK", "0") == "0"
 
 
 def device_for(group: ProcessGroup | None, preferred: torch.device) -> torch.device:

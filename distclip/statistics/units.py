@@ -168,7 +168,6 @@ def combine_segments(norms: Tensor, lengths: Sequence[int] | Tensor, order: floa
     return sum_segments(powers, counts).pow(1.0 / order) * unit
 
 
-def sum_segments(values: Tensor, lengths: Sequence[int] | Tensor) -> Tensor:
-    """Sums of consecutive float64 ``values``, ``lengths[i]`` of them each."""
-    counts = lengths if isinstance(lengths, Tensor) else to_device(lengths, values.device)
-    return torch.segment_reduce(values, "sum", lengths=counts, unsafe=True, initial=0.0)
+def sum_segments(values: Tensor, lengths: Tensor) -> Tensor:
+    """Sums of consecutive float64 ``values``, ``lengths[i]`` (int64) of them each."""
+    return torch.segment_reduce(values, "sum", lengths=lengths, unsafe=True, initial=0.0)

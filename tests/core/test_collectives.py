@@ -55,7 +55,11 @@ def test_the_watch_sees_collectives_of_any_spelling() -> None:
 
 @pytest.mark.ranks(2, 4)
 @pytest.mark.parametrize("layout", SHARDED)
-def test_one_all_reduce_a_step(layout: str) -> None:
+@pytest.mark.parametrize(("few", "name"), [(8, REDUCTION), (0, "allreduce_")])
+def test_one_all_reduce_a_step(
+    monkeypatch: pytest.MonkeyPatch, layout: str, few: int, name: str
+) -> None:
+    monkeypatch.setattr(collectives, "FEW", few)
     values = whole()
     model = shard(layout, values)
     for label, configuration in POLICIES.items():
@@ -65,11 +69,11 @@ def test_one_all_reduce_a_step(layout: str) -> None:
             clipper.clip_()
         # The replica check of the first step rides along, but no sum can ride on a maximum.
         wanted = COUNTS.get(label, 2 if label.endswith("p=inf") else 1)
-        assert seen.collective_names == [REDUCTION] * wanted, label
+        assert seen.collective_names == [name] * wanted, label
         model.set_gradients(values.gradients)
         with watch() as seen:
             report = clipper.clip_()
-        assert seen.collective_names == [REDUCTION] * COUNTS.get(label, 1), label
+        assert seen.collective_names == [name] * COUNTS.get(label, 1), label
         with watch() as seen:
             report.to_dict()
             str(report)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from distclip.cli.verify_cells import build, faults_of
+from distclip.statistics import collectives
 from distclip.testing.cases import LAYOUTS, POLICIES, ROUNDINGS
 
 __all__ = ["LAYOUTS", "POLICIES", "ROUNDINGS", "build", "check"]
@@ -28,6 +29,14 @@ def test_every_policy(layout: str) -> None:
             check(configuration, layout, "float32", roundings=ROUNDINGS.get(label, 1))
         except Exception as error:
             raise AssertionError(f"policy {label!r}: {error}") from error
+
+
+@pytest.mark.ranks(2, 4)
+@pytest.mark.parametrize("layout", ["fsdp2", "hsdp", "mixed"])
+def test_every_policy_by_an_all_reduce(monkeypatch: pytest.MonkeyPatch, layout: str) -> None:
+    """As with many ranks and on accelerators; a few gloo ranks gather instead."""
+    monkeypatch.setattr(collectives, "FEW", 0)
+    test_every_policy(layout)
 
 
 @pytest.mark.ranks(1, 2, 4)

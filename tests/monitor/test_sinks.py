@@ -89,12 +89,12 @@ def test_other_ranks_write_and_read_nothing(
     assert report.reads == 0
     # The process group knows better than the environment.
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(dist, "get_rank", lambda group=None: 0)
     with JsonlSink(tmp_path / "r") as sink:
         sink(1, report)
     assert len(lines(tmp_path / "r")) == 1
     monkeypatch.setenv("RANK", "0")
-    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(dist, "get_rank", lambda group=None: 1)
     JsonlSink(tmp_path / "r")(2, report)
     assert len(lines(tmp_path / "r")) == 1
 
