@@ -1,0 +1,1 @@
+"""Faults injected on purpose: how often, and what came of each. See docs/reliability.md."""
