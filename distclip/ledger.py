@@ -202,7 +202,7 @@ class Ledger:
             self._clamp(self.one.late_clamps[position], policy.bound)
             return state
         if isinstance(policy, UnitPolicy):
-            self._run_units(stage, policy)
+            self._run_units(position, policy)
             return state
         where = self._where(stage.members)
         statistics = Statistics(
@@ -330,14 +330,13 @@ class Ledger:
             self.unit_total = self.unit_total * per_unit
             self.units = {order: units * per_unit for order, units in self.units.items()}
 
-    def _run_units(self, stage: Stage, policy: UnitPolicy) -> None:
+    def _run_units(self, position: int, policy: UnitPolicy) -> None:
         self._show(policy.threshold)
-        whole = [m for m in stage.members if m not in self.one.request.unit_dims]
+        whole, members = self.one.whole[position], self.one.divided[position]
         if whole:
             where = self._where(whole)
             norms, weights = self.norms[2.0][where], self.measurement.weights[2.0][where]
             self._scale(where, policy.unit_coefficients(norms, weights))
-        members = [m for m in stage.members if m in self.table.rows]
         if not members or self.unit_total is None:  # parameters of shape (0, n) have no units
             return
         norms, weights = self.units[2.0], self.measurement.unit_weights

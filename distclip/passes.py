@@ -33,12 +33,17 @@ class Pass:
         local_units: parameter -> the unit policies that decide on its units before the reduction.
         late_clamps: position of a clamping stage -> its parameters that were scaled before it (the
             others are clamped at the head of the pass, and measured so).
+        whole: position of a per-unit stage -> its parameters that are one unit to it.
+        divided: position of a per-unit stage -> its parameters of several units that it decides
+            on after the reduction (those in ``local_units`` are decided on by then).
     """
 
     stages: tuple[Stage, ...]
     request: Request
     local_units: dict[int, tuple[UnitPolicy, ...]]
     late_clamps: dict[int, tuple[int, ...]]
+    whole: dict[int, tuple[int, ...]]
+    divided: dict[int, tuple[int, ...]]
 
 
 @dataclass
@@ -162,8 +167,15 @@ def _finished(
     weight_orders: dict[float, None] = {}
     weighted: set[int] = set()
     reads = False
-    for stage in draft.stages:
-        plain = [m for m in stage.members if not _unit_dims(stage, parameters, m)]
+    whole: dict[int, tuple[int, ...]] = {}
+    divided: dict[int, tuple[int, ...]] = {}
+    for position, stage in enumerate(draft.stages):
+        plain = tuple(m for m in stage.members if not _unit_dims(stage, parameters, m))
+        if isinstance(stage.policy, UnitPolicy):
+            # Another stage may look at units of these parameters: whose dims count is the stage's.
+            whole[position] = plain
+            done = {*plain, *local}
+            divided[position] = tuple(m for m in stage.members if m not in done)
         if not plain:
             reads = reads or any(m not in local for m in stage.members)
             continue
@@ -186,7 +198,7 @@ def _finished(
         reduced=reads or shown is not None or moves,
         loss=any(stage.policy.needs.loss for stage in draft.stages),
     )
-    return Pass(tuple(draft.stages), request, local, dict(draft.late_clamps))
+    return Pass(tuple(draft.stages), request, local, dict(draft.late_clamps), whole, divided)
 
 
 class Group(NamedTuple):

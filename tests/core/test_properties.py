@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from tests.core.test_matrix import build
 from tests.sharded import like, mesh_of, numbers
 
 EXAMPLES = 120
+CHAINS = 40
 
 MESHES = {2: [(2,), (2, 1), (1, 2)], 3: [(3,), (3, 1)], 4: [(4,), (2, 2), (4, 1)]}
 
@@ -117,7 +118,7 @@ def values(parameter: Parameter) -> tuple[Tensor, Tensor]:
     return weight.to(dtype), (gradient * 10.0**parameter.magnitude).to(dtype)
 
 
-def check(case: Case) -> None:
+def check(case: Case, roundings: int = 1) -> None:
     """On every rank: clip the sharded model, compare each local element with the oracle."""
     mesh = mesh_of(case.mesh, tuple("ab"[: len(case.mesh)]))
     named: list[tuple[str, Tensor]] = []
@@ -155,6 +156,8 @@ def check(case: Case) -> None:
     want = expected(policy, gradients, weights)
     report = GradClipper(named, build(policy)).clip_()
     assert report.total_norm.item() == pytest.approx(want.total_norm, rel=1e-6, abs=1e-44)
+    if roundings > 1:
+        assert report.clipped_norm.item() == pytest.approx(want.clipped_norm, rel=1e-6)
     for name, norm in report.parameter_norms.items():
         assert norm == pytest.approx(want.parameter_norms[name], rel=1e-6, abs=0.0), name
     for name, tensor in named:
@@ -163,7 +166,7 @@ def check(case: Case) -> None:
             whole = want.gradients[name]
             assert whole is not None
             part = whole.reshape(-1)[elements[name].numpy()]
-            assert_rounded(have, part, coefficient_error=1e-6, name=name)
+            assert_rounded(have, part, ulps=roundings, coefficient_error=1e-6, name=name)
     # And the function agrees with the class, for the policy that both have.
     if not any(p.missing == "rank 1" for p in case.parameters):
         norms = distclip.grad_norms(named)
@@ -200,6 +203,61 @@ def test_any_model_is_clipped_as_on_one_device(world: int) -> None:
             assume(alone)
             case = Case(1, mesh, tuple(alone), case.policy)
         run_on_ranks(check, world, case, timeout=30)
+
+    run()
+
+
+@st.composite
+def unit_chains(draw: Any, world: int) -> Case:
+    """Per-unit policies in a row, each with units of its own; numbers of ordinary size."""
+    mesh = draw(st.sampled_from(MESHES.get(world, [(1,)])))
+    drawn = [
+        Parameter(
+            shape=tuple(draw(st.lists(st.integers(1, 5), min_size=1, max_size=3))),
+            dtype=draw(st.sampled_from(["float32", "float64"])),
+            placements=draw(st.sampled_from([None, (0,) * len(mesh), (-1,) * len(mesh), "last"])),
+            magnitude=0,
+            missing="",
+            seed=draw(st.integers(0, 99)),
+        )
+        for _ in range(draw(st.integers(1, 3)))
+    ]
+    chosen = [
+        replace(p, placements=(len(p.shape) - 1,) * len(mesh)) if p.placements == "last" else p
+        for p in drawn
+    ]
+    dims = st.sampled_from(["row", "tensor", (), (0,), (-1,), "all"])
+    stages: list[Any] = []
+    for _ in range(draw(st.integers(2, 4))):
+        stage = {"name": "agc", "clip_factor": draw(st.sampled_from([1e6, 1.0, 0.1, 0.02]))}
+        unit = draw(dims)
+        if unit in ("row", "tensor"):
+            stage["unit"] = unit
+        else:
+            stage["unit_dims"] = {
+                f"p{number}": sorted(
+                    range(len(p.shape)) if unit == "all" else {d % len(p.shape) for d in unit}
+                )
+                for number, p in enumerate(chosen)
+            }
+        other = draw(st.sampled_from([{}, {}, {"p0": None}, {"p1": {"name": "dreamer_agc"}}]))
+        stages.append({"by_name": other, "default": stage} if other else stage)
+    return Case(world, mesh, tuple(chosen), stages)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_unit_policies_in_a_row_decide_by_their_own_units(world: int) -> None:
+    @settings(
+        max_examples=CHAINS,
+        derandomize=True,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(unit_chains(world))
+    def run(case: Case) -> None:
+        # Each change of units reads again what the pass before it has rounded.
+        run_on_ranks(check, world, case, len(case.policy) + 1, timeout=30)
 
     run()
 
