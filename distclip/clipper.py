@@ -502,7 +502,7 @@ class GradClipper:
             self._parts = plans.differ(tables)
             plan = plans.merged_plan(described, tables, rank, ranks, device, group)
         else:
-            plan = plans.local_plan(described, device)
+            plan = plans.local_plan(plans.in_order_of(tables[0], described), device)
         if self.verify_replicas != "never":
             self._replicas = ReplicaCheck.of(plan, group, plans.copied(tables, ranks))
         return plan
@@ -542,6 +542,8 @@ class GradClipper:
                 ("on_nonfinite", repr(self.on_nonfinite)),
                 ("norms", repr(self._norms)),
                 ("verify_replicas", repr(self.verify_replicas)),
+                ("fold", repr(self.fold)),
+                ("overlap", repr(self.overlap)),
             ),
             table=table,
             frozen=tuple(name for name, parameter in self._named if not parameter.requires_grad),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import re
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -23,6 +23,8 @@ from distclip.errors import ConfigurationError
 
 CONTEXT = {"allow_interspersed_args": False}
 DEFAULT = ("ddp", "fsdp2")
+OURS = re.compile(r"task\.json|rank\d+\.(jsonl|out|stacks)|node\d+\.log|accelerate\d+\.yaml")
+"""Files that a run writes into the folder of a layout."""
 
 
 def simulate(
@@ -73,21 +75,23 @@ def simulate(
         )
     program = Script(script, arguments or (), module=module)
     program.check()
-    if config is not None:
-        _check(config, program)
+    log = None if config is None else _log_of(config, program)
     console = Console()
     if host_count > 1 and (reason := nodes.why_not()):
         console.print(f"no network namespaces here: {reason}", style="dim", markup=False)
+    if keep is not None:
+        _refuse_foreign(keep, chosen)
     outcomes = []
     with _folder(keep) as root:
         for name in chosen:
             folder = root / name
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            for old in folder.iterdir():  # of an earlier run: `_refuse_foreign` has seen them
+                old.unlink()
             task = Task(
                 str(folder), script, list(arguments or ()), module,
                 None if config is None else str(config.absolute()), steps,
-                layouts.uses_accelerate(name),
+                layouts.uses_accelerate(name), log,
             )  # fmt: skip
             task.save()
             launch = layouts.launch(
@@ -116,14 +120,19 @@ def simulate(
         raise typer.Exit(1)
 
 
-def _check(config: Path, program: Script) -> None:
-    """Read a configuration as the ranks will: it may import modules beside the program."""
+def _log_of(config: Path, program: Script) -> str | None:
+    """Read a configuration as the ranks will: it may import modules beside the program.
+
+    Returns:
+        Name of the file that its ``log`` section writes, if there is one.
+    """
     path, argv = list(sys.path), sys.argv
     program.prepare()
     try:
-        configuration.load(config)
+        loaded = configuration.load(config)
     finally:
         sys.path[:], sys.argv = path, argv
+    return None if loaded.log is None else Path(loaded.log.jsonl).name
 
 
 def _compare(outcomes: Sequence[Outcome], tolerance: float) -> None:
@@ -134,6 +143,39 @@ def _compare(outcomes: Sequence[Outcome], tolerance: float) -> None:
         )
         if found is not None and outcome.ending.how == "ended":
             outcome.findings.append(found)
+
+
+def _refuse_foreign(keep: Path, chosen: Sequence[str]) -> None:
+    """Refuse a folder of a layout that holds anything but what an earlier run wrote there."""
+    for folder in (keep / name for name in chosen):
+        if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+            raise ConfigurationError(
+                f"simulate: --keep {keep}: {folder} is in the way of the journals of layout "
+                f"{folder.name!r}, which need a folder of that name; give a new folder"
+            )
+        found = list(folder.iterdir()) if folder.exists() else []
+        log = _earlier_log(folder / "task.json")
+        foreign = [
+            path.name
+            for path in found
+            if log is None or path.is_dir() or not (OURS.fullmatch(path.name) or path.name == log)
+        ]
+        if foreign:
+            reason = "was not made by simulate" if log is None else "also holds files of yours"
+            raise ConfigurationError(
+                f"simulate: --keep {keep}: the folder {folder} {reason} "
+                f"({', '.join(sorted(foreign)[:3])}{', ...' if len(foreign) > 3 else ''}), and "
+                f"would be emptied for the journals of layout {folder.name!r}; nothing was "
+                f"deleted. Give a new folder, or move these files away"
+            )
+
+
+def _earlier_log(task: Path) -> str | None:
+    """Name of the log of the run that left this task, empty without one; None: no run did."""
+    try:
+        return Task.load(str(task)).log or ""
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 @contextmanager

@@ -118,6 +118,16 @@ def local_plan(
     )
 
 
+def in_order_of(table: Sequence[Entry], described: Sequence[Described]) -> list[Described]:
+    """Parameters of this rank, which are those of ``table``, in the order that they have there.
+
+    A sum of floats depends on its order: so the norms of all ranks are bitwise the same, whatever
+    order each was given its parameters in.
+    """
+    by_name = {each[0].name: each for each in described}
+    return [by_name[entry.name] for entry in table]
+
+
 class Tables:
     """The different tables there are, and which ranks have each.
 

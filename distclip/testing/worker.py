@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from distclip.testing import loopback
 from distclip.testing.failures import Kind
 from distclip.testing.health import GroupState, group_state
 
@@ -82,8 +83,9 @@ def _join(rank: int, world_size: int, connection: Connection) -> Mapping[str, st
     torch.set_num_threads(1)
     # Without a name gloo resolves the host name, which need not lead anywhere.
     names = {name for _, name in socket.if_nameindex()}
-    if loopback := names & {"lo", "lo0"}:
-        os.environ["GLOO_SOCKET_IFNAME"] = loopback.pop()
+    if found := names & {"lo", "lo0"}:
+        os.environ["GLOO_SOCKET_IFNAME"] = found.pop()
+    loopback.install()
     # Rank 0 binds a free port and only then tells it: nobody can take it in between.
     port = 0 if rank == 0 else int.from_bytes(connection.recv_bytes(), "big")
     store = dist.TCPStore(  # type: ignore[attr-defined]

@@ -259,6 +259,23 @@ def test_a_folder_with_a_main(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().out == "1 ['a']\n"
 
 
+def test_a_store_of_a_cpu_run_listens_on_the_loopback_interface(
+    python: Python, tmp_path: Path
+) -> None:
+    (tmp_path / "policy.yaml").write_text("policy: {name: measure}\n")
+    (tmp_path / "store.py").write_text(
+        "import pathlib, torch.distributed as dist\n"
+        "store = dist.TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False)\n"
+        "port = f':{store.port:04X}'\n"
+        "for family in ('tcp', 'tcp6'):\n"
+        "    for line in pathlib.Path(f'/proc/net/{family}').read_text().splitlines()[1:]:\n"
+        "        if line.split()[1].endswith(port) and line.split()[3] == '0A':\n"
+        "            print('LISTENS', line.split()[1].partition(':')[0])\n"
+    )
+    done = python("-m", "distclip", "run", "--cpu", "--config", "policy.yaml", "store.py")
+    assert done.stdout.splitlines() == ["LISTENS 0100007F"], done.stderr
+
+
 def test_a_policy_beside_the_script_is_found(python: Python, tmp_path: Path) -> None:
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "mine.py").write_text(

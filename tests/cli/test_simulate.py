@@ -192,3 +192,43 @@ def test_why_there_are_no_namespaces(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_launch_inherits_nothing_of_a_launch() -> None:
     around = {"RANK": "3", "ACCELERATE_USE_FSDP": "true", "DISTCLIP_CONFIG": "x", "HOME": "/h"}
     assert layouts.inherited(around) == {"HOME": "/h"}
+
+
+KEPT = {"mine.txt": "precious", "rank0.jsonl": "also mine"}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_keep_deletes_nothing_that_it_did_not_write(folder: Path, name: str) -> None:
+    """Whatever is in the way: a folder that no run made, a file of the user's beside a run's."""
+    mine = folder / "work" / "single" / name
+    mine.parent.mkdir(parents=True)
+    mine.write_text(KEPT[name])
+    with pytest.raises(ConfigurationError, match=r"was not made by simulate .*new folder"):
+        simulate("--layout", "single", "--keep", "work", "plain.py")
+    assert mine.read_text() == KEPT[name]
+    assert list((folder / "work").rglob("*")) == [mine.parent, mine]
+
+
+def test_keep_is_used_again_but_for_files_of_others(folder: Path) -> None:
+    (folder / "noop.py").write_text("print('run')")
+    arguments = ("--layout", "single", "--config", "policy.yaml", "--keep", "kept", "noop.py")
+    simulate(*arguments)
+    (folder / "kept" / "single" / "clip.jsonl").write_text("the log of the run\n")
+    simulate(*arguments)
+    assert not (folder / "kept" / "single" / "clip.jsonl").exists()
+    assert (folder / "kept" / "single" / "rank0.out").read_text() == "run\n"
+    for mine in ("notes.txt", "sub/notes.txt"):
+        path = folder / "kept" / "single" / mine
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("precious")
+        with pytest.raises(ConfigurationError, match=f"files of yours.*{mine.partition('/')[0]}"):
+            simulate(*arguments)
+        assert path.read_text() == "precious"
+        path.unlink()
+        if path.parent.name == "sub":
+            path.parent.rmdir()
+    (folder / "other").mkdir()
+    (folder / "other" / "single").write_text("a file")
+    with pytest.raises(ConfigurationError, match="in the way"):
+        simulate("--layout", "single", "--keep", "other", "noop.py")
+    assert (folder / "other" / "single").read_text() == "a file"

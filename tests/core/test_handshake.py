@@ -69,6 +69,8 @@ def test_policies_and_options() -> None:
         ({"on_nonfinite": "skip" if odd else "pass"}, ("on_nonfinite='skip'", "'pass'")),
         ({"norms": odd}, ("norms=True", "norms=False")),
         ({"verify_replicas": 5 if odd else "never"}, ("verify_replicas=5", "'never'")),
+        ({"fold": odd}, ("fold=True", "fold=False")),
+        ({"overlap": odd}, ("overlap=True", "overlap=False")),
     ):
         message = refused(lambda options=options: GradClipper(pairs, one, **options), last, *words)
         assert "policy=" not in message
@@ -78,6 +80,24 @@ def test_policies_and_options() -> None:
         "policy=Chain",
         "norms=True",
     )
+
+
+@pytest.mark.ranks(2, 3, timeout=SECONDS)
+def test_the_order_of_named_pairs_changes_no_bit() -> None:
+    """A float64 sum in another order is another number: here 1 + 2**-53 twice, or 2**-52 + 1."""
+    norms = {"a": 1.0, "b": 2.0**-27 * 2**0.5, "c": 2.0**-27 * 2**0.5, "d": 3.0}
+    pairs = [(name, plain(1)) for name in norms]
+    for (name, parameter), _ in zip(pairs, norms, strict=True):
+        parameter.grad = torch.full((1,), norms[name])
+    given = pairs[::-1] if is_odd() else pairs
+    clipper = GradClipper(given, policies.global_norm(0.3), verify_replicas=1)
+    assert clipper.names == tuple(norms)
+    clipper.clip_()
+    told: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(told, [parameter.grad for _, parameter in pairs])
+    assert all(torch.equal(*both) for each in told for both in zip(each, told[0], strict=True))
+    assert dict(given)["d"] is clipper.here["d"]
+    assert not torch.equal(pairs[0][1].grad, pairs[3][1].grad)
 
 
 @pytest.mark.ranks(2, 3, 4, timeout=SECONDS)

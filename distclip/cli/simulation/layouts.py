@@ -30,6 +30,8 @@ LAYOUTS = {
 """Name -> what it is."""
 
 RANK_MODULE = "distclip.cli.simulation"
+LOOPBACK = "distclip.testing.loopback"
+"""Runs a launcher so that its stores listen on the loopback interface only."""
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What a launcher around this command would have set."""
 
@@ -112,7 +114,7 @@ def launch(
 
 def _torchrun(ranks: int, nodes: int, node: int, port: int) -> tuple[str, ...]:
     return (
-        sys.executable, "-m", "torch.distributed.run",
+        sys.executable, "-m", LOOPBACK, "torch.distributed.run",
         "--nnodes", str(nodes), "--nproc-per-node", str(ranks // nodes),
         "--rdzv-backend", "c10d", "--rdzv-endpoint", f"{{head}}:{port}",
         # Said, since torchrun would ask the host's name for its address.
@@ -129,7 +131,7 @@ def _accelerate(
     path.write_text(yaml.safe_dump(accelerate_config(layout, ranks, nodes, node), sort_keys=False))
     network = ("--main_process_ip", "{head}", "--main_process_port", str(port))
     return (
-        sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(path),
+        sys.executable, "-m", LOOPBACK, "accelerate.commands.launch", "--config_file", str(path),
         *network, "-m", RANK_MODULE,
     )  # fmt: skip
 
@@ -184,6 +186,6 @@ def inherited(environment: Mapping[str, str] | None = None) -> dict[str, str]:
 def free_port() -> int:
     """A TCP port that nobody listens on now."""
     with socket.socket() as probe:
-        probe.bind(("", 0))
+        probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port

@@ -25,6 +25,7 @@ from distclip.cli.leaving import let_gloo_finish
 from distclip.cli.script import Script
 from distclip.cli.simulation.recorder import Journal, Recorder
 from distclip.integrations import hooks
+from distclip.testing import loopback
 from distclip.testing.zygote import die_with_parent
 
 TASK = "DISTCLIP_SIMULATE"
@@ -47,6 +48,7 @@ class Task:
         config: policy to run under; None: none, and the script is only watched.
         steps: end after so many optimizer steps; None: when the script ends.
         accelerate: whether Accelerate is to be given gloo ranks on CPU.
+        log: name of the file in ``folder`` that the policy's log goes to, if it has one.
     """
 
     folder: str
@@ -56,6 +58,7 @@ class Task:
     config: str | None = None
     steps: int | None = None
     accelerate: bool = False
+    log: str | None = None
 
     def save(self) -> Path:
         """Write it into its folder."""
@@ -89,6 +92,7 @@ def main() -> None:
     task = Task.load(os.environ[TASK])
     folder, rank = Path(task.folder), int(os.environ.get("RANK", "0"))
     die_with_parent()
+    loopback.install()
     with open(output_of(folder, rank), "ab", buffering=0) as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
@@ -132,9 +136,8 @@ def _prepare(task: Task, recorder: Recorder) -> None:
     if task.config is not None:
         loaded = configuration.load(task.config)
         os.environ["DISTCLIP_CONFIG"] = task.config
-        if loaded.log is not None:  # not into the log of a real run
-            name = Path(task.folder) / Path(loaded.log.jsonl).name
-            log = loaded.log.model_copy(update={"jsonl": str(name)})
+        if loaded.log is not None and task.log is not None:  # not into the log of a real run
+            log = loaded.log.model_copy(update={"jsonl": str(Path(task.folder) / task.log)})
             loaded = dataclasses.replace(loaded, log=log)
         hooks.install(loaded)
     elif task.accelerate:
