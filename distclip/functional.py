@@ -32,7 +32,7 @@ from distclip.errors import (
     NonFiniteGradientError,
     ProcessGroupError,
 )
-from distclip.layouts import declared, dtensor, fsdp1, plain
+from distclip.layouts import declared, dtensor, fsdp1, fsdp2, plain
 from distclip.layouts import names as naming
 from distclip.layouts import plan as plans
 from distclip.layouts.detect import describe, detect
@@ -87,19 +87,19 @@ def clip_grad_norm_(
         UnsupportedGradientError: sparse, or a ``Partial`` that cannot be reduced.
     """
     named = _named(parameters)
-    dtype = _norm_dtype([p for _, p in named])
     policy = GlobalNorm(max_norm, norm_type)
     if process_group is None:
-        walked = _walk(named, policy, "error" if error_if_nonfinite else "pass")
-        return combine_norms(walked.raw, policy.norm_type).to(dtype)
+        walked, plan = _walk(named, policy, "error" if error_if_nonfinite else "pass")
+        return combine_norms(walked.raw, policy.norm_type).to(_norm_dtype(plan.dtypes))
     find = functools.partial(_programs.get, named, Measure(policy.norm_type), norms=True)
     with torch.no_grad():
         total = _joint_norm(find, policy.norm_type, process_group, error_if_nonfinite)
-        gradients = [piece.gradient() for piece in find().plan.pieces]
+        plan = find().plan
+        gradients = [piece.gradient() for piece in plan.pieces]
         present = [gradient for gradient in gradients if gradient is not None]
         coefficient = norm_coefficient(total, policy.max_norm)
         inplace.scale_(present, coefficient.expand(len(present)))
-    return total.to(dtype)
+    return total.to(_norm_dtype(plan.dtypes))
 
 
 def clip_grad_value_(
@@ -147,16 +147,16 @@ def clip_grad_agc_(
         The joint 2-norm of all gradients before clipping, as :func:`clip_grad_norm_`.
     """
     named = _named(parameters)
-    dtype = _norm_dtype([p for _, p in named])
     policy = AGC(clip_factor, eps, unit)
     if process_group is None:
-        return combine_norms(_walk(named, policy, "pass").raw, 2.0).to(dtype)
+        walked, plan = _walk(named, policy, "pass")
+        return combine_norms(walked.raw, 2.0).to(_norm_dtype(plan.dtypes))
     # A unit lies on one member, or on its mesh: only the joint norm concerns the other members.
     with torch.no_grad():
         find = functools.partial(_programs.get, named, Measure(), norms=True)
         total = _joint_norm(find, 2.0, process_group, False)
-    _walk(named, policy, "pass", norms=False)
-    return total.to(dtype)
+    _, plan = _walk(named, policy, "pass", norms=False)
+    return total.to(_norm_dtype(plan.dtypes))
 
 
 def get_total_norm(
@@ -194,7 +194,7 @@ def get_total_norm(
         else:
             walked = walk(compiled(), {}, on_nonfinite="error" if error_if_nonfinite else "pass")
             total = combine_norms(walked.raw, policy.norm_type)
-    return total.to(_norm_dtype(listed))
+    return total.to(_norm_dtype(str(tensor.dtype).removeprefix("torch.") for tensor in listed))
 
 
 def grad_norms(
@@ -221,11 +221,10 @@ def grad_norms(
         # is reduced over its own mesh.
         collectives.check_open(process_group)
     policy = Measure(norm_type)
-    walked = _walk(named, policy, "pass")
-    entries = _programs.get(named, policy, norms=True).plan.entries
+    walked, plan = _walk(named, policy, "pass")
     return {
         entry.name: norm.to(torch.float64 if entry.dtype in DOUBLE else torch.float32)
-        for entry, norm in zip(entries, walked.raw.unbind(), strict=True)
+        for entry, norm in zip(plan.entries, walked.raw.unbind(), strict=True)
     }
 
 
@@ -250,9 +249,8 @@ def _device(tensors: Sequence[Tensor]) -> torch.device:
     return tensors[0].device if tensors and not tensors[0].is_meta else torch.device("cpu")
 
 
-def _norm_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
-    kinds = set(map(operator.attrgetter("dtype"), tensors))
-    return torch.float64 if kinds & {torch.float64, torch.complex128} else torch.float32
+def _norm_dtype(dtypes: Iterable[str]) -> torch.dtype:
+    return torch.float32 if set(dtypes).isdisjoint(DOUBLE) else torch.float64
 
 
 def _joint_norm(
@@ -309,12 +307,14 @@ def _joint_norm(
     return total
 
 
-def _walk(named: Named, policy: Policy, on_nonfinite: str, *, norms: bool = True) -> Walked:
+def _walk(
+    named: Named, policy: Policy, on_nonfinite: str, *, norms: bool = True
+) -> tuple[Walked, plans.Plan]:
     program = _programs.get(named, policy, norms=norms)
     if program.plan.group is not None:
         collectives.check_open(program.plan.group)
     with torch.no_grad():
-        return walk(program, {}, on_nonfinite=on_nonfinite)
+        return walk(program, {}, on_nonfinite=on_nonfinite), program.plan
 
 
 def _program(
@@ -437,16 +437,18 @@ class _Programs:
         if found is not None and found[0].fits(parameters):
             self._known.move_to_end(key)
             return found[1]
+        named = naming.meant(named)
+        meant = [parameter for _, parameter in named]
         try:
             naming.refuse_meta(named)
             _, described = describe(named)
-            program = _program(described, policy, _device(parameters), norms=norms)
+            program = _program(described, policy, _device(meant), norms=norms)
         except DistclipError as error:
             _tell(error, named, policy, norms=norms)
             raise
         if norms or program.plan.replicated:  # else the call talks to nobody
             _agree(program, policy)
-        self._known[key] = (_Fingerprint(parameters), program)
+        self._known[key] = (_Fingerprint(parameters, meant), program)
         if len(self._known) > self._size:
             self._known.popitem(last=False)
         return program
@@ -458,18 +460,32 @@ class _Fingerprint:
     Compared at every call, so without a Python loop.
     """
 
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
+    def __init__(self, parameters: Sequence[Tensor], meant: Sequence[Tensor]) -> None:
         self._references = list(map(weakref.ref, parameters))
-        sharded = all(issubclass(kind, DTensor) for kind in set(map(type, parameters)))
+        self._meant = None if _are_same(parameters, meant) else list(map(weakref.ref, meant))
+        sharded = all(issubclass(kind, DTensor) for kind in set(map(type, meant)))
         sharding = operator.attrgetter("_spec") if sharded else _sharding
-        self._stepped = _stepped_in_backward(parameters)
-        self._facts = [(fact, list(map(fact, parameters))) for fact in (*_FACTS, sharding)]
+        self._stepped = _stepped_in_backward(meant)
+        self._facts = [(fact, list(map(fact, meant))) for fact in (*_FACTS, sharding)]
 
     def fits(self, parameters: Sequence[Tensor]) -> bool:
-        """Whether these are the same parameters, unchanged."""
-        same = all(map(operator.is_, [alive() for alive in self._references], parameters))
-        same = same and self._stepped == _stepped_in_backward(parameters)
+        """Whether these are the same parameters, unchanged, and so are those that they stand for.
+
+        FSDP2 never makes a gathered parameter of one that was none.
+        """
+        if not _are_same([alive() for alive in self._references], parameters):
+            return False
+        if self._meant is not None:
+            unique = {id(each): each for each in fsdp2.sharded(parameters)}
+            parameters = list(unique.values())
+            if not _are_same([alive() for alive in self._meant], parameters):
+                return False
+        same = self._stepped == _stepped_in_backward(parameters)
         return same and all(list(map(fact, parameters)) == known for fact, known in self._facts)
+
+
+def _are_same(some: Sequence[Tensor | None], others: Sequence[Tensor]) -> bool:
+    return len(some) == len(others) and all(map(operator.is_, some, others))
 
 
 _FACTS = tuple(map(operator.attrgetter, ("requires_grad", "dtype", "device")))

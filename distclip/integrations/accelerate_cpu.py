@@ -419,7 +419,9 @@ def _trained(accelerator: Any, engine: str, prepared: Iterable[Any]) -> list[Any
 def _fault(engine: str, accelerator: Any, model: Any) -> str | None:
     """What is wrong with the distribution of one prepared model; None if nothing is."""
     if engine == "FSDP2":
-        return _fsdp2_fault(accelerator, model.named_parameters())
+        from distclip.layouts.names import named_parameters
+
+        return _fsdp2_fault(accelerator, named_parameters(model))
     if engine == "FSDP1":
         from torch.distributed.fsdp import FullyShardedDataParallel
 

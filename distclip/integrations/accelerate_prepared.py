@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from distclip.errors import DistclipError
+from distclip.layouts import fsdp2
 from distclip.layouts.names import named_parameters
 from distclip.statistics import collectives
 
@@ -68,16 +69,23 @@ class Prepared:
         def trained(parameters: Iterable[Tensor]) -> dict[int, Tensor]:
             return {id(p): p for p in parameters if p.requires_grad or id(p) in stepped}
 
-        wholes = [trained(model.parameters()) for model in self.accelerator._models]
-        chosen = trained(listed)
-        present = {key for whole in wholes for key, p in whole.items() if p.grad is not None}
+        models = [list(model.parameters()) for model in self.accelerator._models]
+        # Those that FSDP2 has gathered at the moment show no gradient: the sharded ones have it.
+        meant = [fsdp2.sharded(parameters) for parameters in models]
+        wholes = [trained(parameters) for parameters in meant]
+        chosen = trained(fsdp2.sharded(listed))
+        pairs = [
+            pair for both in zip(models, meant, strict=True) for pair in zip(*both, strict=True)
+        ]
+        present = {id(p) for shown, p in pairs if shown.grad is not None}
+        gathered = any(shown is not p for shown, p in pairs)
         sharded = self.accelerator.distributed_type == DistributedType.FSDP
         if sharded and not getattr(self.accelerator, "is_fsdp2", False):
             chosen, present = self._agreed(chosen, present)
         if frozenset(chosen) in known:
             return list(chosen.values())
         for whole in wholes:
-            if chosen and chosen.keys() < whole.keys():
+            if (chosen or gathered) and chosen.keys() < whole.keys():
                 missing = whole.keys() - chosen.keys()
                 if missing.isdisjoint(present):
                     return list(whole.values())
@@ -112,7 +120,7 @@ class Prepared:
         concerned = [
             model
             for model in self.accelerator._models
-            if not wanted.isdisjoint(map(id, model.parameters()))
+            if not wanted.isdisjoint(map(id, fsdp2.sharded(model.parameters())))
         ]
         names = {id(p): name for name, p in named_parameters(concerned)} if concerned else {}
         unknown = sum(id(parameter) not in names for parameter in parameters)

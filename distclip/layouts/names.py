@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from distclip.errors import ConfigurationError
+from distclip.layouts import fsdp2
 
 WRAPPER_PREFIXES = ("_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module")
 """Path parts that FSDP1, torch.compile and activation checkpointing put into names."""
@@ -35,20 +36,26 @@ def clean(name: str) -> str:
 def named_parameters(target: Target) -> Named:
     """``(clean name, parameter)`` pairs; a tied or repeated parameter once, by its first name.
 
-    Parameters that come without names are called by their position: ``"0"``, ``"1"``.
+    For a parameter that FSDP2 has gathered, the sharded one that it was gathered from: that has the
+    gradient, and is what an optimizer steps. Parameters that come without names are called by their
+    position: ``"0"``, ``"1"``.
 
     Raises:
         ConfigurationError: the target is none of the accepted kinds, or two different parameters
             have one name.
     """
-    pairs: Named = []
-    seen: set[int] = set()
-    for name, parameter in _pairs(target):
-        if id(parameter) not in seen:
-            seen.add(id(parameter))
-            pairs.append((clean(name), parameter))
+    pairs = [(clean(name), parameter) for name, parameter in meant(_pairs(target))]
     refuse_repeated(pairs)
     return pairs
+
+
+def meant(named: Named) -> Named:
+    """The pairs, with the sharded parameter for one that FSDP2 has gathered; each only once."""
+    parameters = fsdp2.sharded(parameter for _, parameter in named)
+    unique: dict[int, tuple[str, Tensor]] = {}
+    for (name, _), parameter in zip(named, parameters, strict=True):
+        unique.setdefault(id(parameter), (name, parameter))
+    return list(unique.values())
 
 
 def refuse_repeated(named: Named) -> None:
@@ -104,7 +111,9 @@ def _pairs(target: Target) -> Named:
 
 def _of_modules(modules: Sequence[nn.Module]) -> Named:
     """Model parts keep their own names unless those clash; then the part's number goes in front."""
-    parts = [[(clean(name), p) for name, p in module.named_parameters()] for module in modules]
+    parts = [
+        meant([(clean(name), p) for name, p in module.named_parameters()]) for module in modules
+    ]
     owners: dict[str, int] = {}
     clash = any(
         owners.setdefault(name, id(parameter)) != id(parameter)
@@ -150,12 +159,14 @@ class Watched:
         now = self._contents()
         if len(now) == len(self._seen) and all(map(operator.is_, now, self._seen)):
             return []
-        found = [
-            clean(name)
+        unknown = [
+            (clean(name), parameter)
             for module in self._modules
             for name, parameter in module.named_parameters()
             if parameter.requires_grad and id(parameter) not in known
         ]
+        # FSDP2 puts other objects into its modules whenever it gathers or shards.
+        found = [name for name, parameter in meant(unknown) if id(parameter) not in known]
         if not found:
             self._look()
         return found

@@ -395,6 +395,51 @@ def test_each_gradient_is_clipped_once(layout: str, late: bool) -> None:
             raise AssertionError(f"{path.__name__}: {error}") from None
 
 
+@pytest.mark.ranks(1, 2, 3)
+@pytest.mark.parametrize("late", [False, True], ids=["attached first", "prepared first"])
+def test_parameters_gathered_by_a_forward_are_clipped_once(late: bool) -> None:
+    """After it no parameter of FSDP2's root module shows a gradient: the sharded ones have it."""
+
+    def look(m: Any, x: Tensor) -> None:
+        with torch.no_grad():
+            m(x)
+        assert not any(isinstance(p, DTensor) for p in m.parameters())
+
+    def by_call(a: Any, m: Any, o: Any) -> None:
+        clip_all(a, m)
+
+    def by_parts(a: Any, m: Any, o: Any) -> None:
+        for name in ("body", "head"):
+            a.clip_grad_norm_([p for n, p in m.named_parameters() if name in n], 1e-9)
+
+    def by_presence(a: Any, m: Any, o: Any) -> None:
+        assert a.clip_grad_norm_([p for p in m.parameters() if p.grad is not None], 1e-9) > 0
+
+    def by_hook(a: Any, m: Any, o: Any) -> None: ...
+
+    for path in (by_call, by_parts, by_presence, by_hook):
+        accelerator, handle, model, optimizer = prepared("fsdp2", Halve(), late=late)
+        reference = Reference(plain := make(), sgd(plain))
+        for number in range(3):
+            x = batch(number, rows=12)
+            optimizer.zero_grad()
+            accelerator.backward(loss_of(model, mine(x)))
+            look(model, x)
+            path(accelerator, model, optimizer)
+            look(model, x)
+            optimizer.step()
+            # Or the next forward would be one with the weights of before the step.
+            model.reshard()
+            reference.update(0.5, loss_of(plain, x))
+        try:
+            same(whole(model), whole(plain))
+        except AssertionError as error:
+            raise AssertionError(f"{path.__name__}: {error}") from None
+        assert handle.last_report is not None
+        names = {"body.weight", "body.bias", "head.weight", "head.bias"}
+        assert set().union(*(c.names for c in handle._clippers.known.values())) == names
+
+
 @pytest.mark.ranks(1, 2)
 @LAYOUTS
 def test_what_an_explicit_call_leaves_out_is_left_alone(layout: str) -> None:

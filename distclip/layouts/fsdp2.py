@@ -1,0 +1,42 @@
+"""FSDP2 modules while their parameters are gathered: which sharded parameter is meant.
+
+Between a forward and the next backward, after ``unshard()``, and with
+``set_reshard_after_backward(False)``, an FSDP2 module holds gathered parameters: plain tensors (or
+DTensors of tensor parallelism alone) without a gradient, whose storage is freed when the module is
+sharded again. Gradients and the optimizer's state belong to the sharded parameters. FSDP2's own
+state (private to torch) has both, and every module's state is in one table of this process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.distributed import _composable_state
+
+
+def sharded(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """The same parameters in the same order, each gathered one replaced by the sharded one."""
+    owners = {id(gathered): parameter for gathered, parameter in _gathered()}
+    return [owners.get(id(parameter), parameter) for parameter in parameters]
+
+
+def _gathered() -> Iterator[tuple[Tensor, Tensor]]:
+    """``(gathered, sharded)`` of every parameter of this process that FSDP2 has ever gathered."""
+    known: Any = getattr(_composable_state, "_module_state_mapping", {})
+    for state in {id(state): state for ref in list(known.values()) if (state := ref())}.values():
+        for group in _groups(state):
+            for managed in group.fsdp_params:
+                for form in ("_unsharded_param", "_sharded_post_forward_param"):
+                    gathered = getattr(managed, form, None)
+                    if gathered is not None:
+                        yield gathered, managed.sharded_param
+
+
+def _groups(state: Any) -> Sequence[Any]:
+    """The parameter groups of a module's state: one, or none, before torch 2.12."""
+    groups = getattr(state, "_fsdp_param_groups", None)
+    if groups is None:
+        groups = [getattr(state, "_fsdp_param_group", None)]
+    return [group for group in groups if group is not None]
