@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch.distributed import ProcessGroup
@@ -19,7 +19,7 @@ def from_config(
     config: str | os.PathLike[str] | Mapping[str, Any] | Config,
     target: Target,
     *,
-    optimizer: Optimizer | None = None,
+    optimizer: Optimizer | Sequence[Optimizer] | None = None,
     process_group: ProcessGroup | None = None,
 ) -> GradClipper:
     """A :class:`GradClipper` from a configuration file or mapping.

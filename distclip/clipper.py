@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from distclip import checkpoint, handshake
 from distclip._version import __version__
 from distclip.application.folded import FusedStep, Scope
-from distclip.application.stepping import StepHandle
+from distclip.application.joint import AttachHandle
 from distclip.errors import ConfigurationError, DistclipError
 from distclip.layouts import names as naming
 from distclip.layouts import plan as plans
@@ -76,7 +76,8 @@ class GradClipper:
         target: module, list of modules (pipeline stages, model parts), parameters, or
             (name, parameter) pairs. Parameters keep their sharding; nothing is gathered.
         policy: what to do; see :mod:`distclip.policies`.
-        optimizer: for policies that need its parameter groups; ``attach`` gives it too.
+        optimizer: for policies that need its parameter groups; ``attach`` gives it too. Several in
+            a list: their groups are numbered through.
         on_nonfinite: ``"error"`` (raise on all ranks, gradients untouched; reads one flag on the
             host per step), ``"skip"`` (the whole update is dropped), ``"zero"`` (the non-finite
             parameters' gradients become 0), ``"pass"`` (as torch).
@@ -109,7 +110,7 @@ class GradClipper:
         target: Target,
         policy: Policy,
         *,
-        optimizer: Optimizer | None = None,
+        optimizer: Optimizer | Sequence[Optimizer] | None = None,
         on_nonfinite: OnNonfinite = "error",
         process_group: ProcessGroup | None = None,
         sinks: Sequence[Sink] = (),
@@ -129,8 +130,8 @@ class GradClipper:
         self._norms = norms
         self._named: Named = []
         self._here: dict[str, Tensor] = {}
-        self._optimizer: weakref.ref[Optimizer] | None = None
-        self._stepped = 0
+        self._optimizers: list[tuple[weakref.ref[Optimizer], int]] = []
+        """Those that it is attached to, and how many parameters each had then."""
         self._parts = False
         self._reads_loss = False
         self._warned_of_no_loss = False
@@ -141,14 +142,14 @@ class GradClipper:
         wide = any(entry.dtype in ("float64", "complex128") for entry in self._plan.entries)
         self._dtype = torch.float64 if wide else torch.float32
         self._step = 0
-        self._attached: StepHandle | None = None
+        self._attached: AttachHandle | None = None
         self._states: States = {}
         self._loss: Tensor | None = None
         self._apply: Apply | None = None
         self._early = Overlap(self._plan) if overlap else None
         if self._early is not None and not self._early.active:
             self._warn_of_no_overlap()
-        self._program = self._compile(optimizer)
+        self._program = self._compile(_listed(optimizer))
         self._mention_unmatched()
 
     def __repr__(self) -> str:
@@ -219,7 +220,7 @@ class GradClipper:
         given = torch.stack([value, torch.ones_like(value)])
         self._loss = given if self._loss is None else self._loss + given
 
-    def attach(self, optimizer: Optimizer) -> StepHandle:
+    def attach(self, optimizer: Optimizer | Sequence[Optimizer], *more: Optimizer) -> AttachHandle:
         """Clip before every ``optimizer.step()`` from now on.
 
         A step that the policy, or ``on_nonfinite="skip"``, drops leaves momentum, weight decay and
@@ -228,47 +229,94 @@ class GradClipper:
         optimizers too: norms are of the unscaled gradients, and a step that the scaler drops is
         left to it. Fused optimizers multiply by themselves where they can: see ``fold``.
 
+        Several optimizers that step parts of one model (Muon for the matrices, AdamW for the rest)
+        are given together: one norm over all, one clip per update, before the first of them steps
+        in whatever order they do, and one skip for all. Under a scaler an overflow anywhere skips
+        all of them.
+
         Args:
-            optimizer: the torch optimizer that steps this model's parameters.
+            optimizer: the torch optimizer that steps this model's parameters; or a list of them.
+            more: further optimizers.
 
         Returns:
             A handle; ``handle.remove()`` undoes it.
 
         Raises:
-            ConfigurationError: the clipper is attached already, or the optimizer steps none of its
-                parameters.
+            ConfigurationError: the clipper is attached already, an optimizer is given twice, or
+                steps none of its parameters.
         """
-        if self._attached is not None and self._attached.active:
-            raise ConfigurationError(
-                "this GradClipper is attached already, and would clip all its parameters before "
-                "the steps of both optimizers; build one GradClipper for each optimizer's "
-                "parameters, or handle.remove() the first"
-            )
-        if not hasattr(optimizer, "param_groups"):
-            raise ConfigurationError(
-                f"attach: expected the optimizer that steps the parameters, got a "
-                f"{type(optimizer).__name__}"
-            )
-        mine = {id(parameter) for _, parameter in self._named}
-        stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if mine and mine.isdisjoint(stepped):
-            raise ConfigurationError(
-                "the optimizer steps none of this GradClipper's parameters; FSDP2 (fully_shard) "
-                "replaces parameters: build both after sharding, from the same model"
-            )
+        optimizers = (*_listed(optimizer), *more)
+        self._check_attachable(optimizers)
         for name, parameter in self._named:
             refuse_stepped_in_backward(name, parameter)
-        self._program = self._compile(optimizer)
-        self._optimizer = weakref.ref(optimizer)
-        self._stepped = sum(len(group["params"]) for group in optimizer.param_groups)
-        self._attached = StepHandle(optimizer, self.clip_before_step)
-        return self._attached
+        handle = AttachHandle(optimizers, self.clip_before_step, self._anywhere)
+        try:
+            self._program = self._compile(optimizers)
+        except Exception:
+            handle.remove()
+            raise
+        self._optimizers = [(weakref.ref(each), len(_stepped_by(each))) for each in optimizers]
+        self._mention_unstepped(optimizers)
+        self._attached = handle
+        return handle
+
+    def _check_attachable(self, optimizers: Sequence[Optimizer]) -> None:
+        if self._attached is not None and self._attached.active:
+            raise ConfigurationError(
+                "this GradClipper is attached already; where several optimizers step one model, "
+                "give all of them in one call, clipper.attach(first, second), for one norm and one "
+                "decision over all, or else handle.remove() the first attachment"
+            )
+        if not optimizers:
+            raise ConfigurationError("attach: expected an optimizer, got an empty list")
+        mine = {id(parameter) for _, parameter in self._named}
+        for number, optimizer in enumerate(optimizers):
+            if not hasattr(optimizer, "param_groups"):
+                raise ConfigurationError(
+                    f"attach: expected the optimizer that steps the parameters, got a "
+                    f"{type(optimizer).__name__}"
+                )
+            if any(optimizer is other for other in optimizers[:number]):
+                raise ConfigurationError(f"attach: optimizer {number} is given twice; give it once")
+            if mine and mine.isdisjoint(map(id, _stepped_by(optimizer))):
+                which = f" (number {number}, {type(optimizer).__name__})" * (len(optimizers) > 1)
+                raise ConfigurationError(
+                    f"the optimizer{which} steps none of this GradClipper's parameters; FSDP2 "
+                    f"(fully_shard) replaces parameters: build both after sharding, from the same "
+                    f"model"
+                )
+
+    def _anywhere(self, here: bool) -> bool:
+        """Whether gradients have changed on any rank.
+
+        Where all ranks have DTensors of all parameters, a backward gives all of them gradients.
+        """
+        group = self._plan.group
+        if group is None or (self._plan.holds is not None and not self._parts):
+            return here
+        flag = torch.full((1,), float(here), dtype=torch.float64, device=self._plan.device)
+        return bool(collectives.all_reduce_max(flag, group).item() > 0)
+
+    def _mention_unstepped(self, optimizers: Sequence[Optimizer]) -> None:
+        """A parameter that is clipped and never stepped counts in the norm of the others."""
+        stepped = {id(p) for optimizer in optimizers for p in _stepped_by(optimizer)}
+        names = [n for n, p in self._named if p.requires_grad and id(p) not in stepped]
+        if names and (self._parts or collectives.is_first(self._plan.group)):
+            _logger.warning(
+                "attach: no attached optimizer steps %s%s, whose gradients are measured and "
+                "clipped with the others; if another optimizer steps them, attach to both: "
+                "clipper.attach(first, second)",
+                ", ".join(map(repr, names[:3])),
+                f" and {len(names) - 3} more trainable parameters" if len(names) > 3 else "",
+            )
 
     def clip_before_step(
         self,
         loss_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
         coming: FusedStep | None = None,
+        *,
+        overflow_drops: bool = False,
     ) -> ClipReport:
         """As :meth:`clip_`, for gradients that a gradient scaler still has a hand in.
 
@@ -278,8 +326,10 @@ class GradClipper:
                 step itself, as a part of finding its scale, so it is no error here.
             coming: the step that follows, which multiplies in place of this where it can and
                 ``fold`` allows it.
+            overflow_drops: under a scaler, drop a step with NaN or inf whatever ``on_nonfinite``
+                says, since the scaler sees only the gradients of one optimizer of several.
         """
-        mode = self.on_nonfinite
+        mode: OnNonfinite = "skip" if overflow_drops else self.on_nonfinite
         if found_inf is not None and mode == "error":
             mode = "skip"
         # Watchers are shown what has been clipped.
@@ -432,13 +482,15 @@ class GradClipper:
     def _trouble(self) -> DistclipError | None:
         """What is wrong on this rank before a gradient is looked at: parameters that came later."""
         newcomers = self._watched.newcomers(self._known)
-        optimizer = None if self._optimizer is None else self._optimizer()
-        if not newcomers and optimizer is not None:
-            listed = [p for group in optimizer.param_groups for p in group["params"]]
-            if len(listed) != self._stepped:
+        for reference, count in self._optimizers:
+            optimizer = reference()
+            if newcomers or optimizer is None:
+                continue
+            listed = _stepped_by(optimizer)
+            if len(listed) != count:
                 newcomers = [
                     f"one of shape {list(p.shape)} in the optimizer"
-                    for p in listed[self._stepped :]
+                    for p in listed[count:]
                     if id(p) not in self._known
                 ]
         if not newcomers:
@@ -550,11 +602,11 @@ class GradClipper:
             device=self._named[0][1].device.type if self._named else "",
         )
 
-    def _compile(self, optimizer: Optimizer | None) -> Program:
+    def _compile(self, optimizers: Sequence[Optimizer]) -> Program:
         groups: dict[int, int] = {}
-        if optimizer is not None:
-            for number, group in enumerate(optimizer.param_groups):
-                groups.update({id(parameter): number for parameter in group["params"]})
+        listed = [group for optimizer in optimizers for group in optimizer.param_groups]
+        for number, group in enumerate(listed):
+            groups.update({id(parameter): number for parameter in group["params"]})
         here = {
             name: groups[id(parameter)]
             for name, parameter in self._here.items()
@@ -584,3 +636,13 @@ class GradClipper:
                 self._states[stage.path] = {key: value.to(device) for key, value in state.items()}
         shown = report_order(self.policy, parameters)
         return Program.of(self._plan, parameters, passes, shown, self._early)
+
+
+def _listed(optimizer: Optimizer | Sequence[Optimizer] | None) -> tuple[Optimizer, ...]:
+    if optimizer is None:
+        return ()
+    return tuple(optimizer) if isinstance(optimizer, Sequence) else (optimizer,)
+
+
+def _stepped_by(optimizer: Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -114,15 +114,17 @@ SIGNATURES = {
     "declare_sharded": "(parameter: Tensor, process_group: ProcessGroup, *, "
     "dim: int | None = None) -> None",
     "from_config": "(config: str | os.PathLike[str] | Mapping[str, Any] | Config, target: Target, "
-    "*, optimizer: Optimizer | None = None, process_group: ProcessGroup | None = None) "
-    "-> GradClipper",
-    "GradClipper": "(target: Target, policy: Policy, *, optimizer: Optimizer | None = None, "
+    "*, optimizer: Optimizer | Sequence[Optimizer] | None = None, "
+    "process_group: ProcessGroup | None = None) -> GradClipper",
+    "GradClipper": "(target: Target, policy: Policy, *, "
+    "optimizer: Optimizer | Sequence[Optimizer] | None = None, "
     "on_nonfinite: OnNonfinite = error, process_group: ProcessGroup | None = None, "
     "sinks: Sequence[Sink] = (), norms: bool = True, "
     "verify_replicas: VerifyReplicas = first, fold: bool = True, overlap: bool = False) -> None",
     "GradClipper.clip_": "(self, loss: Tensor | float | None = None) -> ClipReport",
     "GradClipper.observe": "(self, loss: Tensor | float) -> None",
-    "GradClipper.attach": "(self, optimizer: Optimizer) -> StepHandle",
+    "GradClipper.attach": "(self, optimizer: Optimizer | Sequence[Optimizer], *more: Optimizer) "
+    "-> AttachHandle",
     "GradClipper.close": "(self) -> None",
     "GradClipper.state_dict": "(self) -> dict[str, object]",
     "GradClipper.load_state_dict": "(self, state: dict[str, object]) -> None",

@@ -96,6 +96,8 @@ class StepHandle:
         caller = sys._getframe(1)
         if self._step is not None and _is_within(caller, self._step):
             return None
+        if not optimizer.state and _only_makes_state(caller):
+            return None
         self._step = caller
         # A step that raised never reached its post-hook. What it hid is history by now.
         self._hidden.clear()
@@ -179,6 +181,26 @@ class StepHandle:
         if self not in owners:  # removed by the closure
             return True
         return not all(isinstance(o, StepHandle) for o in owners[owners.index(self) :])
+
+
+_STATE_MAKERS = {
+    "_init_optim_state": "torch.distributed.checkpoint.state_dict",
+    "init_state": "torch.distributed.optim.named_optimizer",
+}
+"""Functions that step a fresh optimizer, with gradients of 0 and no learning rate, only so that it
+makes its state: name -> module."""
+
+
+def _only_makes_state(frame: FrameType | None) -> bool:
+    """Whether the step is made by torch's checkpointing, and none of training."""
+    if sys.modules.keys().isdisjoint(_STATE_MAKERS.values()):
+        return False
+    while frame is not None:
+        module = _STATE_MAKERS.get(frame.f_code.co_name)
+        if module is not None and frame.f_globals.get("__name__") == module:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _is_within(frame: FrameType | None, outer: FrameType) -> bool:

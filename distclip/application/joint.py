@@ -1,0 +1,256 @@
+"""One clip for the steps of several optimizers that share a model.
+
+A model whose matrices one optimizer steps, and whose other parameters a second one, has one
+gradient norm: it is measured, and clipped by, once per update, before the first of them steps.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from distclip.application.folded import FusedStep
+from distclip.application.stepping import Decision, StepHandle
+from distclip.errors import ConfigurationError
+
+
+class Clip(Protocol):
+    """Clips before a step; see :meth:`distclip.GradClipper.clip_before_step`."""
+
+    def __call__(
+        self,
+        loss_scale: Tensor | None,
+        found_inf: Tensor | None,
+        coming: FusedStep | None,
+        *,
+        overflow_drops: bool = False,
+    ) -> Decision: ...
+
+
+class AttachHandle:
+    """The step hooks of one clipper on one or several optimizers; :meth:`remove` undoes them.
+
+    A clip is made before the first step after a backward, for all optimizers together; the others
+    step, or are skipped, by its decision. An optimizer that steps a second time begins a new
+    update, and so does one whose gradients have changed since the step before.
+
+    Args:
+        optimizers: the torch optimizers themselves, each once.
+        clip: called once per update.
+        agree: called where an optimizer's gradients may have changed on some ranks only, with
+            whether they did here; whether they did anywhere.
+
+    Raises:
+        ConfigurationError: an optimizer that runs no step hooks.
+    """
+
+    def __init__(
+        self,
+        optimizers: Sequence[Optimizer],
+        clip: Clip,
+        agree: Callable[[bool], bool] = bool,
+    ) -> None:
+        self._optimizers = [weakref.ref(optimizer) for optimizer in optimizers]
+        self._clip = clip
+        self._agree = agree
+        self._decision: Decision | None = None
+        self._stepped: set[int] = set()
+        self._left: dict[int, GradientsSeen] = {}
+        """Gradients of the optimizers that are still to step, as the last step left them."""
+        self._checked: frozenset[int] = frozenset()
+        """Optimizers whose gradients a scaler will look at, in place, before their steps."""
+        self._handles: list[StepHandle] = []
+        try:
+            for number, optimizer in enumerate(optimizers):
+                before = functools.partial(self._before, number)
+                after = functools.partial(self._after, number) if len(optimizers) > 1 else None
+                self._handles.append(StepHandle(optimizer, before, after))
+        except ConfigurationError:
+            self.remove()
+            raise
+
+    @property
+    def active(self) -> bool:
+        """Whether the hooks are on."""
+        return any(handle.active for handle in self._handles)
+
+    def remove(self) -> None:
+        """Take the hooks off; the optimizers step as they did before."""
+        for handle in self._handles:
+            handle.remove()
+        self._forget()
+
+    def _forget(self) -> None:
+        self._decision = None
+        self._stepped.clear()
+        self._left.clear()
+
+    def _before(
+        self,
+        number: int,
+        loss_scale: Tensor | None,
+        found_inf: Tensor | None,
+        coming: FusedStep,
+    ) -> Decision:
+        if len(self._optimizers) == 1:
+            return self._clip(loss_scale, found_inf, coming)
+        if self._decision is None or number in self._stepped or self._changed(number):
+            self._forget()
+            self._decision = self._clip_all(number, loss_scale, found_inf, coming)
+        self._stepped.add(number)
+        return self._decision
+
+    def _after(self, number: int, skipped: bool | Tensor) -> None:
+        """What changes from here to the next step is not the doing of this one."""
+        self._left = {
+            other: GradientsSeen(_gradients(optimizer))
+            for other, optimizer in self._alive()
+            if other not in self._stepped
+        }
+
+    def _alive(self) -> Iterator[tuple[int, Optimizer]]:
+        for number, reference in enumerate(self._optimizers):
+            optimizer = reference()
+            if optimizer is not None:
+                yield number, optimizer
+
+    def _changed(self, number: int) -> bool:
+        optimizer, seen = self._optimizers[number](), self._left.get(number)
+        assert optimizer is not None  # it is calling
+        checked = number in self._checked and _scaler() is not None
+        here = seen is None or seen.differ(_gradients(optimizer), checked=checked)
+        return self._agree(here)
+
+    def _clip_all(
+        self,
+        number: int,
+        loss_scale: Tensor | None,
+        found_inf: Tensor | None,
+        coming: FusedStep,
+    ) -> Decision:
+        """Clip with all gradients in one scale; a scaler unscales them optimizer by optimizer."""
+        scaler = _scaler()
+        if scaler is None:
+            self._refuse_scales(number, loss_scale)
+            self._checked = frozenset()
+            return self._clip(loss_scale, found_inf, coming)
+        waiting = {n for n, o in self._alive() if n != number and _is_scaled(scaler, o)}
+        self._checked = frozenset(waiting)
+        scaled = {number} if loss_scale is not None else set()
+        gradients = {n: _gradients(o) for n, o in self._alive()}
+        there = {n for n, found in gradients.items() if any(g is not None for g in found)}
+        scaled = (scaled | waiting) & there
+        found_inf = torch.zeros(()) if found_inf is None else found_inf
+        if not scaled or scaled == there:
+            scale = _scale_of(scaler, loss_scale) if scaled else None
+            return self._clip(scale, found_inf, coming, overflow_drops=True)
+        apart = [g for n in scaled for g in gradients[n] if g is not None]
+        with _unscaled(apart, float(_scale_of(scaler, loss_scale))):
+            return self._clip(None, found_inf, None, overflow_drops=True)
+
+    def _refuse_scales(self, number: int, loss_scale: Tensor | None) -> None:
+        """Refuse gradients that are scaled differently, as hand-set attributes say."""
+        for other, optimizer in self._alive():
+            scale = getattr(optimizer, "grad_scale", None)
+            if scale is not loss_scale and any(g is not None for g in _gradients(optimizer)):
+                raise ConfigurationError(
+                    f"attach: the gradients of optimizers {number} and {other} have loss scales of "
+                    f"their own (grad_scale), and no norm is over both: unscale the gradients of "
+                    f"all before the first steps, or step them by one torch.amp.GradScaler"
+                )
+
+
+class GradientsSeen:
+    """Gradients at one moment, to see later whether a backward has changed them.
+
+    Args:
+        gradients: as they are; not kept alive.
+    """
+
+    def __init__(self, gradients: Sequence[Tensor | None]) -> None:
+        self._references = [None if g is None else weakref.ref(g) for g in gradients]
+        self._versions = [None if g is None else version_of(g) for g in gradients]
+        bases = [_buffer(gradient) for gradient in gradients]
+        sharing = Counter(bases)
+        self._views = [sharing[base] for base in bases]
+        """How many of the gradients count their changes together, as views of one buffer do."""
+
+    def differ(self, gradients: Sequence[Tensor | None], *, checked: bool = False) -> bool:
+        """Whether any of them is new, or was written to, since.
+
+        Args:
+            gradients: of the same parameters, now. One that is gone was not changed by a backward.
+            checked: a gradient scaler may have unscaled or checked each in place, once.
+        """
+        if len(gradients) != len(self._references):
+            return True
+        facts = zip(gradients, self._references, self._versions, self._views, strict=True)
+        for gradient, reference, version, views in facts:
+            if gradient is None:
+                continue
+            if reference is None or version is None or reference() is not gradient:
+                return True
+            since = version_of(gradient) - version
+            if since != 0 and not (checked and since == views):
+                return True
+        return False
+
+
+def version_of(tensor: Tensor) -> int:
+    """Counts the changes in place; a DTensor's local tensor has its own count."""
+    return (tensor._local_tensor if isinstance(tensor, DTensor) else tensor)._version
+
+
+def _buffer(gradient: Tensor | None) -> int:
+    """What counts the changes of a gradient: itself, or the buffer that it is a view of."""
+    if gradient is None:
+        return 0
+    local = gradient._local_tensor if isinstance(gradient, DTensor) else gradient
+    return id(local if local._base is None else local._base)
+
+
+def _gradients(optimizer: Optimizer) -> list[Tensor | None]:
+    return [parameter.grad for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _scaler() -> torch.amp.GradScaler | None:
+    """The enabled gradient scaler whose ``step`` is making this step."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name in ("step", "_maybe_opt_step"):
+            owner = frame.f_locals.get("self")
+            if isinstance(owner, torch.amp.GradScaler) and owner.is_enabled():
+                return owner
+        frame = frame.f_back
+    return None
+
+
+def _is_scaled(scaler: Any, optimizer: Optimizer) -> bool:
+    """Whether the scaler is still to unscale the gradients of this optimizer."""
+    return bool(scaler._per_optimizer_states[id(optimizer)]["stage"].name == "READY")
+
+
+def _scale_of(scaler: torch.amp.GradScaler, loss_scale: Tensor | None) -> Tensor:
+    return torch.tensor(scaler.get_scale()) if loss_scale is None else loss_scale
+
+
+@contextmanager
+def _unscaled(gradients: Sequence[Tensor], scale: float) -> Iterator[None]:
+    """Divide these by the scale for a while."""
+    tensors = [g._local_tensor if isinstance(g, DTensor) else g for g in gradients]
+    torch._foreach_mul_(tensors, 1.0 / scale)
+    try:
+        yield
+    finally:
+        torch._foreach_mul_(tensors, scale)
