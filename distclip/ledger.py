@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -18,8 +18,17 @@ from torch import Tensor
 from distclip.kernels.transfer import to_device
 from distclip.layouts.plan import Plan
 from distclip.passes import Group, Pass, grouped
-from distclip.policies import ParameterInfo, Scale, Skip, State, Statistics, UnitPolicy
+from distclip.policies import (
+    ClampingPolicy,
+    ParameterInfo,
+    Scale,
+    ScalingPolicy,
+    State,
+    Statistics,
+    UnitPolicy,
+)
 from distclip.policies._compose import Stage
+from distclip.policies._decide import actions_of, bound_of
 from distclip.statistics.measurement import Memory
 from distclip.statistics.overlap import Overlap
 from distclip.statistics.packing import LocalDecision, Measurement
@@ -133,10 +142,11 @@ def _is_one(coefficients: Tensor) -> bool:
 class Round:
     """A clamp, then a scaling, of the local gradients.
 
+    ``bounds``: parameter -> its bound, a number or 0-dim on the device.
     ``coefficients``: ``(parameters,)``, or 0-dim where one serves all.
     """
 
-    bounds: Mapping[int, float] = field(default_factory=dict)
+    bounds: Mapping[int, float | Tensor] = field(default_factory=dict)
     coefficients: Tensor | None = None
     units: Tensor | None = None
 
@@ -158,6 +168,8 @@ class Ledger:
         self.unit_total = torch.ones_like(measurement.unit_weights) if self.table.size else None
         self.rounds = [Round(bounds=self.one.request.bounds)]
         self.threshold: Tensor | float | None = None
+        self.late_clamped = program.all_finite
+        """Bool ``(parameters,)``: those clamped after the measuring, where the norms show it."""
         self.asked: dict[str, Tensor] = {}
         """Stage path -> its flag, of the stages that ask for a skip."""
         if program.shown in self.norms and self.one.local_units:
@@ -197,35 +209,41 @@ class Ledger:
 
     def run(self, position: int, stage: Stage, state: State) -> State:
         """Let one stage decide, and book its actions. Returns its new state."""
-        policy = stage.policy
-        if policy.bound is not None:
-            self._clamp(self.one.late_clamps[position], policy.bound)
+        policy, one = stage.policy, self.one
+        if position in one.whole:
+            self._run_units(position, cast(UnitPolicy, policy))
             return state
-        if isinstance(policy, UnitPolicy):
-            self._run_units(position, policy)
+        if position in one.late_clamps:
+            clamping = cast(ClampingPolicy, policy)
+            if not clamping.moving:
+                self._clamp(one.late_clamps[position], clamping.bound)
+                return state
+            statistics = self._statistics(stage)
+            bound, state = bound_of(clamping, statistics, state)
+            self._clamp(one.late_clamps[position], bound)
             return state
         where = self._where(stage.members)
-        statistics = Statistics(
-            self._infos(stage.members),
-            {p: _chosen(self.norms[p], where) for p in policy.needs.gradient_norms},
-            {p: _chosen(self.measurement.weights[p], where) for p in policy.needs.weight_norms},
-            in_range=self.total is self.ones and self.measurement.in_range,
-            loss=self.measurement.loss if policy.needs.loss else None,
-        )
-        actions, state = policy.update(statistics, state)
+        statistics = self._statistics(stage)
+        actions, state = actions_of(cast(ScalingPolicy, policy), statistics, state)
         for action in actions:
             if isinstance(action, Scale):
                 self._scale(where, action.coefficients)
                 self._show(action.threshold)
-            elif isinstance(action, Skip):
+            else:
                 asked = self.asked.get(stage.path)
                 self.asked[stage.path] = action.flag if asked is None else asked | action.flag
-            else:
-                raise TypeError(
-                    f"{policy!r} returned {action!r} but its `bound` is None: declare the bound, "
-                    f"so that the passes are known before the step"
-                )
         return state
+
+    def _statistics(self, stage: Stage) -> Statistics:
+        """What one stage is given."""
+        needs, where = stage.policy.needs, self._where(stage.members)
+        return Statistics(
+            self._infos(stage.members),
+            {p: _chosen(self.norms[p], where) for p in needs.gradient_norms},
+            {p: _chosen(self.measurement.weights[p], where) for p in needs.weight_norms},
+            in_range=self.total is self.ones and self.measurement.in_range,
+            loss=self.measurement.loss if needs.loss else None,
+        )
 
     def smallest(self) -> Tensor:
         """Per parameter, the smallest coefficient that is applied to any of its units."""
@@ -247,6 +265,7 @@ class Ledger:
         if self.one.request.bounds and shown in self.norms:
             clamped = self.measurement.clamped[shown] < self.measurement.raw[shown]
             share = torch.maximum(share, clamped.double())
+        share = torch.maximum(share, self.late_clamped.double())
         if self.one.request.unit_dims:
             counts = self.measurement.clipped
             if self.unit_total is not None:
@@ -290,18 +309,38 @@ class Ledger:
         if self.threshold is None:
             self.threshold = threshold
 
-    def _clamp(self, late: Sequence[int], bound: float) -> None:
+    def _clamp(self, late: Sequence[int], bound: float | Tensor) -> None:
         """Clamps at the head of the pass are booked and measured already; these are the others."""
-        self._show(bound)
+        if not isinstance(bound, Tensor) or bound.dim() == 0:
+            self._show(bound)
         if not late:
             return
-        self.rounds.append(Round(bounds=dict.fromkeys(late, bound)))
         where = self._where(late)
+        limits = torch.as_tensor(bound, dtype=torch.float64, device=self.ones.device)
+        limits = limits.expand(len(late))
+        largest = self.norms.get(math.inf)
+        bounds: Mapping[int, float | Tensor]
+        if not isinstance(bound, Tensor):
+            bounds = dict.fromkeys(late, bound)
+        elif self.ones.device.type == "cpu":
+            bounds = dict(zip(late, limits.tolist(), strict=True))
+        else:
+            bounds = dict(zip(late, limits.unbind(), strict=True))
+        if largest is not None:
+            exceeds = ~(largest[where] <= limits)
+            self.late_clamped = self.late_clamped.clone()
+            self.late_clamped[where] = exceeds | self.late_clamped[where]
+            if self.ones.device.type == "cpu":
+                touched = zip(late, exceeds.tolist(), strict=True)
+                bounds = {member: bounds[member] for member, flag in touched if flag}
+        if bounds:
+            self.rounds.append(Round(bounds=bounds))
         for order, norms in self.norms.items():
             # Unknown until measured again, except where no element can exceed the bound.
             known = norms[where]
+            capped = torch.minimum(known, limits) if math.isinf(order) else math.nan
             after = norms.clone()
-            after[where] = torch.where(known <= bound, known, math.nan)
+            after[where] = torch.where(known <= limits, known, capped)
             self.norms[order] = after
 
     def _scale(self, where: Tensor | slice, coefficients: Tensor) -> None:

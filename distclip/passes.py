@@ -18,7 +18,7 @@ from torch import Tensor
 from distclip.errors import ConfigurationError
 from distclip.layouts.piece import Entry
 from distclip.layouts.plan import Plan
-from distclip.policies import ParameterInfo, Policy, UnitPolicy
+from distclip.policies import ClampingPolicy, ParameterInfo, Policy, UnitPolicy
 from distclip.policies._compose import Stage, stages
 from distclip.statistics.request import Request
 
@@ -31,7 +31,8 @@ class Pass:
         stages: the stages that decide by it, in order.
         request: what is measured.
         local_units: parameter -> the unit policies that decide on its units before the reduction.
-        late_clamps: position of a clamping stage -> its parameters that were scaled before it (the
+        late_clamps: position of a clamping stage -> its parameters that are clamped after the
+            measuring: those scaled before it, and all where it decides on the bound itself (the
             others are clamped at the head of the pass, and measured so).
         whole: position of a per-unit stage -> its parameters that are one unit to it.
         divided: position of a per-unit stage -> its parameters of several units that it decides
@@ -61,8 +62,10 @@ class _Draft:
 
 
 def report_order(policy: Policy, parameters: Sequence[ParameterInfo]) -> float:
-    """Order of the norms in the report: that of the first policy that has one, else 2."""
+    """Order of the norms in the report: that of the first policy that scales by one, else 2."""
     for stage in stages(policy, parameters):
+        if isinstance(stage.policy, ClampingPolicy):
+            continue  # it may read the largest element, which is nobody's idea of a norm
         for order in sorted(stage.policy.needs.gradient_norms):
             return order
     return 2.0
@@ -122,21 +125,15 @@ def _add(
     draft: _Draft,
 ) -> None:
     draft.stages.append(stage)
-    bound = stage.policy.bound
-    if bound is not None:
-        for member in stage.members:
-            if entries[member].dtype.startswith("complex"):
-                raise ConfigurationError(
-                    f"{stage.policy.name}: parameter {entries[member].name!r} is complex, and "
-                    f"complex numbers have no order to clamp by; leave it alone with "
-                    f"by_name({{{entries[member].name!r}: None}}, default=...)"
-                )
-        late = tuple(member for member in stage.members if draft.acted[member])
-        draft.unknown.update(late)
-        draft.late_clamps[len(draft.stages) - 1] = late
-        for member in set(stage.members) - set(late):
-            draft.bounds[member] = min(bound, draft.bounds.get(member, bound))
+    if isinstance(stage.policy, ClampingPolicy):
+        _add_clamp(stage, stage.policy, entries, draft)
         return
+    if not isinstance(stage.policy, UnitPolicy) and not hasattr(stage.policy, "update"):
+        raise ConfigurationError(
+            f"{stage.policy!r} decides nothing: its class defines no `update`; derive it from "
+            f"policies.ScalingPolicy (update), ClampingPolicy (bound or update_bound) or "
+            f"UnitPolicy (unit_dims and unit_coefficients)"
+        )
     for member in stage.members:
         dims = _unit_dims(stage, parameters, member)
         if dims and isinstance(stage.policy, UnitPolicy):
@@ -147,6 +144,42 @@ def _add(
             else:
                 draft.unit_later.add(member)
         draft.acted[member] += 1
+
+
+def _add_clamp(
+    stage: Stage, policy: ClampingPolicy, entries: Sequence[Entry], draft: _Draft
+) -> None:
+    for member in stage.members:
+        if entries[member].dtype.startswith("complex"):
+            raise ConfigurationError(
+                f"{policy.name}: parameter {entries[member].name!r} is complex, and "
+                f"complex numbers have no order to clamp by; leave it alone with "
+                f"by_name({{{entries[member].name!r}: None}}, default=...)"
+            )
+    late = tuple(m for m in stage.members if policy.moving or draft.acted[m])
+    draft.unknown.update(late)
+    draft.late_clamps[len(draft.stages) - 1] = late
+    draft.acted.update(late)  # whatever clamps them next has to come after this
+    if policy.moving:
+        return
+    bound = _constant(policy)
+    for member in set(stage.members) - set(late):
+        draft.bounds[member] = min(bound, draft.bounds.get(member, bound))
+
+
+def _constant(policy: ClampingPolicy) -> float:
+    bound = getattr(policy, "bound", None)
+    if bound is None:
+        raise ConfigurationError(
+            f"{policy!r} clamps to nothing: its class defines neither `bound`, a number, nor "
+            f"update_bound(statistics, state); define one of them"
+        )
+    if isinstance(bound, (bool, str)) or not isinstance(bound, (int, float)) or not bound >= 0:
+        raise ConfigurationError(
+            f"{policy!r}: `bound` must be a number >= 0, known before the first step, got "
+            f"{bound!r}; a bound that changes is what update_bound(statistics, state) returns"
+        )
+    return float(bound)
 
 
 def _finished(

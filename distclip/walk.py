@@ -15,6 +15,7 @@ from distclip.errors import DistclipError, NonFiniteGradientError, UnsupportedGr
 from distclip.kernels.transfer import to_device
 from distclip.layouts.plan import Plan
 from distclip.ledger import Ledger, Program, Round, States, Walked
+from distclip.policies._decide import rehearse
 from distclip.replicas import ReplicaCheck
 from distclip.statistics.alignment import align_alone, align_together, cannot_move
 from distclip.statistics.measurement import LocalMeasurement, measure
@@ -60,6 +61,7 @@ def walk(
         NonFiniteGradientError: under ``"error"``, on every rank, before any changes.
     """
     walked = Walked(program, states)
+    _rehearse(program, states)
     for number, one in enumerate(program.passes):
         request = one.request
         if loss_scale is not None and request.bounds:
@@ -111,6 +113,15 @@ def walk(
     found = walked.nonfinite is not program.all_finite
     walked.undo(states, dropped=found and on_nonfinite == "skip")
     return walked
+
+
+def _rehearse(program: Program, states: States) -> None:
+    """Once: no pass may act before it is known that the policies of later passes are sound."""
+    if len(program.passes) > 1 and "rehearsed" not in program.memory.habits:
+        for stage in (stage for one in program.passes[1:] for stage in one.stages):
+            infos = [program.parameters[member] for member in stage.members]
+            rehearse(stage.policy, infos, states.get(stage.path, {}), program.plan.device)
+        program.memory.habits.add("rehearsed")
 
 
 def _pairs(measured: LocalMeasurement) -> list[tuple[int, Tensor]]:

@@ -51,6 +51,7 @@ EXPORTED = {
         "ByName",
         "Chain",
         "Clamp",
+        "ClampingPolicy",
         "DreamerAGC",
         "GlobalNorm",
         "GroupNorm",
@@ -60,6 +61,7 @@ EXPORTED = {
         "ParameterNorm",
         "Policy",
         "Scale",
+        "ScalingPolicy",
         "Skip",
         "SkipSpikes",
         "State",
@@ -202,6 +204,7 @@ POLICIES = [
     and inspect.isclass(value)
     and issubclass(value, policies.Policy)
     and not inspect.isabstract(value)
+    and value not in (policies.Policy, policies.ClampingPolicy)
 ]
 
 

@@ -1,7 +1,8 @@
-"""Clipping policies: whole-tensor statistics in, actions out.
+"""Clipping policies: whole-tensor statistics in, decisions out.
 
-Every policy is a frozen dataclass that is checked when it is built. ``chain`` puts policies one
-after another, ``by_name`` side by side.
+There are three kinds: those that scale, those that clamp, and those that decide per unit. Every
+policy is a frozen dataclass that is checked when it is built. ``chain`` puts policies one after
+another, ``by_name`` side by side.
 """
 
 from distclip.policies._adagc import AdaGC as AdaGC
@@ -28,10 +29,12 @@ from distclip.policies._parameter_norm import ParameterNorm as ParameterNorm
 from distclip.policies._parameter_norm import parameter_norm as parameter_norm
 from distclip.policies._protocol import Action as Action
 from distclip.policies._protocol import Clamp as Clamp
+from distclip.policies._protocol import ClampingPolicy as ClampingPolicy
 from distclip.policies._protocol import Needs as Needs
 from distclip.policies._protocol import ParameterInfo as ParameterInfo
 from distclip.policies._protocol import Policy as Policy
 from distclip.policies._protocol import Scale as Scale
+from distclip.policies._protocol import ScalingPolicy as ScalingPolicy
 from distclip.policies._protocol import Skip as Skip
 from distclip.policies._protocol import State as State
 from distclip.policies._protocol import Statistics as Statistics

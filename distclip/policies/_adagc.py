@@ -15,15 +15,15 @@ from distclip.policies._protocol import (
     Action,
     Needs,
     ParameterInfo,
-    Policy,
     Scale,
+    ScalingPolicy,
     State,
     Statistics,
 )
 
 
 @dataclass(frozen=True)
-class AdaGC(Policy):
+class AdaGC(ScalingPolicy):
     """Scale each gradient to at most ``lambda_rel`` times a running norm of its own.
 
     After the warm-up ``h_i = min(1, lambda_rel * gamma_i / ||g_i||)`` and ``gamma_i = beta *

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from distclip.errors import ConfigurationError
 from distclip.policies import _checks
-from distclip.policies._protocol import Needs, ParameterInfo, UnitPolicy, matches
+from distclip.policies._protocol import ParameterInfo, UnitPolicy, matches
 
 GRADIENT_FLOOR = 1e-6
 """Floor of the gradient norm in the division, as timm and the NFNet code have it."""
@@ -68,10 +68,6 @@ class AGC(UnitPolicy):
             f"AGC(clip_factor={self.clip_factor!r}, eps={self.eps!r}, unit={self.unit!r}, "
             f"unit_dims={dims!r})"
         )
-
-    @property
-    def needs(self) -> Needs:
-        return Needs.of(gradients=[2.0], weights=[2.0])
 
     @property
     def threshold(self) -> float | None:

@@ -15,15 +15,15 @@ from distclip.policies._protocol import (
     Action,
     Needs,
     ParameterInfo,
-    Policy,
     Scale,
+    ScalingPolicy,
     State,
     Statistics,
 )
 
 
 @dataclass(frozen=True)
-class AutoClip(Policy):
+class AutoClip(ScalingPolicy):
     """Global norm clipping at a percentile of the history of norms, the current one included.
 
     ``history.append(||g||)``, ``c = percentile(history, p)``, ``g *= min(1, c / (||g|| + 1e-6))``,

@@ -9,11 +9,11 @@ from typing import ClassVar
 import torch
 
 from distclip.policies import _checks
-from distclip.policies._protocol import Action, Needs, Policy, Scale, State, Statistics
+from distclip.policies._protocol import Action, Needs, Scale, ScalingPolicy, State, Statistics
 
 
 @dataclass(frozen=True)
-class BlockRMS(Policy):
+class BlockRMS(ScalingPolicy):
     """Divide each gradient by ``max(1, RMS(g) / threshold)``.
 
     ``RMS(g) = ||g||_2 / sqrt(numel)`` over the *logical* tensor, whatever its sharding. No eps, as

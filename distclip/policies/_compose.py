@@ -7,14 +7,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from distclip.errors import ConfigurationError
-from distclip.policies._protocol import Action, ParameterInfo, Policy, State, Statistics, matches
+from distclip.policies._protocol import ParameterInfo, Policy, matches
 
 
 class Composite(Policy):
     """Base of the two: it decides nothing itself, it is taken apart into stages."""
-
-    def update(self, statistics: Statistics, state: State) -> tuple[Sequence[Action], State]:
-        raise TypeError(f"{self.name} is taken apart into stages (policies.stages) and never run")
 
 
 @dataclass(frozen=True)

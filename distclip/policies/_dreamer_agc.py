@@ -9,11 +9,11 @@ from typing import ClassVar
 import torch
 
 from distclip.policies import _checks
-from distclip.policies._protocol import Action, Needs, Policy, Scale, State, Statistics
+from distclip.policies._protocol import Action, Needs, Scale, ScalingPolicy, State, Statistics
 
 
 @dataclass(frozen=True)
-class DreamerAGC(Policy):
+class DreamerAGC(ScalingPolicy):
     """DreamerV3's AGC: each tensor's gradient norm against its weight norm.
 
     ``g / max(1, ||g|| / (clip * max(pmin, ||p||)))`` per parameter, every parameter, from the

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from distclip.policies import _checks
-from distclip.policies._protocol import Action, Needs, Policy, State, Statistics
+from distclip.policies._protocol import Action, Needs, ScalingPolicy, State, Statistics
 
 
 @dataclass(frozen=True)
-class Measure(Policy):
+class Measure(ScalingPolicy):
     """Measure every norm, change nothing.
 
     Args:

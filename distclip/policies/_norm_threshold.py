@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from distclip.policies import _checks
-from distclip.policies._protocol import Needs, Policy
+from distclip.policies._protocol import Needs, ScalingPolicy
 
 TORCH_EPS = 1e-6
 """Added to the norm before dividing, as ``torch.nn.utils.clip_grad_norm_`` does."""
@@ -35,7 +35,7 @@ def coefficient_to(norms: Tensor, limits: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class NormThreshold(Policy):
+class NormThreshold(ScalingPolicy):
     """A policy that compares p-norms of gradients with ``max_norm``.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What a policy is given, what it gives back, and the two base classes.
+"""What a policy is given, what it gives back, and the three kinds of policies.
 
 A policy is mathematics only: whole-tensor statistics in, actions out. It never sees a rank, a
 shard or a gradient, so the same policy is right under every sharding. Everything is float64 on
@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import abc
 import fnmatch
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, TypeAlias
+from typing import TYPE_CHECKING, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
+
+from distclip.errors import ConfigurationError
 
 State: TypeAlias = dict[str, Tensor]
 """A policy's memory: tensors of fixed size, independent of the number of ranks."""
@@ -142,31 +145,38 @@ class Scale:
 
 
 @dataclass(frozen=True, slots=True)
-class Clamp:
-    """Clamp every element to ``[-bound, bound]``; NaN stays NaN.
-
-    ``bound`` is the policy's own ``bound``, a plain number known before the step, so that a chain
-    knows its passes.
-    """
-
-    bound: float
-
-
-@dataclass(frozen=True, slots=True)
 class Skip:
     """Where ``flag`` (0-dim bool) is true, this whole update is skipped on every rank."""
 
     flag: Tensor
 
 
-Action: TypeAlias = Scale | Clamp | Skip
+Action: TypeAlias = Scale | Skip
+
+
+@dataclass(frozen=True, slots=True)
+class Clamp:
+    """No action: a policy that clamps is a :class:`ClampingPolicy`, and returns its bound.
+
+    A scaling policy that returns one is refused, since a chain has to know its clamps, and with
+    them its passes, before the first step.
+    """
+
+    bound: float
 
 
 class Policy(abc.ABC):
-    """A pure, replicated clipping algorithm.
+    """A pure, replicated clipping algorithm: the base of the three kinds of policies.
 
+    * :class:`ScalingPolicy` multiplies gradients by coefficients, or skips the step.
+    * :class:`ClampingPolicy` clamps every element to a bound.
+    * :class:`UnitPolicy` multiplies each unit (an output row, for instance) by a coefficient of
+      its own.
+
+    A class that derives from ``Policy`` itself and defines ``update`` is a scaling policy.
     Subclasses are frozen dataclasses: the fields are the configuration, checked in
-    ``__post_init__`` and printed by ``repr`` (ranks compare the ``repr``).
+    ``__post_init__`` and printed by ``repr`` (ranks compare the ``repr``). A class that defines a
+    member of another kind is refused when it is made.
     """
 
     name: ClassVar[str]
@@ -176,15 +186,19 @@ class Policy(abc.ABC):
     """Keys of the state whose tensors have one entry per parameter, along their first dim, in the
     order of ``init(parameters)``. Checkpoints keep these by parameter name."""
 
-    @property
-    def needs(self) -> Needs:
-        """The statistics that ``update`` reads."""
-        return Needs()
+    _kind: ClassVar[str] = "a scaling policy"
+    _refused: ClassVar[Mapping[str, str]] = {
+        "bound": "ClampingPolicy",
+        "update_bound": "ClampingPolicy",
+        "unit_dims": "UnitPolicy",
+        "unit_coefficients": "UnitPolicy",
+    }
+    """Members that a class of this kind may not define -> the kind that may."""
 
     @property
-    def bound(self) -> float | None:
-        """For a policy that clamps every element: the bound, the same at every step."""
-        return None
+    def needs(self) -> Needs:
+        """The statistics that it reads."""
+        return Needs()
 
     def init(self, parameters: Sequence[ParameterInfo]) -> State:
         """The state before the first step; ``{}`` for a policy without memory.
@@ -193,9 +207,114 @@ class Policy(abc.ABC):
         """
         return {}
 
+    def __init_subclass__(cls, **keywords: object) -> None:
+        super().__init_subclass__(**keywords)
+        if cls.__module__ == __name__:
+            return
+        kinds = [kind for kind in cls.__mro__ if kind.__module__ == __name__ and kind is not Policy]
+        if len(kinds) > 1:
+            raise ConfigurationError(
+                f"{cls.__qualname__} derives from {' and '.join(k.__name__ for k in kinds)}, and a "
+                f"policy is of one kind; write two policies and put them together by "
+                f"policies.chain(...)"
+            )
+        for member, kind in cls._refused.items():
+            if _defines(cls, member):
+                raise ConfigurationError(
+                    f"{cls.__qualname__} is {cls._kind} and defines `{member}`, which would have "
+                    f"no effect: {_MENDS[kind]}"
+                )
+
+
+_MENDS = {
+    "ScalingPolicy": "derive it from policies.ScalingPolicy, whose `init` and `update` are called "
+    "at every step, or remove the member",
+    "ClampingPolicy": "derive it from policies.ClampingPolicy to clamp elements (and return the "
+    "scaling from a second policy in policies.chain(...)), or give the member another name",
+    "UnitPolicy": "derive it from policies.UnitPolicy to decide per unit, or give the member "
+    "another name",
+    "": "every UnitPolicy is given the 2-norms of gradients and weights; remove the member",
+}
+
+
+def _defines(cls: type, member: str) -> bool:
+    """Whether a class, or a base of it outside of this module, defines a member or a field."""
+    return any(member in _members(each) for each in cls.__mro__ if each.__module__ != __name__)
+
+
+def _members(cls: type) -> set[str]:
+    """Names that a class body defines or annotates (a field without a default is no attribute)."""
+    try:
+        return {*vars(cls), *inspect.get_annotations(cls)}
+    except NameError:  # an annotation that cannot be resolved yet (Python 3.14)
+        return {*vars(cls)}
+
+
+class ScalingPolicy(Policy):
+    """A policy that multiplies gradients by coefficients, or skips the step."""
+
     @abc.abstractmethod
     def update(self, statistics: Statistics, state: State) -> tuple[Sequence[Action], State]:
-        """Decide one step. Must not change ``state`` or ``statistics`` in place."""
+        """Decide one step. Must not change ``state`` or ``statistics`` in place.
+
+        Returns:
+            Any number of :class:`Scale` and :class:`Skip`, and the new state.
+        """
+
+
+class ClampingPolicy(Policy):
+    """A policy that clamps every element to ``[-bound, bound]``; NaN stays NaN.
+
+    It defines one of two members:
+
+    * ``bound``, a field or a property: a number >= 0, the same at every step. It is measured along
+      with the gradients and needs no state.
+    * ``update_bound(statistics, state)``: the bound of this step and the new state, both on the
+      device. It may define ``needs``, ``init`` and ``per_parameter`` too. Norms after such a clamp
+      are not known, so a policy behind it in a chain has the gradients measured again.
+    """
+
+    _kind = "a clamping policy"
+    _refused: ClassVar[Mapping[str, str]] = {
+        "update": "ScalingPolicy",
+        "unit_dims": "UnitPolicy",
+        "unit_coefficients": "UnitPolicy",
+    }
+    moving: ClassVar[bool] = False
+    """Whether ``update_bound`` decides on the bound at every step."""
+
+    if TYPE_CHECKING:
+
+        @property
+        def bound(self) -> float:
+            """The bound of every step, >= 0."""
+
+    def update_bound(self, statistics: Statistics, state: State) -> tuple[Tensor, State]:
+        """Decide on the bound of one step. Must not change ``state`` or ``statistics`` in place.
+
+        Returns:
+            The bound, float64 of shape ``(len(parameters),)``, or 0-dim for one that serves all,
+            and the new state. Where a bound is NaN or negative nothing is clamped.
+        """
+        raise NotImplementedError
+
+    def __init_subclass__(cls, **keywords: object) -> None:
+        super().__init_subclass__(**keywords)
+        cls.moving = _defines(cls, "update_bound")
+        if cls.moving and _defines(cls, "bound"):
+            raise ConfigurationError(
+                f"{cls.__qualname__} defines both `bound`, the same at every step, and "
+                f"`update_bound`, decided at every step; remove one of them"
+            )
+        if cls.moving:
+            return
+        for member in ("needs", "init", "per_parameter"):
+            if _defines(cls, member):
+                raise ConfigurationError(
+                    f"{cls.__qualname__} is a clamping policy and defines `{member}`, which has no "
+                    f"effect without `update_bound`: define update_bound(statistics, state) in "
+                    f"place of `bound`, or remove `{member}`"
+                )
 
 
 class UnitPolicy(Policy):
@@ -204,6 +323,21 @@ class UnitPolicy(Policy):
     Being elementwise in units is what lets every rank decide for the rows that it holds, before
     any communication.
     """
+
+    _kind = "a per-unit policy"
+    _refused: ClassVar[Mapping[str, str]] = {
+        "update": "ScalingPolicy",
+        "init": "ScalingPolicy",
+        "per_parameter": "ScalingPolicy",
+        "bound": "ClampingPolicy",
+        "update_bound": "ClampingPolicy",
+        "needs": "",
+    }
+
+    @property
+    def needs(self) -> Needs:
+        """The 2-norms of gradients and weights."""
+        return _UNIT_NEEDS
 
     @abc.abstractmethod
     def unit_dims(self, parameter: ParameterInfo) -> tuple[int, ...]:
@@ -218,9 +352,5 @@ class UnitPolicy(Policy):
         """What the report shows as threshold."""
         return None
 
-    def update(self, statistics: Statistics, state: State) -> tuple[Sequence[Action], State]:
-        """Decide with each parameter taken as one unit (used where that is what units are)."""
-        coefficients = self.unit_coefficients(
-            statistics.gradient_norms(2.0), statistics.weight_norms(2.0)
-        )
-        return (Scale(coefficients, self.threshold),), state
+
+_UNIT_NEEDS = Needs.of(gradients=[2.0], weights=[2.0])

@@ -15,7 +15,7 @@ from distclip.policies._protocol import (
     Action,
     Needs,
     ParameterInfo,
-    Policy,
+    ScalingPolicy,
     Skip,
     State,
     Statistics,
@@ -23,7 +23,7 @@ from distclip.policies._protocol import (
 
 
 @dataclass(frozen=True)
-class SkipSpikes(Policy):
+class SkipSpikes(ScalingPolicy):
     """Skip the whole update where its norm lies ``sigma`` deviations above those before it.
 
     A spike is ``||g|| - mean > sigma * std`` over the last ``window`` norms that were no spikes

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from distclip.policies import _checks
-from distclip.policies._protocol import Action, Clamp, Policy, State, Statistics
+from distclip.policies._protocol import ClampingPolicy
 
 
 @dataclass(frozen=True)
-class Value(Policy):
+class Value(ClampingPolicy):
     """Clamp every gradient element to ``[-clip_value, clip_value]``.
 
     Elementwise, so it needs no statistics and means the same under every sharding. NaN stays NaN
@@ -32,11 +31,9 @@ class Value(Policy):
         object.__setattr__(self, "clip_value", clip_value)
 
     @property
-    def bound(self) -> float | None:
+    def bound(self) -> float:
+        """The clip value."""
         return self.clip_value
-
-    def update(self, statistics: Statistics, state: State) -> tuple[Sequence[Action], State]:
-        return (Clamp(self.clip_value),), state
 
 
 value = Value

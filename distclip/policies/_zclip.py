@@ -16,8 +16,8 @@ from distclip.policies._protocol import (
     Action,
     Needs,
     ParameterInfo,
-    Policy,
     Scale,
+    ScalingPolicy,
     State,
     Statistics,
 )
@@ -27,7 +27,7 @@ EPS = 1e-6
 
 
 @dataclass(frozen=True)
-class ZClip(Policy):
+class ZClip(ScalingPolicy):
     """Global norm clipping of outliers, by running mean and deviation of the norm.
 
     With ``z = (||g|| - mu) / (sigma + 1e-6)``: where ``z > z_thresh``, the norm is clipped to

@@ -64,7 +64,8 @@ class Memory:
     weights: Neighbours = field(default_factory=Neighbours)
     unit_weights: Neighbours = field(default_factory=Neighbours)
     habits: set[str] = field(default_factory=set)
-    """``"misplaced"`` once gradients had to be redistributed; the same on every rank."""
+    """``"misplaced"`` once gradients had to be redistributed, ``"rehearsed"`` once the policies of
+    later passes were tried; the same on every rank."""
     overlap: Overlap | None = None
     """What measures during backward for the first pass."""
 

@@ -21,6 +21,8 @@ import torch.distributed
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from distclip.testing import contract_units
+
 SHAPES = {"embed.weight": (11, 4), "fc.weight": (5, 4), "fc.bias": (5,), "scale": ()}
 TALKING = ("all_reduce", "all_gather", "broadcast", "barrier", "all_gather_object", "send", "recv")
 
@@ -68,21 +70,33 @@ def _asked(table: Mapping[float, Tensor], order: float, what: str) -> Tensor:
 
 
 def check_policy(factory: Callable[[], Any], *, steps: int = 300) -> None:
-    """Check that a policy keeps to the contract of policies.
+    """Check that a policy keeps to the contract of its kind.
 
     ::
 
         def test_my_policy():
             check_policy(lambda: MyPolicy(ratio=4.0))
 
+    Of every policy:
+
     * its ``repr`` is the same on every rank, and says what it is;
     * it is pure: the same input gives the same output bit by bit, and no input is changed;
     * it is independent of rank, random numbers and environment, and talks to no rank;
+    * it reads no value on the host (seen with fake tensors, so no device is needed).
+
+    Of one that scales (``update``), or decides on a bound at every step (``update_bound``):
+
     * its state is a dict of tensors whose keys, shapes and dtypes never change, and it is all the
       memory there is: saved, loaded with ``weights_only=True`` into a new policy, it goes on alike;
-    * NaN and inf never enter its state, and finite norms give finite coefficients >= 0;
-    * it reads no value on the host (seen with fake tensors, so no device is needed);
-    * actions have the shapes and dtypes that they must have, and ``needs`` declares what it reads.
+    * NaN and inf never enter its state, and finite norms give finite coefficients >= 0, or bounds
+      that are neither NaN nor negative;
+    * what it returns has the types, shapes and dtypes that it must have, and ``needs`` declares
+      what it reads.
+
+    Of one that clamps to a ``bound``: that it is a number >= 0, the same whenever it is asked for.
+
+    Of one that decides per unit: that its ``unit_dims`` are dims of the parameter, that finite
+    norms give finite coefficients >= 0, one a unit, and that each depends on that unit alone.
 
     Args:
         factory: makes the policy; called several times. For a chain or ``by_name`` check its parts.
@@ -95,12 +109,55 @@ def check_policy(factory: Callable[[], Any], *, steps: int = 300) -> None:
     label = repr(policy)
     try:
         _check_description(policy, factory())
-        first = _run(factory(), steps)
-        _check_rank(factory, steps, first)
-        _check_round_trip(factory, steps, first)
-        _check_no_sync(factory())
+        kind = _kind(policy)
+        if kind == "unit_coefficients":
+            contract_units.check(factory, _as_rank)
+        elif kind == "bound":
+            _check_bound(factory)
+        else:
+            first = _run(factory(), steps)
+            _check_rank(factory, steps, first)
+            _check_round_trip(factory, steps, first)
+            _check_no_sync(factory())
     except AssertionError as error:
         raise AssertionError(f"{label}: {error}") from error
+
+
+def _kind(policy: Any) -> str:
+    """The member by which it decides; of two kinds, one would have no effect."""
+    moving = getattr(policy, "moving", hasattr(policy, "update_bound"))
+    found = {
+        "update": hasattr(policy, "update"),
+        "update_bound": moving,
+        "bound": getattr(policy, "bound", None) is not None,
+        "unit_coefficients": hasattr(policy, "unit_coefficients"),
+    }
+    kinds = [kind for kind, there in found.items() if there]
+    assert kinds, (
+        "it decides nothing: it has none of update, update_bound, bound, unit_coefficients"
+    )
+    assert len(kinds) == 1, (
+        f"it is of several kinds ({', '.join(kinds)}), of which one would have no effect; put "
+        f"several policies together by policies.chain(...)"
+    )
+    return kinds[0]
+
+
+def _check_bound(factory: Callable[[], Any]) -> None:
+    found = []
+    for rank in (0, 5):
+        with _as_rank(rank):
+            policy = factory()
+            found += [policy.bound, policy.bound]
+    for bound in found:
+        number = isinstance(bound, (int, float)) and not isinstance(bound, bool) and bound >= 0
+        assert number, (
+            f"`bound` must be a number >= 0, got {bound!r}; one that changes is what update_bound "
+            f"returns"
+        )
+    assert len(set(found)) == 1, f"`bound` is not the same whenever it is asked for: {found}"
+    state = factory().init(_parameters()) if hasattr(factory(), "init") else {}
+    assert not state, "it has a state, which nothing would ever change; use update_bound"
 
 
 def _check_description(policy: Any, again: Any) -> None:
@@ -156,8 +213,8 @@ def _run(
         statistics = _statistics(policy, step)
         given = [*statistics.gradients.values(), *statistics.weights.values(), *state.values()]
         before = [tensor.clone() for tensor in given]
-        actions, new = policy.update(statistics, state)
-        again, newer = policy.update(statistics, state)
+        actions, new = _ask(policy, statistics, state)
+        again, newer = _ask(policy, statistics, state)
         where = f"step {step}"
         assert _same(before, given), f"{where}: it changed its state or statistics in place"
         flat = _decided(policy, actions, statistics, where)
@@ -177,6 +234,13 @@ def _run(
         state = new
         taken.append((flat, new))
     return taken
+
+
+def _ask(policy: Any, statistics: _Statistics, state: Mapping[str, Tensor]) -> Any:
+    """What it decides, and its new state."""
+    if _kind(policy) == "update":
+        return policy.update(statistics, state)
+    return policy.update_bound(statistics, state)
 
 
 def _initial(policy: Any) -> dict[str, Tensor]:
@@ -204,12 +268,17 @@ def _same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
     )
 
 
-def _decided(
-    policy: Any, actions: Sequence[Any], statistics: _Statistics, where: str
-) -> list[Tensor]:
-    """The tensors of some actions, each checked."""
+def _decided(policy: Any, actions: Any, statistics: _Statistics, where: str) -> list[Tensor]:
+    """The tensors of some actions, or of a bound, each checked."""
     found = []
     sound = all(bool(torch.isfinite(row).all()) for row in statistics.gradients.values())
+    if _kind(policy) == "update_bound":
+        assert isinstance(actions, Tensor), f"{where}: a bound must be a tensor, got {actions!r}"
+        assert actions.dtype == torch.float64, f"{where}: the bound is {actions.dtype}"
+        assert actions.shape in ((), (len(SHAPES),)), f"{where}: bound of {list(actions.shape)}"
+        good = bool((actions >= 0).all())
+        assert good or not sound, f"{where}: finite norms gave a bound of {actions}"
+        return [actions]
     for action in actions:
         if hasattr(action, "coefficients"):
             factors = action.coefficients
@@ -223,11 +292,11 @@ def _decided(
             assert action.flag.dtype == torch.bool, f"{where}: a Skip's flag must be bool"
             assert action.flag.shape == (), f"{where}: a Skip's flag must be 0-dim"
             found.append(action.flag.double())
-        elif hasattr(action, "bound"):
-            assert action.bound == policy.bound, f"{where}: a Clamp's bound must be policy.bound"
-            found.append(torch.tensor(float(action.bound)).double())
         else:
-            raise AssertionError(f"{where}: {action!r} is no action")
+            raise AssertionError(
+                f"{where}: {action!r} is no action of a scaling policy, which returns Scale and "
+                f"Skip; a policy that clamps is a ClampingPolicy"
+            )
     return found
 
 
@@ -292,15 +361,11 @@ def _check_no_sync(policy: Any) -> None:
         for step in range(3):
             statistics = _faked(mode, _statistics_outside(policy, step))
             try:
-                _, state = policy.update(statistics, state)
+                _, state = _ask(policy, statistics, state)
             except AssertionError:
                 raise
             except Exception as error:
-                raise AssertionError(
-                    f"it reads a value on the host (or fails without values): "
-                    f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}; "
-                    f"use torch.where instead of `if`, and neither item() nor tolist() nor masks"
-                ) from error
+                raise AssertionError(contract_units.reads_on_host(error)) from error
 
 
 def _statistics_outside(policy: Any, step: int) -> _Statistics:

@@ -98,6 +98,20 @@ def adagc(
     return coefficients, {"step": step, "gamma": gamma, "first": first}
 
 
+def running_max(
+    memory: Memory, largest: Mapping[str, float], theta: float = 0.75
+) -> tuple[dict[str, float], Memory]:
+    """The bound of each gradient's elements. arXiv 2502.17055, AdaClip, as a plain clamp."""
+    mean, seen = dict(memory.get("mean", {})), dict(memory.get("seen", {}))
+    bounds = {}
+    for name, value in largest.items():
+        if counts(value):
+            mean[name] = theta * mean.get(name, 0.0) + (1 - theta) * value
+            seen[name] = seen.get(name, 0) + 1
+        bounds[name] = mean[name] / (1 - theta ** seen[name]) if name in mean else math.inf
+    return bounds, {"mean": mean, "seen": seen}
+
+
 def skip_spikes(
     memory: Memory,
     norm: float,

@@ -341,6 +341,14 @@ def _adagc(run: _Run, names: list[str], path: str, memory: Memory, **arguments: 
         run.scale(name, coefficient)
 
 
+def _running_max(run: _Run, names: list[str], path: str, memory: Memory, **arguments: Any) -> None:
+    here = [name for name in names if name in run.present]
+    largest = {name: norm(run.present[name], np.inf) for name in here}
+    bounds, run.remembers[path] = remembered.running_max(memory, largest, **arguments)
+    for name, bound in bounds.items():
+        run.present[name] = np.clip(run.present[name], -bound, bound)
+
+
 def _skip_spikes(run: _Run, names: list[str], path: str, memory: Memory, **arguments: Any) -> None:
     here = [name for name in names if name in run.present]
     total = run.norm(here, 2.0)
@@ -353,6 +361,7 @@ _REMEMBERING: dict[str, Callable[..., None]] = {
     "autoclip": _autoclip,
     "zclip": _zclip,
     "adagc": _adagc,
+    "running_max": _running_max,
     "skip_spikes": _skip_spikes,
 }
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+import traceback
 from typing import Any
 
 import pytest
@@ -61,6 +62,15 @@ def copy_from(source: Tensor, target: Tensor, non_blocking: bool = False) -> Ten
     return target
 
 
+reads: list[str] = []
+"""Where a value of the device has been read on the host."""
+
+
+def read_on_host(tensor: Tensor) -> Any:
+    reads.append("".join(traceback.format_stack(limit=8)))
+    return tensor.raw.item()
+
+
 def register() -> list[torch.library.Library]:
     """Make the device known. Keep what is returned."""
     from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
@@ -77,15 +87,17 @@ def register() -> list[torch.library.Library]:
         packet, _, overload = name.partition(".")
         op = getattr(getattr(torch.ops.aten, packet), overload or "default")
         aten.impl(name, functools.partial(compute, op), "PrivateUse1")
-    aten.impl("_local_scalar_dense", lambda tensor: tensor.raw.item(), "PrivateUse1")
+    aten.impl("_local_scalar_dense", read_on_host, "PrivateUse1")
     return [everything, aten]
 
 
 def main() -> None:
     """Gradients on the CPU, with statistics and coefficients on the device, and a mix of both."""
     kept = register()
+    from distclip import policies
     from distclip.application import inplace
     from distclip.statistics import local
+    from tests.core.running import RunningMax
     from tests.core.test_matrix import POLICIES, build
 
     there = torch.device(NAME)
@@ -133,9 +145,13 @@ def main() -> None:
     assert torch.equal(one, two), "scale"
     inplace.zero_([one], torch.tensor([True]).to(there))
     assert not bool(one.any()), "zero"
+    running = RunningMax()
+    chosen = {label: build(configuration) for label, configuration in POLICIES.items()}
+    chosen["running max"] = running
+    chosen["running max between"] = policies.chain(chosen["global"], running, chosen["parameter"])
     for mode in ("pass", "zero", "skip"):
-        for label, configuration in POLICIES.items():
-            check(label, build(configuration), mode, generator)
+        for label, policy in chosen.items():
+            check(label, policy, mode, generator)
     del kept
     print("all equal")
 
@@ -155,7 +171,9 @@ def check(label: str, policy: Any, mode: str, generator: torch.Generator) -> Non
         results: list[Any] = []
         for step in steps:
             gradients[:] = [gradient.clone().to(device) for gradient in step]
+            reads.clear()
             walked = walk(program, states, on_nonfinite=mode)
+            assert not reads, (label, mode, reads[0])
             states = walked.states
             for tensor in (
                 *gradients,

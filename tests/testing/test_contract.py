@@ -14,6 +14,7 @@ import torch.distributed as dist
 from distclip import policies
 from distclip.policies import Needs, Policy, Scale
 from distclip.testing import check_policy
+from tests.core.running import RunningMax
 
 OURS: list[Callable[[], Policy]] = [
     policies.measure,
@@ -32,6 +33,8 @@ OURS: list[Callable[[], Policy]] = [
     lambda: policies.adagc(max_growth=2.0, warmup_steps=10),
     policies.skip_spikes,
     lambda: policies.skip_spikes(16, min_history=4, loss=True),
+    lambda: policies.agc(unit="tensor"),
+    RunningMax,
 ]
 
 
@@ -144,6 +147,11 @@ class Plain(Base):
         return {"mean": [0.0] * len(parameters)}
 
 
+class Clamps(Base):
+    def update(self, statistics: Any, state: Any) -> Any:
+        return [policies.Clamp(0.5), Scale(torch.ones(()).double())], state
+
+
 class Addressed(Base):
     def __repr__(self) -> str:
         return f"Addressed({random.random()})"
@@ -167,8 +175,210 @@ class Addressed(Base):
         (Divides, "finite norms gave coefficients"),
         (Plain, "must be a tensor"),
         (Addressed, "have a different repr"),
+        (Clamps, r"step 0: Clamp\(bound=0.5\) is no action of a scaling policy"),
     ],
 )
 def test_a_broken_policy_is_found(broken: type[Base], message: str) -> None:
+    with pytest.raises(AssertionError, match=message):
+        check_policy(broken)
+
+
+# ---- bounds ----------------------------------------------------------------------------------
+
+
+class Untidy(RunningMax):
+    def update_bound(self, statistics: Any, state: Any) -> Any:
+        _, new = super().update_bound(statistics, state)
+        return new["mean"] - 1e-3, new
+
+
+class Unknown(RunningMax):
+    def update_bound(self, statistics: Any, state: Any) -> Any:
+        norms = statistics.gradient_norms(float("inf"))
+        return norms / norms, super().update_bound(statistics, state)[1]  # 0 / 0
+
+
+class Numbers(RunningMax):
+    def update_bound(self, statistics: Any, state: Any) -> Any:
+        return 1.0, state
+
+
+class Totals(RunningMax):
+    def update_bound(self, statistics: Any, state: Any) -> Any:
+        return torch.ones(len(state["mean"]) + 1, dtype=torch.float64), state
+
+
+class Halves(RunningMax):
+    def update_bound(self, statistics: Any, state: Any) -> Any:
+        return torch.ones(()), state
+
+
+class Swallows(RunningMax):
+    def update_bound(self, statistics: Any, state: Any) -> Any:
+        mean = torch.maximum(state["mean"], statistics.gradient_norms(float("inf")))
+        return mean, {**state, "mean": mean}
+
+
+class Looks(RunningMax):
+    def update_bound(self, statistics: Any, state: Any) -> Any:
+        return torch.tensor(statistics.gradient_norms(float("inf")).nan_to_num().max().item()), {
+            **state
+        }
+
+
+@dataclass(frozen=True)
+class Fixed(policies.ClampingPolicy):
+    bound: Any = 1.0
+    name: ClassVar[str] = "fixed"
+
+
+class Drifts(policies.ClampingPolicy):
+    name: ClassVar[str] = "drifts"
+
+    def __repr__(self) -> str:
+        return "Drifts()"
+
+    @property
+    def bound(self) -> float:
+        return random.random()
+
+
+class Empty(policies.ClampingPolicy):
+    name: ClassVar[str] = "empty"
+
+    def __repr__(self) -> str:
+        return "Empty()"
+
+
+class Both:
+    """Of two kinds; a class of ours could not be."""
+
+    name = "both"
+    bound = 1.0
+
+    def __repr__(self) -> str:
+        return "Both()"
+
+    def update(self, statistics: Any, state: Any) -> Any:
+        return [], state
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (Untidy, "finite norms gave a bound of"),
+        (Unknown, "finite norms gave a bound of"),
+        (Numbers, "a bound must be a tensor, got 1.0"),
+        (Totals, r"bound of \[5\]"),
+        (Halves, "the bound is torch.float32"),
+        (Swallows, "NaN or inf entered its state"),
+        (Looks, r"the bound is torch.float32|reads a value on the host"),
+        (lambda: Fixed(-1.0), "must be a number >= 0, got -1.0"),
+        (lambda: Fixed(torch.ones(())), "must be a number >= 0, got tensor"),
+        (Drifts, "not the same whenever"),
+        (Empty, "it decides nothing"),
+        (Both, r"several kinds \(update, bound\)"),
+    ],
+)
+def test_a_broken_clamp_is_found(broken: Callable[[], Any], message: str) -> None:
+    with pytest.raises(AssertionError, match=message):
+        check_policy(broken)
+
+
+# ---- units -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Units(policies.UnitPolicy):
+    name: ClassVar[str] = "units"
+
+    def unit_dims(self, parameter: Any) -> Any:
+        return (0,) if parameter.shape else ()
+
+    def unit_coefficients(self, gradient_norms: Any, weight_norms: Any) -> Any:
+        return (1.0 / gradient_norms.clamp(min=1.0)).nan_to_num(nan=1.0)
+
+
+def test_the_base_of_the_broken_units_keeps_it() -> None:
+    check_policy(Units)
+
+
+class Beyond(Units):
+    def unit_dims(self, parameter: Any) -> Any:
+        return (1,)
+
+
+class Listed(Units):
+    def unit_dims(self, parameter: Any) -> Any:
+        return [0]
+
+
+class Averaged(Units):
+    def unit_coefficients(self, gradient_norms: Any, weight_norms: Any) -> Any:
+        return 1.0 / (1.0 + gradient_norms.clamp(max=10.0) + gradient_norms.clamp(max=10.0).mean())
+
+
+class Changes(Units):
+    def unit_coefficients(self, gradient_norms: Any, weight_norms: Any) -> Any:
+        return 1.0 / gradient_norms.clamp_(min=1.0)
+
+
+class Singles(Units):
+    def unit_coefficients(self, gradient_norms: Any, weight_norms: Any) -> Any:
+        return torch.ones(len(gradient_norms))
+
+
+class Widens(Units):
+    def unit_coefficients(self, gradient_norms: Any, weight_norms: Any) -> Any:
+        return torch.ones(len(gradient_norms) + 1, dtype=torch.float64)
+
+
+class Inverts(Units):
+    def unit_coefficients(self, gradient_norms: Any, weight_norms: Any) -> Any:
+        return weight_norms / gradient_norms
+
+
+class Counts(Units):
+    def unit_coefficients(self, gradient_norms: Any, weight_norms: Any) -> Any:
+        calls = self.__dict__.setdefault("calls", [])
+        calls.append(1)
+        return gradient_norms.new_ones(()) / (1 + len(calls))
+
+
+class Rolls(Units):
+    def unit_coefficients(self, gradient_norms: Any, weight_norms: Any) -> Any:
+        return gradient_norms.new_ones(()) / (1 + (dist.get_rank() if dist.is_initialized() else 0))
+
+
+class Peeks(Units):
+    def unit_coefficients(self, gradient_norms: Any, weight_norms: Any) -> Any:
+        for norm in gradient_norms.tolist():
+            assert norm != 12345.0
+        return torch.ones_like(gradient_norms)
+
+
+class Labelled(Units):
+    @property
+    def threshold(self) -> Any:
+        return "high"
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (Beyond, r"must be dims of it, each once and in order, got \(1,\)"),
+        (Listed, r"must be a tuple of dims, got \[0\]"),
+        (Averaged, "depends on the other units"),
+        (Changes, "in place"),
+        (Singles, "coefficients are torch.float32"),
+        (Widens, r"shape \[11\] for 10 units"),
+        (Inverts, "finite norms gave coefficients"),
+        (Counts, "not pure"),
+        (Rolls, "rank 5 decides otherwise"),
+        (Peeks, "reads a value on the host"),
+        (Labelled, "`threshold` must be a number or None"),
+    ],
+)
+def test_a_broken_unit_policy_is_found(broken: type[Units], message: str) -> None:
     with pytest.raises(AssertionError, match=message):
         check_policy(broken)

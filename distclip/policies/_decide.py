@@ -1,0 +1,93 @@
+"""Asking a policy for its decision, and looking at what it returns."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from distclip.errors import ConfigurationError
+from distclip.policies._protocol import (
+    Action,
+    Clamp,
+    ClampingPolicy,
+    ParameterInfo,
+    Policy,
+    Scale,
+    ScalingPolicy,
+    Skip,
+    State,
+    Statistics,
+    UnitPolicy,
+)
+
+
+def actions_of(
+    policy: ScalingPolicy, statistics: Statistics, state: State
+) -> tuple[Sequence[Action], State]:
+    """What a scaling policy decides.
+
+    Raises:
+        ConfigurationError: it returns something that is no action of a scaling policy.
+    """
+    actions, state = policy.update(statistics, state)
+    returned: Sequence[object] = actions
+    for action in returned:
+        if not isinstance(action, (Scale, Skip)):
+            mend = (
+                "derive a policy that clamps from policies.ClampingPolicy, with `bound` or "
+                "`update_bound`, and put the two together by policies.chain(...)"
+                if isinstance(action, Clamp)
+                else "return policies.Scale and policies.Skip"
+            )
+            raise ConfigurationError(
+                f"{policy!r}: update returned {action!r}, which a scaling policy cannot do, and no "
+                f"gradient was changed; {mend}"
+            )
+    return actions, state
+
+
+def bound_of(policy: ClampingPolicy, statistics: Statistics, state: State) -> tuple[Tensor, State]:
+    """The bound that a clamping policy decides on, inf where it is NaN or negative.
+
+    Raises:
+        ConfigurationError: it is no tensor of one number, or of one for each parameter.
+    """
+    bound, state = policy.update_bound(statistics, state)
+    count = len(statistics.parameters)
+    if not isinstance(bound, Tensor) or bound.shape not in ((), (count,)):
+        got = f"shape {list(bound.shape)}" if isinstance(bound, Tensor) else repr(bound)
+        raise ConfigurationError(
+            f"{policy!r}: update_bound must return a 0-dim tensor, or one of shape [{count}] with "
+            f"a bound for each parameter, got {got}; no gradient was changed"
+        )
+    return torch.where(bound >= 0, bound.double(), math.inf), state
+
+
+def rehearse(
+    policy: Policy, parameters: Sequence[ParameterInfo], state: State, device: torch.device
+) -> None:
+    """Look at what a policy returns before anything depends on it; its decision is dropped.
+
+    Policies are pure, so a decision about made-up statistics has no effect. It is for a policy that
+    decides after other gradients have been changed already.
+
+    Raises:
+        ConfigurationError: as :func:`actions_of` and :func:`bound_of`.
+    """
+    if isinstance(policy, UnitPolicy) or (isinstance(policy, ClampingPolicy) and not policy.moving):
+        return
+    ones = torch.ones(len(parameters), dtype=torch.float64, device=device)
+    statistics = Statistics(
+        parameters,
+        dict.fromkeys(policy.needs.gradient_norms, ones),
+        dict.fromkeys(policy.needs.weight_norms, ones),
+        loss=ones.new_ones(()) if policy.needs.loss else None,
+    )
+    if isinstance(policy, ClampingPolicy):
+        bound_of(policy, statistics, state)
+    else:
+        actions_of(cast(ScalingPolicy, policy), statistics, state)
