@@ -159,7 +159,7 @@ class Watched:
         now = self._contents()
         if len(now) == len(self._seen) and all(map(operator.is_, now, self._seen)):
             return []
-        unknown = [
+        unknown: Named = [
             (clean(name), parameter)
             for module in self._modules
             for name, parameter in module.named_parameters()

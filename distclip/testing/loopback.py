@@ -39,9 +39,10 @@ def listening(port: int = 0) -> socket.socket:
 
 def install() -> None:
     """From now on stores of this process that are given a loopback address listen only there."""
-    from torch.distributed import TCPStore
+    import torch.distributed
 
-    init: Any = TCPStore.__init__
+    store: Any = torch.distributed.TCPStore  # type: ignore[attr-defined]
+    init = store.__init__
     if hasattr(init, "__wrapped__"):
         return
 
@@ -68,7 +69,7 @@ def install() -> None:
             kwargs["port"] = port
         init(self, *args, **kwargs)
 
-    TCPStore.__init__ = on_loopback
+    store.__init__ = on_loopback
 
 
 def main() -> None:
