@@ -77,7 +77,7 @@ class StateError(DistclipError, ValueError):
 
 
 class NonFiniteGradientError(DistclipError, FloatingPointError, RuntimeError):
-    """NaN or inf gradients under ``on_nonfinite="error"``; gradients are left as they were.
+    """NaN or inf gradients, or norms, under ``on_nonfinite="error"``; gradients stay as they were.
 
     ``parameters`` holds the names of the parameters concerned, the same on every rank.
     Also a ``RuntimeError``, as ``torch.nn.utils.clip_grad_norm_(error_if_nonfinite=True)`` raises.

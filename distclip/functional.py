@@ -44,6 +44,7 @@ from distclip.policies import AGC, GlobalNorm, Measure, ParameterInfo, Policy, V
 from distclip.policies._norm_threshold import norm_coefficient
 from distclip.policies._protocol import combine_norms
 from distclip.statistics import collectives
+from distclip.statistics.exact import is_wide
 from distclip.statistics.packing import Packet
 from distclip.walk import raise_together, walk
 
@@ -281,7 +282,7 @@ def _joint_norm(
         for entry, has in zip(entries, spread, strict=True)
     ]
     shares = [1.0 / count if count else 0.0 for count in holders]
-    packet = Packet(group, wide={norm_type: True})
+    packet = Packet(group, wide={norm_type: is_wide(torch.float64, norm_type)})
     packet.add_norms(
         "norm",
         norms.to(device),

@@ -93,7 +93,10 @@ class ClipReport:
 
     @cached_property
     def nonfinite(self) -> tuple[str, ...]:
-        """Names of the parameters with a NaN or inf in their gradient. Reads the host."""
+        """Names of the parameters whose gradient's norm is NaN or inf. Reads the host.
+
+        By a NaN or inf in it; or by a norm beyond float64, of a gradient that is finite.
+        """
         flags = self._walked.nonfinite.tolist()
         return tuple(name for name, bad in zip(self.names, flags, strict=True) if bad)
 

@@ -17,6 +17,7 @@ from distclip.layouts.plan import Plan
 from distclip.ledger import Ledger, Program, Round, States, Walked
 from distclip.policies._decide import rehearse
 from distclip.replicas import ReplicaCheck
+from distclip.statistics import collectives
 from distclip.statistics.alignment import align_alone, align_together, cannot_move
 from distclip.statistics.measurement import LocalMeasurement, measure
 from distclip.statistics.neighbours import Together
@@ -93,7 +94,7 @@ def walk(
         raise_together(measured.trouble, measurement.troubled if reads else None)
         ledger = Ledger(program, number, measurement)
         if number == 0 and measurement.raw:
-            _look_for_nonfinite(program, walked, measurement, on_nonfinite)
+            _look_for_nonfinite(program, walked, measurement, measured, on_nonfinite)
         bad = walked.nonfinite is not program.all_finite
         if bad and on_nonfinite == "zero":
             ledger.forget(walked.nonfinite)
@@ -170,9 +171,13 @@ def _measured(
 
 
 def _look_for_nonfinite(
-    program: Program, walked: Walked, measurement: Measurement, on_nonfinite: str
+    program: Program,
+    walked: Walked,
+    measurement: Measurement,
+    measured: LocalMeasurement,
+    on_nonfinite: str,
 ) -> None:
-    """Note which gradients are not finite, and do what the mode says about it."""
+    """Note which gradients have a norm that is not finite, and do what the mode says about it."""
     walked.raw = measurement.raw.get(program.shown, walked.raw)
     if program.plan.device.type == "cpu" or on_nonfinite == "error":
         # One read of the host. Norms are not negative: their sum is finite if all of them are.
@@ -189,14 +194,48 @@ def _look_for_nonfinite(
         flags = walked.nonfinite.tolist()
         if not any(flags):  # norms so large that only their sum overflows
             return
-        names = [e.name for e, bad in zip(program.plan.entries, flags, strict=True) if bad]
-        shown = ", ".join(repr(name) for name in names[:8])
-        more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-        raise NonFiniteGradientError(
-            f"NaN or inf in the gradient of {shown}{more}; nothing was changed. To go on without "
-            f'such steps use on_nonfinite="skip" (or "zero" to drop only these gradients)',
-            names,
+        holds = _hold_nonfinite(program.plan, measured.present).tolist()
+        raise _nonfinite_error(program.plan, flags, holds, tuple(measurement.raw))
+
+
+def _hold_nonfinite(plan: Plan, present: Sequence[Tensor | None]) -> Tensor:
+    """Bool ``(parameters,)``: whether any rank has a NaN or inf in it. One collective.
+
+    Not for a good step: a finite gradient whose norm float64 cannot hold looks like the others.
+    """
+    found = torch.zeros(len(plan.entries), dtype=torch.float64, device=plan.device)
+    for piece, gradient in zip(plan.pieces, present, strict=True):
+        if gradient is not None and not bool(torch.isfinite(gradient).all()):
+            found[piece.index] = 1.0
+    if plan.group is not None:
+        collectives.all_reduce_sum(found, plan.group)
+    return found > 0
+
+
+def _nonfinite_error(
+    plan: Plan, flags: Sequence[bool], holds: Sequence[bool], orders: Sequence[float]
+) -> NonFiniteGradientError:
+    """Names the parameters with a norm that is not finite: by a NaN or inf in them, or by size."""
+    names = [entry.name for entry, bad in zip(plan.entries, flags, strict=True) if bad]
+    bad = [entry.name for entry, has in zip(plan.entries, holds, strict=True) if has]
+    large = [name for name in names if name not in bad]
+    causes = [f"NaN or inf in the gradient of {_listed(bad)}"] if bad else []
+    if large:
+        norms = " or ".join(f"{order:g}-norm" for order in orders)
+        causes.append(
+            f"the {norms} of the gradient of {_listed(large)} is larger than float64 holds "
+            f"(1.8e308), though every element is finite"
         )
+    return NonFiniteGradientError(
+        f"{'; '.join(causes)}; nothing was changed. To go on without such steps use "
+        f'on_nonfinite="skip" (or "zero" to drop only these gradients)',
+        names,
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return ", ".join(repr(name) for name in names[:8]) + more
 
 
 def raise_together(mine: DistclipError | None, anybodys: Tensor | None) -> None:

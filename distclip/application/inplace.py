@@ -2,13 +2,13 @@
 
 Coefficients stay float32 or better until the multiplication. (torch casts the scalar of
 ``_foreach_mul_``, and on accelerators a 0-dim operand, down to a bf16 tensor's own dtype first;
-both are avoided here.)
+both are avoided here.) Those that are no normal numbers of float32 are multiplied in several steps.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +18,12 @@ from distclip.kernels.bounds import held
 from distclip.kernels.transfer import to_device
 
 LOW_PRECISION = frozenset((torch.bfloat16, torch.float16))
+EXACT = frozenset((torch.float64, torch.complex128))
+"""These are multiplied in float64, all others in float32."""
+TINY = torch.finfo(torch.float32).tiny
+STEP = 2.0**-64
+"""A coefficient below ``TINY`` is multiplied as ``STEP * (coefficient / STEP)``. The first product
+is exact, or so small that the whole one is 0."""
 CHUNK = 1 << 20
 """Elements of a low-precision accelerator tensor converted at a time."""
 HOST_CHUNK = 1 << 16
@@ -69,13 +75,27 @@ def _scale_on_host(tensors: Sequence[Tensor], coefficients: Sequence[float]) -> 
     for tensor, coefficient in zip(tensors, coefficients, strict=True):
         if coefficient == 1.0 or tensor.numel() == 0:
             continue
-        if tensor.dtype in LOW_PRECISION:
+        if 0.0 < abs(coefficient) < TINY and tensor.dtype not in EXACT:
+            for step in _steps(torch.tensor(coefficient, dtype=torch.float64)):
+                tensor.mul_(step.item())
+        elif tensor.dtype in LOW_PRECISION:
             tensor.mul_(coefficient)  # computed in float32, rounded once
         else:
             together.append(tensor)
             factors.append(coefficient)
     if together:
         torch._foreach_mul_(together, factors)
+
+
+def _steps(coefficients: Tensor) -> Iterator[Tensor]:
+    """Factors whose product the float64 coefficients are, each 0 or normal in float32."""
+    while True:
+        small = (coefficients != 0.0) & (coefficients.abs() < TINY)
+        if not bool(small.any()):
+            break
+        yield torch.where(small, STEP, 1.0)
+        coefficients = torch.where(small, coefficients / STEP, coefficients)
+    yield coefficients
 
 
 def _scale_on_device(tensors: Sequence[Tensor], coefficients: Tensor) -> None:
@@ -148,6 +168,13 @@ def _scale_units_on_host(tensor: Tensor, coefficients: Tensor, unit_dims: tuple[
     chosen = (coefficients != 1.0).nonzero().flatten()
     if len(chosen) == 0 or tensor.numel() == 0:
         return
+    # Written so that a NaN, which hides what is smaller, is looked at too.
+    if tensor.dtype not in EXACT and not coefficients.min().item() >= TINY:
+        first, *rest = _steps(coefficients)
+        for step in rest:
+            tensor.mul_(_shaped(first, tensor, unit_dims))
+            first = step
+        coefficients = first
     if unit_dims != (0,) or 2 * len(chosen) > len(coefficients):
         tensor.mul_(_shaped(coefficients, tensor, unit_dims))
         return
@@ -159,8 +186,7 @@ def _scale_units_on_host(tensor: Tensor, coefficients: Tensor, unit_dims: tuple[
 
 def _shaped(coefficients: Tensor, tensor: Tensor, unit_dims: Sequence[int]) -> Tensor:
     """In the dtype to multiply in, and broadcast against ``tensor``."""
-    exact = tensor.dtype in (torch.float64, torch.complex128)
-    factors = coefficients.to(torch.float64 if exact else torch.float32)
+    factors = coefficients.to(torch.float64 if tensor.dtype in EXACT else torch.float32)
     shape = [extent if dim in unit_dims else 1 for dim, extent in enumerate(tensor.shape)]
     return factors.view(shape)
 

@@ -204,6 +204,15 @@ def measure_rows(
 
 
 @triton.jit
+def _steps(coefficient, WIDE: tl.constexpr):
+    """Two factors of a float64 coefficient, so that the second is a normal number of float32."""
+    small = tl.abs(coefficient) < 1.1754943508222875e-38
+    step = tl.where(small, 1.1754943508222875e-38, 1.0)
+    factor = coefficient * tl.where(small, 8.507059173023462e37, 1.0)
+    return step.to(WIDE), factor.to(WIDE)
+
+
+@triton.jit
 def scale(
     pointers,
     numels,
@@ -225,7 +234,7 @@ def scale(
     owner = tl.load(owners + program)
     coefficient = tl.load(coefficients + tl.load(outputs + owner) * stride)
     if coefficient != 1.0:
-        factor = coefficient.to(WIDE)
+        step, factor = _steps(coefficient, WIDE)
         address = tl.load(pointers + owner)
         aligned = (address // 16) * 16
         head = (address - aligned) // SIZE
@@ -240,7 +249,7 @@ def scale(
                 if DROP:
                     tl.store(here, tl.zeros([BLOCK], DTYPE))
                 else:
-                    tl.store(here, (tl.load(here).to(WIDE) * factor).to(DTYPE))
+                    tl.store(here, (tl.load(here).to(WIDE) * step * factor).to(DTYPE))
         else:
             at = 0
             while at < left:
@@ -250,7 +259,7 @@ def scale(
                     tl.store(base + index, tl.zeros([BLOCK], DTYPE), mask=inside)
                 else:
                     x = tl.load(base + index, mask=inside, other=0.0)
-                    tl.store(base + index, (x.to(WIDE) * factor).to(DTYPE), mask=inside)
+                    tl.store(base + index, (x.to(WIDE) * step * factor).to(DTYPE), mask=inside)
 
                 at += BLOCK
 
@@ -279,6 +288,7 @@ def scale_rows(
     factors = tl.load(coefficients + tl.load(outputs + owner) + row, mask=inside, other=1.0)
     changed = factors != 1.0
     if tl.max(changed.to(tl.int32), axis=0) > 0:
+        step, factor = _steps(factors, WIDE)
         width = (tl.load(widths + owner) // VECTOR) * VECTOR
         address = tl.load(pointers + owner)
         first = address.to(tl.pointer_type(DTYPE))
@@ -291,5 +301,5 @@ def scale_rows(
             here = base + at + lanes
             mask = changed[:, None] & (at + lanes < width)
             x = tl.load(here, mask=mask, other=0.0).to(WIDE)
-            tl.store(here, (x * factors.to(WIDE)[:, None]).to(DTYPE), mask=mask)
+            tl.store(here, (x * step[:, None] * factor[:, None]).to(DTYPE), mask=mask)
             at += COLUMNS

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from distclip.policies._norm_threshold import NormThreshold, norm_coefficient
+from distclip.policies._norm_threshold import NormThreshold, joint_coefficient, norm_coefficient
 from distclip.policies._protocol import Action, Scale, State, Statistics
 
 
@@ -28,8 +28,13 @@ class GlobalNorm(NormThreshold):
     name: ClassVar[str] = "global_norm"
 
     def update(self, statistics: Statistics, state: State) -> tuple[Sequence[Action], State]:
-        total = statistics.total_norm(self.norm_type)
-        return (Scale(norm_coefficient(total, self.max_norm), self.max_norm),), state
+        if statistics.in_range:
+            total = statistics.total_norm(self.norm_type)
+            coefficient = norm_coefficient(total, self.max_norm)
+        else:
+            norms = statistics.gradient_norms(self.norm_type)
+            coefficient = joint_coefficient(norms, self.norm_type, self.max_norm)
+        return (Scale(coefficient, self.max_norm),), state
 
 
 global_norm = GlobalNorm

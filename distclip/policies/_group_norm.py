@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 
 from distclip.errors import ConfigurationError
-from distclip.policies._norm_threshold import NormThreshold, norm_coefficient
+from distclip.policies._norm_threshold import NormThreshold, joint_coefficient
 from distclip.policies._protocol import (
     Action,
     Needs,
     Scale,
     State,
     Statistics,
-    combine_norms,
 )
 
 
@@ -56,8 +55,7 @@ class GroupNorm(NormThreshold):
         coefficients = torch.ones_like(norms)
         for indices in members.values():
             where = _placed(tuple(indices), norms.device)
-            total = combine_norms(norms[where], self.norm_type)
-            coefficients[where] = norm_coefficient(total, self.max_norm)
+            coefficients[where] = joint_coefficient(norms[where], self.norm_type, self.max_norm)
         return (Scale(coefficients, self.max_norm),), state
 
 

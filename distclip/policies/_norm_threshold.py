@@ -8,11 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from distclip.kernels.powers import scaled_norm
 from distclip.policies import _checks
 from distclip.policies._protocol import Needs, ScalingPolicy
 
 TORCH_EPS = 1e-6
 """Added to the norm before dividing, as ``torch.nn.utils.clip_grad_norm_`` does."""
+
+
+SMALLEST = torch.finfo(torch.float64).tiny
 
 
 def norm_coefficient(norms: Tensor, max_norm: float) -> Tensor:
@@ -23,6 +27,25 @@ def norm_coefficient(norms: Tensor, max_norm: float) -> Tensor:
     if math.isinf(max_norm):
         return torch.ones_like(norms)
     return (norms + TORCH_EPS).reciprocal_().mul_(max_norm).clamp_(max=1.0)
+
+
+def joint_coefficient(norms: Tensor, norm_type: float, max_norm: float) -> Tensor:
+    """:func:`norm_coefficient` of the joint p-norm, also where float64 cannot hold that norm.
+
+    Args:
+        norms: float64 ``(parameters,)``, not empty.
+        norm_type: p > 0 or inf.
+        max_norm: the threshold.
+
+    Returns:
+        0-dim float64.
+    """
+    if math.isinf(max_norm):
+        return norms.new_ones(())
+    relative, scale = scaled_norm(norms, norm_type)
+    relative = relative.clamp(min=SMALLEST)  # 0 for gradients of 0
+    whole = TORCH_EPS / relative + (1.0 if scale is None else scale)
+    return whole.reciprocal_().mul_(max_norm).div_(relative).clamp_(max=1.0)
 
 
 def coefficient_to(norms: Tensor, limits: Tensor) -> Tensor:

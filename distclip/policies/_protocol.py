@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from distclip.errors import ConfigurationError
+from distclip.kernels.powers import p_norm
 
 State: TypeAlias = dict[str, Tensor]
 """A policy's memory: tensors of fixed size, independent of the number of ranks."""
@@ -72,13 +73,10 @@ class Needs:
         return cls(frozenset(map(float, gradients)), frozenset(map(float, weights)))
 
 
-SMALLEST = torch.finfo(torch.float64).tiny
-
-
 def combine_norms(norms: Tensor, norm_type: float, *, in_range: bool = False) -> Tensor:
     """The p-norm of a whole from the p-norms of its disjoint parts.
 
-    Scaled by the largest part, so nothing overflows or underflows on the way.
+    Nothing overflows or underflows on the way.
 
     Args:
         norms: float64, shape ``(parts,)``.
@@ -95,11 +93,7 @@ def combine_norms(norms: Tensor, norm_type: float, *, in_range: bool = False) ->
     if in_range:
         whole: Tensor = torch.linalg.vector_norm(norms, norm_type)
         return whole
-    largest = norms.max()
-    # 1 instead of NaN and inf, which then speak for themselves; and never a division by 0.
-    unit = torch.nan_to_num(largest, nan=1.0, posinf=1.0).clamp_(min=SMALLEST)
-    total: Tensor = torch.linalg.vector_norm(norms / unit, norm_type) * unit
-    return total
+    return p_norm(norms, norm_type)
 
 
 @dataclass(frozen=True, slots=True)

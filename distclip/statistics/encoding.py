@@ -1,9 +1,10 @@
 """Norms as numbers that a sum (or a max) over ranks combines.
 
-A p-norm travels as its p-th power. Where those could leave float64 (float64 gradients, large p)
-each norm is spread over a few slots by magnitude, so that the plain sum of an all-reduce neither
-overflows nor underflows: slot b holds powers in units of ``2 ** (b * 896)``. No rank has to know
-the others' magnitudes first, hence still one collective.
+A p-norm travels as its p-th power. Where those could leave float64 (float64 gradients and p > 1,
+large p) each norm is spread over a few slots by magnitude, so that the plain sum of an all-reduce
+neither overflows nor underflows: slot b holds powers in units of ``2 ** (b * 896)``. No rank has to
+know the others' magnitudes first, hence still one collective. Orders for which that would take too
+many slots, or for which powers are no longer precise, travel relative to the largest (``packing``).
 """
 
 from __future__ import annotations
@@ -14,13 +15,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from distclip.kernels.powers import LEAST, p_norm
+
 SLOT_BITS = 896
 """Exponents per slot: leaves 2 ** 127 of room for the sum itself."""
+MOST = 64.0
+"""The largest order whose powers travel: 152 slots for each norm."""
+
+
+def is_far(norm_type: float) -> bool:
+    """Whether powers of this finite order cannot travel by themselves."""
+    return norm_type > MOST or norm_type < LEAST
 
 
 @dataclass(frozen=True, slots=True)
 class Encoding:
-    """How norms of one order travel: ``slots`` float64 numbers each, from exponent ``lowest``."""
+    """How norms of one order travel: ``slots`` float64 numbers each, from exponent ``lowest``.
+
+    ``wide``: in slots; the order is then above 1.
+    """
 
     norm_type: float
     wide: bool
@@ -60,10 +73,7 @@ class Encoding:
         # In two factors: the exponent of a slot can exceed float64's where its content is 0.
         half = torch.exp2(slot * (SLOT_BITS / self.norm_type / 2))
         parts = torch.where(root > 0, root * half * half, root)
-        largest = parts.amax(dim=1, keepdim=True)
-        unit = torch.where((largest > 0) & torch.isfinite(largest), largest, 1.0)
-        norm: Tensor = torch.linalg.vector_norm(parts / unit, self.norm_type, dim=1)
-        return norm * unit.squeeze(1)
+        return p_norm(parts, self.norm_type, 1)
 
 
 def to_ordered_bits(values: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Norms in float64, chunk by chunk: for any dtype, order and device, where nothing faster will do.
 
-Scaled by the largest element where float64 itself could overflow or underflow. Nothing here reads a
-value of an accelerator tensor on the host.
+Scaled by the largest element where the powers could leave float64. Nothing here reads a value of an
+accelerator tensor on the host.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from distclip.kernels.powers import LEAST, p_norm, scale_of
 from distclip.statistics.neighbours import CHUNK
 
 FAST_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
@@ -20,9 +21,11 @@ FAST_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
 
 def is_wide(dtype: torch.dtype, norm_type: float) -> bool:
-    """Whether p-th powers of ``dtype`` values can leave the range of float64."""
+    """Whether p-th powers of ``dtype`` values, or of these over a loss scale, can leave float64."""
     return math.isfinite(norm_type) and (
-        norm_type > 6.0 or dtype in (torch.float64, torch.complex128)
+        norm_type > 4.0
+        or norm_type < LEAST
+        or (norm_type > 1.0 and dtype in (torch.float64, torch.complex128))
     )
 
 
@@ -31,7 +34,7 @@ def largest_magnitude(tensor: Tensor) -> Tensor:
     if tensor.numel() == 0:
         return torch.zeros((), dtype=torch.float64, device=tensor.device)
     if tensor.is_complex():
-        return torch.stack([c.abs().amax() for c in chunks_of(tensor)]).amax().double()
+        return torch.stack([_magnitudes(c).amax() for c in chunks_of(tensor)]).amax()
     return torch.maximum(tensor.amax(), -tensor.amin()).double()
 
 
@@ -40,7 +43,10 @@ def exact_norm(tensor: Tensor, norm_type: float, bound: float | None) -> Tensor:
     if norm_type == math.inf:
         largest = largest_magnitude(tensor)
         return largest if bound is None else torch.clamp(largest, max=bound)
-    scale = _scale(largest_magnitude(tensor), tensor, norm_type)
+    scale = None
+    if is_wide(tensor.dtype, norm_type):
+        largest = largest_magnitude(tensor)
+        scale = scale_of(largest if bound is None else torch.clamp(largest, max=bound))
     parts = []
     for chunk in chunks_of(tensor):
         values = prepared(chunk, bound, torch.float64)
@@ -56,33 +62,24 @@ def exact_norm(tensor: Tensor, norm_type: float, bound: float | None) -> Tensor:
 def exact_row_norms(rows: Tensor, norm_type: float, bound: float | None) -> Tensor:
     """p-norm of each row of a 2-D tensor, all at once. float64 on its device."""
     if norm_type == math.inf:
-        if rows.is_complex():
-            return rows.abs().amax(dim=1).double()
-        largest = rows.abs().amax(dim=1).double()
+        largest = (_magnitudes(rows) if rows.is_complex() else rows.abs()).amax(dim=1).double()
         return largest if bound is None else torch.clamp(largest, max=bound)
     if rows.numel() > 2 * CHUNK and rows.shape[0] == 1:
         return exact_norm(rows, norm_type, bound).reshape(1)
     values = prepared(rows, bound, torch.float64)
     if not is_wide(rows.dtype, norm_type):
         return cast(Tensor, torch.linalg.vector_norm(values, norm_type, dim=1))
-    largest = values.abs().amax(dim=1, keepdim=True)
-    scale = torch.where((largest > 0) & torch.isfinite(largest), largest, 1.0)
-    norms = torch.linalg.vector_norm(values / scale, norm_type, dim=1) * scale.squeeze(1)
-    return cast(Tensor, norms)
+    return p_norm(values, norm_type, 1)
 
 
-def _scale(largest: Tensor, tensor: Tensor, norm_type: float) -> Tensor | None:
-    """What to divide by so that p-th powers stay in range; None where they do anyway."""
-    if not is_wide(tensor.dtype, norm_type):
-        return None
-    return torch.where((largest > 0) & torch.isfinite(largest), largest, 1.0)
+def _magnitudes(numbers: Tensor) -> Tensor:
+    """Absolute values of complex numbers, float64: those of complex64 may be too large for it."""
+    return numbers.to(torch.complex128).abs()
 
 
 def prepared(chunk: Tensor, bound: float | None, dtype: torch.dtype) -> Tensor:
     """The chunk in the dtype to measure in, clamped if asked; complex as absolute values."""
-    if chunk.is_complex():
-        chunk = chunk.abs()
-    chunk = chunk.to(dtype)
+    chunk = (_magnitudes(chunk) if chunk.is_complex() else chunk).to(dtype)
     return chunk if bound is None else chunk.clamp(-bound, bound)
 
 

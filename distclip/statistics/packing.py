@@ -2,7 +2,8 @@
 
 Everything that is summed (p-th powers of norms, units cut by a shard border, flags) lies in one
 float64 vector. Maxima (p = inf) need a reduction of another kind and travel in a second vector,
-alone where nothing else is asked for.
+alone where nothing else is asked for. Norms of extreme orders (above 64) take both: the maximum
+first, then powers relative to it.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from distclip.kernels.powers import p_norm, scale_of
 from distclip.layouts.plan import Plan
 from distclip.statistics import collectives
 from distclip.statistics.alignment import MISPLACED
-from distclip.statistics.encoding import Encoding
+from distclip.statistics.encoding import Encoding, is_far
 from distclip.statistics.exact import is_wide
 from distclip.statistics.measurement import LocalMeasurement
 from distclip.statistics.request import Request
@@ -85,6 +87,7 @@ class Packet:
         self._wide = wide
         self._sums: dict[object, tuple[Tensor, Encoding | None]] = {}
         self._maxima: dict[object, Tensor] = {}
+        self._far: dict[object, _Far] = {}
 
     def add_sum(self, key: object, summands: Tensor) -> None:
         """Float64 numbers that are summed as they are."""
@@ -112,6 +115,10 @@ class Packet:
                 norms = norms.new_zeros(size).scatter_reduce_(0, rows, norms, "amax")
             self._maxima[key] = norms
             return
+        if is_far(order):
+            self._far[key] = far = _Far(norms, order, rows, shares, size)
+            self._maxima["largest", key] = far.largest()
+            return
         encoding = Encoding(order, self._wide[order])
         summands = encoding.encode(norms)
         if shares is not None:
@@ -124,7 +131,9 @@ class Packet:
 
     def exchange(self) -> dict[object, Tensor]:
         """Reduce over the group; every tensor under its key, norms as norms again."""
-        result: dict[object, Tensor] = {}
+        result = self._exchange_maxima()
+        for key, far in self._far.items():
+            self._sums[key] = (far.relative_to(result["largest", key]), None)
         summed = _joined([summands for summands, _ in self._sums.values()])
         if summed is not None and self._group is not None:
             collectives.all_reduce_sum(summed, self._group)
@@ -133,12 +142,52 @@ class Packet:
         ):
             shaped = part if summands.dim() == 1 else part.view(summands.shape)
             result[key] = shaped if encoding is None else encoding.decode(shaped)
+        for key, far in self._far.items():
+            result[key] = far.norms_of(result[key], result["largest", key])
+        return result
+
+    def _exchange_maxima(self) -> dict[object, Tensor]:
         largest = _joined(list(self._maxima.values()))
         if largest is not None and self._group is not None:
             largest = collectives.all_reduce_max(largest, self._group)
         parts = _parted(largest, list(self._maxima.values()))
-        result.update(zip(self._maxima, parts, strict=True))
-        return result
+        return dict(zip(self._maxima, parts, strict=True))
+
+
+@dataclass(frozen=True)
+class _Far:
+    """Norms whose powers are summed relative to the largest of all ranks, once that is known.
+
+    As given to :meth:`Packet.add_norms`.
+    """
+
+    norms: Tensor
+    order: float
+    rows: Tensor | None
+    shares: Tensor | None
+    size: int
+
+    def largest(self) -> Tensor:
+        """``(size,)``, the largest on this rank."""
+        return self._per_row("amax", self.norms)
+
+    def relative_to(self, largest: Tensor) -> Tensor:
+        """``(size,)`` sums of powers in units of the largest of all ranks."""
+        scale = scale_of(largest)
+        powers = self.norms / (scale if self.rows is None else scale[self.rows])
+        powers = powers.pow(self.order)
+        if self.shares is not None:
+            powers = torch.where(self.shares > 0, powers * self.shares, 0.0)
+        return self._per_row("sum", powers)
+
+    def norms_of(self, sums: Tensor, largest: Tensor) -> Tensor:
+        """The norms, from the powers' sums over all ranks."""
+        return sums.pow(1.0 / self.order) * scale_of(largest)
+
+    def _per_row(self, how: str, values: Tensor) -> Tensor:
+        if self.rows is None:
+            return values
+        return values.new_zeros(self.size).scatter_reduce_(0, self.rows, values, how)
 
 
 def _joined(tensors: list[Tensor]) -> Tensor | None:
@@ -256,9 +305,6 @@ def _scattered(
         if piece.index not in filled:
             filled.add(piece.index)
             scattered[where] = norms
-        elif math.isinf(order):
-            scattered[where] = torch.maximum(scattered[where], norms)
         else:
-            both = torch.stack([scattered[where], norms])
-            scattered[where] = torch.linalg.vector_norm(both, order, dim=0)
+            scattered[where] = p_norm(torch.stack([scattered[where], norms]), order, 0)
     return scattered

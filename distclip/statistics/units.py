@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from distclip.kernels.powers import needs_scaling, scale_of
 from distclip.kernels.transfer import to_device
 from distclip.layouts.piece import Piece
 from distclip.layouts.plan import Plan
@@ -162,10 +163,12 @@ def combine_segments(norms: Tensor, lengths: Sequence[int] | Tensor, order: floa
     largest = torch.segment_reduce(norms, "max", lengths=counts, unsafe=True, initial=0.0)
     if math.isinf(order):
         return largest
-    unit = torch.where((largest > 0) & torch.isfinite(largest), largest, 1.0)
-    powers = unit.repeat_interleave(counts, output_size=len(norms))
+    if not needs_scaling(order):
+        return sum_segments(norms.pow(order), counts).pow(1.0 / order)
+    scale = scale_of(largest)
+    powers = scale.repeat_interleave(counts, output_size=len(norms))
     torch.div(norms, powers, out=powers).pow_(order)
-    return sum_segments(powers, counts).pow(1.0 / order) * unit
+    return sum_segments(powers, counts).pow(1.0 / order) * scale
 
 
 def sum_segments(values: Tensor, lengths: Tensor) -> Tensor:
