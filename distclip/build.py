@@ -36,15 +36,10 @@ def from_config(
     checked = config if isinstance(config, Config) else load(config)
     return GradClipper(
         target,
-        checked.policy,
         optimizer=optimizer,
-        on_nonfinite=checked.on_nonfinite,
         process_group=process_group,
         sinks=sinks_of(checked),
-        norms=checked.norms,
-        verify_replicas=checked.verify_replicas,
-        fold=checked.fold,
-        overlap=checked.overlap,
+        **checked.arguments(),
     )
 
 

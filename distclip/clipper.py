@@ -6,7 +6,7 @@ import logging
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, TypeAlias, get_args
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from distclip.layouts.detect import describe, refuse_stepped_in_backward
 from distclip.layouts.names import Named, Target
 from distclip.layouts.piece import Described, Entry
 from distclip.ledger import Apply, Program, States
+from distclip.options import NAMES, Fixed, OnNonfinite, Options, VerifyReplicas
 from distclip.passes import compile_passes, report_order
 from distclip.policies import ParameterInfo, Policy
 from distclip.policies._compose import reads_loss, stages, unmatched
@@ -34,8 +35,6 @@ from distclip.statistics import collectives
 from distclip.statistics.overlap import Overlap
 from distclip.walk import Fold, walk
 
-OnNonfinite: TypeAlias = Literal["error", "skip", "zero", "pass"]
-VerifyReplicas: TypeAlias = Literal["first", "never"] | int
 Sink: TypeAlias = Callable[[int, ClipReport], None]
 
 _logger = logging.getLogger("distclip")
@@ -105,6 +104,13 @@ class GradClipper:
         ProcessGroupError: a closed group, or one without this rank.
     """
 
+    policy = Fixed(lambda options: options.policy)
+    on_nonfinite = Fixed(lambda options: options.on_nonfinite)
+    norms = Fixed(lambda options: options.norms)
+    verify_replicas = Fixed(lambda options: options.verify_replicas)
+    fold = Fixed(lambda options: options.fold)
+    overlap = Fixed(lambda options: options.overlap)
+
     def __init__(
         self,
         target: Target,
@@ -119,15 +125,18 @@ class GradClipper:
         fold: bool = True,
         overlap: bool = False,
     ) -> None:
-        self.policy = policy
-        self.on_nonfinite = on_nonfinite
-        self.verify_replicas = verify_replicas
-        self.fold = fold
-        self.overlap = overlap
+        given = {
+            "policy": policy,
+            "on_nonfinite": on_nonfinite,
+            "norms": norms,
+            "verify_replicas": verify_replicas,
+            "fold": fold,
+            "overlap": overlap,
+        }
+        self._options: Options
         self._replicas: ReplicaCheck | None = None
         self._walks = 0
         self.sinks = tuple(sinks)
-        self._norms = norms
         self._named: Named = []
         self._here: dict[str, Tensor] = {}
         self._optimizers: list[tuple[weakref.ref[Optimizer], int]] = []
@@ -135,7 +144,7 @@ class GradClipper:
         self._parts = False
         self._reads_loss = False
         self._warned_of_no_loss = False
-        self._plan = self._compare_notes(target, process_group)
+        self._plan = self._compare_notes(target, given, process_group)
         self._watched = naming.Watched(target)
         self._known = {id(parameter) for _, parameter in self._named}
         self._scope = Scope([parameter for _, parameter in self._named])
@@ -528,10 +537,13 @@ class GradClipper:
             )
         self._warned_of_no_loss = True
 
-    def _compare_notes(self, target: Target, process_group: ProcessGroup | None) -> plans.Plan:
+    def _compare_notes(
+        self, target: Target, given: Mapping[str, Any], process_group: ProcessGroup | None
+    ) -> plans.Plan:
         """The one conversation between the ranks: do all of them mean the same model and policy?"""
         group = collectives.default_group(process_group)
         try:
+            self._options = Options(**given)
             described = self._describe(target)
         except Exception as error:
             if group is not None:  # the others are waiting to hear from this rank
@@ -560,25 +572,7 @@ class GradClipper:
         return plan
 
     def _describe(self, target: Target) -> list[Described]:
-        """Check what this rank was given, and read off its parameters."""
-        if not isinstance(self.policy, Policy):
-            raise ConfigurationError(
-                f"policy must be a policy such as policies.global_norm(1.0), got {self.policy!r}"
-            )
-        if self.on_nonfinite not in get_args(OnNonfinite):
-            raise ConfigurationError(
-                f"on_nonfinite must be one of {', '.join(map(repr, get_args(OnNonfinite)))}, got "
-                f"{self.on_nonfinite!r}"
-            )
-        every = self.verify_replicas
-        if every not in ("first", "never") and (type(every) is not int or every < 1):
-            raise ConfigurationError(
-                f"verify_replicas must be 'first', 'never' or a number of steps >= 1, got {every!r}"
-            )
-        if not isinstance(self.fold, bool):
-            raise ConfigurationError(f"fold must be True or False, got {self.fold!r}")
-        if not isinstance(self.overlap, bool):
-            raise ConfigurationError(f"overlap must be True or False, got {self.overlap!r}")
+        """Read off this rank's parameters."""
         self._reads_loss = reads_loss(self.policy)
         named = naming.named_parameters(target)
         naming.refuse_meta(named)
@@ -589,14 +583,7 @@ class GradClipper:
     def _notes(self, table: tuple[Entry, ...]) -> handshake.Notes:
         return handshake.Notes(
             versions=(("torch", torch.__version__),),
-            options=(
-                ("policy", repr(self.policy)),
-                ("on_nonfinite", repr(self.on_nonfinite)),
-                ("norms", repr(self._norms)),
-                ("verify_replicas", repr(self.verify_replicas)),
-                ("fold", repr(self.fold)),
-                ("overlap", repr(self.overlap)),
-            ),
+            options=tuple((name, repr(getattr(self._options, name))) for name in NAMES),
             table=table,
             frozen=tuple(name for name, parameter in self._named if not parameter.requires_grad),
             device=self._named[0][1].device.type if self._named else "",
@@ -625,7 +612,7 @@ class GradClipper:
             self.policy,
             parameters,
             self._plan.entries,
-            norms=self._norms,
+            norms=self.norms,
             watch_nonfinite=self.on_nonfinite != "pass",
         )
         for stage in stages(self.policy, parameters):

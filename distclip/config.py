@@ -35,10 +35,8 @@ from distclip import _config_schema, policies
 from distclip._config_files import read
 from distclip._config_policies import build
 from distclip._config_problems import Problems, shown
+from distclip.options import NAMES, OnNonfinite, Options
 from distclip.policies import Policy
-
-OnNonfinite = Literal["error", "skip", "zero", "pass"]
-VerifyReplicas = Literal["first", "never"] | int
 
 HYPERPARAMETER = "gradient_clip_norm"
 """The key of a hyperparameter file that is read as ``global_norm``."""
@@ -62,22 +60,13 @@ class LogConfig(BaseModel):
 
 
 @dataclass(frozen=True)
-class Config:
-    """A checked configuration; ``policy`` is built and ready for ``GradClipper``.
+class Config(Options):
+    """A checked configuration: the options of a ``GradClipper``, and where its reports go.
 
-    ``on_nonfinite`` is what becomes of NaN and inf gradients, ``log`` where reports are written
-    (None: nowhere), and ``norms=False`` allows not to measure what only a report would show.
-    ``verify_replicas`` says when replicas are compared, ``fold=False`` forbids to leave the
-    multiplying to a fused optimizer, and ``overlap=True`` measures during backward under FSDP2.
+    ``policy`` is built and ready; ``log`` says where reports are written (None: nowhere).
     """
 
-    policy: Policy
-    on_nonfinite: OnNonfinite = "error"
     log: LogConfig | None = None
-    norms: bool = True
-    verify_replicas: VerifyReplicas = "first"
-    fold: bool = True
-    overlap: bool = False
 
 
 class _Document(BaseModel):
@@ -158,7 +147,7 @@ def digest(config: Config) -> str:
 
     ``log`` does not count: it changes no gradient, and paths may differ between machines.
     """
-    text = repr((config.policy, config.on_nonfinite, config.norms))
+    text = repr(config.arguments())
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -173,15 +162,8 @@ def _checked(raw: Mapping[Any, Any], source: str) -> Config:
     problems.raise_if_any(source)
     assert document is not None  # None comes with a problem only
     assert policy is not None
-    return Config(
-        policy,
-        document.on_nonfinite,
-        document.log,
-        document.norms,
-        document.verify_replicas,
-        document.fold,
-        document.overlap,
-    )
+    given = {name: getattr(document, name) for name in NAMES} | {"policy": policy}
+    return Config(**given, log=document.log)
 
 
 def _import(modules: object, problems: Problems) -> None:

@@ -40,11 +40,9 @@ def check(
     loaded = found
     typer.echo(f"{file} is valid, digest {config.digest(loaded)}")
     typer.echo("\n".join(["policy:", *_lines(loaded.policy, "  ")]))
-    typer.echo(f"on_nonfinite: {loaded.on_nonfinite}")
-    typer.echo(f"norms: {'true' if loaded.norms else 'false'}")
-    typer.echo(f"verify_replicas: {loaded.verify_replicas}")
-    typer.echo(f"fold: {'true' if loaded.fold else 'false'}")
-    typer.echo(f"overlap: {'true' if loaded.overlap else 'false'}")
+    for name, value in loaded.arguments().items():
+        if name != "policy":
+            typer.echo(f"{name}: {str(value).lower() if isinstance(value, bool) else value}")
     if loaded.log is not None:
         log = ", ".join(f"{key}: {value}" for key, value in loaded.log.model_dump().items())
         typer.echo(f"log: {log}")

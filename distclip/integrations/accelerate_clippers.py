@@ -21,6 +21,16 @@ from distclip.policies._compose import reads_loss
 _logger = logging.getLogger("distclip.accelerate")
 
 
+MEASURING = {
+    "policy": policies.measure(),
+    "on_nonfinite": "pass",
+    "norms": True,
+    "verify_replicas": "never",
+    "overlap": False,
+}
+"""Options of a clipper that only measures."""
+
+
 class Clippers:
     """Made when first asked for, since parameters are known late: FSDP2 replaces them.
 
@@ -63,7 +73,7 @@ class Clippers:
         known = self._measurers if measuring else self.known
         key = frozenset(map(id, parameters))
         if key not in known:
-            policy = policies.measure() if measuring else self._config.policy
+            policy = self._config.policy
             if not measuring and self.known and self.reads_loss:
                 raise ConfigurationError(
                     f"{policy!r} reads the loss, and this script clips several sets of parameters "
@@ -72,16 +82,12 @@ class Clippers:
                     f"Leave `loss` off, or build a GradClipper for each set and give it its own "
                     f"by clipper.observe(loss)"
                 )
+            asked = self._config.arguments(**(MEASURING if measuring else {}))
             known[key] = GradClipper(
                 self._prepared.named(parameters),
-                policy,
                 optimizer=self._prepared.groups(parameters),
-                on_nonfinite="pass" if measuring else self._config.on_nonfinite,
                 sinks=() if measuring else self.next_sinks(),
-                norms=True if measuring else self._config.norms,
-                verify_replicas="never" if measuring else self._config.verify_replicas,
-                fold=self._config.fold,
-                overlap=self._config.overlap and not measuring,
+                **asked,
             )
             if not measuring:
                 self._begin(known[key])

@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 
 from distclip.application.stepping import StepHandle
 from distclip.build import sinks_of
-from distclip.clipper import GradClipper, OnNonfinite
+from distclip.clipper import GradClipper
 from distclip.config import Config
 from distclip.errors import ConfigurationError, StateError
 from distclip.integrations import accelerate_cpu, deepspeed_engines, hooks
@@ -38,6 +38,7 @@ from distclip.integrations.deepspeed_json import (
 )
 from distclip.layouts import zero
 from distclip.ledger import Apply
+from distclip.options import OnNonfinite
 from distclip.report import ClipReport
 
 _logger = logging.getLogger("distclip.deepspeed")
@@ -161,12 +162,11 @@ class Attachment:
         try:
             self.clipper = GradClipper(
                 deepspeed_engines.named(engine, [parameter for parameter, _ in self._extents]),
-                config.policy,
                 optimizer=deepspeed_engines.groups(outer),
-                on_nonfinite=config.on_nonfinite,
                 sinks=sinks_of(config),
-                verify_replicas=config.verify_replicas,
-            )  # whatever `norms` allows: DeepSpeed shows the norm, and judges overflows by it
+                # DeepSpeed shows the norm, and judges overflows by it; the rest has no effect here.
+                **config.arguments(norms=True, overlap=False),
+            )
         except Exception:
             self._unmark()
             raise

@@ -8,7 +8,8 @@ from typing import Any
 from torch.distributed import ProcessGroup
 
 from distclip import policies
-from distclip.clipper import GradClipper, OnNonfinite
+from distclip.clipper import GradClipper
+from distclip.options import OnNonfinite
 from distclip.report import ClipReport
 
 

@@ -8,11 +8,11 @@ from typing import Any
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from distclip.clipper import OnNonfinite
 from distclip.layouts.names import Target
 from distclip.optim.laprop import LaProp
 from distclip.optim.options import DecayMask
 from distclip.optim.schedule import Schedule
+from distclip.options import OnNonfinite
 
 
 def dreamer_v3(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +14,6 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from distclip.clipper import OnNonfinite
 from distclip.errors import ConfigurationError, StateError
 from distclip.layouts import dtensor, plain
 from distclip.layouts.names import Target
@@ -22,6 +21,7 @@ from distclip.optim import options as opts
 from distclip.optim.clipping import Clipping
 from distclip.optim.schedule import Schedule, learning_rate
 from distclip.optim.update import Four, update_, update_captured_
+from distclip.options import OnNonfinite, check_on_nonfinite
 from distclip.report import ClipReport
 
 FIRST, SECOND = AVERAGES = ("exp_avg", "exp_avg_sq")
@@ -103,11 +103,7 @@ class LaProp(Optimizer):
         on_nonfinite: OnNonfinite = "pass",
         process_group: ProcessGroup | None = None,
     ) -> None:
-        if on_nonfinite not in get_args(OnNonfinite):
-            raise ConfigurationError(
-                f"on_nonfinite must be one of {', '.join(map(repr, get_args(OnNonfinite)))}, got "
-                f"{on_nonfinite!r}"
-            )
+        check_on_nonfinite(on_nonfinite)
         opts.check_mask(decay_mask)
         self._clipping = Clipping(on_nonfinite, process_group)
         self._decay_mask = decay_mask

@@ -1,0 +1,97 @@
+"""The options of a clipper: named here once, checked once, and then fixed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, NoReturn, Protocol, TypeAlias, TypeVar, cast, get_args
+
+from distclip.errors import ConfigurationError
+from distclip.policies import Policy
+
+OnNonfinite: TypeAlias = Literal["error", "skip", "zero", "pass"]
+VerifyReplicas: TypeAlias = Literal["first", "never"] | int
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a :class:`distclip.GradClipper` does, the same on every rank.
+
+    Each is described there. A new option is a field here; configurations, the comparison of the
+    ranks and the integrations take it from this class.
+
+    Raises:
+        ConfigurationError: a value that cannot be meant.
+    """
+
+    policy: Policy
+    on_nonfinite: OnNonfinite = "error"
+    norms: bool = True
+    verify_replicas: VerifyReplicas = "first"
+    fold: bool = True
+    overlap: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.policy, Policy):
+            raise ConfigurationError(
+                f"policy must be a policy such as policies.global_norm(1.0), got {self.policy!r}"
+            )
+        check_on_nonfinite(self.on_nonfinite)
+        every = self.verify_replicas
+        if every not in ("first", "never") and (type(every) is not int or every < 1):
+            raise ConfigurationError(
+                f"verify_replicas must be 'first', 'never' or a number of steps >= 1, got {every!r}"
+            )
+        for name in ("norms", "fold", "overlap"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise ConfigurationError(f"{name} must be True or False, got {value!r}")
+
+    def arguments(self, **changes: object) -> dict[str, Any]:
+        """Keyword arguments of :class:`distclip.GradClipper`, some of them changed."""
+        return {name: getattr(self, name) for name in NAMES} | changes
+
+
+NAMES = tuple(each.name for each in dataclasses.fields(Options))
+
+
+def check_on_nonfinite(value: object) -> None:
+    """Raise a ConfigurationError unless ``value`` is a mode for NaN and inf."""
+    if value not in get_args(OnNonfinite):
+        modes = ", ".join(map(repr, get_args(OnNonfinite)))
+        raise ConfigurationError(f"on_nonfinite must be one of {modes}, got {value!r}")
+
+
+class HasOptions(Protocol):
+    """An object with options."""
+
+    _options: Options
+
+
+class Fixed(Generic[Value]):
+    """A read-only attribute that shows the option of its name.
+
+    Options are compiled into passes, compared between ranks and kept in what follows from them, so
+    one that changed later would be half obeyed.
+    """
+
+    def __init__(self, read: Callable[[Options], Value]) -> None:
+        self._read = read
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, instance: HasOptions | None, owner: type | None = None) -> Value:
+        if instance is None:
+            return cast(Value, self)  # of the class: for inspection
+        return self._read(instance._options)
+
+    def __set__(self, instance: HasOptions, value: object) -> NoReturn:
+        raise ConfigurationError(
+            f"{type(instance).__name__}.{self._name} cannot be changed after construction (passes "
+            f"are compiled for it and ranks have agreed on it): build a new "
+            f"{type(instance).__name__}(..., {self._name}={value!r})"
+        )
