@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from distclip import checkpoint, handshake
 from distclip._version import __version__
+from distclip.application.eager import eagerly
 from distclip.application.folded import FusedStep, Scope
 from distclip.application.joint import AttachHandle
 from distclip.errors import ConfigurationError, DistclipError
@@ -111,6 +112,7 @@ class GradClipper:
     fold = Fixed(lambda options: options.fold)
     overlap = Fixed(lambda options: options.overlap)
 
+    @eagerly
     def __init__(
         self,
         target: Target,
@@ -180,6 +182,7 @@ class GradClipper:
         """Names of the parameters, in the order of every per-parameter statistic."""
         return self._plan.names
 
+    @eagerly
     def clip_(self, loss: Tensor | float | None = None) -> ClipReport:
         """Measure and clip the gradients that are there now, in place. Call it on every rank.
 
@@ -200,6 +203,7 @@ class GradClipper:
             self.observe(loss)
         return self._clip(self.on_nonfinite, None)
 
+    @eagerly
     def observe(self, loss: Tensor | float) -> None:
         """Tell the loss of the step to come, for a policy that reads it; others ignore it.
 
@@ -229,6 +233,7 @@ class GradClipper:
         given = torch.stack([value, torch.ones_like(value)])
         self._loss = given if self._loss is None else self._loss + given
 
+    @eagerly
     def attach(self, optimizer: Optimizer | Sequence[Optimizer], *more: Optimizer) -> AttachHandle:
         """Clip before every ``optimizer.step()`` from now on.
 
@@ -319,6 +324,7 @@ class GradClipper:
                 f" and {len(names) - 3} more trainable parameters" if len(names) > 3 else "",
             )
 
+    @eagerly
     def clip_before_step(
         self,
         loss_scale: Tensor | None = None,
@@ -345,6 +351,7 @@ class GradClipper:
         folds = coming is not None and self.fold and not watchers and coming.suits(self._scope)
         return self._clip(mode, loss_scale, fold=coming.multiply if coming and folds else None)
 
+    @eagerly
     def decide(
         self, on_nonfinite: OnNonfinite, loss_scale: Tensor | None = None
     ) -> tuple[ClipReport, Apply]:
@@ -383,6 +390,7 @@ class GradClipper:
         """The table of parameters, and where this rank's pieces of them lie."""
         return self._plan
 
+    @eagerly
     def state_dict(self) -> dict[str, object]:
         """Plain values and tensors: the policy, its memory by parameter name, the step count.
 
@@ -392,6 +400,7 @@ class GradClipper:
         """
         return checkpoint.dump(self._owner(), self._step, self._states)
 
+    @eagerly
     def load_state_dict(self, state: dict[str, object]) -> None:
         """Load what :meth:`state_dict` gave, on every rank; any number of ranks, any sharding.
 

@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor
 
 from distclip import handshake
 from distclip.application import inplace
+from distclip.application.eager import eagerly
 from distclip.errors import (
     ConfigurationError,
     DistclipError,
@@ -55,6 +56,7 @@ DOUBLE = ("float64", "complex128")
 """Names of the dtypes whose norms are float64."""
 
 
+@eagerly
 def clip_grad_norm_(
     parameters: Parameters,
     max_norm: float,
@@ -103,6 +105,7 @@ def clip_grad_norm_(
     return total.to(_norm_dtype(plan.dtypes))
 
 
+@eagerly
 def clip_grad_value_(
     parameters: Parameters, clip_value: float, foreach: bool | None = None
 ) -> None:
@@ -124,6 +127,7 @@ def clip_grad_value_(
     _walk(_named(parameters), Value(clip_value), "pass", norms=False)
 
 
+@eagerly
 def clip_grad_agc_(
     parameters: Parameters,
     clip_factor: float = 0.01,
@@ -160,6 +164,7 @@ def clip_grad_agc_(
     return total.to(_norm_dtype(plan.dtypes))
 
 
+@eagerly
 def get_total_norm(
     tensors: Tensors,
     norm_type: float = 2.0,
@@ -198,6 +203,7 @@ def get_total_norm(
     return total.to(_norm_dtype(str(tensor.dtype).removeprefix("torch.") for tensor in listed))
 
 
+@eagerly
 def grad_norms(
     module_or_named_parameters: nn.Module | Iterable[tuple[str, Tensor]],
     norm_type: float = 2.0,

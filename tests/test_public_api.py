@@ -318,7 +318,7 @@ import json, sys
 import distclip
 from distclip import policies, testing
 policies.chain(policies.agc(), policies.global_norm(1.0))
-early = sorted({{*{FRAMEWORKS!r}, "distclip.optim"}} & set(sys.modules))
+early = sorted({{*{FRAMEWORKS!r}, "distclip.optim", "torch._dynamo"}} & set(sys.modules))
 assert distclip.optim.LaProp
 lazy = False
 try:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from distclip.application.eager import caller, eagerly
 from distclip.application.folded import FusedStep, take_back, tell
 from distclip.errors import ConfigurationError
 
@@ -66,6 +67,8 @@ class StepHandle:
         self._skipped: bool | Tensor = False
         self._step: FrameType | None = None
         """The call of ``step`` that is under way, or that raised."""
+        self._within = 0
+        """Calls of ``step`` within that one, which have not ended."""
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -89,16 +92,18 @@ class StepHandle:
         if optimizer is not None:
             self._untell(optimizer)
 
+    @eagerly
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         # Of a class whose `step` calls `super().step()`, torch runs the hooks twice.
-        caller = sys._getframe(1)
-        if self._step is not None and _is_within(caller, self._step):
+        step = caller()
+        if self._step is not None and _is_within(step, self._step):
+            self._within += 1
             return None
-        if not optimizer.state and _only_makes_state(caller):
+        if not optimizer.state and _only_makes_state(step):
             return None
-        self._step = caller
+        self._step, self._within = step, 0
         # A step that raised never reached its post-hook. What it hid is history by now.
         self._hidden.clear()
         self._settings.clear()
@@ -111,6 +116,7 @@ class StepHandle:
         return None
 
     def _clipping(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
+        @eagerly
         def evaluate() -> Any:
             self._take_back(optimizer)  # L-BFGS evaluates it several times
             loss = closure()
@@ -153,8 +159,14 @@ class StepHandle:
                     self._hidden.append((parameter, parameter.grad))
                     parameter.grad = None
 
+    @eagerly
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if sys._getframe(1) is not self._step:
+        # Compiled code may call the two hooks from different frames, this one within the other.
+        step = caller()
+        if step is not self._step and self._within:
+            self._within -= 1
+            return
+        if self._step is None or not _is_within(step, self._step):
             return
         self._step = None
         self._take_back(optimizer)
