@@ -3,6 +3,9 @@
 YAML is read by the rules of YAML 1.2, where PyYAML alone would follow 1.1: ``1e-3`` is a number
 and not a string, ``on``, ``off``, ``yes`` and ``no`` are strings and not booleans, ``010`` is ten.
 A duplicate key is an error in both formats: whichever of the two values won would be a guess.
+
+What a file can hold is bounded, so that reading one takes less than a second: its length, its
+numbers, and what its YAML aliases unfold to. A tag makes nothing but plain values.
 """
 
 from __future__ import annotations
@@ -10,13 +13,22 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
+from distclip._foreign import clean, read_text
 from distclip.errors import ConfigurationError
+
+MOST_JSON, MOST_YAML = 2**19, 2**16
+"""Bytes. PyYAML reads about 200 of them in a millisecond."""
+MOST_NODES = 20_000
+"""Keys and values of a YAML file, each counted as often as aliases repeat it."""
+MOST_LEVELS = 50
+MOST_DIGITS = 309
+"""Of an integer; that of a larger one is no float64."""
 
 _EXAMPLE = "policy: {name: global_norm, max_norm: 1.0}"
 
@@ -31,14 +43,14 @@ def read(path: str | os.PathLike[str]) -> Mapping[str, Any]:
         ConfigurationError: no such file, not text, not valid (with line and column), empty, or
             something else than a mapping at the top level.
     """
-    name = os.fspath(path)
-    text = _text(name)
+    text = _text(path)
+    name = clean(os.fspath(path))
     if not text.strip():
         raise ConfigurationError(f"{name}: the file is empty; write for instance {_EXAMPLE!r}")
     try:
         value = _parse_json(text) if _is_json(name, text) else _parse_yaml(text)
     except _SyntaxError as fault:
-        raise ConfigurationError(f"{name}: {fault}") from None
+        raise ConfigurationError(f"{name}: {clean(fault, 400)}") from None
     except RecursionError:
         raise ConfigurationError(f"{name}: nested too deeply for a configuration") from None
     if value is None:
@@ -57,17 +69,14 @@ class _SyntaxError(Exception):
     """What is wrong with the text, and where; the file name is added by the caller."""
 
 
-def _text(name: str) -> str:
+def _text(path: str | os.PathLike[str]) -> str:
     try:
-        return Path(name).read_text(encoding="utf-8-sig")
+        return read_text(path, MOST_JSON)
     except FileNotFoundError:
+        where = "" if os.path.isabs(path) else f" (looked in {clean(Path.cwd())})"
         raise ConfigurationError(
-            f"{name}: no such configuration file (looked in {Path.cwd()})"
-            if not os.path.isabs(name)
-            else f"{name}: no such configuration file"
+            f"{clean(os.fspath(path))}: no such configuration file{where}"
         ) from None
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        raise ConfigurationError(f"{name}: cannot be read as text: {error}") from None
 
 
 def _is_json(name: str, text: str) -> bool:
@@ -82,7 +91,7 @@ def _is_json(name: str, text: str) -> bool:
 
 def _parse_json(text: str) -> Any:
     try:
-        return json.loads(text, object_pairs_hook=_unique)
+        return json.loads(text, object_pairs_hook=_unique, parse_int=_integer)
     except json.JSONDecodeError as error:
         raise _SyntaxError(
             f"line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}"
@@ -98,16 +107,54 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return mapping
 
 
+def _integer(text: str, base: int = 10) -> int:
+    if len(text) > MOST_DIGITS:
+        raise _SyntaxError(f"a number of {len(text)} digits; no setting takes so large a one")
+    return int(text, base)
+
+
 # ---- YAML ------------------------------------------------------------------------------------
 
 
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader with the plain scalars of YAML 1.2, and without duplicate keys."""
 
-    # A class attribute of its own: the parent's table would be changed for every user of PyYAML.
+    # Class attributes of its own: the parent's tables would be changed for every user of PyYAML.
     yaml_implicit_resolvers: dict[str, list[Any]] = {}  # noqa: RUF012 - as the stubs have it
+    yaml_constructors: ClassVar[dict[Any, Any]] = {}
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._count = self._depth = 0
+        self._sizes: dict[yaml.Node | None, int] = {}
+        """What each finished node unfolds to."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+        aliased = isinstance(event, yaml.AliasEvent)
+        before = self._count
+        self._depth += 1
+        if self._depth > MOST_LEVELS:
+            raise RecursionError
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        if not aliased:
+            self._count += 1
+            self._sizes[node] = self._count - before
+        elif node in self._sizes:
+            self._count += self._sizes[node]
+        else:
+            raise _SyntaxError(
+                f"line {event.start_mark.line + 1}: the alias *{event.anchor} stands inside of "
+                f"what it repeats"
+            )
+        if self._count > MOST_NODES:
+            raise _SyntaxError(f"more than {MOST_NODES:,} keys and values, aliases unfolded")
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        if node.id != "mapping":  # a tag claims that it is one; PyYAML has its own words for that
+            return super().construct_mapping(node, deep)
         # Checked here and not on the finished dict, where the first of the two is already gone.
         # Merged keys (<<) may be overridden, that is their purpose, so only written ones count.
         lines: dict[Hashable, int] = {}
@@ -134,30 +181,53 @@ class _Loader(yaml.SafeLoader):
 
     def construct_integer(self, node: yaml.ScalarNode) -> int:
         text = str(self.construct_scalar(node))
-        return int(text, 0) if text.lower().startswith(("0x", "0o")) else int(text)
+        return _integer(text, 0 if text.lower().startswith(("0x", "0o")) else 10)
+
+    def construct_undefined(self, node: yaml.Node) -> Any:
+        raise _SyntaxError(
+            f"line {node.start_mark.line + 1}: the tag {node.tag!r} makes no value of a "
+            f"configuration; leave it away"
+        )
 
 
-def _resolve(tag: str, pattern: str, first: str) -> None:
-    _Loader.add_implicit_resolver(
-        f"tag:yaml.org,2002:{tag}", re.compile(rf"^(?:{pattern})$"), list(first) or [""]
-    )
+def _scalar(tag: str, pattern: str, first: str, construct: Callable[[_Loader, Any], Any]) -> None:
+    """A kind of plain scalar; one that a tag claims to be of the kind has to look like it."""
+    form = re.compile(rf"^(?:{pattern})$")
+
+    def checked(loader: _Loader, node: yaml.Node) -> Any:
+        if isinstance(node, yaml.ScalarNode) and not form.match(node.value):
+            raise _SyntaxError(f"line {node.start_mark.line + 1}: {node.value!r} is no {tag}")
+        return construct(loader, node)
+
+    name = f"tag:yaml.org,2002:{tag}"
+    _Loader.add_implicit_resolver(name, form, list(first))
+    _Loader.add_constructor(name, checked)
 
 
-_resolve("null", r"~|null|Null|NULL", "~nN")
-_resolve("null", r"", "")  # `key:` without a value
-_resolve("bool", r"true|True|TRUE|false|False|FALSE", "tTfF")
-_resolve("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789")
-_resolve(
+_scalar("null", r"~|null|Null|NULL|", "~nN", _Loader.construct_yaml_null)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile("^$"), [""])  # `key:` alone
+_scalar("bool", "true|True|TRUE|false|False|FALSE", "tTfF", _Loader.construct_yaml_bool)
+_scalar("int", "[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789", _Loader.construct_integer)
+_scalar(
     "float",
     r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
     r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
     "-+0123456789.",
+    _Loader.construct_yaml_float,
 )
-_resolve("merge", r"<<", "<")
-_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_integer)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:merge", re.compile("^<<$"), ["<"])
+_Loader.add_constructor(None, _Loader.construct_undefined)
+for _kind in ("str", "seq", "map"):
+    _Loader.add_constructor(
+        f"tag:yaml.org,2002:{_kind}", getattr(_Loader, f"construct_yaml_{_kind}")
+    )
 
 
 def _parse_yaml(text: str) -> Any:
+    if len(text) > MOST_YAML:
+        raise _SyntaxError(
+            f"longer than {MOST_YAML:,} characters, which YAML takes its time for; write it as JSON"
+        )
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:

@@ -27,7 +27,7 @@ from pydantic import (
 )
 
 from distclip import policies
-from distclip._config_problems import Path, Problems, did_you_mean, shown
+from distclip._config_problems import Path, Problems, did_you_mean, key_text, said, shown
 from distclip.errors import ConfigurationError
 from distclip.policies import Policy
 from distclip.policies._registry import registered
@@ -109,28 +109,36 @@ def arguments(policy: type[Policy]) -> dict[str, Argument]:
     return found
 
 
-def build(spec: object, path: Path, problems: Problems) -> Policy | None:
+def build(
+    spec: object, path: Path, problems: Problems, unknown: list[str] | None = None
+) -> Policy | None:
     """The policy that ``spec`` describes; None after a problem (or several) was noted.
 
-    ``spec`` is a name, a mapping with ``name`` and arguments, or a list of these: a chain.
+    Args:
+        spec: a name, a mapping with ``name`` and arguments, or a list of these: a chain.
+        path: where it stands.
+        problems: where faults are noted.
+        unknown: gets the names that no policy has, which are then no fault.
     """
     if not isinstance(spec, list):
-        return _build_one(spec, path, problems)
+        return _build_one(spec, path, problems, unknown)
     if not spec:
         problems.add(path, "an empty list; give at least one policy, or measure to change nothing")
         return None
-    parts = [_build_one(item, (*path, index), problems) for index, item in enumerate(spec)]
+    parts = [_build_one(item, (*path, i), problems, unknown) for i, item in enumerate(spec)]
     return policies.chain(*(part for part in parts if part)) if all(parts) else None
 
 
-def _build_one(spec: object, path: Path, problems: Problems) -> Policy | None:
+def _build_one(
+    spec: object, path: Path, problems: Problems, unknown: list[str] | None
+) -> Policy | None:
     if isinstance(spec, str):
         spec = {"name": spec}
     if not isinstance(spec, Mapping):
         example = "{name: global_norm, max_norm: 1.0}"
         problems.add(path, f"expected a policy such as {example}, got {shown(spec)}")
         return None
-    policy = _named(spec, path, problems)
+    policy = _named(spec, path, problems, unknown)
     if policy is None:
         return None
     given, sound = _checked(policy, spec, path, problems)
@@ -138,12 +146,14 @@ def _build_one(spec: object, path: Path, problems: Problems) -> Policy | None:
         return None
     try:
         return policy(**given)
-    except (TypeError, ValueError) as error:  # ConfigurationError is a ValueError
+    except Exception as error:  # a class of the user's own may raise anything
         _add_refusal(policy, path, error, problems)
         return None
 
 
-def _named(spec: Mapping[Any, Any], path: Path, problems: Problems) -> type[Policy] | None:
+def _named(
+    spec: Mapping[Any, Any], path: Path, problems: Problems, unknown: list[str] | None
+) -> type[Policy] | None:
     known = registered()
     if "name" not in spec:
         guess = next((key for key in spec if key in known), None)
@@ -151,8 +161,11 @@ def _named(spec: Mapping[Any, Any], path: Path, problems: Problems) -> type[Poli
         problems.add((*path, "name"), f"missing in {shown(spec)}; {mend}")
         return None
     name = spec["name"]
+    if unknown is not None and isinstance(name, str) and name not in known:
+        unknown.append(name)
+        return None
     if not isinstance(name, str) or name not in known:
-        hint = did_you_mean(str(name), known)
+        hint = "" if problems.full else did_you_mean(key_text(name), known)
         problems.add(
             (*path, "name"),
             f"no policy is called {shown(name)}{hint}{' ' if hint else '; '}"
@@ -173,7 +186,7 @@ def _checked(
         if key == "name":
             continue
         if key not in accepted:
-            problems.add_unknown((*path, str(key)), value, accepted, policy.name)
+            problems.add_unknown((*path, key_text(key)), value, accepted, policy.name)
             sound = False
             continue
         try:
@@ -190,7 +203,7 @@ def _checked(
 
 def _add_refusal(policy: type[Policy], path: Path, error: Exception, problems: Problems) -> None:
     """Note why the class itself refused, under the key of the argument where it names one."""
-    message = str(error).removeprefix(f"{policy.name}: ")
+    message = said(error).removeprefix(f"{policy.name}: ")
     argument = re.match(r"(\w+)\b(\s*)", message)
     if argument and argument[1] in arguments(policy):
         path = (*path, argument[1])

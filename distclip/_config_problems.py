@@ -11,10 +11,15 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from distclip._foreign import clean
 from distclip.errors import ConfigurationError
 
 Path = tuple[str | int, ...]
 """Keys and indices that lead to a value, from the top level of the configuration."""
+
+
+MOST = 20
+"""Faults that are told; the others are counted."""
 
 
 class Problems:
@@ -25,8 +30,8 @@ class Problems:
 
     def add(self, path: Path, message: str) -> None:
         """Note one fault."""
-        where = render(path)
-        self._lines.append(f"{where}: {message}" if where else message)
+        where = "" if self.full else render(path)
+        self._lines.append(clean(f"{where}: {message}" if where else message, 1000))
 
     def add_validation(
         self, path: Path, value: object, error: ValidationError, known: Iterable[str] = ()
@@ -54,28 +59,40 @@ class Problems:
 
     def add_unknown(self, path: Path, value: object, known: Iterable[str], whose: str) -> None:
         """Note the key at the end of ``path``, which is none of the ``known`` ones of ``whose``."""
+        if self.full:
+            self.add(path, "unknown key")
+            return
         known = list(known)
         takes = ", ".join(known) if known else "no arguments"
         hint = did_you_mean(str(path[-1]), known)
         separator = " " if hint else "; "
         self.add(path, f"unknown key (value {shown(value)}){hint}{separator}{whose} takes {takes}")
 
+    @property
+    def full(self) -> bool:
+        """Whether further faults are only counted: looking for the nearest name takes its time."""
+        return len(self._lines) >= MOST
+
     def __bool__(self) -> bool:
         return bool(self._lines)
 
     def raise_if_any(self, source: str) -> None:
         """Raise one ``ConfigurationError`` with all lines, naming the ``source``."""
-        if len(self._lines) == 1:
+        source, count = clean(source), len(self._lines)
+        if count == 1:
             raise ConfigurationError(f"{source}: {self._lines[0]}")
-        if self._lines:
-            lines = "".join(f"\n  {line}" for line in self._lines)
-            raise ConfigurationError(f"{source}: {len(self._lines)} problems{lines}")
+        if count:
+            lines = "".join(f"\n  {line}" for line in self._lines[:MOST])
+            more = f"\n  and {count - MOST:,} more" if count > MOST else ""
+            raise ConfigurationError(f"{source}: {count:,} problems{lines}{more}")
 
 
 def render(path: Path) -> str:
     """``("policy", 1, "unit_dims", "*.bias")`` as ``policy[1].unit_dims["*.bias"]``."""
     text = ""
     for part in path:
+        if isinstance(part, str):
+            part = clean(part, 80)
         if isinstance(part, int):
             text += f"[{part}]"
         elif part.isidentifier():
@@ -97,7 +114,10 @@ _short.maxstring = _short.maxother = 60
 
 def shown(value: object) -> str:
     """A ``repr`` that stays on one line, whatever the file holds."""
-    return _short.repr(value)
+    try:
+        return _short.repr(value)
+    except Exception:  # an integer of over 4,300 digits, an object whose repr fails
+        return f"<{type(value).__name__}>"
 
 
 _WORDS = {
@@ -142,3 +162,16 @@ def _nearest_literal(value: object, fault: ErrorDetails) -> str:
     if fault["type"] != "literal_error":
         return ""
     return did_you_mean(str(value), re.findall(r"'([^']*)'", fault["ctx"]["expected"]))
+
+
+def key_text(key: object) -> str:
+    """A key of any type, for a path."""
+    return key if isinstance(key, str) else shown(key)
+
+
+def said(error: BaseException) -> str:
+    """The message of an exception of others, on one line."""
+    try:
+        return clean(error, 400)
+    except Exception:
+        return "(its message cannot be shown)"

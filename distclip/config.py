@@ -13,7 +13,8 @@
     verify_replicas: first                   # compare replicas: first (default) | never | every n
     fold: true                               # false: never leave the multiplying to the optimizer
     overlap: false                           # true: under FSDP2, measure during backward
-    imports: [my_project.clipping]           # modules that register policies of one's own
+    imports: [my_project.clipping]           # modules that register policies of one's own; they
+                                             # are run once everything else has been found valid
 
 A file with the key ``gradient_clip_norm`` and none of the above, such as the
 ``hyperparams_config.json`` of a training project, means ``global_norm`` with that threshold; its
@@ -25,7 +26,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -34,7 +35,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from distclip import _config_schema, policies
 from distclip._config_files import read
 from distclip._config_policies import build
-from distclip._config_problems import Problems, shown
+from distclip._config_problems import Path, Problems, key_text, said, shown
+from distclip.errors import ConfigurationError
 from distclip.options import NAMES, OnNonfinite, Options
 from distclip.policies import Policy
 
@@ -109,18 +111,35 @@ class _Document(BaseModel):
     )
     imports: list[str] = Field(
         default_factory=list,
-        description="Modules to import before the policies are looked up: those that register "
-        "policies of one's own. Their code is run.",
+        description="Modules that register policies of one's own. Their code is run, once all that "
+        "can be checked without it has been found valid.",
     )
     schema_: str | None = Field(
         default=None, alias="$schema", description="For editors; ignored by distclip."
     )
 
 
+@dataclass(frozen=True)
+class Examined:
+    """A configuration of which everything was checked that can be without running code of others.
+
+    Attributes:
+        config: None where ``unknown`` are policies that only ``imports`` could make known.
+        imports: modules that :func:`load` would import.
+        unknown: names of these policies.
+    """
+
+    config: Config | None
+    imports: tuple[str, ...]
+    unknown: tuple[str, ...]
+
+
 def load(
     source: str | os.PathLike[str] | Mapping[str, Any], *, name: str = "configuration"
 ) -> Config:
-    """Read and check a configuration.
+    """Read and check a configuration, and import what it names under ``imports``.
+
+    Nothing is imported where anything else is wrong with the configuration.
 
     Args:
         source: path of a YAML or JSON file, or a mapping of the same form.
@@ -129,9 +148,34 @@ def load(
     Raises:
         ConfigurationError: every problem found, a line each, with its key path.
     """
-    if isinstance(source, Mapping):
-        return _checked(source, name)
-    return _checked(read(source), os.fspath(source))
+    raw, name = _read(source, name)
+    examined = _examined(raw, name)
+    problems = Problems()
+    for position, module in enumerate(examined.imports):
+        _import(module, ("imports", position), problems)
+    problems.raise_if_any(name)
+    if not examined.unknown:
+        assert examined.config is not None
+        return examined.config
+    policy = _policy(raw, problems)
+    problems.raise_if_any(name)
+    assert policy is not None  # None comes with a problem only
+    return _config(_Document.model_validate(raw), policy)
+
+
+def examine(
+    source: str | os.PathLike[str] | Mapping[str, Any], *, name: str = "configuration"
+) -> Examined:
+    """Check a configuration as :func:`load` does, and run nothing that it names.
+
+    Args:
+        source: as for :func:`load`.
+        name: as for :func:`load`.
+
+    Raises:
+        ConfigurationError: every problem found, a line each, with its key path.
+    """
+    return _examined(*_read(source, name))
 
 
 def json_schema() -> dict[str, Any]:
@@ -151,43 +195,63 @@ def digest(config: Config) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _checked(raw: Mapping[Any, Any], source: str) -> Config:
+def _read(source: object, name: str) -> tuple[Mapping[Any, Any], str]:
+    """The mapping, and what to call it."""
+    if isinstance(source, Mapping):
+        return source, name
+    if not isinstance(source, (str, os.PathLike)):
+        raise ConfigurationError(
+            f"{name}: expected the path of a YAML or JSON file, or a mapping, got a "
+            f"{type(source).__name__}"
+        )
+    return read(source), os.fspath(source)
+
+
+def _examined(raw: Mapping[Any, Any], source: str) -> Examined:
     problems = Problems()
-    _import(raw.get("imports"), problems)
     if HYPERPARAMETER in raw:
         raw = _from_hyperparameters(raw, problems)
         problems.raise_if_any(source)
     document = _document(raw, problems)
-    policy = _policy(raw, problems)
+    modules = tuple(document.imports) if document else ()
+    _check_names(modules, problems)
+    unknown: list[str] = []
+    policy = _policy(raw, problems, unknown if modules else None)
     problems.raise_if_any(source)
     assert document is not None  # None comes with a problem only
-    assert policy is not None
+    config = None if unknown or policy is None else _config(document, policy)
+    return Examined(config, modules, tuple(dict.fromkeys(unknown)))
+
+
+def _config(document: _Document, policy: Policy) -> Config:
     given = {name: getattr(document, name) for name in NAMES} | {"policy": policy}
     return Config(**given, log=document.log)
 
 
-def _import(modules: object, problems: Problems) -> None:
-    """Import what a configuration names; of another type it is refused with the document."""
-    for position, name in enumerate(modules if isinstance(modules, list) else ()):
-        if not isinstance(name, str):
-            continue
-        path = ("imports", position)
+def _check_names(modules: Sequence[str], problems: Problems) -> None:
+    for position, name in enumerate(modules):
         if not all(part.isidentifier() for part in name.split(".")):
             mend = "; a file my/policies.py is called my.policies" if "/" in name else ""
-            problems.add(path, f"must be the name of a module, got {shown(name)}{mend}")
-            continue
-        try:
-            importlib.import_module(name)
-        except ModuleNotFoundError as error:
             problems.add(
-                path,
-                f"no module named {error.name!r}"
-                + ("" if error.name == name else f", which {name} imports")
-                + "; it has to be installed, or lie beside the script that is run, in the current "
-                "folder, or on PYTHONPATH",
+                ("imports", position), f"must be the name of a module, got {shown(name)}{mend}"
             )
-        except Exception as error:
-            problems.add(path, f"{name} could not be imported: {type(error).__name__}: {error}")
+
+
+def _import(name: str, path: Path, problems: Problems) -> None:
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        problems.add(
+            path,
+            f"no module named {error.name!r}"
+            + ("" if error.name == name else f", which {name} imports")
+            + "; it has to be installed, or lie beside the script that is run, in the current "
+            "folder, or on PYTHONPATH",
+        )
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # SystemExit: of a script that was meant to be run
+        problems.add(path, f"{name} could not be imported: {type(error).__name__}: {said(error)}")
 
 
 def _from_hyperparameters(raw: Mapping[Any, Any], problems: Problems) -> Mapping[Any, Any]:
@@ -217,7 +281,7 @@ def _document(raw: Mapping[Any, Any], problems: Problems) -> _Document | None:
     for key in raw:
         if key not in own:
             takes = [name for name in known if name != "$schema"]
-            problems.add_unknown((str(key),), raw[key], takes, "a configuration")
+            problems.add_unknown((key_text(key),), raw[key], takes, "a configuration")
     try:
         return _Document.model_validate(own)
     except ValidationError as error:
@@ -225,15 +289,29 @@ def _document(raw: Mapping[Any, Any], problems: Problems) -> _Document | None:
         return None
 
 
-def _policy(raw: Mapping[Any, Any], problems: Problems) -> Policy | None:
+def _policy(
+    raw: Mapping[Any, Any], problems: Problems, unknown: list[str] | None = None
+) -> Policy | None:
+    """The policy of the whole.
+
+    Args:
+        raw: the configuration.
+        problems: where faults are noted.
+        unknown: gets the names that no policy has, which are then no fault.
+
+    Returns:
+        None after a fault, or where a name is unknown.
+    """
     spec, by_name = raw.get("policy"), raw.get("by_name")
     if spec is None and not by_name:
         problems.add(("policy",), "missing; write for instance {name: global_norm, max_norm: 1.0}")
-    default = None if spec is None else build(spec, ("policy",), problems)
+    default = None if spec is None else build(spec, ("policy",), problems, unknown)
     if not by_name or not isinstance(by_name, Mapping):
         return default
     mapping = {
-        pattern: None if part is None else build(part, ("by_name", str(pattern)), problems)
+        pattern: None
+        if part is None
+        else build(part, ("by_name", key_text(pattern)), problems, unknown)
         for pattern, part in by_name.items()
     }
-    return policies.by_name(mapping, default=default)
+    return None if problems or unknown else policies.by_name(mapping, default=default)

@@ -256,7 +256,7 @@ def test_a_mapping_is_called_by_the_given_name() -> None:
         ("by_name: {*.bias: null}", "p.yaml", 'quote a name pattern that starts with "*"'),
         ("policy:\n\t- agc", "p.yaml", "indent with spaces"),
         ("policy: agc\n---\npolicy: agc\n", "p.yaml", "another document"),
-        ("policy: !!python/name:os.system", "p.yaml", "could not determine a constructor"),
+        ("policy: !!python/name:os.system", "p.yaml", "python/name:os.system' makes no value"),
         ('{"policy": "agc",}', "p.json", "line 1, column 18: not valid JSON"),
         ('{"policy": "agc", "policy": "measure"}', "p.json", "'policy' appears twice"),
         ("policy: " + "[" * 3000, "p.yaml", "nested too deeply"),
@@ -274,9 +274,9 @@ def test_unreadable_files(write: Write, text: str, name: str, expected: str) -> 
 def test_missing_file_directory_and_binary(tmp_path: Path) -> None:
     assert "no such configuration file (looked in " in fault("nowhere.yaml")
     assert "no such configuration file" in fault(tmp_path / "nowhere.yaml")
-    assert "cannot be read as text" in fault(tmp_path)
+    assert "cannot be read: it is a folder" in fault(tmp_path)
     (tmp_path / "p.yaml").write_bytes(b"\xff\xfe\x00\x01")
-    assert "cannot be read as text" in fault(tmp_path / "p.yaml")
+    assert "it is not UTF-8 text" in fault(tmp_path / "p.yaml")
 
 
 def test_the_rules_of_yaml_are_changed_for_us_only(write: Write) -> None:

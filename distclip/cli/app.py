@@ -2,18 +2,46 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from typing import Annotated
+from collections.abc import Iterator
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
+from distclip._foreign import clean_lines
 from distclip._version import __version__
 from distclip.cli import bench, config, doctor, report, run, simulate, suggest, verify
 from distclip.errors import DistclipError
 
+
+class _Group(TyperGroup):
+    """The commands; a usage error repeats what was typed, or what a file name expanded to."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        with _cleaned():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, *args: Any, **kwargs: Any) -> Any:
+        with _cleaned():
+            return super().invoke(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _cleaned() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if isinstance(getattr(error, "message", None), str):
+            error.message = clean_lines(error.message)  # type: ignore[attr-defined]
+        raise
+
+
 app = typer.Typer(
     name="distclip",
+    cls=_Group,
     help="Gradient clipping that means the same thing on one process and on a thousand ranks.",
     no_args_is_help=True,
     add_completion=False,
@@ -56,9 +84,9 @@ def main() -> None:
     excepthook = sys.excepthook
     try:
         app()
-    except DistclipError as error:
+    except (DistclipError, OSError) as error:  # OSError: a file that cannot be written
         rank = f" [rank {os.environ['RANK']}]" if "RANK" in os.environ else ""
-        typer.echo(f"distclip{rank}: {error}", err=True)
+        typer.echo(f"distclip{rank}: {clean_lines(error)}", err=True)
         sys.exit(2)
     except SystemExit as error:
         if error.code not in (None, 0) or not run.pending:

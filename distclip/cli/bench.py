@@ -9,8 +9,11 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
+from distclip._foreign import clean
 from distclip.cli import bench_cases, bench_draw, bench_record
 from distclip.cli.bench_cases import CASES, GROUPS
 from distclip.cli.bench_record import CaseRecord, Record
@@ -63,13 +66,14 @@ def bench(
         record = bench_record.read(source)
         for case in record.cases.values():
             _show(console, case, record.ranks)
-        console.print(", ".join(f"{key}: {value}" for key, value in record.machine.items()))
+        told = ", ".join(f"{key}: {value}" for key, value in record.machine.items())
+        console.print(clean(told), markup=False)
     if output is not None:
         record.write(output)
-        console.print(f"written to {output}")
+        console.print(f"written to {clean(output)}", markup=False)
     if picture is not None:
         bench_draw.save(record, picture)
-        console.print(f"drawn in {picture}")
+        console.print(f"drawn in {clean(picture)}", markup=False)
 
 
 def _chosen(cases: list[str] | tuple[str, ...]) -> list[str]:
@@ -108,8 +112,8 @@ def _measured(
 def _show(console: Console, case: CaseRecord, ranks: int) -> None:
     rounds = len(next(iter(case.ways.values())).wall_ms)
     table = Table(
-        title=f"{case.title}, {ranks} ranks, {rounds} rounds",
-        caption=f"faster: times faster than {case.peer}; extra: held at once, "
+        title=Text(clean(f"{case.title}, {ranks} ranks, {rounds} rounds")),
+        caption=f"faster: times faster than {escape(clean(case.peer))}; extra: held at once, "
         f"at most {case.allowed_bytes / 1024:.0f} KiB allowed",
     )
     table.add_column("way", overflow="fold")
@@ -117,7 +121,7 @@ def _show(console: Console, case: CaseRecord, ranks: int) -> None:
         table.add_column(heading, justify="right", no_wrap=True)
     for row in bench_record.rows(case):
         table.add_row(
-            row.name,
+            Text(clean(row.name)),
             f"{row.median_ms:.2f}",
             f"{row.low_ms:.2f} to {row.high_ms:.2f}",
             _times(row.ratio),
@@ -127,7 +131,7 @@ def _show(console: Console, case: CaseRecord, ranks: int) -> None:
         )
     console.print(table)
     for name, why in sorted(case.missing.items()):  # a long reason would take a column's width
-        console.print(f"{name}: {why}")
+        console.print(clean(f"{name}: {why}"), markup=False)
 
 
 def _times(ratio: float) -> str:

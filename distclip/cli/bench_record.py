@@ -14,11 +14,14 @@ from pathlib import Path
 
 import torch
 
+from distclip._foreign import clean, read_text
 from distclip._version import __version__
 from distclip.cli.bench_timing import Taken
 from distclip.errors import DistclipError
 
 FORMAT = 2
+MOST = 2**26
+"""Bytes of a kept run."""
 PEERS = (
     "torch", "Accelerate", "FSDP1", "timm", "Composer", "DeepSpeed", "one ", "no clipping",
     "step + one read", "step alone", "step that divides",
@@ -85,19 +88,29 @@ def read(path: Path) -> Record:
         DistclipError: the file is not there, or not one that this version wrote.
     """
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DistclipError(f"bench: {path} cannot be read as JSON: {error}") from error
+        document = json.loads(read_text(path, MOST))
+    except (FileNotFoundError, ValueError, RecursionError) as error:
+        raise DistclipError(
+            f"bench: {clean(path)} cannot be read as JSON: {clean(error, 300)}"
+        ) from None
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise DistclipError(
-            f"bench: {path} was not written by this version of `distclip bench --output`; "
+            f"bench: {clean(path)} was not written by this version of `distclip bench --output`; "
             "measure again, or read it as the text that it is"
         )
-    cases = {
-        name: CaseRecord(**{**case, "ways": {n: WayRecord(**w) for n, w in case["ways"].items()}})
-        for name, case in document["cases"].items()
-    }
-    return Record(document["machine"], document["ranks"], cases)
+    try:
+        cases = {
+            name: CaseRecord(
+                **{**case, "ways": {n: WayRecord(**w) for n, w in case["ways"].items()}}
+            )
+            for name, case in document["cases"].items()
+        }
+        return Record(document["machine"], document["ranks"], cases)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DistclipError(
+            f"bench: {clean(path)} has been changed by hand, or is torn: "
+            f"{type(error).__name__}: {clean(error, 300)}"
+        ) from None
 
 
 def combine(title: str, peer: str, ranks: Sequence[Taken]) -> CaseRecord:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from distclip import config
-from distclip.integrations.deepspeed_json import CLIPPING, SECTION, configured
+from distclip._config_files import read
+from distclip._foreign import clean
+from distclip.integrations.deepspeed_json import CLIPPING, SECTION, configured, examined
 from distclip.policies import ByName, Chain, Policy
 
 app = typer.Typer(help="Check a configuration; show its schema.", no_args_is_help=True)
@@ -26,39 +29,58 @@ def schema() -> None:
 @app.command()
 def check(
     file: Annotated[Path, typer.Argument(help="YAML or JSON.", show_default=False)],
+    run_imports: Annotated[
+        bool, typer.Option("--run-imports", help="Run the modules that it names under imports.")
+    ] = False,
 ) -> None:
     """Check a configuration file and print what it means, all defaults filled in.
 
-    Of a DeepSpeed JSON the "distclip" section, or its gradient_clipping, is checked.
+    Of a DeepSpeed JSON the "distclip" section, or its gradient_clipping, is checked. Nothing that
+    the file names is run without --run-imports.
     """
-    sys.path.insert(0, os.getcwd())  # for `imports`, as under python -m
     document = _deepspeed(file)
-    found = config.load(file) if document is None else configured(document)
+    found = config.examine(file) if document is None else examined(document)
+    name = clean(file)
     if found is None:
-        typer.echo(f'{file} is a DeepSpeed JSON that clips nothing: it has no "{SECTION}" section')
+        typer.echo(f'{name} is a DeepSpeed JSON that clips nothing: it has no "{SECTION}" section')
         return
-    loaded = found
-    typer.echo(f"{file} is valid, digest {config.digest(loaded)}")
+    loaded = found.config
+    if run_imports:
+        sys.path.insert(0, os.getcwd())  # as under python -m
+        loaded = config.load(file) if document is None else configured(document)
+    if loaded is None:
+        _tell_of_unknown(name, found)
+        return
+    typer.echo(f"{name} is valid, digest {config.digest(loaded)}")
     typer.echo("\n".join(["policy:", *_lines(loaded.policy, "  ")]))
     for name, value in loaded.arguments().items():
         if name != "policy":
             typer.echo(f"{name}: {str(value).lower() if isinstance(value, bool) else value}")
     if loaded.log is not None:
-        log = ", ".join(f"{key}: {value}" for key, value in loaded.log.model_dump().items())
+        log = ", ".join(f"{key}: {clean(value)}" for key, value in loaded.log.model_dump().items())
         typer.echo(f"log: {log}")
+    if found.imports and not run_imports:
+        typer.echo(f"imports: {clean(', '.join(found.imports))} (not run; see --run-imports)")
 
 
-def _deepspeed(file: Path) -> dict[str, Any] | None:
+def _tell_of_unknown(name: str, found: config.Examined) -> None:
+    modules = clean(", ".join(found.imports))
+    one = len(found.imports) == 1
+    whose = f"the module {modules}" if one else f"one of the modules {modules}"
+    typer.echo(
+        f"{name} is valid as far as it can be checked without running code: "
+        f"{', '.join(map(repr, map(clean, found.unknown)))} can be known only to {whose} under "
+        f"imports, which {'was' if one else 'were'} not run; check the rest with --run-imports"
+    )
+
+
+def _deepspeed(file: Path) -> Mapping[str, Any] | None:
     """The content of a DeepSpeed JSON; None where the file is none."""
     if file.suffix != ".json":
         return None
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # told when it is loaded
-        return None
+    found = read(file)
     theirs = ("train_batch_size", "train_micro_batch_size_per_gpu", "zero_optimization")
-    known = isinstance(found, dict) and not found.keys().isdisjoint((SECTION, CLIPPING, *theirs))
-    return found if known else None
+    return None if found.keys().isdisjoint((SECTION, CLIPPING, *theirs)) else found
 
 
 def _lines(policy: Policy | None, indent: str) -> list[str]:
@@ -71,8 +93,8 @@ def _lines(policy: Policy | None, indent: str) -> list[str]:
     if isinstance(policy, ByName):
         lines = [f"{indent}by name, the first match wins:"]
         for pattern, part in (*policy.mapping, ("all others", policy.default)):
-            name = pattern if pattern == "all others" else f'"{pattern}"'
+            name = pattern if pattern == "all others" else f'"{clean(pattern)}"'
             first, *rest = _lines(part, indent + "    ")
             lines += [f"{indent}  {name}: {first.strip()}", *rest]
         return lines
-    return [f"{indent}{policy!r}"]
+    return [f"{indent}{clean(repr(policy))}"]

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from distclip._foreign import clean
 from distclip.errors import ConfigurationError
 
 
@@ -42,4 +43,4 @@ def report(
         pairs = zip(loss or (), recorded, strict=False)
         curves = [read_loss(path, run.group) for path, run in pairs]
         plots.save(plots.draw(recorded, curves), out)
-        typer.echo(f"\npicture: {out}")
+        typer.echo(f"\npicture: {clean(out)}")

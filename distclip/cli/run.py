@@ -62,13 +62,13 @@ def run(
     """
     path = _path(config)
     program = Script(script, [*context.obj, *(arguments or ())], module=module)
+    program.check()
     if path is None and not _names_deepspeed(program):
         raise ConfigurationError(
             f"run: no configuration; give --config policy.yaml before the script, or set "
             f"{ENVIRONMENT}=policy.yaml in the environment (for DeepSpeed it may also be the "
             f'"distclip" section of its JSON)'
         )
-    program.check()
     program.prepare()
     loaded = None if path is None else configuration.load(path)
     if path is not None:

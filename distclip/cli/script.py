@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from types import CodeType, ModuleType, TracebackType
 from typing import Any
 
+from distclip._foreign import clean
 from distclip.errors import ConfigurationError
 
 
@@ -37,8 +38,12 @@ class Script:
         """
         if not self.module and not os.path.exists(self.target):
             raise ConfigurationError(
-                f"no script {self.target!r} in {os.getcwd()}"
+                f"no script {clean(self.target, 300)!r} in {clean(os.getcwd())}"
                 f"{'' if self.target.endswith('.py') else '; for a module use -m'}"
+            )
+        if not self.module and not os.path.isdir(self.target) and not os.path.isfile(self.target):
+            raise ConfigurationError(
+                f"{clean(self.target)} is neither a file nor a folder; write the script to a file"
             )
 
     def prepare(self) -> None:

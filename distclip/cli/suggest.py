@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from distclip._foreign import clean
+
 FEW = 100
 """Steps below which a percentile of the norms says little."""
 
@@ -40,5 +42,6 @@ def suggest(
         )
     if found.steps < FEW:
         typer.echo(f"distclip: {found.steps} steps are few for a percentile", err=True)
-    typer.echo(f"# {', '.join(map(str, runs))}: {found}")
+    # A comment ends with its line, so a name in it must not.
+    typer.echo(f"# {', '.join(map(clean, runs))}: {found}")
     typer.echo(configuration(found.max_norm))

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from distclip import policies
-from distclip.config import Config, load
+from distclip._config_problems import shown
+from distclip._foreign import clean
+from distclip.config import Config, Examined, examine, load
 from distclip.errors import ConfigurationError
 from distclip.policies import Policy
 
@@ -31,13 +33,7 @@ def configured(
     Raises:
         ConfigurationError: several, or a bad one; names the key and the mend.
     """
-    section, clipping = document.get(SECTION), document.get(CLIPPING)
-    for key, value in document.items():
-        if key != SECTION and isinstance(value, Mapping) and SECTION in value:
-            raise ConfigurationError(
-                f'DeepSpeed JSON: {key}.{SECTION}: the "{SECTION}" section stands inside '
-                f'"{key}", where nobody reads it; move it to the top level'
-            )
+    section = _placed(document)
     if policy_or_config is not None:
         if section is not None:
             raise ConfigurationError(
@@ -49,28 +45,77 @@ def configured(
         if isinstance(policy_or_config, Policy):
             return Config(policy=policy_or_config)
         return load(policy_or_config)
-    off = clipping is None or (not isinstance(clipping, (bool, str)) and clipping == 0)
+    if section is None:
+        return _threshold(document.get(CLIPPING))
+    return load(_checked(section, document), name=_NAME)
+
+
+def examined(document: Mapping[str, Any]) -> Examined | None:
+    """As :func:`configured` with nothing else given; runs no code that the section imports."""
+    section = _placed(document)
     if section is not None:
-        if not off:
+        return examine(_checked(section, document), name=_NAME)
+    config = _threshold(document.get(CLIPPING))
+    return None if config is None else Examined(config, (), ())
+
+
+def declines(document: Mapping[str, Any]) -> bool:
+    """Whether a DeepSpeed JSON asks for no clipping at all: 0 for the key, and no section."""
+    return document.get(SECTION) is None and CLIPPING in document and _is_off(document[CLIPPING])
+
+
+_NAME = f"DeepSpeed JSON: {SECTION}"
+
+
+def _is_off(clipping: object) -> bool:
+    return clipping is None or (
+        isinstance(clipping, (int, float)) and not isinstance(clipping, bool) and clipping == 0
+    )
+
+
+def _placed(document: Mapping[str, Any]) -> object:
+    """The section, if there is one, from where it belongs."""
+    for key, value in document.items():
+        if key != SECTION and isinstance(value, Mapping) and SECTION in value:
+            where = clean(key, 80)
             raise ConfigurationError(
-                f'DeepSpeed JSON: "{CLIPPING}": {clipping!r} stands beside a "{SECTION}" section: '
-                f'remove "{CLIPPING}" (the section then does all the clipping), or remove the '
-                f"section (then the key alone means global_norm({clipping!r}))"
+                f'DeepSpeed JSON: {where}.{SECTION}: the "{SECTION}" section stands inside '
+                f'"{where}", where nobody reads it; move it to the top level'
             )
-        if not isinstance(section, Mapping):
-            raise ConfigurationError(
-                f"DeepSpeed JSON: {SECTION}: should be a mapping of keys to values, got {section!r}"
-            )
-        _refuse_auto(section, SECTION)
-        return load(section, name=f"DeepSpeed JSON: {SECTION}")
-    if off:
-        return None
-    if isinstance(clipping, bool) or not isinstance(clipping, (int, float)) or not clipping > 0:
+    section: object = document.get(SECTION)
+    return section
+
+
+def _checked(section: object, document: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A section that stands alone, and in which nothing is left open."""
+    clipping = document.get(CLIPPING)
+    if not _is_off(clipping):
         raise ConfigurationError(
-            f'DeepSpeed JSON: {CLIPPING}: must be a number > 0, got {clipping!r}; "auto" has a '
-            f"value under Accelerate and the Trainer only"
+            f'DeepSpeed JSON: "{CLIPPING}": {shown(clipping)} stands beside a "{SECTION}" section: '
+            f'remove "{CLIPPING}" (the section then does all the clipping), or remove the '
+            f"section (then the key alone means global_norm({shown(clipping)}))"
         )
-    return Config(policy=policies.global_norm(float(clipping)))
+    if not isinstance(section, Mapping):
+        raise ConfigurationError(
+            f"{_NAME}: should be a mapping of keys to values, got {shown(section)}"
+        )
+    _refuse_auto(section, SECTION)
+    return section
+
+
+def _threshold(clipping: object) -> Config | None:
+    if _is_off(clipping):
+        return None
+    number = isinstance(clipping, (int, float)) and not isinstance(clipping, bool)
+    if not number or not clipping > 0:  # type: ignore[operator]
+        raise ConfigurationError(
+            f'DeepSpeed JSON: {CLIPPING}: must be a number > 0, got {shown(clipping)}; "auto" has '
+            f"a value under Accelerate and the Trainer only"
+        )
+    try:
+        return Config(policy=policies.global_norm(clipping))  # type: ignore[arg-type]
+    except ConfigurationError as error:
+        raise ConfigurationError(f"DeepSpeed JSON: {CLIPPING}: {error}") from None
 
 
 def resolve_auto(document: dict[str, Any], value: Any) -> None:
@@ -98,14 +143,17 @@ def _resolved(section: Any, value: float) -> Any:
     return value if section == "auto" else section
 
 
-def _refuse_auto(value: Any, path: str) -> None:
+def _refuse_auto(value: Any, path: str, depth: int = 0) -> None:
+    if depth > 100:
+        raise ConfigurationError(f"DeepSpeed JSON: {SECTION}: nested too deeply, or in a circle")
     if value == "auto":
         raise ConfigurationError(
-            f'DeepSpeed JSON: {path}: "auto" has no value here; write a number. (Under `distclip '
-            f"run` it becomes gradient_clipping of Accelerate's plugin, or the Trainer's "
+            f'DeepSpeed JSON: {clean(path, 300)}: "auto" has no value here; write a number. (Under '
+            f"`distclip run` it becomes gradient_clipping of Accelerate's plugin, or the Trainer's "
             f"max_grad_norm.)"
         )
     if isinstance(value, (Mapping, list)):
         pairs = value.items() if isinstance(value, Mapping) else enumerate(value)
         for key, part in pairs:
-            _refuse_auto(part, f"{path}.{key}" if isinstance(key, str) else f"{path}[{key}]")
+            step = f".{key}" if isinstance(key, str) else f"[{shown(key)}]"
+            _refuse_auto(part, path + step, depth + 1)

@@ -7,6 +7,7 @@ apart.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from distclip._foreign import clean
 from distclip.errors import ConfigurationError, DistclipError
 from distclip.monitor.runs import Curve, Floats, Run
 
@@ -51,6 +53,8 @@ def draw(runs: Sequence[Run], losses: Sequence[Curve] = (), *, title: str = "") 
         DistclipError: matplotlib is not installed.
     """
     matplotlib, figure_class = backend()
+    runs = [dataclasses.replace(run, group=_plain(run.group)) for run in runs]
+    losses = [dataclasses.replace(curve, group=_plain(curve.group)) for curve in losses]
     groups = list(dict.fromkeys([run.group for run in runs]))
     colours = {group: COLOURS[i % len(COLOURS)] for i, group in enumerate(groups)}
     with matplotlib.rc_context(STYLE):
@@ -71,6 +75,12 @@ def draw(runs: Sequence[Run], losses: Sequence[Curve] = (), *, title: str = "") 
     return figure
 
 
+def _plain(name: str) -> str:
+    """A name that matplotlib shows as it is: no formula, and not hidden from the legend."""
+    shown = name.replace("\\", "\\\\").replace("$", r"\$")
+    return f" {shown}" if shown.startswith("_") else shown
+
+
 def save(figure: Figure, path: str | os.PathLike[str]) -> None:
     """Write a figure; the format is that of the file's name (png, svg, pdf).
 
@@ -82,7 +92,9 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:
-        raise ConfigurationError(f"{path}: the picture cannot be written: {error}") from None
+        raise ConfigurationError(
+            f"{clean(path)}: the picture cannot be written: {clean(error, 300)}"
+        ) from None
 
 
 def backend() -> tuple[Any, Any]:

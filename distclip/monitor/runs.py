@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from distclip._foreign import clean, read_lines
 from distclip.errors import ConfigurationError
 
 Floats = npt.NDArray[np.float64]
@@ -53,7 +54,8 @@ class Run:
         """
         bounded = self.clipped & np.isfinite(self.clipped_norm) & (self.threshold > 0)
         if bounded.any():
-            ratio = self.clipped_norm[bounded] / self.threshold[bounded]
+            with np.errstate(over="ignore"):
+                ratio = self.clipped_norm[bounded] / self.threshold[bounded]
             return bool(np.median(np.abs(ratio - 1)) < 0.01)
         known = np.isfinite(self.total_norm) & np.isfinite(self.threshold)
         return bool(known.any() and (self.total_norm[known] <= self.threshold[known]).all())
@@ -77,12 +79,12 @@ def read_run(path: str | os.PathLike[str]) -> Run:
     records = _records(path, "total_norm")
 
     def column(key: str) -> Floats:
-        return np.array([_number(record.get(key)) for record in records])
+        return np.array([_at_least_zero(record.get(key)) for record in records])
 
     return Run(
-        name=_label(Path(path)),
-        group=group_of(path),
-        steps=column("step"),
+        name=clean(_label(Path(path))),
+        group=clean(group_of(path)),
+        steps=np.array([_number(record["step"]) for record in records]),
         total_norm=column("total_norm"),
         clipped_norm=column("clipped_norm"),
         coefficient=column("coefficient"),
@@ -121,33 +123,42 @@ def _label(path: Path) -> str:
 
 
 def _records(path: str | os.PathLike[str], key: str) -> list[dict[str, Any]]:
-    """The records that have a step and ``key``, by step. Lines cut by a crash are passed over."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"{os.fspath(path)}: cannot be read: {error}") from None
+    """The records that have a step and ``key``, by step.
+
+    Lines that are torn, foreign or of another encoding are passed over.
+    """
     records: dict[float, dict[str, Any]] = {}
-    for line in text.splitlines():
+    for line in read_lines(path):
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):  # ValueError: a number of over 4,300 digits, too
             continue
-        if (
-            isinstance(record, dict)
-            and key in record
-            and math.isfinite(_number(record.get("step")))
-        ):
-            records[record["step"]] = record
+        if isinstance(record, dict) and key in record:
+            step = _number(record.get("step"))
+            record.pop("parameters", None)  # not used here, and most of the record
+            if math.isfinite(step):
+                records[step] = record
     if not records:
         raise ConfigurationError(
-            f"{os.fspath(path)}: no line has the keys 'step' and {key!r}; expected JSONL such as "
+            f"{clean(path)}: no line has the keys 'step' and {key!r}; expected JSONL such as "
             f'{{"step": 1, "{key}": 2.5}}'
         )
     return [records[step] for step in sorted(records)]
 
 
 def _number(value: object) -> float:
-    return float(value) if isinstance(value, (int, float)) else math.nan
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:
+        return math.nan
+
+
+def _at_least_zero(value: object) -> float:
+    """A norm, a coefficient, a share: below 0 there is none."""
+    number = _number(value)
+    return number if number >= 0.0 else math.nan
 
 
 # ---- summary ---------------------------------------------------------------------------------

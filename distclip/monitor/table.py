@@ -8,6 +8,7 @@ from typing import TextIO
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from distclip.monitor.runs import PERCENTILES, Summary
 
@@ -24,14 +25,19 @@ HEADER = (
 )
 
 
-def show(summaries: Sequence[Summary], file: TextIO | None = None) -> None:
+def show(
+    summaries: Sequence[Summary], file: TextIO | None = None, *, terminal: bool | None = None
+) -> None:
     """Write the table, and below it the advice for each run.
 
     Args:
         summaries: one a run.
         file: standard output when None.
+        terminal: draw it as for a terminal, or not; None: look at the file.
     """
-    console = Console(file=file, highlight=False, soft_wrap=True)
+    console = Console(
+        file=file, highlight=False, soft_wrap=True, emoji=False, force_terminal=terminal
+    )
     rows = [_row(summary) for summary in summaries]
     if console.is_terminal:
         table = Table(title="Gradient norms before clipping")
@@ -40,7 +46,7 @@ def show(summaries: Sequence[Summary], file: TextIO | None = None) -> None:
                 heading, justify="right" if index else "left", no_wrap=bool(index), overflow="fold"
             )
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*map(Text, row))
         console.print(table, soft_wrap=False)
     else:
         for line in _columns([HEADER, *rows]):

@@ -10,15 +10,18 @@ from distclip.errors import ConfigurationError
 
 def number(policy: str, key: str, value: Any) -> float:
     """``value`` as a float; bools, strings and NaN are refused by name."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        try:
-            if isinstance(value, (bool, str, bytes)):
-                raise TypeError
-            value = float(value)  # numpy scalars, 0-dim tensors
-        except (TypeError, ValueError):
-            raise ConfigurationError(
-                f"{policy}: {key} must be a number, got {value!r} ({type(value).__name__})"
-            ) from None
+    try:
+        if isinstance(value, (bool, str, bytes)):
+            raise TypeError
+        value = float(value)  # numpy scalars, 0-dim tensors
+    except OverflowError:
+        raise ConfigurationError(
+            f"{policy}: {key} is an integer that no float64 holds; give a smaller one, or inf"
+        ) from None
+    except (TypeError, ValueError):
+        raise ConfigurationError(
+            f"{policy}: {key} must be a number, got {value!r} ({type(value).__name__})"
+        ) from None
     if math.isnan(value):
         raise ConfigurationError(f"{policy}: {key} is NaN; give a number")
     return float(value)

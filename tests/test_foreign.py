@@ -1,0 +1,409 @@
+"""Foreign input: whatever a file, a name or a command line holds, it is refused by name or read."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.reliability import fuzz
+from distclip import _foreign, config, policies
+from distclip.cli.app import main
+from distclip.errors import ConfigurationError, DistclipError
+from distclip.monitor import plots, runs, table
+
+FIELDS = {"clipped_norm": 1.0, "coefficient": 1.0, "threshold": 1.0, "clipped_fraction": 0.0}
+
+
+@pytest.fixture
+def command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[object, str, str]]:
+    def command(*words: str) -> tuple[object, str, str]:
+        monkeypatch.setattr(sys, "argv", ["distclip", *words])
+        monkeypatch.setattr(sys, "path", [*sys.path])
+        code: object = 0
+        try:
+            main()
+        except SystemExit as leaving:
+            code = leaving.code
+        told = capsys.readouterr()
+        return code, told.out, told.err
+
+    return command
+
+
+@pytest.fixture
+def canary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], bool]:
+    """A module `canary` beside everything, and whether it was run."""
+    (tmp_path / "canary.py").write_text(
+        "import pathlib\npathlib.Path(__file__).with_suffix('.ran').touch()\n"
+        "from dataclasses import dataclass\nfrom typing import ClassVar\n"
+        "from distclip import policies\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield lambda: (tmp_path / "canary.ran").exists()
+    sys.modules.pop("canary", None)
+
+
+# ---- files -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [kind for kind in fuzz.KINDS if kind != "states"])
+def test_fuzzed(kind: str) -> None:
+    _, _, share = fuzz.KINDS[kind]
+    with fuzz.folder() as here:
+        fuzzer = fuzz.KINDS[kind][0](here)
+        ends = [fuzz.attempt(kind, fuzzer, here, number) for number in range(4 * share)]
+    assert [end for end in ends if end.startswith("FAILED")] == []
+
+
+def test_the_fuzzer_sees_what_it_looks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ends(sabotage: Callable[[fuzz.Folder], object]) -> str:
+        def fuzzer(rng: object) -> str:
+            sabotage(here)
+            return "accepted"
+
+        return fuzz.attempt("sabotage", fuzzer, here, 0)
+
+    monkeypatch.setattr(fuzz, "LIMIT", 0.05)
+    with fuzz.folder() as here:
+        assert ends(lambda here: None) == "accepted"
+        assert "wrote 'left'" in ends(lambda here: (here.path / "left").touch())
+        assert "SIGPROF" in ends(lambda here: [None for _ in iter(int, 1)])
+        assert "ZeroDivisionError" in ends(lambda here: 1 / 0)
+
+        def examined_too_much(source: object, name: str) -> object:
+            __import__(fuzz.CANARY)
+            raise ConfigurationError("no")
+
+        monkeypatch.setattr(config, "examine", examined_too_much)
+        assert "code was run" in ends(lambda here: fuzz._held_to({}, here))
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("policy: !!python/object/apply:canary.run []", "line 1: the tag 'tag:yaml.org,"),
+        ("policy: !!binary ''", "line 1: the tag 'tag:yaml.org,2002:binary' makes no value"),
+        ("policy: !!timestamp x", "makes no value"),
+        ("policy: !own x", "the tag '!own' makes no value"),
+        ("a: 1\nb: !!int x", "line 2: 'x' is no int"),
+        ("a: !!bool maybe", "'maybe' is no bool"),
+        ("a: !!float 1:30", "'1:30' is no float"),
+        ("a: !!map x", "not valid YAML: expected a mapping node"),
+        ("a: " + "9" * 4301, "a number of 4301 digits"),
+        ("a: 0x" + "f" * 9999, "a number of 10001 digits"),
+        ("[" * 5000, "nested too deeply"),
+        ("&a [*a]", "line 1: the alias *a stands inside of what it repeats"),
+        ("a: &a {<<: *a}", "the alias *a stands inside"),
+        ("a: 1\n? [b]\n: 2", "found unhashable key"),
+        ("policy: measure\n3: x\nnull: y", "2 problems"),
+        ("\x00", "not valid YAML"),
+        ("[" + "1," * 21_000 + "]", "more than 20,000 keys and values"),
+        ("#" * 70_000, "longer than 65,536 characters"),
+    ],
+    ids=range(18),
+)  # fmt: skip
+def test_yaml_that_is_no_configuration(tmp_path: Path, text: str, told: str) -> None:
+    (tmp_path / "p.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigurationError) as caught:
+        config.load(tmp_path / "p.yaml")
+    assert told in str(caught.value)
+    assert len(str(caught.value)) < 3000
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_aliases_that_unfold_to_a_billion(tmp_path: Path, merge: bool) -> None:
+    lines = ["a0: &a0 {x: 1}"]
+    for n in range(9):
+        repeated = ", ".join([f"*a{n}"] * 10)
+        value = f"{{<<: [{repeated}]}}" if merge else f"[{repeated}]"
+        lines.append(f"a{n + 1}: &a{n + 1} {value}")
+    (tmp_path / "p.yaml").write_text("\n".join(lines))
+    start = time.process_time()
+    with pytest.raises(ConfigurationError, match="keys and values, aliases unfolded"):
+        config.load(tmp_path / "p.yaml")
+    assert time.process_time() - start < 1.0
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ('{"policy": ' + "9" * 4301 + "}", "a number of 4301 digits"),
+        ('{"a":' * 5000, "nested too deeply"),
+        ('{"a": 1, "a": 2}', "appears twice"),
+        ('{"\x1b[31mred": 1}', "not valid JSON"),
+        ('{"\\u001b[31mred": 1, "policy": "agc"}', '["\\x1b[31mred"]: unknown key'),
+        (" " * 600_000, "longer than 524,288 bytes"),
+    ],
+)  # fmt: skip
+def test_json_that_is_no_configuration(tmp_path: Path, text: str, told: str) -> None:
+    (tmp_path / "p.json").write_text(text)
+    with pytest.raises(ConfigurationError) as caught:
+        config.load(tmp_path / "p.json")
+    assert told in str(caught.value)
+    assert "\x1b" not in str(caught.value)
+
+
+def test_a_byte_order_mark_and_other_encodings(tmp_path: Path) -> None:
+    text = "policy: measure  # é"
+    (tmp_path / "p.yaml").write_bytes(text.encode("utf-8-sig"))
+    assert config.load(tmp_path / "p.yaml").policy == policies.measure()
+    for encoding in ("utf-16", "utf-32", "latin-1"):
+        (tmp_path / "p.yaml").write_bytes(text.encode(encoding))
+        with pytest.raises(ConfigurationError, match=r"it is not UTF-8 text .*; save it as UTF-8"):
+            config.load(tmp_path / "p.yaml")
+
+
+def test_thousands_of_faults_are_counted_and_twenty_told(tmp_path: Path) -> None:
+    (tmp_path / "p.json").write_text(json.dumps({f"key{n}": n for n in range(20_000)}))
+    with pytest.raises(ConfigurationError) as caught:
+        config.load(tmp_path / "p.json")
+    assert "20,001 problems" in str(caught.value)
+    assert str(caught.value).endswith("and 19,981 more")
+
+
+READERS: list[Callable[[Any], object]] = [config.load, runs.read_run]
+
+
+@pytest.mark.parametrize("read", READERS)
+def test_paths_that_are_no_files(
+    tmp_path: Path, read: Callable[[Any], object], command: Callable[..., tuple[object, str, str]]
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path, told in (
+        (tmp_path, "it is a folder"),
+        (tmp_path / "pipe", "it is a pipe"),
+        ("/dev/zero", "it is a device"),
+        ("nul\0", "null"),
+        ("x" * 5000, "too long"),
+        ("nowhere", "(?i)no such"),
+    ):
+        with pytest.raises(ConfigurationError, match=told):
+            read(path)
+    for words in (["config", "check"], ["report"], ["suggest"], ["run"], ["bench", "--from"]):
+        code, _, err = command(*words, str(tmp_path / "pipe"))
+        assert (code, "Traceback" in err) == (2, False)
+
+
+@pytest.mark.parametrize("source", [3, None, b"p.yaml", ["policy"]])
+def test_a_source_that_is_none(source: Any) -> None:
+    with pytest.raises(ConfigurationError, match="expected the path of a YAML or JSON file, or a"):
+        config.load(source)
+
+
+def test_a_mapping_in_a_circle_and_one_that_cannot_be_shown() -> None:
+    circle: dict[Any, Any] = {"policy": "agc"}
+    circle["log"] = circle["by_name"] = circle
+    with pytest.raises(ConfigurationError):
+        config.load(circle)
+
+    class Broken:
+        def __repr__(self) -> str:
+            raise RuntimeError
+
+    for value in (Broken(), 10**5000):
+        with pytest.raises(ConfigurationError, match=f"<{type(value).__name__}"):
+            config.load({"policy": value})
+        with pytest.raises(ConfigurationError, match="unknown key"):
+            config.load({"policy": "agc", value: 1})
+    with pytest.raises(ConfigurationError, match=r"policy\.max_norm: "):
+        config.load({"policy": {"name": "global_norm", "max_norm": 10**400}})
+
+
+# ---- imports -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"polcy": 1},
+        {"policy": {"name": "agc", "clip_factor": -1}},
+        {"policy": ["of_canary", {"name": "agc", "eps": 0}]},
+        {"on_nonfinite": "explode"},
+        {"log": {"jsonl": 3}},
+        {"imports": ["canary", "not a name"]},
+        {"imports": ["canary"], "gradient_clip_norm": 1.0},
+    ],
+)
+def test_nothing_is_imported_for_a_file_with_a_fault(
+    fault: dict[str, Any], canary: Callable[[], bool]
+) -> None:
+    from distclip.integrations.deepspeed_json import configured
+
+    document = {"policy": "measure", "imports": ["canary"], **fault}
+    for read in (config.load, config.examine, lambda section: configured({"distclip": section})):
+        with pytest.raises(ConfigurationError):
+            read(document)
+    assert not canary()
+    assert config.load({"policy": "measure", "imports": ["canary"]}).policy == policies.measure()
+    assert canary()
+
+
+def test_check_runs_nothing_unless_asked(
+    canary: Callable[[], bool], command: Callable[..., tuple[object, str, str]]
+) -> None:
+    own = {"policy": {"name": "of_canary", "size": 2.0}, "imports": ["canary"]}
+    for name, document in (("p.json", own), ("ds.json", {"train_batch_size": 1, "distclip": own})):
+        Path(name).write_text(json.dumps(document))
+        code, out, _ = command("config", "check", name)
+        assert code == 0
+        told = "'of_canary' can be known only to the module canary under imports, which was not run"
+        assert told in out
+        assert not canary()
+    Path("p.json").write_text(json.dumps({**own, "policy": "measure"}))
+    code, out, _ = command("config", "check", "p.json")
+    assert (code, "imports: canary (not run; see --run-imports)" in out) == (0, True)
+    assert not canary()
+    code, out, _ = command("config", "check", "--run-imports", "p.json")
+    assert (code, canary()) == (0, True)
+    Path("p.json").write_text(json.dumps(own))
+    code, _, err = command("config", "check", "--run-imports", "p.json")
+    assert code == 2
+    assert "no policy is called 'of_canary'" in err
+
+
+@pytest.mark.parametrize(
+    ("code", "told"),
+    [
+        ("raise SystemExit(3)", "canary could not be imported: SystemExit: 3"),
+        ("class Odd(BaseException): pass\nraise Odd('a\\nb')", r"Odd: a\nb"),
+        ("raise ValueError('\\x1b[31m')", r"ValueError: \x1b[31m"),
+        ("import", "SyntaxError: invalid syntax"),
+        ("class E(Exception):\n  def __str__(self): 1 / 0\nraise E", "(its message cannot be"),
+    ],
+)  # fmt: skip
+def test_whatever_an_imported_module_raises(
+    canary: Callable[[], bool], code: str, told: str
+) -> None:
+    Path("canary.py").write_text(code)
+    with pytest.raises(ConfigurationError) as caught:
+        config.load({"policy": "measure", "imports": ["canary"]})
+    assert "imports[0]: canary" in str(caught.value)
+    assert told in str(caught.value)
+
+
+# ---- what is printed ---------------------------------------------------------------------------
+
+NAMES = [
+    "a\nimports: [canary]\nb.jsonl",
+    "a\rimports: [canary]",
+    "a\u2028imports: [canary]\u2028",
+    "a\x85imports: [canary]",
+    "\x1b[2J[red]a[bold.jsonl",
+    "a\udcff.jsonl",
+    "$\\frac$.jsonl",
+    "a\u202e.jsonl",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_is_shown_and_does_nothing(
+    name: str, canary: Callable[[], bool], command: Callable[..., tuple[object, str, str]]
+) -> None:
+    lines = [json.dumps({"step": n, "total_norm": 1.0 + n, **FIELDS}) for n in range(120)]
+    Path(name).write_text("\n".join(lines))
+    outputs = [command("report", name), command("suggest", name), command("config", "check", name)]
+    outputs.append(command("report", name, "--out", "x.none"))
+    for _, out, err in outputs:
+        assert all(c.isprintable() or c == "\n" for c in out + err), ascii(out + err)
+    assert outputs[1][0] == 0
+    written = Path("policy.yaml")
+    written.write_text(outputs[1][1], encoding="utf-8")
+    assert isinstance(config.load(written).policy, policies.GlobalNorm)
+    assert not canary()
+    run = runs.read_run(name)
+    with open(os.devnull, "w") as nowhere:
+        table.show(runs.summaries([run]), nowhere, terminal=True)
+    pytest.importorskip("matplotlib")
+    plots.draw([run]).canvas.draw()
+
+
+def test_clean() -> None:
+    assert _foreign.clean("é 1") == "é 1"
+    assert _foreign.clean("\x1b\n\u2028\udc80\x85") == r"\x1b\n\u2028\udc80\x85"
+    assert _foreign.clean("x" * 100, 10) == "xxxxx...xxxxx"
+    assert _foreign.clean_lines("a\n\tb") == "a\n" + r"\tb"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--\x1b[31m"], ["\x1b[31m"], ["config", "check", "a", "\udc80"], ["report", "\x1b"],
+        ["suggest", "x", "--from", "\x1b"], ["run", "-c", "\x1b", "\x1b"], ["simulate", "\x1b"],
+        ["verify", "--layouts", "\x1b"], ["verify", "--ranks", "9" * 5000],
+        ["verify", "--ranks", ""], ["bench", "\x1b"], ["bench", "--from", "nowhere"],
+        ["doctor", "--ranks", "x\x1b"], ["verify", "--model", ":", "--batch", ":"],
+    ],
+    ids=range(14),
+)  # fmt: skip
+def test_odd_command_lines(
+    words: list[str], command: Callable[..., tuple[object, str, str]]
+) -> None:
+    code, out, err = command(*words)
+    assert code == 2
+    assert err
+    assert all(c.isprintable() or c == "\n" for c in out + err), ascii(out + err)
+
+
+def test_an_output_that_cannot_be_written(
+    tmp_path: Path, command: Callable[..., tuple[object, str, str]]
+) -> None:
+    pytest.importorskip("matplotlib")
+    (tmp_path / "r.jsonl").write_text(json.dumps({"step": 1, "total_norm": 1.0, **FIELDS}))
+    code, _, err = command("report", str(tmp_path / "r.jsonl"), "--out", "/dev/full/x.png")
+    assert code == 2
+    assert "the picture cannot be written" in err
+
+
+# ---- logs --------------------------------------------------------------------------------------
+
+
+def test_of_a_log_what_can_be_read_is_read(tmp_path: Path) -> None:
+    good = json.dumps({"step": 1, "total_norm": 2.0, **FIELDS})
+    foreign = [
+        b'{"step": 2, "tot', b"\xff\xfe\x00", b"[" * 5000, b'{"step": ' + b"9" * 5000 + b"}", b"3",
+        b"null", b'{"step": 1e400, "total_norm": 1}', b'{"step": true, "total_norm": 1}',
+        b'{"step": [], "total_norm": 1}',
+        b'{"step": 1' + b"0" * 400 + b', "total_norm": 1}', b"", b"\x00", "é".encode("utf-16"),
+    ]  # fmt: skip
+    odd = b'{"step": 3, "total_norm": -1.0, "clipped_norm": "x", "threshold": {}, "loss": 1e999}'
+    path = tmp_path / "r.jsonl"
+    path.write_bytes(b"\n".join([*foreign[:6], good.encode(), *foreign[6:], odd, b'{"cut']))
+    run = runs.read_run(path)
+    assert list(run.steps) == [1.0, 3.0]
+    assert list(run.total_norm)[:1] == [2.0]
+    runs.summaries([run])[0].advice()
+    assert runs.Suggestion.of([run]).max_norm == 2.0
+
+
+def test_a_line_without_an_end_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_foreign, "LINE", 100)
+    path = tmp_path / "r"
+    path.write_bytes(b"a\n" + b"x" * 1000 + b"\nb\n" + b"y" * 99 + b"\nc")
+    assert list(_foreign.read_lines(path)) == [b"a\n", b"b\n", b"y" * 99 + b"\n", b"c"]
+
+
+def test_a_refused_deepspeed_json_is_a_distclip_error(tmp_path: Path) -> None:
+    from distclip.integrations.deepspeed_json import configured
+
+    deep: Any = {}
+    for _ in range(3000):
+        deep = {"x": deep}
+    for document in (
+        {"distclip": deep}, {"gradient_clipping": 10**400}, {"gradient_clipping": float("nan")},
+        {"distclip": {"policy": "auto"}}, {"gradient_clipping": "\x1b"}, {"x\x1b": {"distclip": 1}},
+    ):  # fmt: skip
+        with pytest.raises(DistclipError) as caught:
+            configured(document)
+        assert "\x1b" not in str(caught.value)
