@@ -49,7 +49,7 @@ def named_parameters(target: Target) -> Named:
     return pairs
 
 
-def meant(named: Named) -> Named:
+def meant(named: Sequence[tuple[str, Tensor]]) -> Named:
     """The pairs, with the sharded parameter for one that FSDP2 has gathered; each only once."""
     parameters = fsdp2.sharded(parameter for _, parameter in named)
     unique: dict[int, tuple[str, Tensor]] = {}
