@@ -33,7 +33,7 @@ from distclip.errors import (
     NonFiniteGradientError,
     ProcessGroupError,
 )
-from distclip.layouts import declared, dtensor, fsdp1, fsdp2, plain
+from distclip.layouts import declared, dtensor, fsdp1, fsdp2, plain, soundness
 from distclip.layouts import names as naming
 from distclip.layouts import plan as plans
 from distclip.layouts.detect import describe, detect
@@ -98,7 +98,7 @@ def clip_grad_norm_(
     with torch.no_grad():
         total = _joint_norm(find, policy.norm_type, process_group, error_if_nonfinite)
         plan = find().plan
-        gradients = [piece.gradient() for piece in plan.pieces]
+        gradients, _ = soundness.inspect(plan, [p.gradient() for p in plan.pieces], first=False)
         present = [gradient for gradient in gradients if gradient is not None]
         coefficient = norm_coefficient(total, policy.max_norm)
         inplace.scale_(present, coefficient.expand(len(present)))
@@ -191,6 +191,7 @@ def get_total_norm(
     def compiled() -> Program:
         described = [_describe_tensor(str(number), tensor) for number, tensor in enumerate(listed)]
         program = _program(described, policy, _device(listed), norms=True)
+        program.memory.inspected.add("unchanged")
         _agree(program, policy)
         return program
 

@@ -6,6 +6,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
 
 from distclip.errors import UnsupportedGradientError
@@ -34,22 +35,27 @@ def weight_of(hold: Holder) -> Tensor:
 
 
 def gradient_of(name: str, hold: Holder) -> Tensor | None:
-    """The parameter's ``.grad`` if it can be measured, None if there is none.
+    """The parameter's ``.grad``, None if there is none; see :mod:`distclip.layouts.soundness`.
 
     Raises:
-        UnsupportedGradientError: a sparse or meta gradient, or a DTensor.
+        UnsupportedGradientError: a DTensor.
     """
     gradient = hold().grad
-    if isinstance(gradient, DTensor):
+    if type(gradient) is not Tensor and isinstance(gradient, DTensor):
         raise UnsupportedGradientError(
             f"{name!r} is a plain tensor but its gradient is a DTensor ({gradient.placements}): "
             f"convert the gradient with full_tensor(), or shard the parameter alike"
         )
-    return None if gradient is None else check_dense(name, gradient)
+    return gradient
 
 
 def check_dense(name: str, tensor: Tensor) -> Tensor:
     """``tensor`` itself, or a refusal by name."""
+    if tensor.layout is not torch.strided and "sparse" not in str(tensor.layout):
+        raise UnsupportedGradientError(
+            f"the gradient of {name!r} has the layout {tensor.layout}; distclip measures strided "
+            f"gradients only: set p.grad = p.grad.to_dense()"
+        )
     if tensor.layout is not torch.strided:
         raise UnsupportedGradientError(
             f"the gradient of {name!r} is sparse ({tensor.layout}); distclip measures dense "
@@ -61,3 +67,20 @@ def check_dense(name: str, tensor: Tensor) -> Tensor:
             f"model (to_empty, then initialise) before clipping"
         )
     return tensor
+
+
+def unwrapped(what: str, tensor: Tensor) -> Tensor:
+    """``tensor`` itself, or what an asynchronous collective has brought.
+
+    Raises:
+        UnsupportedGradientError: a tensor subclass that computes by rules of its own.
+    """
+    kind = type(tensor)
+    if kind is Tensor or kind.__torch_dispatch__ is Tensor.__torch_dispatch__:
+        return tensor
+    if isinstance(tensor, AsyncCollectiveTensor):
+        return tensor.wait()
+    raise UnsupportedGradientError(
+        f"{what} is a {kind.__module__}.{kind.__qualname__}, whose operations are its own, so that "
+        f"it cannot be measured and scaled as it is; replace it by a plain tensor before clipping"
+    )

@@ -222,7 +222,8 @@ class LaProp(Optimizer):
             read = dtensor.gradient_moved_alone if _is_sharded(parameter) else plain.gradient_of
             gradient = read(group["param_names"][number], partial(_itself, parameter))
             if gradient is not None:
-                pairs.append((number, gradient))
+                name = group["param_names"][number]
+                pairs.append((number, plain.check_dense(name, gradient)))
         return pairs
 
     def _rate(self, group: dict[str, Any]) -> float | Tensor:
@@ -283,6 +284,7 @@ def _is_sharded(tensor: Tensor) -> bool:
 def _local(tensor: Tensor) -> Tensor:
     """What this rank has of a tensor, complex numbers as pairs."""
     local = dtensor.local_part(tensor) if isinstance(tensor, DTensor) else tensor.detach()
+    local = local.resolve_conj().resolve_neg()  # itself, but for gradients that autograd left so
     return torch.view_as_real(local) if local.is_complex() else local
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from distclip.errors import DistclipError
 from distclip.kernels.transfer import to_device
-from distclip.layouts import dtensor
+from distclip.layouts import dtensor, soundness
 from distclip.layouts.piece import MisplacedError
 from distclip.layouts.plan import Plan
 from distclip.statistics import local
@@ -42,7 +42,7 @@ class LocalMeasurement:
     weights: dict[float, Tensor] = field(default_factory=dict)
     units: LocalUnits = field(default_factory=lambda: LocalUnits())
     trouble: DistclipError | None = None
-    present: list[Tensor | None] = field(default_factory=list)
+    present: Sequence[Tensor | None] = ()
     together: Together | None = None
     misplaced: bool = False
     loss: Tensor | None = None
@@ -68,6 +68,9 @@ class Memory:
     later passes were tried; the same on every rank."""
     overlap: Overlap | None = None
     """What measures during backward for the first pass."""
+    inspected: set[str] = field(default_factory=set)
+    """``"memory"`` once it was looked at whose memory gradients share; ``"unchanged"`` where they
+    are only measured."""
 
 
 def measure(
@@ -76,7 +79,8 @@ def measure(
     """Measure this rank's pieces, but for what came ``early``. Issues no collective."""
     result = LocalMeasurement()
     quick = None if plan.holds is None else dtensor.quick_gradients(plan.holds, plan.specs)
-    result.present = present = _fetched(plan, result) if quick is None else quick
+    fetched: Sequence[Tensor | None] = _fetched(plan, result) if quick is None else quick
+    present = _inspected(plan, fetched, result, memory)
     plain = _counted(plan, request, present)
     if not request.bounds:
         # With the parameters' own specs the gradients have the parameters' shapes and dtypes.
@@ -84,10 +88,12 @@ def measure(
         result.together = memory.gradients.find(near, shaped=quick is not None, widths=table.widths)
     everything = result.together is not None and result.together.known.complete
     if quick is not None and not everything and not dtensor.are_strided(quick):
-        result.present = present = _fetched(plan, result)  # refuses by name
+        present = _inspected(plan, _fetched(plan, result), result, memory)  # refuses by name
         plain = _counted(plan, request, present)
     bounds = [request.bounds.get(piece.index) for piece in plan.pieces] if request.bounds else None
-    weights = _weights(plan) if request.weight_orders or request.unit_dims else ()
+    weights: Sequence[Tensor | None] = [None] * len(plan.pieces)  # the step is lost with trouble
+    if result.trouble is None and (request.weight_orders or request.unit_dims):
+        weights = _weights(plan)
     if request.unit_dims:
         result.units = _measure_units(plan, request, table, weights, result, memory, early)
     together = result.together
@@ -143,6 +149,19 @@ def _fetched(plan: Plan, result: LocalMeasurement) -> list[Tensor | None]:
     return present
 
 
+def _inspected(
+    plan: Plan, fetched: Sequence[Tensor | None], result: LocalMeasurement, memory: Memory
+) -> Sequence[Tensor | None]:
+    """What of the fetched gradients is measured and acted on; what is wrong is noted."""
+    first = "memory" not in memory.inspected
+    changed = "unchanged" not in memory.inspected
+    present, trouble = soundness.inspect(plan, fetched, first=first, changed=changed)
+    if trouble is None and any(gradient is not None for gradient in present):
+        memory.inspected.add("memory")
+    result.present, result.trouble = present, result.trouble or trouble
+    return present
+
+
 def _counted(
     plan: Plan, request: Request, present: Sequence[Tensor | None]
 ) -> Sequence[Tensor | None]:
@@ -173,7 +192,7 @@ def _measure_units(
     plan: Plan,
     request: Request,
     table: UnitTable,
-    weights: Sequence[Tensor],
+    weights: Sequence[Tensor | None],
     measured: LocalMeasurement,
     memory: Memory,
     early: Early | None,
