@@ -14,7 +14,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from distclip import checkpoint, handshake
+from distclip import agreement, checkpoint, handshake
 from distclip._version import __version__
 from distclip.application.eager import eagerly
 from distclip.application.folded import FusedStep, Scope
@@ -137,6 +137,7 @@ class GradClipper:
         }
         self._options: Options
         self._replicas: ReplicaCheck | None = None
+        self._agreement: agreement.Agreement | None = None
         self._walks = 0
         self.sinks = tuple(sinks)
         self._named: Named = []
@@ -146,9 +147,11 @@ class GradClipper:
         self._parts = False
         self._reads_loss = False
         self._warned_of_no_loss = False
+        self._mentioned_repetition = False
         self._plan = self._compare_notes(target, given, process_group)
         self._watched = naming.Watched(target)
         self._known = {id(parameter) for _, parameter in self._named}
+        self._last = agreement.LastClip([parameter for _, parameter in self._named])
         self._scope = Scope([parameter for _, parameter in self._named])
         wide = any(entry.dtype in ("float64", "complex128") for entry in self._plan.entries)
         self._dtype = torch.float64 if wide else torch.float32
@@ -415,6 +418,9 @@ class GradClipper:
         if loaded is not None:
             self._step = loaded[0]
             self._states = {**self._states, **loaded[1]}
+            if self._agreement is not None:
+                found = f"that of step {loaded[0]} [{agreement.digest_of(loaded[1])}]"
+                self._agreement.note("loaded state", found)
 
     def _owner(self) -> checkpoint.Owner:
         parameters = self._program.parameters
@@ -434,6 +440,8 @@ class GradClipper:
             collectives.check_open(self._plan.group)
         for watcher in watchers:
             watcher.before(self, loss_scale)
+        self._mention_repetition()
+        agreed = self._agreed()
         loss, self._loss = self._loss, None
         if self._reads_loss and loss is None:
             self._warn_of_no_loss()
@@ -446,6 +454,7 @@ class GradClipper:
                     loss_scale=loss_scale,
                     replicas=self._replicas if self._compares_now() else None,
                     trouble=self._trouble(),
+                    agreed=agreed,
                     loss=loss,
                     later=later,
                     fold=fold,
@@ -463,6 +472,7 @@ class GradClipper:
                 _dtype=self._dtype,
                 _walked=walked,
             )
+        self._last.remember()
         step, self._step = self._step, self._step + 1
         for sink in self.sinks:
             sink(step, report)
@@ -496,6 +506,28 @@ class GradClipper:
     def _compares_now(self) -> bool:
         every = self.verify_replicas
         return self._walks == 0 if isinstance(every, str) else self._walks % every == 0
+
+    def _agreed(self) -> agreement.Agreed | None:
+        """What has to be the same on all ranks in this step, where anything travels that tells."""
+        compares = self._compares_now() and self.verify_replicas != "never"
+        if self._agreement is None or not (self._plan.group is not None or compares):
+            return None
+        memory = agreement.digest_of(self._states) if compares else ""
+        return self._agreement.of_step(self._step, memory=memory, now=compares)
+
+    def _mention_repetition(self) -> None:
+        """Where one rank alone clips twice, this is the last that can be said of it by name."""
+        if self._agreement is None or self._mentioned_repetition or not self._last.is_repeated():
+            return
+        self._mentioned_repetition = True
+        _logger.warning(
+            "rank %d clips again at step %d, and no gradient has changed since the last clip: "
+            "if not every rank does so, this rank is a step ahead of the others, and collectives "
+            "that do not belong together will meet, hang or abort; call clip_() equally often on "
+            "every rank",
+            collectives.global_rank(),
+            self._step,
+        )
 
     def _trouble(self) -> DistclipError | None:
         """What is wrong on this rank before a gradient is looked at: parameters that came later."""
@@ -576,6 +608,8 @@ class GradClipper:
             plan = plans.merged_plan(described, tables, rank, ranks, device, group)
         else:
             plan = plans.local_plan(plans.in_order_of(tables[0], described), device)
+        on_host = device.type == "cpu" or self.on_nonfinite == "error"
+        self._agreement = agreement.Agreement(group, device, immediate=on_host)
         if self.verify_replicas != "never":
             self._replicas = ReplicaCheck.of(plan, group, plans.copied(tables, ranks))
         return plan
@@ -630,6 +664,10 @@ class GradClipper:
                 state = stage.policy.init(infos)
                 device = self._plan.device
                 self._states[stage.path] = {key: value.to(device) for key, value in state.items()}
+        if self._agreement is not None:
+            reads = any(s.policy.needs.groups for s in stages(self.policy, parameters))
+            numbers = {each.name: each.group for each in parameters} if reads else {}
+            self._agreement.note("parameter groups", numbers)
         shown = report_order(self.policy, parameters)
         return Program.of(self._plan, parameters, passes, shown, self._early)
 

@@ -301,7 +301,7 @@ def _joint_norm(
     flag = torch.full((1,), float(trouble is not None), dtype=torch.float64, device=device)
     packet.add_flag("trouble", flag)
     got = packet.exchange()
-    raise_together(trouble, got["trouble"])
+    raise_together(trouble, got["trouble"].item())
     total = got["norm"].squeeze(0)
     if error_if_nonfinite and not bool(torch.isfinite(total)):
         raise NonFiniteGradientError(

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from torch.distributed import ProcessGroup
 
 from distclip.errors import DistclipError, RankMismatchError
-from distclip.layouts.differences import ranked, sides
+from distclip.layouts.differences import told
 from distclip.layouts.piece import Entry
 from distclip.statistics import collectives
 
@@ -235,11 +235,6 @@ def common_device(devices: Iterable[str]) -> str:
     """
     found = {device for device in devices if device}
     return found.pop() if len(found) == 1 else "cpu"
-
-
-def told(ranks: Sequence[int], values: Sequence[str]) -> str:
-    """Who has what, those in the minority first: ``rank 2: a; ranks 0, 1, 3: b``."""
-    return "; ".join(f"{ranked(members)}: {value}" for value, members in sides(ranks, values))
 
 
 def _refuse_apart(what: str, mend: str, ranks: Sequence[int], values: Sequence[str]) -> None:

@@ -24,6 +24,7 @@ from distclip.layouts.piece import Box
 from distclip.layouts.plan import Plan
 from distclip.statistics import collectives
 from distclip.statistics.fingerprint import fingerprint
+from distclip.statistics.packing import Stamp
 
 KINDS = ("gradient", "weights")
 
@@ -87,11 +88,18 @@ class ReplicaCheck:
         flag = sizes.new_full((1,), float(troubled))
         return torch.cat([low.double().flatten(), high.double().flatten(), sizes, flag])
 
-    def exchange(self, packed: Tensor) -> Tensor:
-        """The sum over all ranks, where nothing travels that it could ride on."""
-        summed = packed.clone()
+    def exchange(self, packed: Tensor, stamp: Stamp | None) -> tuple[Tensor, Tensor]:
+        """The sum over all ranks, where nothing travels that it could ride on.
+
+        Returns:
+            The sum of ``packed``, and the flags of a packet: its trouble, and the stamp, if any.
+        """
+        parts = [packed]
+        if stamp is not None:
+            parts.append(packed.new_tensor(stamp.pair(maximum=False)))
+        summed = torch.cat(parts)
         collectives.all_reduce_sum(summed, self.group)
-        return summed
+        return summed[: packed.numel()], summed[packed.numel() - 1 :]
 
     def judge(self, summed: Tensor, present: Sequence[Tensor | None]) -> None:
         """Compare; reads the sums on the host.

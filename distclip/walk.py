@@ -10,6 +10,7 @@ from typing import TypeAlias, cast
 import torch
 from torch import Tensor
 
+from distclip.agreement import Agreed
 from distclip.application import inplace
 from distclip.errors import DistclipError, NonFiniteGradientError, UnsupportedGradientError
 from distclip.kernels.transfer import to_device
@@ -21,7 +22,7 @@ from distclip.statistics import collectives
 from distclip.statistics.alignment import align_alone, align_together, cannot_move
 from distclip.statistics.measurement import LocalMeasurement, measure
 from distclip.statistics.neighbours import Together
-from distclip.statistics.packing import LocalDecision, Measurement, reduce
+from distclip.statistics.packing import LocalDecision, Measurement, Stamp, reduce
 from distclip.statistics.request import Request
 from distclip.statistics.units import combine_segments, sum_segments
 
@@ -36,6 +37,7 @@ def walk(
     loss_scale: Tensor | None = None,
     replicas: ReplicaCheck | None = None,
     trouble: DistclipError | None = None,
+    agreed: Agreed | None = None,
     loss: Tensor | None = None,
     later: bool = False,
     fold: Fold | None = None,
@@ -49,6 +51,7 @@ def walk(
         loss_scale: 0-dim; the gradients are this many times too large, and stay so.
         replicas: what is to be compared between the ranks this time; reads on the host.
         trouble: what is wrong on this rank already; raised when all ranks have heard of it.
+        agreed: what has to be the same on every rank in this step.
         loss: float64 ``(2,)``, the sum of this rank's losses and their number; for a policy that
             reads the loss.
         fold: asked to multiply everything by one number in place of the last pass; says whether it
@@ -57,6 +60,7 @@ def walk(
             other tensors than the measured ones. Dropping and earlier passes act here.
 
     Raises:
+        RankMismatchError: ranks differ in what is agreed; on every rank, before any changes.
         ReplicaDriftError: copies differ; on every rank, before any changes.
         DistclipError: a gradient that cannot be measured, on every rank, before any changes.
         NonFiniteGradientError: under ``"error"``, on every rank, before any changes.
@@ -76,22 +80,23 @@ def walk(
         )
         together = reads and request.reduced and program.plan.group is not None
         comparing = replicas if number == 0 else None
+        stamp = None if agreed is None or number else agreed.stamp
         measured, decided, measurement, packed = _measured(
             program,
             number,
             request,
             loss_scale,
             comparing,
+            stamp,
             together=together,
             trouble=trouble,
             loss=loss,
         )
         if comparing is not None and packed is not None:
-            summed = measurement.passengers
-            summed = comparing.exchange(packed) if summed is None else summed
-            raise_together(measured.trouble, summed[-1])
-            comparing.judge(summed, measured.present)
-        raise_together(measured.trouble, measurement.troubled if reads else None)
+            measurement = _compare_replicas(comparing, packed, stamp, measured, measurement)
+        raise_together(measured.trouble, measurement.read_flags[0] if reads else None)
+        if agreed is not None and stamp is not None:
+            agreed.judge(measurement)
         ledger = Ledger(program, number, measurement)
         if number == 0 and measurement.raw:
             _look_for_nonfinite(program, walked, measurement, measured, on_nonfinite)
@@ -135,6 +140,7 @@ def _measured(
     request: Request,
     loss_scale: Tensor | None,
     comparing: ReplicaCheck | None,
+    stamp: Stamp | None,
     *,
     together: bool,
     trouble: DistclipError | None,
@@ -163,11 +169,28 @@ def _measured(
         packed = None
         if comparing is not None:
             packed = comparing.pack(measured.present, measured.trouble is not None)
-        measurement = reduce(plan, request, table, measured, decided, packed)
-        if not together or not 0.0 < measurement.troubled.item() < 1.0:
+        measurement = reduce(plan, request, table, measured, decided, packed, stamp)
+        if not together or not 0.0 < measurement.read_flags[0] < 1.0:
             return measured, decided, measurement, packed
         align_together(plan)
         habits.add("misplaced")
+
+
+def _compare_replicas(
+    comparing: ReplicaCheck,
+    packed: Tensor,
+    stamp: Stamp | None,
+    measured: LocalMeasurement,
+    measurement: Measurement,
+) -> Measurement:
+    """Judge what was summed along, or sum it where nothing travelled; with the flags of all."""
+    summed = measurement.passengers
+    if summed is None:
+        summed, flags = comparing.exchange(packed, stamp)
+        measurement = replace(measurement, flags=flags)
+    raise_together(measured.trouble, summed[-1].item())
+    comparing.judge(summed, measured.present)
+    return measurement
 
 
 def _look_for_nonfinite(
@@ -238,16 +261,16 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(repr(name) for name in names[:8]) + more
 
 
-def raise_together(mine: DistclipError | None, anybodys: Tensor | None) -> None:
+def raise_together(mine: DistclipError | None, anybodys: float | None) -> None:
     """After the all-reduce every rank knows that one of them could not measure: all raise.
 
     Args:
         mine: what went wrong on this rank.
-        anybodys: one element, > 0 if something went wrong on any rank; read on the host.
+        anybodys: > 0 if something went wrong on any rank; None: not read on the host.
     """
     if mine is not None:
         raise mine
-    if anybodys is not None and anybodys.item() > 0:
+    if anybodys is not None and anybodys > 0:
         raise UnsupportedGradientError(
             "another rank cannot measure one of its gradients (its own error says which and why); "
             "no gradient was changed on any rank"

@@ -25,6 +25,11 @@ def ranked(ranks: Sequence[int]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {shown}"
 
 
+def told(ranks: Sequence[int], values: Sequence[str]) -> str:
+    """Who has what, those in the minority first: ``rank 2: a; ranks 0, 1, 3: b``."""
+    return "; ".join(f"{ranked(members)}: {value}" for value, members in sides(ranks, values))
+
+
 def listed(names: Sequence[str]) -> str:
     """The first of the names, quoted, and how many more there are."""
     more = f" and {len(names) - 4} more" if len(names) > 4 else ""

@@ -71,6 +71,11 @@ def rank_in(group: ProcessGroup) -> int:
     return dist.get_rank(group)
 
 
+def global_rank() -> int:
+    """Of this process; 0 outside of a distributed run."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
 def is_first(group: ProcessGroup | None = None) -> bool:
     """Whether this rank speaks for all of the group; for all ranks, or the launch, without one."""
     if dist.is_available() and dist.is_initialized():
@@ -88,6 +93,11 @@ def device_for(group: ProcessGroup | None, preferred: torch.device) -> torch.dev
     if dist.get_backend(group) == "nccl":
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
+
+
+def sends_anything(group: ProcessGroup) -> bool:
+    """Whether ranks hear of each other: not so in torch's "fake" backend, for dry runs."""
+    return dist.get_backend(group) != "fake"
 
 
 def is_mixed(group: ProcessGroup) -> bool:

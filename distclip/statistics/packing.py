@@ -12,6 +12,7 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -58,8 +59,9 @@ class Measurement:
         unit_weights: ``(units,)`` their weight 2-norms.
         clipped: ``(parameters,)`` units scaled before the reduction.
         smallest: 0-dim, the smallest coefficient decided before the reduction.
-        troubled: one element, >= 1 if any rank ran into an error, else > 0 if any has a gradient
-            that must be redistributed.
+        flags: the first is >= 1 if any rank ran into an error, else > 0 if any has a gradient that
+            must be redistributed; then the two numbers of a stamp, where one was sent.
+        as_maxima: whether the flags were reduced as maxima.
         passengers: what else was summed along; None where nothing travelled.
         in_range: whether powers of the norms stay in float64's range.
         loss: 0-dim, mean of the losses that ranks gave, NaN for none; None where not asked for.
@@ -73,10 +75,49 @@ class Measurement:
     unit_weights: Tensor
     clipped: Tensor
     smallest: Tensor
-    troubled: Tensor
+    flags: Tensor
+    as_maxima: bool
     passengers: Tensor | None
     in_range: bool
     loss: Tensor | None = None
+
+    @cached_property
+    def read_flags(self) -> list[float]:
+        """The flags, read on the host once."""
+        found: list[float] = self.flags.tolist()
+        return found
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """A number that has to be the same on all ranks, sent so that each sees whether it is.
+
+    With the number ``d`` goes its square: if the sums over all ``N`` ranks are ``N d`` and
+    ``N d**2``, then no rank has another number (Cauchy and Schwarz). Of a maximum, ``d`` and
+    ``limit - d`` do as well.
+
+    Attributes:
+        number: from 0 on, below ``limit``.
+        limit: ``ranks * limit**2`` is at most ``2**53``, so that float64 sums are exact.
+        ranks: how many ranks there are.
+        idle: whether nothing is compared; alike on all ranks.
+    """
+
+    number: int
+    limit: int
+    ranks: int
+    idle: bool = False
+
+    def pair(self, *, maximum: bool) -> tuple[float, float]:
+        """What this rank sends."""
+        number = float(self.number)
+        return number, self.limit - number if maximum else number * number
+
+    def is_everybodys(self, reduced: Sequence[float], *, maximum: bool) -> bool:
+        """Whether every rank sent this number; if not, this gives False on every rank."""
+        count = 1 if maximum else self.ranks
+        first, second = self.pair(maximum=maximum)
+        return reduced[0] == count * first and reduced[1] == count * second
 
 
 class Packet:
@@ -94,11 +135,16 @@ class Packet:
         self._sums[key] = (summands, None)
 
     def add_flag(self, key: object, flag: Tensor) -> None:
-        """Float64 ``(1,)``, > 0 on any rank gives > 0 on all; rides on whatever travels anyway."""
-        if self._maxima and not self._sums:
+        """Float64, > 0 on any rank gives > 0 on all; rides on whatever travels anyway."""
+        if self.only_maxima:
             self._maxima[key] = flag
         else:
             self._sums[key] = (flag, None)
+
+    @property
+    def only_maxima(self) -> bool:
+        """Whether maxima travel and no sums: then flags are maxima too."""
+        return bool(self._maxima) and not self._sums
 
     def add_norms(
         self,
@@ -210,10 +256,12 @@ def reduce(
     measured: LocalMeasurement,
     decided: LocalDecision,
     passengers: Tensor | None = None,
+    stamp: Stamp | None = None,
 ) -> Measurement:
     """All ranks' measurements as one. One all-reduce; a second one for maxima beside sums.
 
-    ``passengers``, float64 of any shape, are summed along where something is reduced.
+    ``passengers``, float64 of any shape, are summed along where something is reduced, and so is
+    ``stamp``.
     """
     group = plan.group if request.reduced else None
     wide = _wide(plan.dtypes, (*request.unit_orders, *request.weight_orders))
@@ -248,8 +296,8 @@ def reduce(
         packet.add_sum("passengers", passengers)
     if measured.loss is not None:
         packet.add_sum("loss", measured.loss)
-    flag = plan.flag(measured.trouble is not None)
-    packet.add_flag("trouble", flag + MISPLACED if measured.misplaced else flag)
+    as_maxima = packet.only_maxima
+    packet.add_flag("flags", _flags(plan, measured, None if group is None else stamp, as_maxima))
     got.update(packet.exchange())
 
     def reduced(kind: str) -> dict[float, Tensor]:
@@ -265,11 +313,30 @@ def reduce(
         unit_weights=got.get("unit weights", plan.no_units),
         clipped=got.get("clipped", decided.clipped),
         smallest=got["smallest"].min() if "smallest" in got else decided.smallest,
-        troubled=got["trouble"],
+        flags=got["flags"],
+        as_maxima=as_maxima,
         passengers=got.get("passengers"),
         in_range=True not in wide.values(),
         loss=got["loss"][0] / got["loss"][1] if "loss" in got else None,
     )
+
+
+def _flags(plan: Plan, measured: LocalMeasurement, stamp: Stamp | None, as_maxima: bool) -> Tensor:
+    """What :attr:`Measurement.flags` is reduced from; never changed in place."""
+    if stamp is None:
+        flag = plan.flag(measured.trouble is not None)
+        return flag + MISPLACED if measured.misplaced else flag
+    trouble = (measured.trouble is not None) + MISPLACED * measured.misplaced
+    values = (float(trouble), *stamp.pair(maximum=as_maxima))
+    # Where nothing is compared, nothing is copied to the device either.
+    return _constant(plan.device, values) if stamp.idle else _float64(plan.device, values)
+
+
+def _float64(device: torch.device, values: tuple[float, ...]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64, device=device)
+
+
+_constant = functools.lru_cache(maxsize=8)(_float64)
 
 
 @functools.lru_cache(maxsize=64)

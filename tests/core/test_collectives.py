@@ -155,8 +155,8 @@ def test_plain_ddp_communicates_nothing() -> None:
     for clipper in clippers:
         with watch() as seen:
             clipper.clip_()
-        # The replica check, once: 10 numbers for each of 2 parameters, and a flag.
-        assert seen.collectives == [(REDUCTION, 8 * 21)]
+        # The replica check, once: 10 numbers for each of 2 parameters, a flag, and a stamp of two.
+        assert seen.collectives == [(REDUCTION, 8 * 23)]
         with watch() as seen:
             clipper.clip_()
         assert seen.collectives == []
@@ -218,10 +218,11 @@ def test_the_message_is_small() -> None:
         ((_, sizes[label]),) = seen.collectives
     parameters = 48
     # One float64 a parameter and a flag.
-    assert sizes["global"] == 8 * (parameters + 1)
-    assert sizes["max"] == 8 * (parameters + 1)
+    # Each with a flag, and the two numbers by which ranks see that they clip by the same rule.
+    assert sizes["global"] == 8 * (parameters + 3)
+    assert sizes["max"] == 8 * (parameters + 3)
     # Gradient and weight norms.
-    assert sizes["dreamer"] == 8 * (2 * parameters + 1)
+    assert sizes["dreamer"] == 8 * (2 * parameters + 3)
     # A few kilobytes, though the model has 100,000 elements in 1,560 units.
     assert sizes["agc"] <= 4096
 

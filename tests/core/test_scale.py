@@ -52,16 +52,19 @@ def taken(
 
 
 def agc_numbers(ranks: int, layout: str) -> int:
-    """Norms before and after, rows clipped, the norms of rows in the middle; one slot a rank."""
+    """Norms before and after, rows clipped, the norms of rows in the middle; one slot a rank.
+
+    Here and below with a flag and two numbers by which the ranks see that they agree.
+    """
     cut = 2 * CUT_ROWS if layout == "fsdp2_tp" else 0
-    return 4 * COUNT + ranks + 1 + cut
+    return 4 * COUNT + ranks + 3 + cut
 
 
 SIZES: dict[str, tuple[Policy, Callable[[int, str], int]]] = {
-    "global_norm": (policies.global_norm(1e9), lambda ranks, layout: COUNT + 1),
+    "global_norm": (policies.global_norm(1e9), lambda ranks, layout: COUNT + 3),
     "agc": (policies.agc(1e9), agc_numbers),
-    "p=inf": (policies.parameter_norm(1e9, math.inf), lambda ranks, layout: COUNT + 1),
-    "dreamer_agc": (policies.dreamer_agc(1e9), lambda ranks, layout: 2 * COUNT + 1),
+    "p=inf": (policies.parameter_norm(1e9, math.inf), lambda ranks, layout: COUNT + 3),
+    "dreamer_agc": (policies.dreamer_agc(1e9), lambda ranks, layout: 2 * COUNT + 3),
 }
 
 
