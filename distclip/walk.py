@@ -148,7 +148,7 @@ def _measured(
 ) -> tuple[LocalMeasurement, LocalDecision, Measurement, Tensor | None]:
     """Measure and reduce; a second time where gradients had to be brought into place first."""
     plan, table, habits = program.plan, program.tables[number], program.memory.habits
-    if number == 0 and habits and together:
+    if number == 0 and "misplaced" in habits and together:
         align_together(plan)  # as at the steps before: then once is enough
     overlap = program.memory.overlap if number == 0 else None
     while True:
