@@ -22,6 +22,7 @@ from distclip.application.joint import AttachHandle
 from distclip.errors import ConfigurationError, DistclipError
 from distclip.layouts import names as naming
 from distclip.layouts import plan as plans
+from distclip.layouts import slices
 from distclip.layouts.detect import describe, refuse_stepped_in_backward
 from distclip.layouts.names import Named, Target
 from distclip.layouts.piece import Described, Entry
@@ -600,7 +601,8 @@ class GradClipper:
         if device.type != common:
             device = torch.device(common)
         device = collectives.device_for(group, device)
-        tables = [each.table for each in notes]
+        me = ranks[collectives.rank_in(group)]
+        described, tables = slices.settle(described, [each.table for each in notes], ranks, me)
         plans.check_tables(tables, ranks, stages=naming.is_list_of_modules(target))
         if plans.needs_reduction(tables) or self._reads_loss:
             rank = collectives.rank_in(group)

@@ -147,11 +147,20 @@ class Agreements:
 
     @staticmethod
     def _digest(what: str, entries: Sequence[Entry]) -> tuple[bytes, str]:
-        table = tuple((entry.dtype, entry.shape) for entry in entries)
+        # Slices that are declared need not be of one size.
+        table = tuple((entry.dtype, _compared(entry)) for entry in entries)
         return hashlib.sha256(repr((what, table)).encode()).digest(), _shown(table)
 
 
-def _shown(table: Sequence[tuple[str, tuple[int, ...]]]) -> str:
+def _compared(entry: Entry) -> tuple[int | str, ...]:
+    """The shape, without the extent that is this rank's own."""
+    if entry.slice is None or entry.slice.whole:
+        return entry.shape
+    (cut,) = entry.split_dims
+    return tuple("sliced" if dim == cut else extent for dim, extent in enumerate(entry.shape))
+
+
+def _shown(table: Sequence[tuple[str, tuple[int | str, ...]]]) -> str:
     """As much of a table of dtypes and shapes as tells it from others, in a few words."""
     digest = hashlib.sha256(repr(table).encode()).hexdigest()[:8]
     some = ", ".join(f"{dtype} {list(shape)}" for dtype, shape in table[:3])

@@ -36,7 +36,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from distclip.errors import ConfigurationError, ProcessGroupError, UnsupportedGradientError
 from distclip.layouts import plain
-from distclip.layouts.piece import Box, Described, Entry, Piece, shared_ranks
+from distclip.layouts.piece import Box, Described, Entry, Piece, Slice, shared_ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +79,8 @@ def declare_sharded(
     Without ``dim`` every member of the group holds a *different, whole* tensor under this name, as
     expert-parallel ranks do. In a GradClipper's tables and reports, that of the group's rank ``r``
     is called ``name@r`` (patterns of ``by_name`` and ``unit_dims`` see both spellings). With
-    ``dim`` the members hold consecutive *slices* of one tensor along that dim, all of one size, in
-    the order of their ranks in the group, as in Megatron's tensor parallelism.
+    ``dim`` the members hold consecutive *slices* of one tensor along that dim, in the order of
+    their ranks in the group, as in Megatron's tensor parallelism; they need not be of one size.
 
     Ranks outside of the group with the same name are replicas (expert data parallelism): whoever
     has the same place in another such group holds the same tensor. Both declarations may be made
@@ -214,6 +214,7 @@ def describe(name: str, parameter: Tensor, spread: Spread) -> Described:
         f"plain, sliced along dim {spread.dim}" if split else "plain",
         shared_ranks(others),
         copy=spread.copy,
+        slice=Slice(parameter.shape[spread.dim], whole=False) if split else None,
     )
     box = Box(tuple(offsets), tuple(parameter.shape))
     return entry, (Piece(0, box, piece.share, piece.gradient, piece.weight, piece.trainable),)

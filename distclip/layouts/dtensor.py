@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeAlias, cast
 from weakref import WeakKeyDictionary
@@ -21,7 +22,16 @@ from torch.distributed.tensor import (  # type: ignore[attr-defined]
 
 from distclip.errors import UnsupportedGradientError
 from distclip.layouts import plain
-from distclip.layouts.piece import Box, Described, Entry, Holder, MisplacedError, Piece, held
+from distclip.layouts.piece import (
+    Box,
+    Described,
+    Entry,
+    Holder,
+    MisplacedError,
+    Piece,
+    Slice,
+    held,
+)
 
 Span: TypeAlias = tuple[int, int]
 """``start, stop`` along one dim of the logical tensor."""
@@ -66,12 +76,19 @@ def describe(name: str, parameter: DTensor, hold: Holder | None = None) -> Descr
     )
     spans = local_spans(shape, tuple(mesh.shape), coordinate, placements)
     local_shape = tuple(sum(stop - start for start, stop in dim) for dim in spans)
-    if local_shape != tuple(parameter.to_local().shape):
-        raise UnsupportedGradientError(
-            f"{name!r}: placements {placements} on a mesh of shape {tuple(mesh.shape)} give this "
-            f"rank a shard of shape {local_shape}, but it holds "
-            f"{tuple(parameter.to_local().shape)}; distclip cannot tell which elements these are"
-        )
+    found = tuple(parameter._local_tensor.shape)
+    if local_shape != found:
+        if not _is_slice(parameter, found):
+            raise UnsupportedGradientError(
+                f"{name!r}: placements {placements} on a mesh of shape {tuple(mesh.shape)} give "
+                f"this rank a shard of shape {local_shape}, but it holds {found}; distclip cannot "
+                f"tell which elements these are (it can on a mesh of one dim that cuts one dim)"
+            )
+        (dim,) = split
+        entry = replace(entry, slice=Slice(found[dim], whole=True))
+        # Somewhere: where exactly, the ranks say to each other when a GradClipper is built.
+        start = min(spans[dim][0][0] if spans[dim] else 0, shape[dim] - found[dim])
+        spans[dim] = [(start, start + found[dim])]
     hold = held(parameter) if hold is None else hold
     gradient = partial(local_gradient, name, hold)
     weight = partial(local_weight, hold)
@@ -88,6 +105,18 @@ def describe(name: str, parameter: DTensor, hold: Holder | None = None) -> Descr
         )
         for box, local, whole in _boxes(spans)
     ]
+
+
+def _is_slice(parameter: DTensor, found: Sequence[int]) -> bool:
+    """Whether a shard that is not as ``torch.chunk`` cuts is still one of consecutive slices."""
+    mesh, (placement, *others) = parameter.device_mesh, parameter.placements
+    dim = shard_dim(placement)
+    if others or mesh.size() == 1 or dim is None or type(placement).__name__.startswith("_Strided"):
+        return False
+    fits = (have == want for have, want in zip(found, parameter.shape, strict=True))
+    return found[dim] <= parameter.shape[dim] and all(
+        fit or number == dim for number, fit in enumerate(fits)
+    )
 
 
 _mesh_ranks: WeakKeyDictionary[DeviceMesh, tuple[int, ...]] = WeakKeyDictionary()

@@ -37,6 +37,19 @@ class Box:
 
 
 @dataclass(frozen=True, slots=True)
+class Slice:
+    """What a rank says of its slice where the slices need not be of one size.
+
+    Attributes:
+        extent: of this rank's slice, along the dim that is cut.
+        whole: whether the entry's shape is the logical one, and no guess from this slice.
+    """
+
+    extent: int
+    whole: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Entry:
     """One logical parameter, as all ranks know it.
 
@@ -54,6 +67,8 @@ class Entry:
         copy: whether another rank has the same tensor under another name, where it is counted.
         copies: whether some of ``ranks`` hold copies of what others of them hold, which their
             layout counts elsewhere (pieces with a share of 0).
+        slice: of a tensor that is cut along one dim only; its ranks hold the slices in order. None
+            once the ranks have compared notes; see :mod:`distclip.layouts.slices`.
     """
 
     name: str
@@ -66,6 +81,7 @@ class Entry:
     replicated: bool = False
     copy: bool = False
     copies: bool = False
+    slice: Slice | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import sys
 import types
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 import distclip
 from distclip import GradClipper, policies
@@ -209,32 +211,117 @@ def test_the_functions_know_declared_experts() -> None:
         )
 
 
+SIZES = {"even": None, "uneven": (7, 2, 9, 6), "one is empty": (24, 0, 0, 0)}
+
+
+def cut(whole: Tensor, dim: int, sizes: tuple[int, ...] | None) -> list[Tensor]:
+    """Slices of a tensor of 24 along ``dim``, one for each rank."""
+    world = dist.get_world_size()
+    if sizes is None:
+        return list(whole.chunk(world, dim))
+    return list(whole.split([*sizes[: world - 1], sum(sizes[world - 1 :])], dim))
+
+
 @pytest.mark.ranks(2, 3, 4, timeout=SECONDS)
 @pytest.mark.parametrize("dim", [0, 1])
-def test_slices_of_one_tensor(dim: int) -> None:
-    """Megatron's tensor parallelism: one tensor, rows summed over ranks where they are cut."""
+@pytest.mark.parametrize("kind", ["plain", "DTensor"])
+def test_slices_of_one_tensor(dim: int, kind: str) -> None:
+    """Megatron's tensor parallelism: one tensor, rows summed over ranks where they are cut.
+
+    And rows of an embedding that are assigned to ranks by hand.
+    """
     world, rank = dist.get_world_size(), dist.get_rank()
-    weight, gradient = randn(12, 24, seed=1), randn(12, 24, seed=2)
-    for label in ("global", "agc", "parameter", "value", "block rms"):
-        p = nn.Parameter(weight.chunk(world, dim)[rank].clone())
-        p.grad = gradient.chunk(world, dim)[rank].clone()
+    weight, gradient = randn(24, 24, seed=1), randn(24, 24, seed=2)
+    mesh = mesh_of((world,), ("tp",))
+
+    def part(whole: Tensor, sizes: tuple[int, ...] | None) -> Tensor:
+        local = cut(whole, dim, sizes)[rank].clone()
+        if kind == "plain":
+            return local
+        size, stride = whole.shape, whole.stride()
+        return DTensor.from_local(local, mesh, [Shard(dim)], shape=size, stride=stride)
+
+    def local(tensor: Any) -> Tensor:
+        return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+    labels = ("global", "agc", "parameter", "value", "block rms", "zclip")
+    for label, sizes in itertools.product(labels, SIZES.values()):
+        p = nn.Parameter(part(weight, sizes))
+        p.grad = part(gradient, sizes)
         q = nn.Parameter(torch.ones(3))
         q.grad = torch.full((3,), 2.0)
-        distclip.declare_sharded(p, dist.group.WORLD, dim=dim)
+        if kind == "plain":
+            distclip.declare_sharded(p, dist.group.WORLD, dim=dim)
         want = expected(
             POLICIES[label],
             {"w": gradient.double().numpy(), "q": q.grad.double().numpy()},
             {"w": weight.double().numpy(), "q": q.detach().double().numpy()},
         )
         pairs = [("w", p), ("q", q)]
-        report = GradClipper(pairs, build(POLICIES[label])).clip_()
+        clipper = GradClipper(pairs, build(POLICIES[label]), verify_replicas=1)
+        assert clipper.parameters[0].shape == (24, 24)
+        report = clipper.clip_()
         assert report.total_norm.item() == pytest.approx(want.total_norm, rel=1e-6)
-        full = torch.from_numpy(want.gradients["w"]).chunk(world, dim)[rank].numpy()
-        assert_rounded(p.grad, full, ulps=1, coefficient_error=3e-7, name=label)
-    p.grad = gradient.chunk(world, dim)[rank].clone()
-    assert distclip.clip_grad_norm_([p], 1.0).item() == pytest.approx(
-        gradient.double().norm().item(), rel=1e-6
+        full = cut(torch.from_numpy(want.gradients["w"]), dim, sizes)[rank].numpy()
+        assert_rounded(local(p.grad), full, ulps=1, coefficient_error=3e-7, name=label)
+        for function, again in (
+            (lambda ps: distclip.clip_grad_norm_(ps, 0.1), "global"),
+            (lambda ps: distclip.clip_grad_agc_(ps, 0.01), "agc"),
+            (lambda ps: distclip.clip_grad_agc_(ps, 0.01, unit="tensor"), "tensor"),
+        ):
+            document = {
+                "global": {"name": "global_norm", "max_norm": 0.1},
+                "agc": {"name": "agc", "clip_factor": 0.01},
+                "tensor": {"name": "agc", "clip_factor": 0.01, "unit": "tensor"},
+            }[again]
+            if label != "global":
+                continue
+            p.grad = part(gradient, sizes)
+            want = expected(
+                document, {"w": gradient.double().numpy()}, {"w": weight.double().numpy()}
+            )
+            assert function([p]).item() == pytest.approx(want.total_norm, rel=1e-6)
+            full = cut(torch.from_numpy(want.gradients["w"]), dim, sizes)[rank].numpy()
+            assert_rounded(local(p.grad), full, ulps=1, coefficient_error=3e-7, name=again)
+
+
+@pytest.mark.ranks(4, timeout=SECONDS)
+def test_replicas_of_uneven_slices_that_are_cut_differently() -> None:
+    """Two groups of two, each with the whole tensor: it counts once, and the copies compare."""
+    mesh = mesh_of((2, 2), ("dp", "tp"))
+    group, place = mesh["dp"].get_local_rank(), mesh["tp"].get_local_rank()
+    gradient = randn(5, 4, seed=2)
+    sizes = [[3, 2], [1, 4]][group]
+    p = nn.Parameter(torch.ones(sizes[place], 4))
+    p.grad = gradient.split(sizes)[place].clone()
+    distclip.declare_sharded(p, mesh["tp"].get_group(), dim=0)
+    clipper = GradClipper([("w", p)], policies.agc(0.01))
+    want = expected(
+        {"name": "agc", "clip_factor": 0.01},
+        {"w": gradient.double().numpy()},
+        {"w": np.ones((5, 4))},
     )
+    assert clipper.clip_().total_norm.item() == pytest.approx(want.total_norm, rel=1e-6)
+    full = torch.from_numpy(want.gradients["w"]).split(sizes)[place].numpy()
+    assert_rounded(p.grad, full, ulps=1, coefficient_error=3e-7)
+
+
+@pytest.mark.ranks(2, timeout=SECONDS)
+def test_slices_that_do_not_make_up_a_tensor() -> None:
+    rank, mesh = dist.get_rank(), mesh_of((2,), ("tp",))
+    local = torch.ones([4, 2][rank], 4)
+    spread = DTensor.from_local(
+        local, mesh, [Shard(0)], run_check=False, shape=torch.Size((5, 4)), stride=(4, 1)
+    )
+    with pytest.raises(distclip.RankMismatchError, match=r"extent of 5 .* of 4, 2, make up 6"):
+        GradClipper([("w", nn.Parameter(spread))], policies.measure())
+    p = nn.Parameter(torch.ones([3, 2][rank], [4, 5][rank]))
+    distclip.declare_sharded(p, dist.group.WORLD, dim=0)
+    with pytest.raises(distclip.RankMismatchError, match=r"\[5, 5\] on rank 1 but .*\[5, 4\]"):
+        GradClipper([("w", p)], policies.measure())
+    p.grad = torch.ones_like(p)
+    with pytest.raises(distclip.RankMismatchError, match=r"'sliced', 5\].*'sliced', 4\]"):
+        distclip.clip_grad_norm_([p], 1.0)
 
 
 @pytest.mark.ranks(4, timeout=SECONDS)
