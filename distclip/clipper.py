@@ -83,7 +83,9 @@ class GradClipper:
             host per step), ``"skip"`` (the whole update is dropped), ``"zero"`` (the non-finite
             parameters' gradients become 0), ``"pass"`` (as torch).
         process_group: the ranks that hold this model together; all ranks by default.
-        sinks: called after every step as ``sink(step, report)``, with steps counted from 0.
+        sinks: called after every clip as ``sink(step, report)``, with steps counted from 0. What
+            one of them raises is raised when all have been called: the clip is then done and
+            counted, and an attached optimizer has not stepped.
         norms: False: do not measure what only the report would show. With ``on_nonfinite="pass"``
             a policy that needs nothing from other ranks then communicates nothing.
         verify_replicas: when to compare the copies of tensors that lie on several ranks, weights
@@ -475,13 +477,24 @@ class GradClipper:
             )
         self._last.remember()
         step, self._step = self._step, self._step + 1
-        for sink in self.sinks:
-            sink(step, report)
+        error = self._hand_out(step, report)
         for watcher in watchers:
             watcher.after(self, report)
         if self._early is not None:
             self._look_at_overlap(self._early)
+        if error is not None:
+            raise error
         return report
+
+    def _hand_out(self, step: int, report: ClipReport) -> Exception | None:
+        """Call every sink, though one raises; returns the first error, for when all is done."""
+        first = None
+        for sink in self.sinks:
+            try:
+                sink(step, report)
+            except Exception as error:
+                first = first or error
+        return first
 
     def _look_at_overlap(self, early: Overlap) -> None:
         """Say so where measuring during backward has ended, or never began."""

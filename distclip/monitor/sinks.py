@@ -13,9 +13,11 @@ import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, TextIO, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
+from distclip._foreign import clean
 from distclip.errors import ConfigurationError
+from distclip.monitor.lines import LineFile
 from distclip.statistics import collectives
 
 
@@ -37,13 +39,18 @@ class JsonlSink:
     twice are there twice, and the readers in ``distclip.monitor`` take the last. Give each run a
     file of its own. Every line is written through to the file at once, so a crash loses none.
 
+    A file that cannot be written (a full disk, a folder that is gone or may not be written to)
+    does not end a training run. A warning in the log ``distclip.monitor`` says so once, every later
+    record tries again, and ``lost`` counts those that were not written. A record is in the file
+    whole or not at all.
+
     Args:
         path: the file; its folder is made. Relative to the working directory at the first line.
         every: write the steps that are divisible by it; reading a report waits for the device.
         per_parameter: with each parameter's norm and coefficient.
 
     Raises:
-        ConfigurationError: ``every < 1``; at the first line, a file that cannot be written.
+        ConfigurationError: ``every < 1``, or a path with a NUL character.
     """
 
     def __init__(
@@ -51,11 +58,19 @@ class JsonlSink:
     ) -> None:
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ConfigurationError(f"JsonlSink: every must be an integer >= 1, got {every!r}")
+        if "\0" in os.fspath(path):
+            raise ConfigurationError(f"JsonlSink: {clean(path)} is no path: it has a NUL character")
         self.path = Path(path)
         self.every = every
         self.per_parameter = per_parameter
-        self._file: TextIO | None = None
+        self._log = LineFile(self.path)
+        self._end = weakref.finalize(self, self._log.end)
         self._closed = False
+
+    @property
+    def lost(self) -> int:
+        """How many records could not be written."""
+        return self._log.lost
 
     def __call__(self, step: int, report: Report) -> None:
         """Write the report of a step, where it is this step's and this rank's turn."""
@@ -63,18 +78,13 @@ class JsonlSink:
             return
         if self._closed:
             raise ValueError(f"JsonlSink({str(self.path)!r}) is closed")
-        if self._file is None:
-            self._file = _open(self.path)
-            weakref.finalize(self, self._file.close)
         record = {"step": step, **report.to_dict(per_parameter=self.per_parameter)}
-        # One write per line: with line buffering it reaches the file whole.
-        self._file.write(json.dumps(_json(record), allow_nan=False) + "\n")
+        self._log.append(json.dumps(_json(record), allow_nan=False))
 
     def close(self) -> None:
         """Close the file; a second call does nothing."""
         self._closed = True
-        if self._file is not None:
-            self._file.close()
+        self._end()
 
     def __enter__(self) -> JsonlSink:
         return self
@@ -86,27 +96,6 @@ class JsonlSink:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def _open(path: Path) -> TextIO:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torn = _ends_within_a_line(path)
-        file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - closed in close()
-    except OSError as error:
-        raise ConfigurationError(f"JsonlSink: {path} cannot be written: {error}") from None
-    if torn:
-        file.write("\n")
-    return file
-
-
-def _ends_within_a_line(path: Path) -> bool:
-    """Whether a crash cut the last line, to which the next must not be glued."""
-    if not path.exists() or not path.stat().st_size:
-        return False
-    with open(path, "rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read() != b"\n"
 
 
 def _json(value: Any) -> Any:
