@@ -258,11 +258,12 @@ def _from_hyperparameters(raw: Mapping[Any, Any], problems: Problems) -> Mapping
     max_norm = raw[HYPERPARAMETER]
     own = [key for key in _Document.model_fields if key in raw]
     if own:
+        value = shown(max_norm)
         problems.add(
             (HYPERPARAMETER,),
-            f"alone it means global_norm({max_norm!r}), but {', '.join(own)} stands beside it; "
+            f"alone it means global_norm({value}), but {', '.join(own)} stands beside it; "
             f"remove {HYPERPARAMETER}, and write "
-            f"policy: {{name: global_norm, max_norm: {max_norm!r}}} if that is meant",
+            f"policy: {{name: global_norm, max_norm: {value}}} if that is meant",
         )
     elif isinstance(max_norm, bool) or not isinstance(max_norm, (int, float)) or not max_norm > 0:
         # 0 is a threshold as good as any other in a policy; here it mostly means "off", and would

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from distclip import policies
-from distclip.build import sinks_of
-from distclip.clipper import GradClipper, Sink
+from distclip.build import open_log, release_log
+from distclip.clipper import GradClipper
 from distclip.config import Config
 from distclip.errors import ConfigurationError
 from distclip.integrations.accelerate_prepared import Prepared
@@ -47,7 +45,6 @@ class Clippers:
         self.reads_loss = reads_loss(config.policy)
         self._losses: list[Tensor] = []
         """Those of the first update, which come before there is a clipper."""
-        self._logs = 0
         self._prepared = prepared
         self._config = config
 
@@ -55,6 +52,7 @@ class Clippers:
         """Their models are gone."""
         for clipper in self.known.values():
             clipper.close()
+            release_log(clipper)
         self.known.clear()
         self._measurers.clear()
         self._losses.clear()
@@ -86,10 +84,10 @@ class Clippers:
             known[key] = GradClipper(
                 self._prepared.named(parameters),
                 optimizer=self._prepared.groups(parameters),
-                sinks=() if measuring else self.next_sinks(),
                 **asked,
             )
             if not measuring:
+                self._open_log(known[key])
                 self._begin(known[key])
             if not measuring and self._prepared.accelerator.is_main_process:
                 _logger.info("clipping %d parameters by %r", len(key), policy)
@@ -102,15 +100,5 @@ class Clippers:
             clipper.observe(loss)
         self._losses.clear()
 
-    def next_sinks(self) -> tuple[Sink, ...]:
-        """A log for each set of parameters: lines of two with the same step would clash."""
-        self._logs += 1
-        log = self._config.log
-        if log is None or self._logs == 1:
-            return sinks_of(self._config)
-        path = Path(log.jsonl)
-        path = path.with_name(f"{path.stem}.{self._logs}{path.suffix}")
-        if self._prepared.accelerator.is_main_process:
-            _logger.warning("another set of parameters is clipped; its log is %s", path)
-        numbered = log.model_copy(update={"jsonl": str(path)})
-        return sinks_of(dataclasses.replace(self._config, log=numbered))
+    def _open_log(self, clipper: GradClipper) -> None:
+        open_log(clipper, self._config)

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from distclip.application.stepping import StepHandle
-from distclip.build import sinks_of
+from distclip.build import open_log, release_log
 from distclip.clipper import GradClipper
 from distclip.config import Config
 from distclip.errors import ConfigurationError, StateError
@@ -34,6 +34,7 @@ from distclip.integrations.deepspeed_json import (
     SECTION,
     PolicyOrConfig,
     configured,
+    declines,
     resolve_auto,
 )
 from distclip.layouts import zero
@@ -83,7 +84,8 @@ def enable(module: ModuleType, config: Config | None) -> None:
 
     Args:
         module: ``deepspeed.runtime.engine``.
-        config: a checked configuration; None: each engine's JSON has it.
+        config: a checked configuration, for every engine; None: each engine's JSON has it, or
+            says by ``"gradient_clipping": 0.0`` that this engine is not clipped.
     """
     from deepspeed.runtime.config import DeepSpeedConfig  # DeepSpeed is only half imported
 
@@ -97,8 +99,13 @@ def enable(module: ModuleType, config: Config | None) -> None:
     @functools.wraps(build)
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         build(self, *args, **kwargs)
-        if hasattr(self.optimizer, "step"):  # an engine for inference has nothing to clip
-            Attachment(self, _configured(self, config))
+        if not hasattr(self.optimizer, "step"):  # an engine for inference has nothing to clip
+            return
+        if config is None and declines(_json_of(self._config)):
+            if self.global_rank == 0:
+                _logger.info('"%s": 0 and no policy: this engine is not clipped', CLIPPING)
+            return
+        Attachment(self, _configured(self, config))
 
     DeepSpeedConfig._initialize_params = checked
     module.DeepSpeedEngine.__init__ = init
@@ -114,7 +121,8 @@ def _configured(engine: Any, policy_or_config: PolicyOrConfig | None) -> Config:
         raise ConfigurationError(
             f'no policy: the DeepSpeed JSON has neither a "{SECTION}" section nor '
             f'"{CLIPPING}" > 0; write "{SECTION}": {{"policy": {{"name": "global_norm", '
-            f'"max_norm": 1.0}}}}'
+            f'"max_norm": 1.0}}}}. For an engine that `distclip run` is not to clip, write '
+            f'"{CLIPPING}": 0.0'
         )
     return config
 
@@ -163,7 +171,6 @@ class Attachment:
             self.clipper = GradClipper(
                 deepspeed_engines.named(engine, [parameter for parameter, _ in self._extents]),
                 optimizer=deepspeed_engines.groups(outer),
-                sinks=sinks_of(config),
                 # DeepSpeed shows the norm, and judges overflows by it; the rest has no effect here.
                 **config.arguments(norms=True, overlap=False),
             )
@@ -185,6 +192,7 @@ class Attachment:
             outer.overflow = False  # Accelerate looks now whether it will say so of a skipped step
         self._take_over()
         engine._distclip = self
+        open_log(self.clipper, config)
         hooks.mark_active("deepspeed")
         if engine.global_rank == 0:
             _logger.info("clipping %d parameters by %r", len(self._extents), config.policy)
@@ -205,6 +213,7 @@ class Attachment:
             handle.remove()
         self._unmark()
         self._switch_on()
+        release_log(self.clipper)
         if self._plain:
             for name in ("overflow", "_global_grad_norm"):
                 self.outer.__dict__.pop(name, None)
@@ -234,7 +243,8 @@ class Attachment:
             return
         outer = self.outer
         self._replace(outer, "step", self._step)
-        # Its own passes over all gradients, and their all-reduces, for what we know already.
+        # Its own passes over all gradients, and their all-reduces, for what is known already. A
+        # call from outside of a step gets DeepSpeed's own answer.
         replacements: dict[str, Callable[..., Any]] = {
             "_update_scale": self._update_scale,
             "scaled_global_norm": lambda original, *a, **k: self._verdict(),
@@ -243,18 +253,25 @@ class Attachment:
         }
         for name, ours in replacements.items():
             if hasattr(outer, name):
-                self._replace(outer, name, ours)
-        if type(outer).__name__.startswith("DeepSpeedZeroOptimizer"):
-            self._replace(outer, "has_overflow", lambda original, *a, **k: self._overflowed)
-        if hasattr(outer, "overflow_checker"):
-            checker = outer.overflow_checker
-            self._replace(checker, "check", lambda original, *a, **k: self._overflowed)
+                self._replace(outer, name, ours, within_step=True)
 
-    def _replace(self, owner: Any, name: str, function: Callable[..., Any]) -> None:
+        def overflowed(original: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:
+            return self._overflowed
+
+        if type(outer).__name__.startswith("DeepSpeedZeroOptimizer"):
+            self._replace(outer, "has_overflow", overflowed, within_step=True)
+        if hasattr(outer, "overflow_checker"):
+            self._replace(outer.overflow_checker, "check", overflowed, within_step=True)
+
+    def _replace(
+        self, owner: Any, name: str, function: Callable[..., Any], *, within_step: bool = False
+    ) -> None:
         original = getattr(owner, name)
 
         @functools.wraps(original)
         def ours(*args: Any, **kwargs: Any) -> Any:
+            if within_step and self._apply is None:
+                return original(*args, **kwargs)
             return function(original, *args, **kwargs)
 
         setattr(owner, name, ours)

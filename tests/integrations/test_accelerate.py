@@ -227,7 +227,8 @@ class Reference:
 def counted(handle: Any) -> list[int]:
     """The number of each report that the sinks of this attachment are given from now on."""
     steps: list[int] = []
-    handle._clippers.next_sinks = lambda: ((lambda step, report: steps.append(step)),)
+    sinks = ((lambda step, report: steps.append(step)),)
+    handle._clippers._open_log = lambda clipper: setattr(clipper, "sinks", sinks)
     return steps
 
 

@@ -15,15 +15,25 @@ pytest.importorskip("deepspeed")
 
 import deepspeed.runtime.config
 import deepspeed.runtime.engine
+import torch
 import torch.distributed as dist
 from torch import nn
 
+import distclip
 from distclip import policies
 from distclip.config import Config
 from distclip.errors import ConfigurationError
 from distclip.integrations import deepspeed as integration
 from distclip.integrations import deepspeed_json, hooks
-from tests.integrations.engines import backward, close, engine_of, json_of
+from tests.integrations.engines import (
+    Reference,
+    backward,
+    close,
+    engine_of,
+    json_of,
+    step,
+    weights_of,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -127,7 +137,7 @@ def test_auto_is_the_trainers_max_grad_norm(tmp_path: Path) -> None:
 
 
 @contextmanager
-def enabled() -> Iterator[None]:
+def enabled(config: Any = None) -> Iterator[None]:
     """As under ``distclip run``, for a while."""
     module = deepspeed.runtime.engine
     with pytest.MonkeyPatch.context() as patch:
@@ -136,7 +146,7 @@ def enabled() -> Iterator[None]:
             (deepspeed.runtime.config.DeepSpeedConfig, "_initialize_params"),
         ]:
             patch.setattr(owner, name, getattr(owner, name))
-        integration.enable(module, None)
+        integration.enable(module, config)
         hooks._hooks.pop("transformers.integrations.deepspeed", None)
         yield
 
@@ -178,6 +188,68 @@ def initialize_without() -> None:
             assert float(report.threshold) == threshold
             assert float(report.clipped_norm) == pytest.approx(threshold, rel=1e-5)
             close(engine)
+
+
+@pytest.mark.ranks(2, timeout=120)
+def test_an_engine_whose_json_says_0_is_not_clipped() -> None:
+    """Two engines of one process, one with and one without, each with its own JSON."""
+    for stage in range(4):
+        with enabled():
+            clipped = engine_of({**json_of(stage), "gradient_clipping": 0.25})
+            free = engine_of({**json_of(stage), "gradient_clipping": 0.0})
+        assert getattr(free, "_distclip", None) is None
+        reference = Reference({"name": "measure"})
+        for number in range(2):
+            step(free, number)
+            assert reference.train(number).total_norm > 1.0  # DeepSpeed's default would show
+            step(clipped, number)
+        for name, weight in weights_of(free).items():
+            assert torch.allclose(weight.double(), reference.weights()[name], atol=1e-6)
+        assert float(clipped._distclip.last_report.clipped_norm) == pytest.approx(0.25, rel=1e-5)
+        close(clipped)
+        close(free)
+
+
+@pytest.mark.ranks(1, timeout=120)
+def test_0_beside_a_policy_leaves_the_clipping_to_the_policy() -> None:
+    off = {**json_of(2), "gradient_clipping": 0.0}
+    cases = [({**off, "distclip": {"policy": POLICY}}, None), (off, Config(policies.agc(0.5)))]
+    for document, config in cases:
+        with enabled(config):
+            engine = engine_of(document)
+        wanted = policies.global_norm(0.5) if config is None else config.policy
+        assert engine._distclip.config.policy == wanted
+        close(engine)
+    engine = engine_of(off)
+    with pytest.raises(ConfigurationError, match='neither a "distclip" section nor'):
+        distclip.deepspeed.attach(engine)  # whoever asks for clipping has to say which
+    distclip.deepspeed.attach(engine, policies.agc(0.5))
+    close(engine)
+
+
+@pytest.mark.ranks(2, timeout=120)
+def test_two_engines_of_one_json_write_two_logs(tmp_path: Path) -> None:
+    log = {"jsonl": str(tmp_path / "clip.jsonl")}
+    document = {**json_of(2), "distclip": {"policy": POLICY, "log": log}}
+    with enabled():
+        engines = [engine_of(document), engine_of(document)]
+    norms: list[list[float]] = [[], []]
+    for number in range(2):
+        for place, engine in enumerate(engines):
+            step(engine, number + 10 * place)
+            norms[place].append(float(engine._distclip.last_report.total_norm))
+    engines[0]._distclip.remove()
+    third = distclip.deepspeed.attach(engines[0])  # goes on with the name that is free again
+    step(engines[0], 5)
+    norms[0].append(float(third.last_report.total_norm))
+    dist.barrier()
+    for name, wanted in zip(("clip.jsonl", "clip.2.jsonl"), norms, strict=True):
+        lines = (tmp_path / name).read_text().splitlines()
+        assert [json.loads(line)["total_norm"] for line in lines] == pytest.approx(wanted)
+    assert len(list(tmp_path.iterdir())) == 2
+    dist.barrier()
+    for engine in engines:
+        close(engine)
 
 
 CONFIGS = sorted((ROOT / "configs" / "deepspeed").glob("*.json"))

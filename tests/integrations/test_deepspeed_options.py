@@ -28,6 +28,7 @@ from tests.integrations.engines import (
     backward,
     close,
     engine_of,
+    gradients_of,
     json_of,
     step,
     weights_of,
@@ -219,6 +220,56 @@ def test_the_norm_is_a_norm_or_what_it_is() -> None:
         finally:
             close(plain)
             close(ours)
+
+
+NORMS = ("scaled_global_norm", "_get_norm_groups", "get_grads_for_norm")
+
+
+def asked(engine: Any) -> dict[str, float]:
+    """DeepSpeed's own norms of the gradients that are there, by the name of the method."""
+    found = {}
+    for name in NORMS:
+        method = getattr(engine.optimizer, name, None)
+        if method is None:
+            continue
+        value = method()
+        if name == "get_grads_for_norm":
+            value = [torch.linalg.vector_norm(each) for each in value[0]]
+            squares = sum(norm.double().square() for norm in value)
+            dist.all_reduce(squares)  # of each rank's own share
+            value = squares.sqrt()
+        elif name == "_get_norm_groups":
+            value = torch.stack([torch.as_tensor(each) for each in value]).norm()
+        found[name] = float(value)
+    return found
+
+
+@pytest.mark.ranks(2, timeout=120)
+def test_deepspeeds_norms_outside_of_a_step() -> None:
+    """They are asked by users; within a step distclip answers, and only tells what overflows."""
+    seen = set()
+    for stage, kind in [(0, "bf16"), (1, "fp32"), (1, "bf16"), (2, "fp16"), (3, "fp32")]:
+        document = json_of(stage, kind, gradient_clipping=0.05)
+        plain, ours = engine_of(document), engine_of(document)
+        try:
+            distclip.deepspeed.attach(ours, policies.global_norm(0.05))
+            for number in range(2):
+                for engine in (plain, ours):
+                    backward(engine, number)
+                truth = torch.cat([g.flatten() for g in gradients_of(ours).values()]).norm()
+                truth *= float(getattr(ours.optimizer, "loss_scale", None) or 1.0)
+                found = asked(ours)
+                assert found == pytest.approx(asked(plain), rel=1e-2), (stage, kind)
+                wanted = dict.fromkeys(found, float(truth))
+                assert found == pytest.approx(wanted, rel=1e-3), (stage, kind)
+                seen |= found.keys()
+                for engine in (plain, ours):
+                    engine.step()
+                assert ours.was_step_applied()
+        finally:
+            close(plain)
+            close(ours)
+    assert seen >= {"scaled_global_norm", "_get_norm_groups"}
 
 
 @pytest.mark.ranks(1, 2, timeout=120)
