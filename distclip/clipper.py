@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -18,7 +17,8 @@ from distclip import agreement, checkpoint, handshake
 from distclip._version import __version__
 from distclip.application.eager import eagerly
 from distclip.application.folded import FusedStep, Scope
-from distclip.application.joint import AttachHandle
+from distclip.application.joint import AttachHandle, GradientsSeen
+from distclip.application.notices import Absence, earlier_clip, note_clip, sample, warn
 from distclip.errors import ConfigurationError, DistclipError
 from distclip.layouts import names as naming
 from distclip.layouts import plan as plans
@@ -29,7 +29,7 @@ from distclip.layouts.piece import Described, Entry
 from distclip.ledger import Apply, Program, States
 from distclip.options import NAMES, Fixed, OnNonfinite, Options, VerifyReplicas
 from distclip.passes import compile_passes, report_order
-from distclip.policies import ParameterInfo, Policy
+from distclip.policies import Measure, ParameterInfo, Policy
 from distclip.policies._compose import reads_loss, stages, unmatched
 from distclip.replicas import ReplicaCheck
 from distclip.report import ClipReport
@@ -40,6 +40,9 @@ from distclip.walk import Fold, walk
 Sink: TypeAlias = Callable[[int, ClipReport], None]
 
 _logger = logging.getLogger("distclip")
+
+_attached_now: weakref.WeakSet[GradClipper] = weakref.WeakSet()
+"""Clippers that are attached, or were."""
 
 in_use = False
 """Whether a GradClipper has clipped in this process."""
@@ -160,6 +163,14 @@ class GradClipper:
         self._dtype = torch.float64 if wide else torch.float32
         self._step = 0
         self._attached: AttachHandle | None = None
+        self._by_hand: GradientsSeen | None = None
+        """Gradients as a ``clip_`` has left them, where this is attached too."""
+        self._hand_report: ClipReport | None = None
+        self._said: set[str] = set()
+        self._sample = sample([parameter for _, parameter in self._named])
+        self._absence = Absence(self._plan, self._named)
+        self.expects_gradients = True
+        """Whether a step in which no rank has a gradient is worth a warning."""
         self._states: States = {}
         self._loss: Tensor | None = None
         self._apply: Apply | None = None
@@ -207,7 +218,46 @@ class GradClipper:
         """
         if loss is not None:
             self.observe(loss)
-        return self._clip(self.on_nonfinite, None)
+        attached = self._attached is not None and self._attached.active
+        if attached:
+            self._warn_once(
+                "by hand",
+                f"{self!r} is attached to an optimizer, and clip_() is called too: one of the two "
+                f"is enough. Gradients that have not changed in between are clipped, and counted "
+                f"in the policy's memory, once",
+            )
+            if (report := self._clipped_by_hand()) is not None:
+                return report
+        self._hand_report = report = self._clip(self.on_nonfinite, None)
+        if attached:
+            self._by_hand = GradientsSeen(self._gradients())
+        if self._changes_gradients:
+            note_clip(self._sample, repr(self), id(self))
+        return report
+
+    def _clipped_by_hand(self) -> ClipReport | None:
+        """The report of the last ``clip_``, if no gradient on any rank has changed since."""
+        if self._by_hand is None:
+            return None
+        changed = self._by_hand.differ(self._gradients())
+        if self._plan.group is not None:
+            changed = self._on_any_rank(changed)
+        if changed:
+            self._by_hand = None
+            return None
+        return self._hand_report
+
+    def _gradients(self) -> list[Tensor | None]:
+        return [parameter.grad for _, parameter in self._named]
+
+    @property
+    def _changes_gradients(self) -> bool:
+        return not isinstance(self.policy, Measure)
+
+    def _warn_once(self, what: str, message: str) -> None:
+        if what not in self._said:
+            self._said.add(what)
+            warn(message)
 
     @eagerly
     def observe(self, loss: Tensor | float) -> None:
@@ -269,7 +319,8 @@ class GradClipper:
         self._check_attachable(optimizers)
         for name, parameter in self._named:
             refuse_stepped_in_backward(name, parameter)
-        handle = AttachHandle(optimizers, self.clip_before_step, self._anywhere)
+        self._mention_others(optimizers)
+        handle = AttachHandle(optimizers, self._clip_attached, self._anywhere)
         try:
             self._program = self._compile(optimizers)
         except Exception:
@@ -278,7 +329,47 @@ class GradClipper:
         self._optimizers = [(weakref.ref(each), len(_stepped_by(each))) for each in optimizers]
         self._mention_unstepped(optimizers)
         self._attached = handle
+        _attached_now.add(self)
         return handle
+
+    def _clip_attached(
+        self,
+        loss_scale: Tensor | None,
+        found_inf: Tensor | None,
+        coming: FusedStep | None,
+        *,
+        overflow_drops: bool = False,
+    ) -> ClipReport:
+        report = self._clipped_by_hand()
+        self._by_hand = None
+        if report is not None:
+            return report
+        by = earlier_clip(self._sample, id(self)) if self._changes_gradients else None
+        if by is not None:
+            self._warn_once(
+                "earlier",
+                f"these gradients have been clipped already since their backward, by {by}, and are "
+                f"now clipped by {self!r}, which is attached to the optimizer: leave one of them "
+                f"out, or give policies.chain(...) to one GradClipper if both are meant",
+            )
+        return self.clip_before_step(loss_scale, found_inf, coming, overflow_drops=overflow_drops)
+
+    def _mention_others(self, optimizers: Sequence[Optimizer]) -> None:
+        """Warn of another clipper that is attached and has some of the same parameters."""
+        for other in list(_attached_now):
+            attached = other is not self and other._attached is not None and other._attached.active
+            if not attached or not (self._changes_gradients and other._changes_gradients):
+                continue
+            if any(reference() is not None for reference, _ in other._optimizers):
+                shared = [name for name, p in self._named if id(p) in other._known]
+                if shared:
+                    more = f" and {len(shared) - 1} more" if len(shared) > 1 else ""
+                    warn(
+                        f"{self!r} is attached while {other!r} is, and both clip {shared[0]!r}"
+                        f"{more}, in every update one after the other. If both are meant, give "
+                        f"policies.chain(...) to one GradClipper; else remove() the handle of the "
+                        f"other first"
+                    )
 
     def _check_attachable(self, optimizers: Sequence[Optimizer]) -> None:
         if self._attached is not None and self._attached.active:
@@ -314,6 +405,11 @@ class GradClipper:
         group = self._plan.group
         if group is None or (self._plan.holds is not None and not self._parts):
             return here
+        return self._on_any_rank(here)
+
+    def _on_any_rank(self, here: bool) -> bool:
+        group = self._plan.group
+        assert group is not None
         flag = torch.full((1,), float(here), dtype=torch.float64, device=self._plan.device)
         return bool(collectives.all_reduce_max(flag, group).item() > 0)
 
@@ -475,6 +571,9 @@ class GradClipper:
                 _dtype=self._dtype,
                 _walked=walked,
             )
+            if self.expects_gradients and self._absence.is_here():
+                speaks = self._parts or collectives.is_first(self._plan.group)
+                self._absence.judge(walked.raw, speaks=speaks)
         self._last.remember()
         step, self._step = self._step, self._step + 1
         error = self._hand_out(step, report)
@@ -501,20 +600,18 @@ class GradClipper:
         if early.error is not None:
             self.close()
             error = f"{type(early.error).__name__}: {early.error}"
-            warnings.warn(
+            warn(
                 f"measuring during backward (overlap=True) failed with {error}; from now on "
                 f"gradients are measured at the clip, which is as right and takes its time then",
-                stacklevel=4,
             )
         # The first backward may have been over when this was built.
         elif self._walks == 2 and early.active and not early.calls:
             self._warn_of_no_overlap()
 
     def _warn_of_no_overlap(self) -> None:
-        warnings.warn(
+        warn(
             "overlap=True has no effect here: no gradient comes from FSDP2 (fully_shard) to the "
             "device of the statistics, so all are measured at the clip, as without it",
-            stacklevel=4,
         )
 
     def _compares_now(self) -> bool:
@@ -583,12 +680,11 @@ class GradClipper:
 
     def _warn_of_no_loss(self) -> None:
         if not self._warned_of_no_loss:
-            warnings.warn(
+            warn(
                 f"{self.policy!r} reads the loss, and this step has none: call "
                 f"clipper.observe(loss) before the step, or clipper.clip_(loss=loss); with "
                 f"Accelerate accelerator.backward(loss), or the handle's observe(loss). Steps "
                 f"without one are judged by their norm alone",
-                stacklevel=4,
             )
         self._warned_of_no_loss = True
 

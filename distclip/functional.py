@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor
 from distclip import handshake
 from distclip.application import inplace
 from distclip.application.eager import eagerly
+from distclip.application.notices import note_clip, warn
 from distclip.errors import (
     ConfigurationError,
     DistclipError,
@@ -93,6 +94,8 @@ def clip_grad_norm_(
     policy = GlobalNorm(max_norm, norm_type)
     if process_group is None:
         walked, plan = _walk(named, policy, "error" if error_if_nonfinite else "pass")
+        if policy.max_norm < math.inf:
+            _note(named, "distclip.clip_grad_norm_")
         return combine_norms(walked.raw, policy.norm_type).to(_norm_dtype(plan.dtypes))
     find = functools.partial(_programs.get, named, Measure(policy.norm_type), norms=True)
     with torch.no_grad():
@@ -102,6 +105,7 @@ def clip_grad_norm_(
         present = [gradient for gradient in gradients if gradient is not None]
         coefficient = norm_coefficient(total, policy.max_norm)
         inplace.scale_(present, coefficient.expand(len(present)))
+    _note(named, "distclip.clip_grad_norm_")
     return total.to(_norm_dtype(plan.dtypes))
 
 
@@ -124,7 +128,9 @@ def clip_grad_value_(
         ConfigurationError: a negative or NaN threshold.
         UnsupportedGradientError: sparse, or a ``Partial`` that cannot be reduced.
     """
-    _walk(_named(parameters), Value(clip_value), "pass", norms=False)
+    named = _named(parameters)
+    _walk(named, Value(clip_value), "pass", norms=False)
+    _note(named, "distclip.clip_grad_value_")
 
 
 @eagerly
@@ -155,12 +161,14 @@ def clip_grad_agc_(
     policy = AGC(clip_factor, eps, unit)
     if process_group is None:
         walked, plan = _walk(named, policy, "pass")
+        _note(named, "distclip.clip_grad_agc_")
         return combine_norms(walked.raw, 2.0).to(_norm_dtype(plan.dtypes))
     # A unit lies on one member, or on its mesh: only the joint norm concerns the other members.
     with torch.no_grad():
         find = functools.partial(_programs.get, named, Measure(), norms=True)
         total = _joint_norm(find, 2.0, process_group, False)
     _, plan = _walk(named, policy, "pass", norms=False)
+    _note(named, "distclip.clip_grad_agc_")
     return total.to(_norm_dtype(plan.dtypes))
 
 
@@ -185,7 +193,7 @@ def get_total_norm(
     Returns:
         0-dim float32, or float64 if a tensor is float64.
     """
-    listed = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+    listed = _listed(tensors)
     policy = Measure(norm_type)
 
     def compiled() -> Program:
@@ -223,7 +231,10 @@ def grad_norms(
         Name -> 0-dim float32 (float64 for a float64 gradient); 0 where there is no gradient. Of
         declared experts all of the group's, as ``name@rank``.
     """
-    named = naming.named_parameters(module_or_named_parameters)
+    if isinstance(module_or_named_parameters, nn.Module):
+        named = naming.named_parameters(module_or_named_parameters)
+    else:
+        named = naming.named_parameters(_listed(module_or_named_parameters))  # type: ignore[arg-type]
     if process_group is not None:
         # Other members have other parameters, whose norms nothing here is added to: each DTensor
         # is reduced over its own mesh.
@@ -241,7 +252,7 @@ def _named(parameters: Parameters) -> Named:
         raise ConfigurationError(
             "expected parameters, got a module; pass module.parameters(), or use a GradClipper"
         )
-    listed = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    listed = _listed(parameters)
     if not all(issubclass(kind, Tensor) for kind in set(map(type, listed))):
         return naming.named_parameters(listed)
     if len(set(map(id, listed))) == len(listed):
@@ -250,6 +261,27 @@ def _named(parameters: Parameters) -> Named:
     for position, parameter in enumerate(listed):
         positions.setdefault(id(parameter), (str(position), parameter))
     return list(positions.values())
+
+
+def _listed(tensors: Tensors) -> list[Tensor]:
+    if isinstance(tensors, Tensor):
+        return [tensors]
+    used = naming.used_up(tensors)
+    listed = list(tensors)
+    if used or naming.is_empty_iterator(tensors, listed):
+        warn(
+            f"the given {type(tensors).__name__} {used or 'gives nothing'}: an optimizer, or an "
+            f"earlier call, may have used it up. What it no longer gives is neither measured nor "
+            f"clipped; call with model.parameters() anew, or with a list"
+        )
+    return listed
+
+
+def _note(named: Named, by: str) -> None:
+    """See :func:`note_clip`; of the first, the middle and the last parameter."""
+    if named:
+        chosen = (named[0][1], named[len(named) // 2][1], named[-1][1])
+        note_clip(chosen, by)
 
 
 def _device(tensors: Sequence[Tensor]) -> torch.device:

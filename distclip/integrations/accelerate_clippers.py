@@ -86,6 +86,7 @@ class Clippers:
                 optimizer=self._prepared.groups(parameters),
                 **asked,
             )
+            known[key].expects_gradients = not measuring
             if not measuring:
                 self._open_log(known[key])
                 self._begin(known[key])

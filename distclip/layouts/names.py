@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import operator
 from collections import Counter
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from distclip.errors import ConfigurationError
@@ -85,7 +87,14 @@ def _pairs(target: Target) -> Named:
         return [("0", target)]
     if not isinstance(target, Iterable):
         raise _not_a_target(target)
+    used = used_up(target)
     items: list[object] = list(cast(Iterable[object], target))
+    if used or is_empty_iterator(target, items):
+        raise ConfigurationError(
+            f"the given {type(target).__name__} {used or 'gives nothing'}: an optimizer, or an "
+            f"earlier call, may have used it up. What it no longer gives would never be clipped; "
+            f"give the module, or a list of parameters"
+        )
     if items and all(isinstance(item, nn.Module) for item in items):
         return _of_modules(cast(list[nn.Module], items))
     pairs: Named = []
@@ -107,6 +116,32 @@ def _pairs(target: Target) -> Named:
         else:
             raise _not_a_target(item)
     return pairs
+
+
+def used_up(given: object) -> str | None:
+    """What has become of a generator that somebody has used before; None of anything else.
+
+    Call it before the generator is iterated over.
+    """
+    if not inspect.isgenerator(given):
+        return None
+    state = inspect.getgeneratorstate(given)
+    if state == inspect.GEN_CLOSED:
+        return "is used up"
+    return "has been begun" if state == inspect.GEN_SUSPENDED else None
+
+
+def is_empty_iterator(given: object, items: Sequence[object]) -> bool:
+    """Whether an iterator other than a generator gave nothing, and that cannot be meant.
+
+    One rank of several may have no parameters (a pipeline stage); then it may be.
+    """
+    return (
+        not items
+        and isinstance(given, Iterator)
+        and not inspect.isgenerator(given)
+        and not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
+    )
 
 
 def _of_modules(modules: Sequence[nn.Module]) -> Named:
