@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from types import SimpleNamespace
+from typing import Any, NoReturn, SupportsIndex, TypeAlias
 
 import torch
 from torch import Tensor
@@ -40,6 +42,14 @@ from distclip.walk import Fold, walk
 Sink: TypeAlias = Callable[[int, ClipReport], None]
 
 _logger = logging.getLogger("distclip")
+
+_COPIED = ("on_nonfinite", "norms", "verify_replicas", "fold", "overlap")
+"""Options that a deep copy has too."""
+
+_ANEW = (
+    "build GradClipper(model, policy) anew on every rank, for the model that is there, and give it "
+    "load_state_dict(state)"
+)
 
 _attached_now: weakref.WeakSet[GradClipper] = weakref.WeakSet()
 """Clippers that are attached, or were."""
@@ -320,7 +330,7 @@ class GradClipper:
         for name, parameter in self._named:
             refuse_stepped_in_backward(name, parameter)
         self._mention_others(optimizers)
-        handle = AttachHandle(optimizers, self._clip_attached, self._anywhere)
+        handle = AttachHandle(optimizers, self._clip_attached, self._anywhere, self._follow)
         try:
             self._program = self._compile(optimizers)
         except Exception:
@@ -360,16 +370,15 @@ class GradClipper:
             attached = other is not self and other._attached is not None and other._attached.active
             if not attached or not (self._changes_gradients and other._changes_gradients):
                 continue
-            if any(reference() is not None for reference, _ in other._optimizers):
-                shared = [name for name, p in self._named if id(p) in other._known]
-                if shared:
-                    more = f" and {len(shared) - 1} more" if len(shared) > 1 else ""
-                    warn(
-                        f"{self!r} is attached while {other!r} is, and both clip {shared[0]!r}"
-                        f"{more}, in every update one after the other. If both are meant, give "
-                        f"policies.chain(...) to one GradClipper; else remove() the handle of the "
-                        f"other first"
-                    )
+            shared = [name for name, p in self._named if id(p) in other._known]
+            if shared:
+                more = f" and {len(shared) - 1} more" if len(shared) > 1 else ""
+                warn(
+                    f"{self!r} is attached while {other!r} is, and both clip {shared[0]!r}{more}, "
+                    f"in every update one after the other. If both are meant, give "
+                    f"policies.chain(...) to one GradClipper; else remove() the handle of the "
+                    f"other first"
+                )
 
     def _check_attachable(self, optimizers: Sequence[Optimizer]) -> None:
         if self._attached is not None and self._attached.active:
@@ -520,6 +529,57 @@ class GradClipper:
             if self._agreement is not None:
                 found = f"that of step {loaded[0]} [{agreement.digest_of(loaded[1])}]"
                 self._agreement.note("loaded state", found)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GradClipper:
+        """A clipper of the copied parameters, attached to the copied optimizers if this one is.
+
+        Its policy's memory is copied, its sinks are not: two clippers would write one log.
+
+        Raises:
+            ConfigurationError: in a distributed run, where all ranks have to build one together.
+        """
+        if self._is_shared():
+            raise ConfigurationError(f"copy.deepcopy of {self!r} in a distributed run: {_ANEW}")
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        named = [(name, copy.deepcopy(parameter, memo)) for name, parameter in self._named]
+        groups: dict[int, list[Tensor]] = {}
+        for info in self._program.parameters:
+            if info.group is not None:
+                groups.setdefault(info.group, []).append(dict(named)[info.name])
+        known = [groups.get(number, []) for number in range(max(groups, default=-1) + 1)]
+        twin.__init__(  # type: ignore[misc]
+            self._watched.copied(memo) or named,
+            self.policy,
+            optimizer=SimpleNamespace(param_groups=[{"params": group} for group in known]),
+            **{name: getattr(self, name) for name in _COPIED},
+        )
+        twin._step, twin._walks = self._step, self._walks
+        twin._states = copy.deepcopy(self._states, memo)
+        if self._attached is not None and self._attached.active:
+            alive = [optimizer for reference, _ in self._optimizers if (optimizer := reference())]
+            twin.attach([copy.deepcopy(optimizer, memo) for optimizer in alive])
+        return twin
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        raise ConfigurationError(
+            f"{self!r} cannot be pickled, since it belongs to the parameters of this process; "
+            f"save clipper.state_dict(), and where it is loaded {_ANEW}"
+        )
+
+    def _is_shared(self) -> bool:
+        return collectives.default_group(None) is not None or self._plan.group is not None
+
+    def _follow(self, memo: dict[int, Any]) -> None:
+        """An optimizer that this is attached to has been deep-copied, without its hooks."""
+        if self._is_shared():
+            self._warn_once(
+                "copied",
+                f"the copied optimizer has no step hooks, and nothing clips before its steps; "
+                f"{_ANEW}, and attach that to the copied optimizer",
+            )
+        else:
+            copy.deepcopy(self, memo)
 
     def _owner(self) -> checkpoint.Owner:
         parameters = self._program.parameters

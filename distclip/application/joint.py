@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from distclip.application.copies import FollowedCopy
 from distclip.application.folded import FusedStep
 from distclip.application.stepping import Decision, StepHandle
 from distclip.errors import ConfigurationError
@@ -50,6 +51,7 @@ class AttachHandle:
         clip: called once per update.
         agree: called where an optimizer's gradients may have changed on some ranks only, with
             whether they did here; whether they did anywhere.
+        follow: called when one of the optimizers has been deep-copied, with the memo of that.
 
     Raises:
         ConfigurationError: an optimizer that runs no step hooks.
@@ -59,7 +61,8 @@ class AttachHandle:
         self,
         optimizers: Sequence[Optimizer],
         clip: Clip,
-        agree: Callable[[bool], bool] = bool,
+        agree: Callable[[bool], bool],
+        follow: Callable[[dict[int, Any]], None],
     ) -> None:
         self._optimizers = [weakref.ref(optimizer) for optimizer in optimizers]
         self._clip = clip
@@ -71,6 +74,7 @@ class AttachHandle:
         self._checked: frozenset[int] = frozenset()
         """Optimizers whose gradients a scaler will look at, in place, before their steps."""
         self._handles: list[StepHandle] = []
+        self._copies: list[FollowedCopy] = []
         try:
             for number, optimizer in enumerate(optimizers):
                 before = functools.partial(self._before, number)
@@ -79,16 +83,19 @@ class AttachHandle:
         except ConfigurationError:
             self.remove()
             raise
+        self._copies = [FollowedCopy(optimizer, follow) for optimizer in optimizers]
 
     @property
     def active(self) -> bool:
-        """Whether the hooks are on."""
-        return any(handle.active for handle in self._handles)
+        """Whether the hooks are on, and an optimizer is still there."""
+        return any(handle.active for handle in self._handles) and any(self._alive())
 
     def remove(self) -> None:
         """Take the hooks off; the optimizers step as they did before."""
         for handle in self._handles:
             handle.remove()
+        for copied in self._copies:
+            copied.remove()
         self._forget()
 
     def _forget(self) -> None:

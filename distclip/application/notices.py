@@ -105,6 +105,8 @@ def earlier_clip(chosen: Sequence[Tensor], owner: int) -> str | None:
 class Absence:
     """Says so, once, where a step finds no gradient at all.
 
+    At once where something explains it; otherwise at the second such step in a row.
+
     Args:
         plan: the table of parameters, with this rank's pieces.
         named: the tensors that this rank has a part of, by name.
@@ -116,14 +118,19 @@ class Absence:
         self._sample = sample([tensor for _, tensor in named])
         self._looks = 3 if plan.device.type != "cpu" else -1
         """How often a host read may be spent on a rank without gradients; -1: it costs nothing."""
+        self._before = False
+        """Whether the step before found none either."""
 
     def is_here(self) -> bool:
         """Whether this rank has parameters, and no gradient of any; without a loop if it has."""
         if self._looks == 0 or not self._plan.pieces:
             return False
-        return all(parameter.grad is None for parameter in self._sample) and not any(
+        if any(parameter.grad is not None for parameter in self._sample) or any(
             map(_has_gradient, self._plan.pieces)
-        )
+        ):
+            self._before = False
+            return False
+        return True
 
     def judge(self, norms: Tensor, *, speaks: bool) -> None:
         """Warn if the other ranks have found nothing either.
@@ -135,38 +142,47 @@ class Absence:
         self._looks -= self._looks > 0
         if self._plan.group is not None and norms.sum().item() != 0.0:
             return
+        reason = self._reason()
+        if reason is None and not self._before:
+            self._before = True
+            return
         self._looks = 0
         if speaks:
-            warn(self._message())
+            warn(self._message(reason or _GENERAL))
 
-    def _message(self) -> str:
+    def _message(self, reason: str) -> str:
         names = [name for name, _ in self._named]
         some = ", ".join(map(repr, names[:3])) + ", ..." * (len(names) > 3)
         where = (
             "" if self._plan.group is None else " on this rank, and their norm on all ranks is 0"
         )
-        text = (
+        return (
             f"no gradient was found: none of the {len(names)} parameters ({some}) has one{where}, "
-            f"so nothing is clipped. "
+            f"so nothing is clipped. {reason}"
         )
+
+    def _reason(self) -> str | None:
         hooked = [n for n, p in self._named if getattr(p, "_post_accumulate_grad_hooks", None)]
         if hooked:
-            return text + (
+            return (
                 f"{len(hooked)} of them ({hooked[0]!r}) have a hook of "
                 f"register_post_accumulate_grad_hook: an optimizer that steps and frees gradients "
                 f"there, during backward, is done before there is a norm; step after backward"
             )
         elsewhere = [n for n, p in self._named if getattr(p, "main_grad", None) is not None]
         if elsewhere:
-            return text + f"{elsewhere[0]!r} has its gradient in .main_grad instead of .grad"
+            return f"{elsewhere[0]!r} has its gradient in .main_grad instead of .grad"
         if not any(parameter.requires_grad for _, parameter in self._named):
-            return text + "All of them are frozen (requires_grad=False)"
-        return text + (
-            "Clip after a backward that synchronises (not within no_sync(), nor after "
-            "set_requires_gradient_sync(False)) and before zero_grad(); parameters that were "
-            "replaced in the model since (fully_shard, to_empty, a merged adapter) are not these: "
-            "build the GradClipper from the model, after such changes"
-        )
+            return "All of them are frozen (requires_grad=False)"
+        return None
+
+
+_GENERAL = (
+    "Clip after a backward that synchronises (not within no_sync(), nor after "
+    "set_requires_gradient_sync(False)) and before zero_grad(); parameters that were replaced in "
+    "the model since (fully_shard, to_empty, a merged adapter) are not these: build the "
+    "GradClipper from the model, after such changes"
+)
 
 
 def _has_gradient(piece: object) -> bool:

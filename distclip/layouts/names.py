@@ -178,6 +178,11 @@ class Watched:
             self._modules = list(cast(Sequence[nn.Module], target))
         self._look()
 
+    def copied(self, memo: dict[int, Any]) -> list[nn.Module]:
+        """The copies of all the modules, by the memo of a deep copy; none if one is not in it."""
+        copies = [memo[id(module)] for module in self._modules if id(module) in memo]
+        return copies if len(copies) == len(self._modules) else []
+
     def _look(self) -> None:
         modules = [each for module in self._modules for each in module.modules()]
         self._places: list[dict[str, Any]] = [

@@ -634,12 +634,17 @@ def test_two_clippers_on_one_optimizer_multiply_one_after_the_other(
     model, reference = model_of(), Reference("adamw", MAX_NORM / 2)
     optimizer = fused("adamw", model)
     seen: list[float] = []
-    for factor in (1.0, 0.5):
+    first, second = (
         GradClipper(
             model,
             policies.global_norm(MAX_NORM * factor),
             sinks=[lambda _, report: seen.append(report.total_norm.item())],
-        ).attach(optimizer)
+        )
+        for factor in (1.0, 0.5)
+    )
+    first.attach(optimizer)
+    with pytest.warns(UserWarning, match="one after the other"):
+        second.attach(optimizer)
     for step in range(2):
         if scaled:
             optimizer.grad_scale = theirs = torch.tensor(8.0)

@@ -291,7 +291,24 @@ def test_other_reasons() -> None:
         layer.weight = nn.Parameter(layer.weight.detach().clone())
         layer.bias = nn.Parameter(layer.bias.detach().clone())
     backward(model)
+    assert heard(clipper.clip_) == []
     assert "parameters that were replaced in the model since" in heard(clipper.clip_)[0]
+    assert heard(clipper.clip_) == []
+
+
+def test_one_step_without_gradients_among_others_is_left_alone() -> None:
+    """As of a batch that does not reach these parameters."""
+    model = model_of()
+    clipper = GradClipper(model, policies.global_norm(1.0))
+
+    def run() -> None:
+        for _ in range(3):
+            clipper.clip_()
+            backward(model)
+            clipper.clip_()
+            model.zero_grad()
+
+    assert heard(run) == []
 
 
 @pytest.mark.ranks(2, 3)
