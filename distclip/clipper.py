@@ -517,18 +517,40 @@ class GradClipper:
 
         From here on the clipper decides, bit by bit, as the one that was saved would have. An empty
         state (a checkpoint from before distclip was in use) gives a warning and changes nothing.
+        Where the policy has another threshold than the one that was saved, and its memory means the
+        same, one line in the log says so; a policy without memory loads the state of any other.
 
         Raises:
-            StateError: the state of another policy, or of another model: says which parameters are
-                missing or unexpected. The clipper is then left as it was.
+            StateError: a memory that means something else to this policy (another window, another
+                policy), another model's parameters, a damaged state: says what differs. The clipper
+                is then left as it was.
         """
-        loaded = checkpoint.restore(self._owner(), state, self._states)
-        if loaded is not None:
-            self._step = loaded[0]
-            self._states = {**self._states, **loaded[1]}
-            if self._agreement is not None:
-                found = f"that of step {loaded[0]} [{agreement.digest_of(loaded[1])}]"
-                self._agreement.note("loaded state", found)
+        self.prepare_state_dict(state)()
+
+    def prepare_state_dict(
+        self, state: object, source: checkpoint.Source | None = None
+    ) -> Callable[[], None]:
+        """As :meth:`load_state_dict`, in two: check now, load when the result is called.
+
+        For integrations, which load several clippers, or something else, only if all of it fits.
+
+        Args:
+            state: what :meth:`state_dict` gave.
+            source: where it is from, for the messages.
+        """
+        restored = checkpoint.restore(self._owner(), state, self._states, source)
+
+        def load() -> None:
+            if restored is not None:
+                self._step = restored.step
+                self._states = {**self._states, **restored.states}
+                if self._agreement is not None:
+                    found = f"that of step {restored.step} [{agreement.digest_of(restored.states)}]"
+                    self._agreement.note("loaded state", found)
+                if collectives.is_first(self._plan.group):
+                    restored.announce()
+
+        return load
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GradClipper:
         """A clipper of the copied parameters, attached to the copied optimizers if this one is.

@@ -9,7 +9,7 @@ The tree::
         ├── RankMismatchError (RuntimeError)      the ranks do not agree on what to clip, or how
         ├── ProcessGroupError (RuntimeError)      a group that is closed, or that misses this rank
         ├── ReplicaDriftError (RuntimeError)      copies of one tensor differ between ranks
-        ├── StateError (ValueError)               a state dict of another policy or model
+        ├── StateError (ValueError)               a state of another policy or model, or damaged
         └── NonFiniteGradientError (FloatingPointError, RuntimeError)
                                                   NaN or inf under on_nonfinite="error"
 
@@ -73,7 +73,7 @@ class ReplicaDriftError(DistclipError, RuntimeError):
 
 
 class StateError(DistclipError, ValueError):
-    """A state dict that belongs to another policy or another model."""
+    """A state dict or file that belongs to another policy or another model, or is damaged."""
 
 
 class NonFiniteGradientError(DistclipError, FloatingPointError, RuntimeError):

@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 
 from distclip.application.folded import FusedStep
 from distclip.application.stepping import StepHandle
+from distclip.checkpoint import Source
 from distclip.clipper import GradClipper
 from distclip.config import Config, load
 from distclip.errors import ConfigurationError, DistclipError
@@ -208,10 +209,12 @@ class Attachment:
         An empty state (a checkpoint from before distclip was in use) gives a warning in the log.
 
         Raises:
-            StateError: no such state, or that of another policy or model; perhaps at the next step.
+            StateError: no such state, that of another policy or model (of another model perhaps at
+                the next step, when the clipper is built), or a damaged one.
         """
         known = self._clippers.known.values()
-        self._clippers.shelf.load_state_dict(state, known, "what load_state_dict was given")
+        source = Source("what load_state_dict was given")
+        self._clippers.shelf.load_state_dict(state, known, source)
 
     def memory(self) -> tuple[Shelf, Iterable[GradClipper]]:
         """The shelf and the clippers, for another integration's checkpoints."""

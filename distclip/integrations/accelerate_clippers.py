@@ -41,7 +41,7 @@ class Clippers:
     def __init__(self, prepared: Prepared, config: Config) -> None:
         self.known: dict[frozenset[int], GradClipper] = {}
         self._measurers: dict[frozenset[int], GradClipper] = {}
-        self.shelf = Shelf()
+        self.shelf = Shelf(config.policy)
         self.reads_loss = reads_loss(config.policy)
         self._losses: list[Tensor] = []
         """Those of the first update, which come before there is a clipper."""

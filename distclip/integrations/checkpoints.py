@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from distclip import checkpoint
+from distclip.checkpoint import Source
 from distclip.clipper import GradClipper
 from distclip.errors import StateError
+from distclip.policies import Policy
 
 FILE = "distclip.pt"
 """In the folder of a checkpoint, beside the framework's own files."""
@@ -24,18 +27,26 @@ _logger = logging.getLogger("distclip")
 
 
 class Shelf:
-    """The states that were loaded and have no clipper yet."""
+    """The states that were loaded and have no clipper yet.
 
-    def __init__(self) -> None:
+    Args:
+        policy: that of all its clippers; with None a state is compared when its clipper is there.
+    """
+
+    def __init__(self, policy: Policy | None = None) -> None:
+        self._policy = policy
         self._waiting: list[dict[str, Any]] = []
+        self._source = Source()
 
     def state_dict(self, clippers: Iterable[GradClipper]) -> dict[str, Any]:
         """The states of all clippers, and those that still wait: tensors and plain values."""
         states = [clipper.state_dict() for clipper in clippers] + self._waiting
         return {"version": 1, "clippers": states}
 
-    def load_state_dict(self, state: object, clippers: Iterable[GradClipper], source: str) -> None:
-        """Hand the states over, now or when their clipper comes into being.
+    def load_state_dict(
+        self, state: object, clippers: Iterable[GradClipper], source: Source
+    ) -> None:
+        """Hand the states over, now or when their clipper comes into being; all of them or none.
 
         Args:
             state: what :meth:`state_dict` gave.
@@ -43,16 +54,21 @@ class Shelf:
             source: where it is from, for the messages. An empty state gives a warning.
 
         Raises:
-            StateError: something else, or the state of another policy or model.
+            StateError: something else, the state of another policy or model, or a damaged one.
         """
-        if not state:
-            self._warn_of_none(source)
+        if state is None or (isinstance(state, dict) and not state):
+            self._warn_of_none(source.what)
             return
         if not isinstance(state, dict) or not isinstance(state.get("clippers"), list):
-            raise StateError(f"{source} is no state of distclip; leave it out to begin anew")
-        self._waiting = list(state["clippers"])
-        for clipper in clippers:
-            self.hand_over(clipper)
+            raise StateError(f"{source.what} is no state of distclip; to begin anew, {source.anew}")
+        waiting = list(state["clippers"])
+        for each in waiting:
+            checkpoint.check(self._policy, each, source)
+        loads = [_taken(clipper, waiting, source) for clipper in clippers]
+        # Everything fits.
+        self._waiting, self._source = waiting, source
+        for load in loads:
+            load()
 
     def save(self, clippers: Iterable[GradClipper], folder: str | os.PathLike[str]) -> None:
         """Write the states of all clippers, and those that still wait. On one rank only."""
@@ -62,14 +78,22 @@ class Shelf:
         """Read them, on every rank; a checkpoint without the file gives a warning.
 
         Raises:
-            StateError: a damaged file, or the state of another policy or model.
+            StateError: a damaged file, or the state of another policy or model. Nothing is loaded.
         """
         path = Path(folder) / FILE
         if not path.exists():
             self._warn_of_none(f"{folder} has no {FILE}")
             return
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-        self.load_state_dict(loaded, clippers, str(path))
+        source = Source(str(path), f"remove {path}")
+        try:
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # of the archive, of the pickle in it, or of its tensors
+            raise StateError(
+                f"{path} is damaged and cannot be read ({type(error).__name__}: "
+                f"{str(error).splitlines()[0] if str(error) else ''}); nothing was loaded. Take "
+                f"another checkpoint, or, to begin with an empty memory, {source.anew}"
+            ) from error
+        self.load_state_dict(loaded, clippers, source)
 
     def _warn_of_none(self, what: str) -> None:
         _logger.warning(
@@ -82,20 +106,28 @@ class Shelf:
     def hand_over(self, clipper: GradClipper) -> None:
         """Give a clipper the state that waits for it, if there is one.
 
-        Two clippers whose parameters have the same names and shapes (two models of one class) are
-        told apart by the order in which they come into being.
-
         Raises:
-            StateError: a state with some of its parameters, or for another policy: what differs.
+            StateError: a state with some of its parameters: what differs.
         """
-        shapes = {entry.name: list(entry.shape) for entry in clipper.plan.entries}
-        names = shapes.keys()
-        for position, state in enumerate(self._waiting):
-            saved = zip(state.get("parameters", ()), state.get("shapes", ()), strict=False)
-            if dict(saved) == shapes:
-                del self._waiting[position]
-                clipper.load_state_dict(state)
-                return
-        for state in self._waiting:  # none fits, and one nearly does: say what differs
-            if not names.isdisjoint(state.get("parameters", ())):
-                clipper.load_state_dict(state)
+        _taken(clipper, self._waiting, self._source)()
+
+
+def _taken(
+    clipper: GradClipper, waiting: list[dict[str, Any]], source: Source
+) -> Callable[[], None]:
+    """Take a clipper's state out of those that wait: what loads it, or does nothing without one.
+
+    Two clippers whose parameters have the same names and shapes (two models of one class) are told
+    apart by the order in which they come into being.
+    """
+    shapes = {entry.name: list(entry.shape) for entry in clipper.plan.entries}
+    for position, state in enumerate(waiting):
+        saved = zip(state["parameters"], map(list, state["shapes"]), strict=True)
+        if dict(saved) == shapes:
+            load = clipper.prepare_state_dict(state, source)
+            del waiting[position]
+            return load
+    for state in waiting:  # none fits, and one nearly does: say what differs
+        if not shapes.keys().isdisjoint(state["parameters"]):
+            clipper.prepare_state_dict(state, source)
+    return lambda: None

@@ -24,9 +24,10 @@ from torch.optim import Optimizer
 
 from distclip.application.stepping import StepHandle
 from distclip.build import open_log, release_log
+from distclip.checkpoint import Source
 from distclip.clipper import GradClipper
 from distclip.config import Config
-from distclip.errors import ConfigurationError, StateError
+from distclip.errors import ConfigurationError
 from distclip.integrations import accelerate_cpu, deepspeed_engines, hooks
 from distclip.integrations.checkpoints import Shelf
 from distclip.integrations.deepspeed_json import (
@@ -225,7 +226,7 @@ class Attachment:
 
     def memory(self) -> tuple[Shelf, Iterable[GradClipper]]:
         """A shelf and the clipper, for another integration's checkpoints."""
-        return Shelf(), [self.clipper]
+        return Shelf(self.config.policy), [self.clipper]
 
     def _unmark(self) -> None:
         for parameter, _ in self._extents:
@@ -409,16 +410,35 @@ class Attachment:
     def _load(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         bound = inspect.signature(original).bind(*args, **kwargs)
         bound.apply_defaults()
-        loaded = original(*args, **kwargs)
-        self._switch_off()
+        wanted = not bound.arguments.get("load_module_only")
+        source = Source(
+            f"the state of distclip in {bound.arguments.get('load_dir')}",
+            "call remove() on distclip's handle (engine._distclip), then load_checkpoint, then "
+            "distclip.deepspeed.attach",
+        )
+        load: list[Callable[[], None]] = []
+
+        def look(module: Callable[..., Any], checkpoint: Any, *args: Any, **kwargs: Any) -> Any:
+            """Before DeepSpeed changes a weight: both are loaded, or neither."""
+            if wanted and isinstance(checkpoint, Mapping) and SECTION in checkpoint:
+                load.append(self.clipper.prepare_state_dict(checkpoint[SECTION], source))
+            return module(checkpoint, *args, **kwargs)
+
+        self._replace(self.engine, "load_module_state_dict", look)
+        try:
+            loaded = original(*args, **kwargs)
+        finally:
+            self._replaced.pop()
+            del self.engine.__dict__["load_module_state_dict"]
+            self._switch_off()
         path, client_state = loaded
         state = client_state.pop(SECTION, None) if isinstance(client_state, dict) else None
-        if path is None or bound.arguments.get("load_module_only"):
+        if path is None or not wanted:
             return loaded
-        try:
-            if state is None:
-                raise StateError(f"no state of distclip in {path}")
-            self.clipper.load_state_dict(state)
-        except StateError as error:  # a run may go on under another policy than it began with
-            _logger.warning("%s: the policy begins anew", error)
+        if state is None:
+            _logger.warning("no state of distclip in %s: the policy begins anew", path)
+        elif not load:  # a universal checkpoint, which loads no module
+            load.append(self.clipper.prepare_state_dict(state, source))
+        for each in load:
+            each()
         return loaded

@@ -57,6 +57,7 @@ class AdaGC(ScalingPolicy):
     floor: float = 1e-6
     max_growth: float | None = None
     name: ClassVar[str] = "adagc"
+    memory_fields: ClassVar[frozenset[str] | None] = frozenset(("beta", "warmup_steps"))
     per_parameter: ClassVar[frozenset[str]] = frozenset(("gamma", "first"))
 
     def __post_init__(self) -> None:

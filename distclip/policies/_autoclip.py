@@ -49,6 +49,7 @@ class AutoClip(ScalingPolicy):
     percentile: float = 10.0
     window: int | None = None
     name: ClassVar[str] = "autoclip"
+    memory_fields: ClassVar[frozenset[str] | None] = frozenset(("window",))
 
     relative_error: ClassVar[float] = _history.BIN_ERROR
     """Bound of the threshold's relative error with ``window=None``."""

@@ -180,6 +180,10 @@ class Policy(abc.ABC):
     """Keys of the state whose tensors have one entry per parameter, along their first dim, in the
     order of ``init(parameters)``. Checkpoints keep these by parameter name."""
 
+    memory_fields: ClassVar[frozenset[str] | None] = None
+    """Fields that the meaning of the state depends on (a window, not a threshold). A checkpoint is
+    loaded into a policy whose other fields have changed. None: it depends on all."""
+
     _kind: ClassVar[str] = "a scaling policy"
     _refused: ClassVar[Mapping[str, str]] = {
         "bound": "ClampingPolicy",

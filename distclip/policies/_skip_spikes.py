@@ -60,6 +60,7 @@ class SkipSpikes(ScalingPolicy):
     max_consecutive: int = 10
     loss: bool = False
     name: ClassVar[str] = "skip_spikes"
+    memory_fields: ClassVar[frozenset[str] | None] = frozenset(("window", "loss"))
 
     def __post_init__(self) -> None:
         set_ = object.__setattr__

@@ -57,6 +57,7 @@ class ZClip(ScalingPolicy):
     warmup_steps: int = 25
     max_norm: float | None = 1.0
     name: ClassVar[str] = "zclip"
+    memory_fields: ClassVar[frozenset[str] | None] = frozenset(("alpha", "warmup_steps"))
 
     def __post_init__(self) -> None:
         set_ = object.__setattr__

@@ -293,13 +293,16 @@ def test_a_state_of_something_else_is_refused_by_what_differs() -> None:
         clipper.load_state_dict({**state, "version": 7})
     with pytest.raises(StateError, match="'step' must be an integer"):
         clipper.load_state_dict({**state, "step": True})
-    part = state["states"][""]
+    # A state without a checksum, as they were: nothing else would see that it was changed by hand.
+    old = {**state, "version": 1, "policy": repr(clipper.policy)}
+    clipper.load_state_dict(old)
+    part = old["states"][""]
     gone = {**part, "by_parameter": {**part["by_parameter"], "gamma": {"a": torch.ones(())}}}
     with pytest.raises(StateError, match="missing: 'b'"):
-        clipper.load_state_dict({**state, "states": {"": gone}})
+        clipper.load_state_dict({**old, "states": {"": gone}})
     thick = {**part, "shared": {"steps": torch.ones(2)}}
     with pytest.raises(StateError, match=r"'steps' must be a tensor of shape \[\]"):
-        clipper.load_state_dict({**state, "states": {"": thick}})
+        clipper.load_state_dict({**old, "states": {"": thick}})
     assert alike(clipper.state_dict(), state)  # as it was
 
 

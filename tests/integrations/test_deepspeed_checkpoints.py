@@ -115,6 +115,43 @@ def test_it_goes_to_another_number_of_ranks_and_another_stage(tmp_path: Path) ->
             assert str(state) == str(saved)
 
 
+@pytest.mark.ranks(2, timeout=120)
+def test_another_threshold_is_loaded_and_another_policy_refused(tmp_path_factory: Any) -> None:
+    """As everywhere else; where it is refused DeepSpeed has not loaded anything either."""
+    folder = [str(tmp_path_factory.mktemp("policies")) if dist.get_rank() == 0 else ""]
+    dist.broadcast_object_list(folder)
+
+    def begin(policy: Any) -> Any:
+        engine = engine_of(json_of(2))
+        distclip.deepspeed.attach(engine, policy)
+        return engine
+
+    saved = begin(policies.autoclip(50, window=4))
+    for number in range(2):
+        step(saved, number)
+    saved.save_checkpoint(folder[0])
+    want = str(saved._distclip.clipper.state_dict()["states"])
+    close(saved)
+    engine = begin(policies.autoclip(90, window=4))
+    engine.load_checkpoint(folder[0])
+    assert str(engine._distclip.clipper.state_dict()["states"]) == want
+    close(engine)
+    engine = begin(policies.autoclip(50, window=5))
+    before = weights_of(engine)
+    with pytest.raises(distclip.StateError, match=rf"{folder[0]}.*window was 4 and is 5"):
+        engine.load_checkpoint(folder[0])
+    assert engine.global_steps == 0
+    for name, weight in weights_of(engine).items():
+        assert torch.equal(weight, before[name]), name
+    assert "load_module_state_dict" not in engine.__dict__
+    engine._distclip.remove()  # the mend that the message names
+    engine.load_checkpoint(folder[0])
+    distclip.deepspeed.attach(engine, policies.autoclip(50, window=5))
+    step(engine, 2)
+    assert engine.global_steps == 3
+    close(engine)
+
+
 def universal(folder: str, stage: int, *, converted: bool) -> tuple[str, Any]:
     """The policy's state at the third step, and the weights after the fourth."""
     options = {"checkpoint": {"load_universal": True}} if converted else {}
