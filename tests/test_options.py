@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from types import SimpleNamespace
 from typing import Any
@@ -70,14 +69,13 @@ def test_accelerate_hands_every_option_on() -> None:
 def test_an_option_cannot_be_changed_later(name: str) -> None:
     weight = nn.Parameter(torch.ones(2))
     clipper = GradClipper([("w", weight)], policies.global_norm(1.0))
-    for each in (clipper, copy.copy(clipper)):
-        before = shown(each)
-        message = rf"GradClipper.{name} cannot be changed.*build a new GradClipper\(\.\.\., {name}="
-        with pytest.raises(ConfigurationError, match=message):
-            setattr(each, name, OTHER[name])
-        with pytest.raises((ConfigurationError, AttributeError)):
-            delattr(each, name)
-        assert shown(each) == before
+    before = shown(clipper)
+    message = rf"GradClipper.{name} cannot be changed.*build a new GradClipper\(\.\.\., {name}="
+    with pytest.raises(ConfigurationError, match=message):
+        setattr(clipper, name, OTHER[name])
+    with pytest.raises((ConfigurationError, AttributeError)):
+        delattr(clipper, name)
+    assert shown(clipper) == before
 
 
 @pytest.mark.parametrize(
