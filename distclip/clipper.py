@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import operator
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
@@ -22,10 +23,10 @@ from distclip.application.folded import FusedStep, Scope
 from distclip.application.joint import AttachHandle, GradientsSeen
 from distclip.application.notices import Absence, earlier_clip, note_clip, sample, warn
 from distclip.errors import ConfigurationError, DistclipError
+from distclip.layouts import fsdp2, slices
 from distclip.layouts import names as naming
 from distclip.layouts import plan as plans
-from distclip.layouts import slices
-from distclip.layouts.detect import describe, refuse_stepped_in_backward
+from distclip.layouts.detect import describe, refuse_dummy, refuse_stepped_in_backward
 from distclip.layouts.names import Named, Target
 from distclip.layouts.piece import Described, Entry
 from distclip.ledger import Apply, Program, States
@@ -396,9 +397,17 @@ class GradClipper:
                     f"attach: expected the optimizer that steps the parameters, got a "
                     f"{type(optimizer).__name__}"
                 )
+            refuse_dummy(optimizer)
+            stepped = list(_stepped_by(optimizer))
+            if any(map(operator.is_not, stepped, fsdp2.sharded(stepped))):
+                raise ConfigurationError(
+                    f"the optimizer ({type(optimizer).__name__}) was built of parameters that "
+                    f"FSDP2 had gathered for a forward: those get no gradient, and their memory is "
+                    f"freed; build it before the first forward, or after model.reshard()"
+                )
             if any(optimizer is other for other in optimizers[:number]):
                 raise ConfigurationError(f"attach: optimizer {number} is given twice; give it once")
-            if mine and mine.isdisjoint(map(id, _stepped_by(optimizer))):
+            if mine and mine.isdisjoint(map(id, stepped)):
                 which = f" (number {number}, {type(optimizer).__name__})" * (len(optimizers) > 1)
                 raise ConfigurationError(
                     f"the optimizer{which} steps none of this GradClipper's parameters; FSDP2 "
@@ -811,7 +820,6 @@ class GradClipper:
         """Read off this rank's parameters."""
         self._reads_loss = reads_loss(self.policy)
         named = naming.named_parameters(target)
-        naming.refuse_meta(named)
         self._named, described = describe(named)
         self._here = dict(self._named)
         return described

@@ -15,7 +15,7 @@ import math
 import operator
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal, TypeAlias
 
 import torch
@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
+from torch.nn.parameter import UninitializedParameter
 
 from distclip import handshake
 from distclip.application import inplace
@@ -231,10 +232,10 @@ def grad_norms(
         Name -> 0-dim float32 (float64 for a float64 gradient); 0 where there is no gradient. Of
         declared experts all of the group's, as ``name@rank``.
     """
-    if isinstance(module_or_named_parameters, nn.Module):
-        named = naming.named_parameters(module_or_named_parameters)
-    else:
-        named = naming.named_parameters(_listed(module_or_named_parameters))  # type: ignore[arg-type]
+    target = module_or_named_parameters
+    if isinstance(target, Iterable) and not isinstance(target, (nn.Module, Mapping)):
+        target = _listed(target)  # type: ignore[arg-type, assignment]
+    named = naming.named_parameters(target)
     if process_group is not None:
         # Other members have other parameters, whose norms nothing here is added to: each DTensor
         # is reduced over its own mesh.
@@ -248,10 +249,16 @@ def grad_norms(
 
 
 def _named(parameters: Parameters) -> Named:
+    if isinstance(parameters, (nn.ParameterList, nn.ParameterDict)):
+        parameters = parameters.parameters()
     if isinstance(parameters, nn.Module):
         raise ConfigurationError(
             "expected parameters, got a module; pass module.parameters(), or use a GradClipper"
         )
+    alone = not (dist.is_initialized() and dist.get_world_size() > 1)
+    named = isinstance(parameters, Mapping) or not isinstance(parameters, Iterable)
+    if named or (isinstance(parameters, (set, frozenset)) and not alone):
+        return naming.named_parameters(parameters)
     listed = _listed(parameters)
     if not all(issubclass(kind, Tensor) for kind in set(map(type, listed))):
         return naming.named_parameters(listed)
@@ -448,7 +455,9 @@ def _tell(error: DistclipError, named: Named, policy: Policy, *, norms: bool) ->
             described += detect(name, parameter)
         except DistclipError:
             dtype = str(parameter.dtype).removeprefix("torch.")
-            described.append((Entry(name, tuple(parameter.shape), dtype), ()))
+            shaped = not (isinstance(parameter, UninitializedParameter) or parameter.is_nested)
+            shape = tuple(parameter.shape) if shaped else ()
+            described.append((Entry(name, shape, dtype), ()))
     with torch.no_grad(), contextlib.suppress(DistclipError):
         if _group([entry for entry, _ in described]) is None:
             return
@@ -480,7 +489,6 @@ class _Programs:
         named = naming.meant(named)
         meant = [parameter for _, parameter in named]
         try:
-            naming.refuse_meta(named)
             _, described = describe(named)
             program = _program(described, policy, _device(meant), norms=norms)
         except DistclipError as error:

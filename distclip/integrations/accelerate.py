@@ -41,6 +41,7 @@ from distclip.integrations.accelerate_prepared import (
 )
 from distclip.integrations.checkpoints import Shelf
 from distclip.layouts import fsdp1
+from distclip.layouts.detect import refuse_dummy
 from distclip.policies import Policy
 from distclip.report import ClipReport
 
@@ -375,6 +376,7 @@ class Attachment:
         if not isinstance(accelerated, AcceleratedOptimizer):
             return
         optimizer = innermost(accelerated)
+        refuse_dummy(optimizer)
         if optimizer in self._handles:
             return
         reference = weakref.ref(optimizer)

@@ -25,6 +25,21 @@ def refuse_stepped_in_backward(name: str, parameter: Tensor) -> None:
         )
 
 
+def refuse_dummy(optimizer: object) -> None:
+    """Refuse the optimizer that ``transformers`` puts in the place of layer-wise ones.
+
+    Raises:
+        UnsupportedGradientError: it is none that steps.
+    """
+    if type(optimizer).__name__ == "LayerWiseDummyOptimizer":
+        raise UnsupportedGradientError(
+            "LayerWiseDummyOptimizer steps nothing: with a layer-wise optimizer (optim="
+            "'galore_adamw_layerwise' and the like) each parameter is updated during backward, "
+            "before the gradients of the others are there, so no norm over the model can clip it; "
+            "use the same optimizer without 'layerwise'"
+        )
+
+
 def describe(named: Named) -> tuple[Named, list[Described]]:
     """Everything that the named parameters stand for.
 
@@ -52,8 +67,10 @@ def detect(name: str, parameter: Tensor) -> list[Described]:
     One, except where a flat tensor stands for many parameters.
 
     Raises:
+        ConfigurationError: a parameter without values or a shape yet; it is named.
         UnsupportedGradientError: a sharding that distclip cannot read; it is named.
     """
+    names.refuse_meta([(name, parameter)])
     refuse_stepped_in_backward(name, parameter)
     if (extent := zero.extent_of(parameter)) is not None:
         return [zero.describe(name, parameter, extent)]

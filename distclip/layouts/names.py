@@ -6,21 +6,36 @@ import inspect
 import itertools
 import operator
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
-from distclip.errors import ConfigurationError
+from distclip.errors import ConfigurationError, UnsupportedGradientError
 from distclip.layouts import fsdp2
 
-WRAPPER_PREFIXES = ("_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module")
-"""Path parts that FSDP1, torch.compile and activation checkpointing put into names."""
+WRAPPERS = (
+    "_fsdp_wrapped_module",
+    "_orig_mod",
+    "_checkpoint_wrapped_module",
+    "_forward_module",
+    "_original_module",
+)
+"""Path parts that FSDP1, torch.compile, activation checkpointing and Fabric put into names."""
+
+FRONTS = (("module",), ("base_model", "model"))
+"""What DDP (AveragedModel, DeepSpeed) and PEFT put in front of all names, and nowhere else."""
 
 Target: TypeAlias = (
-    nn.Module | Sequence[nn.Module] | Tensor | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
+    nn.Module
+    | Sequence[nn.Module]
+    | Tensor
+    | Iterable[Tensor]
+    | Iterable[tuple[str, Tensor]]
+    | Mapping[str, Tensor]
 )
 """A module, modules (pipeline stages, model parts), parameters, or (name, parameter) pairs."""
 
@@ -28,10 +43,20 @@ Named: TypeAlias = list[tuple[str, Tensor]]
 
 
 def clean(name: str) -> str:
-    """``name`` without the path parts that wrappers add (``module.`` only in front: DDP)."""
-    parts = [part for part in name.split(".") if part not in WRAPPER_PREFIXES]
-    while len(parts) > 1 and parts[0] == "module":
-        parts = parts[1:]
+    """``name`` without the path parts that wrappers add.
+
+    A parametrised ``weight`` (``torch.nn.utils.parametrize``) is called ``weight``, not
+    ``parametrizations.weight.original``; where it is made of several, ``weight.original0`` and so
+    on.
+    """
+    parts = [part for part in name.split(".") if part not in WRAPPERS]
+    if "parametrizations" in parts[:-2]:
+        parts.remove("parametrizations")
+        parts = parts[:-1] if parts[-1] == "original" else parts
+    while front := next((f for f in FRONTS if tuple(parts[: len(f)]) == f), None):
+        if len(parts) == len(front):  # then it is a parameter's own name
+            break
+        parts = parts[len(front) :]
     return ".".join(parts)
 
 
@@ -83,6 +108,12 @@ def is_list_of_modules(target: Target) -> bool:
 def _pairs(target: Target) -> Named:
     if isinstance(target, nn.Module):
         return list(target.named_parameters())
+    if isinstance(target, Mapping):
+        return _pairs(list(target.items()))
+    if isinstance(target, (set, frozenset)):
+        raise ConfigurationError(
+            "the target is a set, whose order differs between runs and ranks; give a list"
+        )
     if isinstance(target, Tensor):
         return [("0", target)]
     if not isinstance(target, Iterable):
@@ -110,8 +141,9 @@ def _pairs(target: Target) -> Named:
             pairs.append((item[0], item[1]))
         elif isinstance(item, dict) and "params" in item:
             raise ConfigurationError(
-                "optimizer parameter groups are not a target; give the module, its parameters or "
-                "(name, parameter) pairs, and the optimizer as GradClipper(..., optimizer=...)"
+                "expected parameters, got parameter groups of an optimizer; give [p for group in "
+                "optimizer.param_groups for p in group['params']]. (A policy that needs the groups "
+                "is given them by GradClipper(..., optimizer=optimizer))"
             )
         else:
             raise _not_a_target(item)
@@ -213,12 +245,24 @@ class Watched:
 
 
 def refuse_meta(named: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Refuse parameters without storage.
+    """Refuse parameters without storage, or without a shape.
 
     Raises:
-        ConfigurationError: names the first parameter on the meta device.
+        ConfigurationError: names the first parameter on the meta device, or of a lazy module.
+        UnsupportedGradientError: names the first nested tensor.
     """
     for name, parameter in named:
+        if isinstance(parameter, UninitializedParameter):
+            raise ConfigurationError(
+                f"parameter {name!r} is not initialised: its lazy module (LazyLinear and the like) "
+                f"learns its shape from the first forward; run one before clipping"
+            )
+        if parameter.is_nested:
+            raise UnsupportedGradientError(
+                f"parameter {name!r} is a nested tensor, whose components differ in shape, so that "
+                f"it has no rows and no sharding that distclip could read; make each component a "
+                f"parameter of its own"
+            )
         if parameter.is_meta:
             raise ConfigurationError(
                 f"parameter {name!r} is on the meta device: materialise the model (to_empty, then "

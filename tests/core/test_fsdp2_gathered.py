@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -225,6 +226,17 @@ def test_an_optimizer_made_of_gathered_parameters_steps_the_sharded_ones(make: A
             weights.append([p.detach().full_tensor() for p in parameters])  # type: ignore[attr-defined]
         assert all(map(torch.equal, *weights))
         assert not torch.equal(weights[0][0], next(plain().parameters()))
+
+
+@pytest.mark.ranks(1, 2)
+def test_a_torch_optimizer_of_gathered_parameters_is_refused() -> None:
+    model, parameters = begin("a forward")
+    with torch.no_grad():
+        model(mine())
+    mixed = list(model.parameters())
+    assert any(map(operator.is_, mixed, parameters))
+    with pytest.raises(distclip.ConfigurationError, match="had gathered for a forward"):
+        GradClipper(model, policies.measure()).attach(torch.optim.SGD(mixed, lr=0.1))
 
 
 @pytest.mark.ranks(2)

@@ -960,6 +960,17 @@ def test_overlap_measures_during_backward_under_fsdp2() -> None:
     assert not any(hooks)
 
 
+@pytest.mark.ranks(1)
+def test_layerwise_optimizers_of_transformers_are_refused() -> None:
+    pytest.importorskip("transformers")
+    from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
+
+    accelerator = start("ddp")
+    distclip.accelerate.attach(accelerator, Halve())
+    with pytest.raises(DistclipError, match="without 'layerwise'"):
+        accelerator.prepare(make(), LayerWiseDummyOptimizer({}))
+
+
 @pytest.mark.ranks(1, 2)
 @LAYOUTS
 @pytest.mark.parametrize("optimizer", [fused, sgd])
