@@ -21,6 +21,7 @@ from distclip import policies as policies
 from distclip._version import __version__ as __version__
 from distclip.build import from_config as from_config
 from distclip.clipper import GradClipper as GradClipper
+from distclip.errors import CollectiveError as CollectiveError
 from distclip.errors import ConfigurationError as ConfigurationError
 from distclip.errors import DistclipError as DistclipError
 from distclip.errors import NonFiniteGradientError as NonFiniteGradientError
@@ -57,6 +58,7 @@ __all__ = [
     "DistclipError",
     "GradClipper",
     "NonFiniteGradientError",
+    "CollectiveError",
     "ProcessGroupError",
     "RankMismatchError",
     "ReplicaDriftError",

@@ -36,7 +36,7 @@ from distclip.policies import Measure, ParameterInfo, Policy
 from distclip.policies._compose import reads_loss, stages, unmatched
 from distclip.replicas import ReplicaCheck
 from distclip.report import ClipReport
-from distclip.statistics import collectives
+from distclip.statistics import collectives, waiting
 from distclip.statistics.overlap import Overlap
 from distclip.walk import Fold, walk
 
@@ -114,6 +114,10 @@ class GradClipper:
             that the clip only has to reduce and decide. What does not come so is measured at the
             clip, and so is what was changed in between, as far as that can be seen: read
             docs/overlap.md before you change gradients by hand. Holds until :meth:`close`.
+        stuck_after: seconds that a clip waits for other ranks until it raises a CollectiveError
+            that names those that are missing (on an accelerator: until it logs so and ends the
+            process). None: what the environment variable DISTCLIP_STUCK_AFTER says, or without it
+            no limit but that of the process group.
 
     Raises:
         ConfigurationError: an argument that cannot be meant.
@@ -128,6 +132,7 @@ class GradClipper:
     verify_replicas = Fixed(lambda options: options.verify_replicas)
     fold = Fixed(lambda options: options.fold)
     overlap = Fixed(lambda options: options.overlap)
+    stuck_after = Fixed(lambda options: options.stuck_after)
 
     @eagerly
     def __init__(
@@ -143,6 +148,7 @@ class GradClipper:
         verify_replicas: VerifyReplicas = "first",
         fold: bool = True,
         overlap: bool = False,
+        stuck_after: float | None = None,
     ) -> None:
         given = {
             "policy": policy,
@@ -151,6 +157,7 @@ class GradClipper:
             "verify_replicas": verify_replicas,
             "fold": fold,
             "overlap": overlap,
+            "stuck_after": stuck_after,
         }
         self._options: Options
         self._replicas: ReplicaCheck | None = None
@@ -225,6 +232,8 @@ class GradClipper:
             NonFiniteGradientError: under ``on_nonfinite="error"``.
             ReplicaDriftError: copies of one tensor differ between ranks, where it is looked for.
             UnsupportedGradientError: a sparse gradient, or a ``Partial`` that cannot be reduced.
+            RankMismatchError: ranks that clip by different rules, as far as they compare them.
+            CollectiveError: a rank has died, or is missing for longer than ``stuck_after``.
             ProcessGroupError: the process group has been closed.
         """
         if loss is not None:
@@ -636,7 +645,7 @@ class GradClipper:
         if self._reads_loss and loss is None:
             self._warn_of_no_loss()
         try:
-            with torch.no_grad():
+            with waiting.waiting_for(waiting.Wait(self._step, self._limit)), torch.no_grad():
                 walked = walk(
                     self._program,
                     self._states,
@@ -786,6 +795,8 @@ class GradClipper:
         group = collectives.default_group(process_group)
         try:
             self._options = Options(**given)
+            limit = self._options.stuck_after
+            self._limit = waiting.limit_from_environment() if limit is None else float(limit)
             described = self._describe(target)
         except Exception as error:
             if group is not None:  # the others are waiting to hear from this rank

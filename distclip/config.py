@@ -13,6 +13,7 @@
     verify_replicas: first                   # compare replicas: first (default) | never | every n
     fold: true                               # false: never leave the multiplying to the optimizer
     overlap: false                           # true: under FSDP2, measure during backward
+    stuck_after: null                        # seconds to wait for other ranks in a clip
     imports: [my_project.clipping]           # modules that register policies of one's own; they
                                              # are run once everything else has been found valid
 
@@ -108,6 +109,11 @@ class _Document(BaseModel):
         default=False,
         description="Under FSDP2, measure gradients during backward, as soon as they are reduced; "
         "elsewhere without effect.",
+    )
+    stuck_after: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None = Field(
+        default=None,
+        description="Seconds that a clip waits for other ranks until it raises and names those "
+        "that are missing; null: no limit but that of the process group.",
     )
     imports: list[str] = Field(
         default_factory=list,

@@ -7,6 +7,7 @@ The tree::
         ├── ConfigurationError (ValueError)       a policy, threshold or file that cannot be meant
         ├── UnsupportedGradientError (TypeError)  a gradient that cannot be clipped correctly
         ├── RankMismatchError (RuntimeError)      the ranks do not agree on what to clip, or how
+        ├── CollectiveError (RuntimeError)        a rank died, or is missing, in a collective
         ├── ProcessGroupError (RuntimeError)      a group that is closed, or that misses this rank
         ├── ReplicaDriftError (RuntimeError)      copies of one tensor differ between ranks
         ├── StateError (ValueError)               a state of another policy or model, or damaged
@@ -37,6 +38,20 @@ class UnsupportedGradientError(DistclipError, TypeError):
 
 class RankMismatchError(DistclipError, RuntimeError):
     """The ranks do not agree on parameters, policy or configuration."""
+
+
+class CollectiveError(DistclipError, RuntimeError):
+    """A collective of a clipping broke, or took longer than ``stuck_after``.
+
+    The process group cannot be used any more: end the process. Where the collective broke, the
+    backend's error is the ``__cause__``. ``step`` is that of the clipping, None if it counts none;
+    ``ranks`` holds the global ranks that had not come to it, as far as that could be known.
+    """
+
+    def __init__(self, message: str, step: int | None = None, ranks: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        self.step = step
+        self.ranks = tuple(ranks)
 
 
 class ProcessGroupError(DistclipError, RuntimeError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, NoReturn, Protocol, TypeAlias, TypeVar, cast, get_args
@@ -33,6 +34,7 @@ class Options:
     verify_replicas: VerifyReplicas = "first"
     fold: bool = True
     overlap: bool = False
+    stuck_after: float | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.policy, Policy):
@@ -44,6 +46,12 @@ class Options:
         if every not in ("first", "never") and (type(every) is not int or every < 1):
             raise ConfigurationError(
                 f"verify_replicas must be 'first', 'never' or a number of steps >= 1, got {every!r}"
+            )
+        limit = self.stuck_after
+        number = isinstance(limit, (int, float)) and not isinstance(limit, bool)
+        if limit is not None and not (number and 0.0 < limit < math.inf):
+            raise ConfigurationError(
+                f"stuck_after must be a number of seconds > 0, or None for no limit, got {limit!r}"
             )
         for name in ("norms", "fold", "overlap"):
             value = getattr(self, name)

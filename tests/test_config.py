@@ -50,6 +50,7 @@ def test_a_whole_configuration(write: Write) -> None:
         verify_replicas: 100
         fold: false
         overlap: true
+        stuck_after: 600
         """
     )
     assert config.load(path) == config.Config(
@@ -62,6 +63,7 @@ def test_a_whole_configuration(write: Write) -> None:
         verify_replicas=100,
         fold=False,
         overlap=True,
+        stuck_after=600.0,
     )
 
 

@@ -22,6 +22,7 @@ OTHER: dict[str, Any] = {
     "verify_replicas": 3,
     "fold": False,
     "overlap": True,
+    "stuck_after": 90.0,
 }
 """A value of each option that is not its default."""
 pytestmark = pytest.mark.filterwarnings("ignore:overlap=True has no effect")
@@ -91,6 +92,10 @@ def test_an_option_cannot_be_changed_later(name: str) -> None:
         ("verify_replicas", "always"),
         ("fold", "no"),
         ("overlap", None),
+        ("stuck_after", 0),
+        ("stuck_after", "1"),
+        ("stuck_after", True),
+        ("stuck_after", float("inf")),
     ],
 )
 def test_a_bad_option_is_refused_by_name(name: str, bad: Any) -> None:

@@ -26,6 +26,7 @@ EXPORTED = {
         "DistclipError",
         "GradClipper",
         "NonFiniteGradientError",
+        "CollectiveError",
         "ProcessGroupError",
         "RankMismatchError",
         "ReplicaDriftError",
@@ -122,7 +123,8 @@ SIGNATURES = {
     "optimizer: Optimizer | Sequence[Optimizer] | None = None, "
     "on_nonfinite: OnNonfinite = error, process_group: ProcessGroup | None = None, "
     "sinks: Sequence[Sink] = (), norms: bool = True, "
-    "verify_replicas: VerifyReplicas = first, fold: bool = True, overlap: bool = False) -> None",
+    "verify_replicas: VerifyReplicas = first, fold: bool = True, overlap: bool = False, "
+    "stuck_after: float | None = None) -> None",
     "GradClipper.clip_": "(self, loss: Tensor | float | None = None) -> ClipReport",
     "GradClipper.observe": "(self, loss: Tensor | float) -> None",
     "GradClipper.attach": "(self, optimizer: Optimizer | Sequence[Optimizer], *more: Optimizer) "

@@ -55,7 +55,8 @@ def check(
     typer.echo("\n".join(["policy:", *_lines(loaded.policy, "  ")]))
     for name, value in loaded.arguments().items():
         if name != "policy":
-            typer.echo(f"{name}: {str(value).lower() if isinstance(value, bool) else value}")
+            plain = json.dumps(value) if value is None or isinstance(value, bool) else value
+            typer.echo(f"{name}: {plain}")
     if loaded.log is not None:
         log = ", ".join(f"{key}: {clean(value)}" for key, value in loaded.log.model_dump().items())
         typer.echo(f"log: {log}")

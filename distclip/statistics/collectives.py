@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from distclip.errors import ProcessGroupError
+from distclip.statistics import waiting
 from distclip.statistics.encoding import from_ordered_bits, to_ordered_bits
 
 Object = TypeVar("Object")
@@ -108,10 +109,11 @@ def is_mixed(group: ProcessGroup) -> bool:
 
 def all_reduce_sum(values: Tensor, group: ProcessGroup) -> None:
     """Sum float64 ``values`` over the group, in place; bitwise the same on every rank."""
-    everyones = _everyones(values, group)
-    if everyones is None:
-        dist.all_reduce(values, op=dist.ReduceOp.SUM, group=group)
-        return
+    with waiting.named(group):
+        everyones = _everyones(values, group)
+        if everyones is None:
+            _all_reduce(values, dist.ReduceOp.SUM, group)
+            return
     # One after another: the order in which torch.sum adds depends on the processor.
     first, *rest = everyones.unbind()
     values.copy_(first)
@@ -122,12 +124,22 @@ def all_reduce_sum(values: Tensor, group: ProcessGroup) -> None:
 def all_reduce_max(values: Tensor, group: ProcessGroup) -> Tensor:
     """Maximum of non-negative float64 ``values`` over the group; NaN wins over everything."""
     bits = to_ordered_bits(values)
-    everyones = _everyones(bits, group)
-    if everyones is None:
-        dist.all_reduce(bits, op=dist.ReduceOp.MAX, group=group)
-    else:
-        bits = everyones.amax(0)
+    with waiting.named(group):
+        everyones = _everyones(bits, group)
+        if everyones is None:
+            _all_reduce(bits, dist.ReduceOp.MAX, group)
+        else:
+            bits = everyones.amax(0)
     return from_ordered_bits(bits)
+
+
+def _all_reduce(values: Tensor, op: Any, group: ProcessGroup) -> None:
+    """In place. Without a limit by the shortest way, which has no handle."""
+    if not waiting.has_limit():
+        dist.all_reduce(values, op=op, group=group)
+        return
+    work = dist.all_reduce(values, op=op, group=group, async_op=True)
+    waiting.finish(cast(dist.Work, work), group, on_host=values.device.type == "cpu")
 
 
 def _everyones(values: Tensor, group: ProcessGroup) -> Tensor | None:
@@ -144,14 +156,16 @@ def _everyones(values: Tensor, group: ProcessGroup) -> Tensor | None:
     if f"{values.device.type}:gloo" not in dist.get_backend_config(group):
         return None
     everyones = values.new_empty(ranks, *values.shape)
-    group.allgather([list(everyones.unbind())], [values]).wait()
+    work = group.allgather([list(everyones.unbind())], [values])
+    waiting.finish(work, group, on_host=True)
     return everyones
 
 
 def gather(value: Object, group: ProcessGroup) -> list[Object]:
     """Every rank's picklable ``value``, in group order, on every rank. Not for the step."""
     values: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(values, value, group=group)
+    with waiting.named(group):
+        dist.all_gather_object(values, value, group=group)
     return values
 
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from distclip.testing.stuck import WAITS
+
 Kind = Literal["returned", "raised", "skipped", "xfailed", "died", "stuck"]
 
 # As faulthandler prints the frames that lie below every function; "<string>" starts the zygote.
@@ -22,7 +24,8 @@ class Outcome:
         kind: returned, raised, skipped or xfailed (`pytest.skip`, `pytest.xfail`), died (the
             process ended), or stuck (no answer in time; the process was ended).
         result: what the function returned.
-        error: one line: the exception, the reason of a skip, or how the process ended.
+        error: one line: the exception, the reason of a skip, how the process ended, or what keeps
+            a stuck one, as far as that is seen.
         trace: the traceback of what it raised; the stacks of all threads where it died or stuck.
         output: what it wrote to stdout and stderr during the call.
     """
@@ -61,8 +64,12 @@ def rank_error(outcomes: Mapping[int, Outcome], first: int, timeout: float) -> R
     blamed = outcomes[first]
     world = len(outcomes)
     if blamed.kind == "stuck":
-        stuck = [rank for rank, outcome in outcomes.items() if outcome.kind == "stuck"]
-        headline = f"no answer within {timeout:g} s from {_names(stuck)} of {world}"
+        silent = {rank: each.error for rank, each in outcomes.items() if each.kind == "stuck"}
+        waiting = [rank for rank, why in silent.items() if why == WAITS]
+        blame = [rank for rank in silent if rank not in waiting] or list(silent)
+        headline = f"no answer within {timeout:g} s from {_names(blame)} of {world}"
+        if len(blame) < len(silent):
+            headline += f"; {_names(waiting)}: {WAITS}"
     elif blamed.kind in ("skipped", "xfailed"):
         headline = f"rank {first} of {world} {_deed(blamed)}, but not every rank did the same"
     else:
@@ -112,7 +119,7 @@ def _deed(outcome: Outcome) -> str:
     if outcome.kind == "died":
         return outcome.error
     if outcome.kind == "stuck":
-        return "was still running, its stacks:"
+        return "was still running, its stacks:" if outcome.trace else outcome.error or "was stuck"
     return f"{outcome.kind} {outcome.error}".rstrip()
 
 

@@ -30,10 +30,12 @@ from distclip.testing import forkserver, shipping, worker
 from distclip.testing.failures import Outcome, rank_error
 from distclip.testing.forkserver import PoolError, RankProcess
 from distclip.testing.health import GroupState, reusable
-from distclip.testing.replies import read, receive, stacks_of
+from distclip.testing.replies import read, receive, stuck
+from distclip.testing.stuck import limit_within
 
 T = TypeVar("T")
 
+STUCK_AFTER = "DISTCLIP_STUCK_AFTER"  # see distclip.statistics.waiting
 GRACE = 1.0  # seconds that the other ranks get to finish after one has failed
 JOIN_LIMIT = 90.0  # seconds for new ranks to find each other; the store gives up after 60
 
@@ -68,7 +70,9 @@ class RankPool:
         if worker.in_rank:
             raise RuntimeError("ranks cannot be started from a rank; call this in the main process")
         call = shipping.dumps((function, args, kwargs))
-        request = worker.Request(dict(os.environ), _directory(), list(sys.path), call)
+        # Before the call counts as hung, so that the ranks that wait can say for whom.
+        environment = {STUCK_AFTER: f"{limit_within(timeout):g}", **os.environ}
+        request = worker.Request(environment, _directory(), list(sys.path), call)
         with self._lock:
             try:
                 outcomes, blamed, states = self._call(pickle.dumps(tuple(request)), timeout)
@@ -146,12 +150,9 @@ class RankPool:
             with contextlib.suppress(OSError):  # dead already: noticed when it is listened to
                 process.connection.send_bytes(request)
         outcomes, states = self._listen(timeout)
-        stuck = [rank for rank in range(self.world_size) if rank not in outcomes]
-        for rank, stacks in zip(
-            stuck, stacks_of([self._ranks[rank] for rank in stuck]), strict=True
-        ):
-            output = read(self._ranks[rank].output)
-            outcomes[rank] = Outcome(rank, "stuck", trace=stacks, output=output)
+        silent = [rank for rank in range(self.world_size) if rank not in outcomes]
+        for outcome in stuck(silent, [self._ranks[rank] for rank in silent]):
+            outcomes[outcome.rank] = outcome
         by_rank = dict(sorted(outcomes.items()))
         # In order of arrival, but a death comes before the errors that it caused among the peers.
         for kinds in (("died",), ("raised",), ("stuck",), ("xfailed", "skipped")):

@@ -12,6 +12,7 @@ from distclip.testing import worker
 from distclip.testing.failures import Outcome, exit_text, own_frames
 from distclip.testing.forkserver import RankProcess
 from distclip.testing.health import GroupState
+from distclip.testing.stuck import culprits, is_stopped, reason
 
 STACK_LIMIT = 2.0  # seconds to wait for the stacks of a stuck rank
 
@@ -41,21 +42,39 @@ def receive(rank: int, process: RankProcess) -> tuple[Outcome, GroupState | None
         return Outcome(rank, "raised", error=text, output=output), None
 
 
-def stacks_of(processes: list[RankProcess]) -> list[str]:
+def stuck(ranks: list[int], processes: list[RankProcess]) -> list[Outcome]:
+    """The outcomes of ranks that gave no answer in time, those that others wait for first.
+
+    Args:
+        ranks: their ranks.
+        processes: of each.
+    """
+    stopped = [is_stopped(process.pid) for process in processes]
+    running = [p for p, stop in zip(processes, stopped, strict=True) if not stop]
+    taken = dict(zip([p.pid for p in running], _stacks_of(running), strict=True))
+    stacks = [taken.get(process.pid, "") for process in processes]
+    reasons = [reason(p.pid, text) for p, text in zip(processes, stacks, strict=True)]
+    outcomes = [
+        Outcome(rank, "stuck", error=why, trace=own_frames(text), output=read(process.output))
+        for rank, process, why, text in zip(ranks, processes, reasons, stacks, strict=True)
+    ]
+    first = culprits(reasons)
+    return [outcomes[n] for n in first] + [o for n, o in enumerate(outcomes) if n not in first]
+
+
+def _stacks_of(processes: list[RankProcess]) -> list[str]:
     """The Python stacks of all threads of each process, taken without its cooperation."""
-    if not processes:
-        return []
     for process in processes:
         with contextlib.suppress(ProcessLookupError):
             os.kill(process.pid, worker.STACK_SIGNAL)
     deadline = time.monotonic() + STACK_LIMIT
     sizes = [0] * len(processes)
-    while time.monotonic() < deadline:
+    while processes and time.monotonic() < deadline:
         time.sleep(0.05)
         before, sizes = sizes, [os.fstat(process.stacks.fileno()).st_size for process in processes]
         if before == sizes and all(sizes):  # written, and no longer growing
             break
-    return [own_frames(read(process.stacks)) for process in processes]
+    return [read(process.stacks) for process in processes]
 
 
 def read(file: IO[bytes]) -> str:

@@ -82,6 +82,7 @@ class Rank:
         ended_at: when the script ended.
         output: what it printed.
         events: lines written so far.
+        stopped: whether its process was stopped (SIGSTOP) when the launch was given up.
     """
 
     number: int
@@ -94,6 +95,7 @@ class Rank:
     ended_at: float = math.inf
     output: str = ""
     events: int = 0
+    stopped: bool = False
     _known: dict[str, Any] = field(default_factory=dict)
 
     @property

@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from distclip.cli.simulation.records import Rank, names
+from distclip.testing.stuck import STOPPED, TALKING
 
 _FRAME = re.compile(r'^\s*File "(?P<file>[^"]+)", line (?P<line>\d+) in (?P<function>.+)$')
 _HARNESS = ("/cli/script.py", "/cli/simulation/rank.py", "/cli/simulation/recorder.py",
     "/cli/simulation/__main__.py", "<frozen runpy>")  # fmt: skip
 _LIBRARY = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib")})
-_TALKING = ("/torch/distributed/", "/torch/autograd/", "/distclip/statistics/collectives.py")
 
 
 class Frame(NamedTuple):
@@ -75,7 +75,7 @@ def talks(stacks: str) -> bool:
     for frame in main_thread(stacks):
         if frame.is_users:
             return False
-        if any(part in frame.file for part in _TALKING):
+        if any(part in frame.file for part in TALKING):
             return True
     return False
 
@@ -90,6 +90,9 @@ def blamed(ranks: Sequence[Rank], stacks: Mapping[int, str]) -> tuple[list[int],
     if gone and len(gone) < len(ranks):
         steps = ", ".join(f"{ranks[r].done}" for r in gone)
         return gone, f"ended after {steps} step(s), while the others go on"
+    stopped = [rank.number for rank in ranks if rank.stopped]
+    if stopped:
+        return stopped, STOPPED
     # One that does not wait for anybody is what the others wait for.
     silent = [rank for rank, text in stacks.items() if not talks(text)]
     if silent and len(silent) < len(ranks):
@@ -116,6 +119,8 @@ def story(ranks: Sequence[Rank], stacks: Mapping[int, str]) -> list[str]:
             text = f"raised {rank.error} {steps}"
         elif rank.code is not None:
             text = f"the script ended with exit code {rank.code} {steps}"
+        elif rank.stopped:
+            text = f"{STOPPED} {steps}"
         else:
             text = f"{steps}, at {where(stacks.get(rank.number, ''))}"
         lines.setdefault(text, []).append(rank.number)

@@ -16,6 +16,10 @@ from distclip.cli.simulation import nodes
 from distclip.cli.simulation.layouts import Launch, inherited
 from distclip.cli.simulation.rank import STACK_SIGNAL, stacks_of
 from distclip.cli.simulation.records import Rank, Reader
+from distclip.testing.stuck import is_stopped, limit_within
+
+STUCK_AFTER = "DISTCLIP_STUCK_AFTER"
+"""See :mod:`distclip.statistics.waiting`."""
 
 GRACE = 2.0
 """Seconds that the other ranks get to say something after one has failed."""
@@ -92,7 +96,7 @@ def run(
     isolated = isolate and len(launch.commands) > 1 and not nodes.why_not()
     agents: list[subprocess.Popen[bytes]] = []
     try:
-        agents += _start(launch, logs, isolated)
+        agents += _start(launch, logs, isolated, limit)
         how = _follow(reader, agents, limit, progress)
         reader.read()
         stacks = {} if how == "ended" else _stacks(reader, folder)
@@ -112,9 +116,14 @@ def run(
     )
 
 
-def _start(launch: Launch, logs: list[str], isolated: bool) -> list[subprocess.Popen[bytes]]:
+def _start(
+    launch: Launch, logs: list[str], isolated: bool, limit: float
+) -> list[subprocess.Popen[bytes]]:
     interface = nodes.INTERFACE if isolated else _loopback()
     environment = inherited() | launch.environment
+    # Before the launch counts as hung, so that the ranks that wait can say for whom.
+    wanted = os.environ.get(STUCK_AFTER)
+    environment[STUCK_AFTER] = f"{limit_within(limit):g}" if wanted is None else wanted
     if interface:
         environment["GLOO_SOCKET_IFNAME"] = interface
     else:
@@ -226,8 +235,10 @@ def _stacks(reader: Reader, folder: Path) -> dict[int, str]:
     asked = [rank for rank in reader.ranks if rank.code is None and not rank.error and _runs(rank)]
     for rank in asked:
         assert rank.pid is not None
+        rank.stopped = is_stopped(rank.pid)
         with contextlib.suppress(ProcessLookupError):
             os.kill(rank.pid, STACK_SIGNAL)
+    asked = [rank for rank in asked if not rank.stopped]
     deadline = time.monotonic() + STACK_LIMIT
     sizes: list[int] = [0] * len(asked)
     while asked and time.monotonic() < deadline:
