@@ -36,6 +36,7 @@ from distclip.checkpoint_form import VERSION, check_form, checksum, kind_of, pol
 from distclip.errors import StateError
 from distclip.policies import ParameterInfo, Policy, State
 from distclip.policies._compose import Stage, stages
+from distclip.policies._protocol import memory_depends_on
 
 _logger = logging.getLogger("distclip")
 
@@ -258,13 +259,12 @@ def _differences(
     if described["class"] != here["class"]:
         yield f"{described['class']} was saved, and this is {here['class']}", True
         return
-    depends = stage.policy.memory_fields
     before, now = described["fields"], here["fields"]
     for field in sorted({*before, *now}):
         one, other = before.get(field, "nothing"), now.get(field, "nothing")
         if one != other:
             text = f"{field or 'it'} was {one} and is {other}"
-            yield text, depends is None or field in depends or not field
+            yield text, memory_depends_on(stage.policy, field)
     if sorted(described["parameters"]) != sorted(owner.names_of(stage)):
         yield "it is responsible for other parameters", True
 

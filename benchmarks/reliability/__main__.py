@@ -17,7 +17,7 @@ from benchmarks.reliability.rows import load_all, record, save, table
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "reliability.md"
 
-CAMPAIGNS = ("properties", "fuzz", "ranks")
+CAMPAIGNS = ("properties", "fuzz", "checkpoints", "ranks")
 """Modules of this package with ``run(count, seed) -> list[Row]`` and their full ``COUNT``."""
 
 

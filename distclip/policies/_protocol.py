@@ -182,7 +182,9 @@ class Policy(abc.ABC):
 
     memory_fields: ClassVar[frozenset[str] | None] = None
     """Fields that the meaning of the state depends on (a window, not a threshold). A checkpoint is
-    loaded into a policy whose other fields have changed. None: it depends on all."""
+    loaded into a policy whose other fields have changed. None: it depends on all. What a class says
+    is for its own fields; those of a subclass count until that says otherwise, and all of them do
+    where it decides on the state itself."""
 
     _kind: ClassVar[str] = "a scaling policy"
     _refused: ClassVar[Mapping[str, str]] = {
@@ -222,6 +224,19 @@ class Policy(abc.ABC):
                     f"{cls.__qualname__} is {cls._kind} and defines `{member}`, which would have "
                     f"no effect: {_MENDS[kind]}"
                 )
+
+
+def memory_depends_on(policy: Policy, field: str) -> bool:
+    """Whether the meaning of a policy's state depends on one of its fields."""
+    declared = type(policy).memory_fields
+    if declared is None or field in declared:
+        return True
+    for each in type(policy).__mro__:
+        if "memory_fields" in vars(each):
+            return field not in getattr(each, "__dataclass_fields__", {})
+        if _members(each) & {"init", "update", "update_bound", "needs"}:
+            return True
+    return True
 
 
 _MENDS = {

@@ -46,6 +46,7 @@ class _Statistics:
     gradients: Mapping[float, Tensor]
     weights: Mapping[float, Tensor] = field(default_factory=dict)
     loss: Tensor | None = None
+    in_range: bool = False
 
     def gradient_norms(self, norm_type: float = 2.0) -> Tensor:
         return _asked(self.gradients, norm_type, "gradient_norms")
@@ -165,6 +166,11 @@ def _check_description(policy: Any, again: Any) -> None:
     assert repr(policy) == repr(again), (
         "two policies of the same arguments have a different repr, by which ranks compare them; "
         "make it a frozen dataclass"
+    )
+    depends, fields = getattr(policy, "memory_fields", None), set(vars(policy))
+    assert depends is None or set(depends) <= fields, (
+        f"memory_fields names {sorted(set(depends) - fields)}, which is none of its fields "
+        f"{sorted(fields)}"
     )
     assert " at 0x" not in repr(policy), "its repr holds an address, which differs between ranks"
 

@@ -50,6 +50,24 @@ class Declared(Own):
     name: ClassVar[str] = "declared"
 
 
+@dataclass(frozen=True)
+class Wider(AUTO):
+    """A field that AutoClip knows nothing of."""
+
+    name: ClassVar[str] = "wider"
+    extra: float = 1.0
+
+
+@dataclass(frozen=True)
+class Overriding(AUTO):
+    """It keeps its own books, so what AutoClip says of its memory is not said of this one's."""
+
+    name: ClassVar[str] = "overriding"
+
+    def update(self, statistics: Any, state: Any) -> Any:
+        return super().update(statistics, state)
+
+
 SILENT, LINE, REFUSED = "silent", "line", "refused"
 CHANGES: list[tuple[Policy, Policy, str, str]] = [
     (NORM(1.0), NORM(1.0), SILENT, ""),
@@ -70,6 +88,9 @@ CHANGES: list[tuple[Policy, Policy, str, str]] = [
     (policies.zclip(), policies.adagc(), REFUSED, "ZClip was saved, and this is AdaGC"),
     (Own(1.0), Own(2.0), REFUSED, "limit was 1.0 and is 2.0"),
     (Declared(1.0), Declared(2.0), LINE, "limit was 1.0 and is 2.0"),
+    (Wider(10), Wider(20), LINE, "percentile was 10.0 and is 20.0"),
+    (Wider(10), Wider(10, extra=2.0), REFUSED, "extra was 1.0 and is 2.0"),
+    (Overriding(10), Overriding(20), REFUSED, "percentile was 10.0 and is 20.0"),
     (RunningMax(0.5), RunningMax(0.6), REFUSED, "theta was 0.5 and is 0.6"),
     (
         policies.chain(AUTO(50, window=9), NORM(1.0)),

@@ -152,6 +152,10 @@ class Clamps(Base):
         return [policies.Clamp(0.5), Scale(torch.ones(()).double())], state
 
 
+class Misspelt(Base):
+    memory_fields: ClassVar[frozenset[str] | None] = frozenset({"windw"})
+
+
 class Addressed(Base):
     def __repr__(self) -> str:
         return f"Addressed({random.random()})"
@@ -175,6 +179,7 @@ class Addressed(Base):
         (Divides, "finite norms gave coefficients"),
         (Plain, "must be a tensor"),
         (Addressed, "have a different repr"),
+        (Misspelt, r"memory_fields names \['windw'\]"),
         (Clamps, r"step 0: Clamp\(bound=0.5\) is no action of a scaling policy"),
     ],
 )
