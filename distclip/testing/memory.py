@@ -47,14 +47,15 @@ def zclip(
         buffer = [*memory.get("buffer", []), norm]
         if len(buffer) < warmup_steps:
             return ceiling, {"buffer": buffer}
-        return ceiling, {"mean": float(np.mean(buffer)), "var": float(np.var(buffer))}
-    mean, deviation = memory["mean"], math.sqrt(memory["var"])
+        wide = np.array(buffer, np.longdouble)  # squares of norms may leave float64
+        return ceiling, {"mean": np.mean(wide), "var": np.var(wide)}
+    mean, deviation = memory["mean"], np.sqrt(memory["var"])
     z = (norm - mean) / (deviation + 1e-6)
     limit = mean + z_thresh * deviation / (z / z_thresh) if z > z_thresh else math.inf
     sample = min(norm, limit)
     mean = alpha * mean + (1 - alpha) * sample
     var = alpha * memory["var"] + (1 - alpha) * (sample - mean) ** 2
-    return min(limit, ceiling), {"mean": mean, "var": var}
+    return float(min(limit, ceiling)), {"mean": mean, "var": var}
 
 
 def adagc(
@@ -147,4 +148,5 @@ def is_spike(history: Sequence[float], value: float, sigma: float, least: int) -
     """Whether a value lies ``sigma`` sample deviations above the mean of its history."""
     if len(history) < least:
         return False
-    return bool(value - np.mean(history) > sigma * np.std(history, ddof=1))
+    wide = np.array(history, np.longdouble)  # squares may leave float64
+    return bool(value - np.mean(wide) > sigma * np.std(wide, ddof=1))

@@ -17,18 +17,20 @@ import numpy.typing as npt
 from distclip.testing import memory as remembered
 from distclip.testing.memory import Memory
 
-Array: TypeAlias = npt.NDArray[np.float64]
+Array: TypeAlias = npt.NDArray[Any]
+"""float64, or complex128 for complex gradients."""
+Stored: TypeAlias = Callable[[str, Array], Array]
 Policy: TypeAlias = "Mapping[str, Any] | Sequence[Policy] | None"
 NonFinite: TypeAlias = Literal["pass", "zero", "skip", "error"]
 
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """What clipping must have done. Everything is float64; norms are of whole tensors.
+    """What clipping must have done, in float64 (complex128); norms are of whole tensors.
 
     Attributes:
         total_norm: norm of all gradients together before clipping, after ``"zero"`` has zeroed. Its
-            order is the `norm_type` of the first policy that has one, else 2.
+            order is that of the first policy that reads norms, else 2.
         clipped_norm: the same after clipping.
         parameter_norms: norm of each gradient before clipping; 0 where there is none.
         gradients: the clipped gradients; None where there was none.
@@ -61,6 +63,7 @@ def expected(
     on_nonfinite: NonFinite = "pass",
     memory: dict[str, Memory] | None = None,
     loss: float | None = None,
+    stored: Stored | None = None,
 ) -> Expected:
     """What `policy` must make of these gradients.
 
@@ -75,12 +78,14 @@ def expected(
         memory: what the policies remember, a dict that is empty before the first step and is
             changed by this one; None for a single step.
         loss: the mean loss of this step, for a policy that reads it.
+        stored: what becomes of the named gradient where its tensor is written: rounded to a dtype.
+            Applied after each policy; None for nothing.
 
     Raises:
         FloatingPointError: ``on_nonfinite="error"`` and a gradient is not finite; names it.
         ValueError: no such policy, or one that needs `groups` without them.
     """
-    table = {n: None if g is None else np.asarray(g, np.float64) for n, g in gradients.items()}
+    table = {n: None if g is None else _wide(g) for n, g in gradients.items()}
     nonfinite = sorted(n for n, g in table.items() if g is not None and not np.isfinite(g).all())
     if nonfinite and on_nonfinite == "error":
         raise FloatingPointError(f"gradients that are not finite: {', '.join(nonfinite)}")
@@ -88,11 +93,12 @@ def expected(
         table |= {name: np.zeros_like(table[name]) for name in nonfinite}
     run = _Run(
         present={name: g.copy() for name, g in table.items() if g is not None},
-        weights={name: np.asarray(w, np.float64) for name, w in weights.items()},
+        weights={name: _wide(w) for name, w in weights.items()},
         groups=groups,
         coefficients={name: np.ones(()) for name in table},
         memory={} if memory is None else memory,
         loss=loss,
+        stored=stored,
     )
     order = _norm_type(policy)
     parameter_norms = {name: 0.0 if g is None else norm(g, order) for name, g in table.items()}
@@ -132,20 +138,24 @@ def norm(values: npt.ArrayLike, norm_type: float = 2.0, axes: tuple[int, ...] | 
         norm_type: p.
         axes: the dims to reduce, which stay with extent 1; None reduces all to a float.
     """
-    magnitudes = np.abs(np.asarray(values, np.float64))
+    magnitudes = np.abs(_wide(values))
     where = tuple(range(magnitudes.ndim)) if axes is None else axes
     largest = np.max(magnitudes, axis=where, keepdims=True, initial=0.0)
     if np.isinf(norm_type):
         result = largest
     else:
         with np.errstate(all="ignore"):
-            # Times a power of two, which is exact, and the largest element lies in [1/2, 1).
-            _, exponent = np.frexp(np.where(np.isfinite(largest), largest, 1.0))
-            scaled = np.ldexp(magnitudes, -exponent)
-            sums = np.sum(scaled**norm_type, axis=where, keepdims=True)
-            result = np.ldexp(sums ** (1.0 / norm_type), exponent)
+            # In extended floats where the machine has them: small orders need their exponents.
+            scale = np.where((largest > 0) & np.isfinite(largest), largest, 1.0)
+            scaled = magnitudes.astype(np.longdouble) / scale
+            sums = np.sum(scaled ** np.longdouble(norm_type), axis=where, keepdims=True)
+            result = (sums ** (1 / np.longdouble(norm_type)) * scale).astype(np.float64)
         result = np.where(np.isfinite(largest), result, largest)
     return float(result.reshape(())) if axes is None else result
+
+
+def _wide(values: npt.ArrayLike) -> Array:
+    return np.asarray(values, np.complex128 if np.iscomplexobj(values) else np.float64)
 
 
 def norm_of_norms(norms: Iterable[float], norm_type: float = 2.0) -> float:
@@ -163,6 +173,7 @@ class _Run:
     coefficients: dict[str, Array]
     memory: dict[str, Memory]
     loss: float | None
+    stored: Stored | None
     remembers: dict[str, Memory] = field(default_factory=dict)
     asked: dict[str, bool] = field(default_factory=dict)
     threshold: float = float("nan")
@@ -188,11 +199,20 @@ class _Run:
                     f"no policy {policy['name']!r}; there are {sorted([*_POLICIES, *_REMEMBERING])}"
                 )
             _POLICIES[policy["name"]](self, [n for n in names if n in self.present], **arguments)
+        if self.stored is not None and isinstance(policy, Mapping) and "name" in policy:
+            for name in names:
+                if name in self.present:
+                    self.present[name] = self.stored(name, self.present[name])
 
     def scale(self, name: str, coefficient: Array | float) -> None:
         factor: Array = np.asarray(coefficient, np.float64)
         self.coefficients[name] = self.coefficients[name] * factor
-        self.present[name] = self.present[name] * factor
+        gradient = self.present[name]
+        if np.iscomplexobj(gradient):  # as two real numbers: numpy would multiply by factor + 0j
+            parts = np.stack([gradient.real, gradient.imag], -1) * np.expand_dims(factor, -1)
+            self.present[name] = parts.view(np.complex128)[..., 0]
+        else:
+            self.present[name] = gradient * factor
 
     def norm(self, names: Iterable[str], norm_type: float) -> float:
         return norm_of_norms((norm(self.present[name], norm_type) for name in names), norm_type)
@@ -228,8 +248,8 @@ def _find_norm_type(policy: Policy) -> float | None:
     if policy is None:
         return None
     if isinstance(policy, Mapping) and "by_name" not in policy:
-        takes_one = policy["name"] in ("global_norm", "parameter_norm", "group_norm")
-        return float(policy.get("norm_type", 2.0)) if takes_one else None
+        reads = {"running_max": np.inf, "value": None}.get(policy["name"], 2.0)
+        return float(policy["norm_type"]) if "norm_type" in policy else reads
     stages = policy
     if isinstance(policy, Mapping):
         stages = [*policy["by_name"].values(), policy.get("default")]
@@ -246,6 +266,8 @@ def _measure(run: _Run, names: list[str]) -> None:
 
 def _global_norm(run: _Run, names: list[str], max_norm: float, norm_type: float = 2.0) -> None:
     # Pascanu et al. 2013, with torch's 1e-6.
+    if np.isinf(max_norm):
+        return
     coefficient = np.minimum(1.0, max_norm / (run.norm(names, float(norm_type)) + 1e-6))
     for name in names:
         run.scale(name, coefficient)
