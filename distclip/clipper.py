@@ -231,7 +231,7 @@ class GradClipper:
         Raises:
             NonFiniteGradientError: under ``on_nonfinite="error"``.
             ReplicaDriftError: copies of one tensor differ between ranks, where it is looked for.
-            UnsupportedGradientError: a sparse gradient, or a ``Partial`` that cannot be reduced.
+            UnsupportedGradientError: a sparse shard, or a ``Partial`` that cannot be reduced.
             RankMismatchError: ranks that clip by different rules, as far as they compare them.
             CollectiveError: a rank has died, or is missing for longer than ``stuck_after``.
             ProcessGroupError: the process group has been closed.

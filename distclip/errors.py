@@ -33,7 +33,7 @@ class ConfigurationError(DistclipError, ValueError):
 
 
 class UnsupportedGradientError(DistclipError, TypeError):
-    """A gradient or parameter (sparse, meta, an irreducible ``Partial``) that cannot be clipped."""
+    """A gradient or parameter (a sparse shard, meta) that cannot be clipped."""
 
 
 class RankMismatchError(DistclipError, RuntimeError):

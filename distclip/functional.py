@@ -35,7 +35,7 @@ from distclip.errors import (
     NonFiniteGradientError,
     ProcessGroupError,
 )
-from distclip.layouts import declared, dtensor, fsdp1, fsdp2, plain, soundness
+from distclip.layouts import declared, dtensor, fsdp1, fsdp2, plain, soundness, sparse
 from distclip.layouts import names as naming
 from distclip.layouts import plan as plans
 from distclip.layouts.detect import describe, detect
@@ -89,7 +89,7 @@ def clip_grad_norm_(
     Raises:
         ConfigurationError: a negative or NaN threshold, p <= 0.
         NonFiniteGradientError: (a RuntimeError) under ``error_if_nonfinite``.
-        UnsupportedGradientError: sparse, or a ``Partial`` that cannot be reduced.
+        UnsupportedGradientError: a sparse shard, or a ``Partial`` that cannot be reduced.
     """
     named = _named(parameters)
     policy = GlobalNorm(max_norm, norm_type)
@@ -127,7 +127,7 @@ def clip_grad_value_(
 
     Raises:
         ConfigurationError: a negative or NaN threshold.
-        UnsupportedGradientError: sparse, or a ``Partial`` that cannot be reduced.
+        UnsupportedGradientError: a sparse shard, or a ``Partial`` that cannot be reduced.
     """
     named = _named(parameters)
     _walk(named, Value(clip_value), "pass", norms=False)
@@ -425,8 +425,13 @@ def _describe_tensor(name: str, tensor: Tensor) -> Described:
     shape = tuple(tensor.shape)
     entry = Entry(name, shape, str(tensor.dtype).removeprefix("torch."))
     # What cannot be measured is an error when it is, so that all ranks get to hear of it.
-    fetch = functools.partial(plain.check_dense, name, tensor.detach())
+    fetch = functools.partial(_measurable, name, tensor.detach())
     return entry, (Piece(0, Box((0,) * len(shape), shape), 1.0, fetch, tensor.detach),)
+
+
+def _measurable(name: str, tensor: Tensor) -> Tensor:
+    """``tensor`` itself, or a copy of a sparse one that is not coalesced; or a refusal by name."""
+    return tensor.coalesce() if sparse.is_sparse(tensor) else plain.check_dense(name, tensor)
 
 
 _agreements = handshake.Agreements()

@@ -14,6 +14,7 @@ from distclip.agreement import Agreed
 from distclip.application import inplace
 from distclip.errors import DistclipError, NonFiniteGradientError, UnsupportedGradientError
 from distclip.kernels.transfer import to_device
+from distclip.layouts import sparse
 from distclip.layouts.plan import Plan
 from distclip.ledger import Ledger, Program, Round, States, Walked
 from distclip.policies._decide import rehearse
@@ -168,7 +169,7 @@ def _measured(
         decided = decide_locally(program, number, measured)
         packed = None
         if comparing is not None:
-            packed = comparing.pack(measured.present, measured.trouble is not None)
+            packed = comparing.pack(measured.dense(plan), measured.trouble is not None)
         measurement = reduce(plan, request, table, measured, decided, packed, stamp)
         if not together or not 0.0 < measurement.read_flags[0] < 1.0:
             return measured, decided, measurement, packed
@@ -189,7 +190,7 @@ def _compare_replicas(
         summed, flags = comparing.exchange(packed, stamp)
         measurement = replace(measurement, flags=flags)
     raise_together(measured.trouble, summed[-1].item())
-    comparing.judge(summed, measured.present)
+    comparing.judge(summed, measured.dense(comparing.plan))
     return measurement
 
 
@@ -409,8 +410,16 @@ class Acting:
             if self.dropped is not None:
                 factors = torch.where(self.dropped[row], 1.0, factors)
             chosen.append(self._unless_skipped(factors))
-        dims = self.ledger.one.request.unit_dims
-        inplace.scale_units_([g for _, g in present], chosen, [dims[row] for row in rows])
+        pieces, dims = self.program.plan.pieces, self.ledger.one.request.unit_dims
+        spread = [
+            sparse.spread(pieces[position], gradient, factors, dims[row])
+            for row, (position, gradient), factors in zip(rows, present, chosen, strict=True)
+        ]
+        inplace.scale_units_(
+            [gradient for _, gradient in present],
+            [factors for factors, _ in spread],
+            [where for _, where in spread],
+        )
 
     def _rows(self, present: Sequence[tuple[int, Tensor]]) -> Tensor:
         plan = self.program.plan

@@ -58,8 +58,9 @@ def check_dense(name: str, tensor: Tensor) -> Tensor:
         )
     if tensor.layout is not torch.strided:
         raise UnsupportedGradientError(
-            f"the gradient of {name!r} is sparse ({tensor.layout}); distclip measures dense "
-            f"gradients only: build the embedding with sparse=False"
+            f"the gradient of {name!r} is sparse ({tensor.layout}); here distclip takes only dense "
+            f"ones (sparse ones, in COO, of tensors that lie whole on every rank): build the "
+            f"embedding with sparse=False"
         )
     if tensor.is_meta:
         raise UnsupportedGradientError(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from distclip.errors import DistclipError, UnsupportedGradientError
-from distclip.layouts import plain, zero
+from distclip.layouts import plain, sparse, zero
 from distclip.layouts.plan import Plan
 
 REAL = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
@@ -37,8 +37,8 @@ def inspect(
 
     Returns:
         What to measure and to act on: the same memory without conjugate and negative bits (neither
-        matters to norms, scaling and clamping); and None in place of what is refused. And the first
-        refusal, if any.
+        matters to norms, scaling and clamping), and the values of what is sparse; None in place of
+        what is refused. And the first refusal, if any.
     """
     if not first and _are_usual([gradient for gradient in present if gradient is not None]):
         return present, None
@@ -48,6 +48,7 @@ def inspect(
         if gradient is not None:
             try:
                 gradient = _look(plan.names[piece.index], gradient, piece.box.extents)
+                gradient = sparse.values_of(gradient) if sparse.is_sparse(gradient) else gradient
                 if changed:
                     _check_changeable(plan.names[piece.index], gradient)
             except DistclipError as error:
@@ -85,7 +86,9 @@ def _have_memory_of_their_own(tensors: Sequence[Tensor]) -> bool:
 
 def _look(name: str, gradient: Tensor, extents: Sequence[int]) -> Tensor:
     """``gradient``, or a view of its memory; or a refusal by name."""
-    gradient = plain.unwrapped(f"the gradient of {name!r}", plain.check_dense(name, gradient))
+    if not sparse.is_sparse(gradient):
+        gradient = plain.check_dense(name, gradient)
+    gradient = plain.unwrapped(f"the gradient of {name!r}", gradient)
     gradient = gradient.conj() if gradient.is_conj() else gradient
     gradient = gradient._neg_view() if gradient.is_neg() else gradient
     if gradient.dtype not in REAL | COMPLEX:
@@ -95,7 +98,7 @@ def _look(name: str, gradient: Tensor, extents: Sequence[int]) -> Tensor:
     if tuple(gradient.shape) != tuple(extents):
         problem = f"has the shape {list(gradient.shape)}, and its parameter {list(extents)}"
         raise _refused(name, problem, "set it to None when the parameter's data is replaced")
-    is_plain = type(gradient) in (Tensor, nn.Parameter)
+    is_plain = type(gradient) in (Tensor, nn.Parameter) and not sparse.is_sparse(gradient)
     if is_plain and gradient.numel() and not gradient.untyped_storage().nbytes():
         raise _refused(name, "has no memory (its storage was freed)", "run backward again")
     return gradient

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from distclip.errors import DistclipError
 from distclip.kernels.transfer import to_device
-from distclip.layouts import dtensor, soundness
+from distclip.layouts import dtensor, soundness, sparse
 from distclip.layouts.piece import MisplacedError
 from distclip.layouts.plan import Plan
 from distclip.statistics import local
@@ -35,6 +35,7 @@ class LocalMeasurement:
         together: those of them that lie side by side in memory and were measured as one.
         misplaced: whether a gradient here has to be redistributed, by all ranks of its mesh.
         loss: float64 ``(2,)``, the sum of the losses given on this rank, and how many those are.
+        sparse: whether any gradient is, so that ``present`` has its values in its place.
     """
 
     norms: dict[float, Tensor] = field(default_factory=dict)
@@ -46,6 +47,14 @@ class LocalMeasurement:
     together: Together | None = None
     misplaced: bool = False
     loss: Tensor | None = None
+    sparse: bool = False
+
+    def dense(self, plan: Plan) -> Sequence[Tensor | None]:
+        """``present``, with what is sparse written out."""
+        if not self.sparse:
+            return self.present
+        pairs = zip(plan.pieces, self.present, strict=True)
+        return [sparse.dense(piece, gradient) for piece, gradient in pairs]
 
     def divide(self, scale: Tensor) -> None:
         """Divide all gradient norms by a 0-dim loss scale."""
@@ -82,7 +91,7 @@ def measure(
     fetched: Sequence[Tensor | None] = _fetched(plan, result) if quick is None else quick
     present = _inspected(plan, fetched, result, memory)
     plain = _counted(plan, request, present)
-    if not request.bounds:
+    if not request.bounds and not result.sparse:
         # With the parameters' own specs the gradients have the parameters' shapes and dtypes.
         near = present if plan.shares is None else plain
         result.together = memory.gradients.find(near, shaped=quick is not None, widths=table.widths)
@@ -159,6 +168,8 @@ def _inspected(
     if trouble is None and any(gradient is not None for gradient in present):
         memory.inspected.add("memory")
     result.present, result.trouble = present, result.trouble or trouble
+    if present is not fetched:  # something unusual was found, or looked for
+        result.sparse = any(each is not None and sparse.is_sparse(each) for each in fetched)
     return present
 
 
@@ -229,7 +240,7 @@ def _measure_units(
     def of_gradients(order: float) -> Tensor:
         known = {} if early is None else early.units(order)
         if not known:
-            return of(places, present, order, bounds, measured.together)
+            return of(places, measured.dense(plan), order, bounds, measured.together)
         late = places.without([position in known for position in places.positions], always=True)
         parts = torch.split(of(late, present, order, None, None), late.counts)
         known.update(zip(late.positions, parts, strict=True))

@@ -298,6 +298,8 @@ def test_gradients_that_cannot_be_read_are_told(tmp_path: Path) -> None:
     with recorded(tmp_path, 0):
         model = nn.ModuleDict({"table": nn.Embedding(9, 5, sparse=True), "last": nn.Linear(5, 1)})
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        marked: Any = model["last"].bias
+        marked._in_backward_optimizers = [optimizer]
         for _ in range(2):
             model["last"](model["table"](torch.arange(4))).sum().backward()
             optimizer.step()
@@ -305,7 +307,7 @@ def test_gradients_that_cannot_be_read_are_told(tmp_path: Path) -> None:
     reader.read()
     (remark,) = found(reader.ranks)
     assert (remark.kind, remark.fault) == ("unseen", False)
-    assert "is sparse" in remark.text
+    assert "parameter 'bias'" in remark.text
     assert len(reader.ranks[0].steps[1].pieces) == 2
 
 

@@ -307,6 +307,7 @@ def _told(entry: Entry, piece: Piece) -> list[Any]:
         if tensor is None:
             values += [None, None]
         else:
+            tensor = tensor.to_dense() if tensor.is_sparse else tensor
             norm = torch.linalg.vector_norm(tensor, dtype=torch.float64)
             values += [int(fingerprint(tensor, entry.shape, box.offsets)), float(norm) ** 2]
     return [entry.name, list(box.offsets), list(box.extents), *values]
