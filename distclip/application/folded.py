@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from distclip.layouts import plain
+
 FOLDING = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad)
 """Optimizers whose fused kernels divide by ``grad_scale``, and write the quotient back."""
 SHARDED = (torch.optim.Adam, torch.optim.AdamW)
@@ -81,6 +83,7 @@ class Scope:
         devices = {parameter.device for parameter in listed}
         self._suits = (
             len(devices) == 1
+            and not any(map(plain.has_main_gradient, self._parameters))
             and all(device.type in DEVICES for device in devices)
             and all(parameter.dtype in DTYPES for parameter in listed)
         )

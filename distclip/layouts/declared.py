@@ -10,6 +10,9 @@ so do the marks that DeepSpeed MoE and Megatron put on their parameters:
 ``tensor_model_parallel``,     Megatron: a slice along ``partition_dim`` of one tensor, over the
 ``partition_dim``              tensor parallel group (for experts, by ``allreduce = False`` or
                                ``expert_tp``, over the expert tensor parallel group)
+``sequence_parallel``,         Megatron: replicated over the tensor parallel group, whatever
+true or false                  ``tensor_model_parallel`` says (TransformerEngine's ``Linear`` sets
+                               that on replicated weights too)
 ``tensor_model_parallel``      DeepSpeed AutoTP: a slice, but not along which dim: refused until it
                                is declared. So is ``model_parallel``, their older name for it
 ``shared``                     Megatron: the last stage's copy of the first stage's embedding, under
@@ -63,6 +66,7 @@ MARKS = (
     "model_parallel",
     "partition_dim",
     "expert_tp",
+    "sequence_parallel",
     "shared",
 )
 """Attributes of parameters that are looked at."""
@@ -131,6 +135,10 @@ def spread_of(name: str, parameter: Tensor) -> Spread | None:
         return None
     expert = marks.get("allreduce") is False
     sliced = bool(marks.get("tensor_model_parallel") or marks.get("model_parallel"))
+    # TransformerEngine's Linear marks every weight as a slice, replicated ones (parallel_mode=None)
+    # too. Megatron puts `sequence_parallel`, true or false, on what is replicated over the tensor
+    # parallel group, and only there: it says whether such gradients are summed over that group.
+    sliced = sliced and "sequence_parallel" not in marks
     copy = marks.get("shared") is True and (
         "tensor_model_parallel" in marks or "megatron.core.parallel_state" in sys.modules
     )

@@ -18,11 +18,12 @@ def describe(name: str, parameter: Tensor) -> Described:
     shape = tuple(parameter.shape)
     entry = Entry(name, shape, str(parameter.dtype).removeprefix("torch."))
     hold = held(parameter)
+    fetch = main_gradient_of if has_main_gradient(parameter) else gradient_of
     piece = Piece(
         index=0,
         box=Box((0,) * len(shape), shape),
         share=1.0,
-        gradient=partial(gradient_of, name, hold),
+        gradient=partial(fetch, name, hold),
         weight=partial(weight_of, hold),
         trainable=parameter.requires_grad,
     )
@@ -35,18 +36,48 @@ def weight_of(hold: Holder) -> Tensor:
 
 
 def gradient_of(name: str, hold: Holder) -> Tensor | None:
-    """The parameter's ``.grad``, None if there is none; see :mod:`distclip.layouts.soundness`.
+    """The parameter's ``.grad``, or else its ``main_grad``; None if there is neither.
+
+    See :mod:`distclip.layouts.soundness` for whether it can be measured.
 
     Raises:
         UnsupportedGradientError: a DTensor.
     """
-    gradient = hold().grad
+    parameter = hold()
+    gradient = parameter.grad
+    if gradient is None:
+        return getattr(parameter, "main_grad", None)
     if type(gradient) is not Tensor and isinstance(gradient, DTensor):
         raise UnsupportedGradientError(
             f"{name!r} is a plain tensor but its gradient is a DTensor ({gradient.placements}): "
             f"convert the gradient with full_tensor(), or shard the parameter alike"
         )
     return gradient
+
+
+def has_main_gradient(parameter: Tensor) -> bool:
+    """Whether Megatron accumulates this parameter's gradients elsewhere than in ``.grad``."""
+    return getattr(parameter, "main_grad", None) is not None
+
+
+def main_gradient_of(name: str, hold: Holder) -> Tensor | None:
+    """The gradient of a parameter that has a ``main_grad``: Megatron's, mostly float32 for bf16.
+
+    Megatron adds ``.grad`` to it after each backward of a parameter, and sets ``.grad`` to None.
+
+    Raises:
+        UnsupportedGradientError: a ``.grad`` beside it: which of the two is stepped with?
+    """
+    parameter = hold()
+    main: Tensor | None = getattr(parameter, "main_grad", None)
+    if main is None or parameter.grad is None:
+        return gradient_of(name, hold)
+    raise UnsupportedGradientError(
+        f"{name!r} has gradients in .grad and in .main_grad, and an optimizer steps with one of "
+        f"them: Megatron adds .grad to .main_grad during backward and sets it to None, which has "
+        f"not been done here. Do it (p.main_grad.add_(p.grad); p.grad = None), or delete main_grad "
+        f"if it is left over"
+    )
 
 
 def check_dense(name: str, tensor: Tensor) -> Tensor:

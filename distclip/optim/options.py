@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias, cast, get_args
 
 import torch
@@ -125,7 +125,7 @@ def groups_of(params: Target | Iterable[dict[str, Any]]) -> list[dict[str, Any]]
     if isinstance(params, (set, frozenset)):
         raise ConfigurationError("params is a set, whose order changes between runs; give a list")
     items: Any = params
-    if not isinstance(params, (nn.Module, Tensor)) and isinstance(params, Iterable):
+    if not isinstance(params, (nn.Module, Tensor, Mapping)) and isinstance(params, Iterable):
         items = list(params)
         if items and all(isinstance(item, dict) for item in items):
             return cast(list[dict[str, Any]], items)
@@ -142,7 +142,7 @@ def named_in_group(params: Any, taken: Sequence[str]) -> Named:
     """
     if isinstance(params, (set, frozenset)):
         raise ConfigurationError("params is a set, whose order changes between runs; give a list")
-    if not isinstance(params, (nn.Module, Tensor)) and isinstance(params, Iterable):
+    if not isinstance(params, (nn.Module, Tensor, Mapping)) and isinstance(params, Iterable):
         params = list(params)
     named = naming.named_parameters(params)
     tensors = [params] if isinstance(params, Tensor) else params

@@ -379,6 +379,34 @@ def test_marks_of_frameworks(framework: str, monkeypatch: pytest.MonkeyPatch) ->
         assert report.parameter_norms == {"w": pytest.approx(math.sqrt(3 * (1 + 4)))}
 
 
+@pytest.mark.ranks(2, 3, timeout=SECONDS)
+@pytest.mark.parametrize("sequence_parallel", [True, False])
+def test_replicated_weights_that_are_marked_as_slices(
+    sequence_parallel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TransformerEngine marks all weights of its Linear, Megatron's "duplicated" ones too."""
+    stand_in: Any = types.ModuleType("stand_in")
+    stand_in.get_tensor_model_parallel_group = lambda check_initialized=True: dist.group.WORLD
+    monkeypatch.setitem(sys.modules, "megatron.core.parallel_state", stand_in)
+
+    def marked(value: float) -> Any:
+        made: Any = nn.Parameter(torch.ones(2, 3))
+        made.grad = torch.full((2, 3), value)
+        made.tensor_model_parallel, made.partition_dim, made.partition_stride = True, 0, 1
+        return made
+
+    sliced, copied = marked(1.0 + dist.get_rank()), marked(5.0)
+    copied.sequence_parallel = sequence_parallel
+    truth = math.sqrt(6 * (25 + sum((1 + rank) ** 2 for rank in range(dist.get_world_size()))))
+    report = GradClipper([("s", sliced), ("c", copied)], policies.measure()).clip_()
+    assert report.total_norm.item() == pytest.approx(truth, rel=1e-6)
+    assert report.parameter_norms["c"] == pytest.approx(5 * math.sqrt(6), rel=1e-6)
+    assert distclip.clip_grad_norm_([sliced, copied], 1e9).item() == pytest.approx(truth, rel=1e-6)
+    del copied.sequence_parallel  # now the marks say that it is a slice, and a call believes them
+    more = math.sqrt(truth**2 + 6 * 25 * (dist.get_world_size() - 1))
+    assert distclip.clip_grad_norm_([sliced, copied], 1e9).item() == pytest.approx(more, rel=1e-6)
+
+
 @pytest.mark.ranks(2, timeout=SECONDS)
 @pytest.mark.parametrize("mark", ["tensor_model_parallel", "model_parallel"])
 def test_a_slice_that_does_not_say_of_which_dim(mark: str) -> None:
