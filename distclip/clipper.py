@@ -52,6 +52,10 @@ _ANEW = (
     "load_state_dict(state)"
 )
 
+_GO_ON = (
+    '. To go on without such steps use on_nonfinite="skip" (or "zero" to drop only these gradients)'
+)
+
 _attached_now: weakref.WeakSet[GradClipper] = weakref.WeakSet()
 """Clippers that are attached, or were."""
 
@@ -166,8 +170,8 @@ class GradClipper:
         self.sinks = tuple(sinks)
         self._named: Named = []
         self._here: dict[str, Tensor] = {}
-        self._optimizers: list[tuple[weakref.ref[Optimizer], int]] = []
-        """Those that it is attached to, and how many parameters each had then."""
+        self._optimizers: list[tuple[weakref.ref[Optimizer], list[int]]] = []
+        """Those that it is attached to, and the ids of the parameters that each had then."""
         self._parts = False
         self._reads_loss = False
         self._warned_of_no_loss = False
@@ -346,7 +350,9 @@ class GradClipper:
         except Exception:
             handle.remove()
             raise
-        self._optimizers = [(weakref.ref(each), len(_stepped_by(each))) for each in optimizers]
+        self._optimizers = [
+            (weakref.ref(each), list(map(id, _stepped_by(each)))) for each in optimizers
+        ]
         self._mention_unstepped(optimizers)
         self._attached = handle
         _attached_now.add(self)
@@ -657,6 +663,7 @@ class GradClipper:
                     loss=loss,
                     later=later,
                     fold=fold,
+                    go_on=_GO_ON,
                 )
         finally:
             if self._early is not None:
@@ -743,16 +750,16 @@ class GradClipper:
     def _trouble(self) -> DistclipError | None:
         """What is wrong on this rank before a gradient is looked at: parameters that came later."""
         newcomers = self._watched.newcomers(self._known)
-        for reference, count in self._optimizers:
+        for reference, known in self._optimizers:
             optimizer = reference()
             if newcomers or optimizer is None:
                 continue
             listed = _stepped_by(optimizer)
-            if len(listed) != count:
+            if list(map(id, listed)) != known:
                 newcomers = [
                     f"one of shape {list(p.shape)} in the optimizer"
-                    for p in listed[count:]
-                    if id(p) not in self._known
+                    for p in listed
+                    if id(p) not in self._known and id(p) not in known
                 ]
         if not newcomers:
             return None

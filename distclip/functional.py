@@ -54,6 +54,8 @@ from distclip.walk import raise_together, walk
 Parameters: TypeAlias = Tensor | Iterable[Tensor]
 Tensors: TypeAlias = Tensor | Iterable[Tensor]
 
+_GO_ON = "; error_if_nonfinite=False raises nothing and returns the norm that is not finite"
+
 DOUBLE = ("float64", "complex128")
 """Names of the dtypes whose norms are float64."""
 
@@ -208,7 +210,8 @@ def get_total_norm(
         if process_group is not None:
             total = _joint_norm(compiled, policy.norm_type, process_group, error_if_nonfinite)
         else:
-            walked = walk(compiled(), {}, on_nonfinite="error" if error_if_nonfinite else "pass")
+            mode = "error" if error_if_nonfinite else "pass"
+            walked = walk(compiled(), {}, on_nonfinite=mode, go_on=_GO_ON)
             total = combine_norms(walked.raw, policy.norm_type)
     return total.to(_norm_dtype(str(tensor.dtype).removeprefix("torch.") for tensor in listed))
 
@@ -261,6 +264,11 @@ def _named(parameters: Parameters) -> Named:
         return naming.named_parameters(parameters)
     listed = _listed(parameters)
     if not all(issubclass(kind, Tensor) for kind in set(map(type, listed))):
+        if any(issubclass(kind, dict) for kind in set(map(type, listed))):
+            raise ConfigurationError(
+                "expected parameters, got optimizer parameter groups; pass "
+                '[p for group in optimizer.param_groups for p in group["params"]]'
+            )
         return naming.named_parameters(listed)
     if len(set(map(id, listed))) == len(listed):
         return list(zip(map(str, range(len(listed))), listed, strict=True))
@@ -344,7 +352,8 @@ def _joint_norm(
     total = got["norm"].squeeze(0)
     if error_if_nonfinite and not bool(torch.isfinite(total)):
         raise NonFiniteGradientError(
-            f"the {norm_type}-norm over the process group is {total.item()}; nothing was changed",
+            f"the {norm_type}-norm over the process group is {total.item()}; nothing was changed"
+            + _GO_ON,
             [
                 entry.name
                 for entry, norm in zip(entries, norms.tolist(), strict=True)
@@ -361,7 +370,7 @@ def _walk(
     if program.plan.group is not None:
         collectives.check_open(program.plan.group)
     with torch.no_grad():
-        return walk(program, {}, on_nonfinite=on_nonfinite), program.plan
+        return walk(program, {}, on_nonfinite=on_nonfinite, go_on=_GO_ON), program.plan
 
 
 def _program(

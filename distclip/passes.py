@@ -153,8 +153,8 @@ def _add_clamp(
         if entries[member].dtype.startswith("complex"):
             raise ConfigurationError(
                 f"{policy.name}: parameter {entries[member].name!r} is complex, and "
-                f"complex numbers have no order to clamp by; leave it alone with "
-                f"by_name({{{entries[member].name!r}: None}}, default=...)"
+                f"complex numbers have no order to clamp by; leave it out (in a policy with "
+                f"policies.by_name({{{entries[member].name!r}: None}}, ...))"
             )
     late = tuple(m for m in stage.members if policy.moving or draft.acted[m])
     draft.unknown.update(late)

@@ -42,6 +42,7 @@ def walk(
     loss: Tensor | None = None,
     later: bool = False,
     fold: Fold | None = None,
+    go_on: str = "",
 ) -> Walked:
     """Measure, decide and act once over all the gradients of a plan.
 
@@ -59,6 +60,7 @@ def walk(
             does. Given None where there is no such number.
         later: leave what the last pass decides to ``Walked.apply``, for engines that step with
             other tensors than the measured ones. Dropping and earlier passes act here.
+        go_on: how the caller's user may go on without an error where a gradient is not finite.
 
     Raises:
         RankMismatchError: ranks differ in what is agreed; on every rank, before any changes.
@@ -100,7 +102,7 @@ def walk(
             agreed.judge(measurement)
         ledger = Ledger(program, number, measurement)
         if number == 0 and measurement.raw:
-            _look_for_nonfinite(program, walked, measurement, measured, on_nonfinite)
+            _look_for_nonfinite(program, walked, measurement, measured, on_nonfinite, go_on)
         bad = walked.nonfinite is not program.all_finite
         if bad and on_nonfinite == "zero":
             ledger.forget(walked.nonfinite)
@@ -200,6 +202,7 @@ def _look_for_nonfinite(
     measurement: Measurement,
     measured: LocalMeasurement,
     on_nonfinite: str,
+    go_on: str,
 ) -> None:
     """Note which gradients have a norm that is not finite, and do what the mode says about it."""
     walked.raw = measurement.raw.get(program.shown, walked.raw)
@@ -219,7 +222,7 @@ def _look_for_nonfinite(
         if not any(flags):  # norms so large that only their sum overflows
             return
         holds = _hold_nonfinite(program.plan, measured.present).tolist()
-        raise _nonfinite_error(program.plan, flags, holds, tuple(measurement.raw))
+        raise _nonfinite_error(program.plan, flags, holds, tuple(measurement.raw), go_on)
 
 
 def _hold_nonfinite(plan: Plan, present: Sequence[Tensor | None]) -> Tensor:
@@ -237,7 +240,7 @@ def _hold_nonfinite(plan: Plan, present: Sequence[Tensor | None]) -> Tensor:
 
 
 def _nonfinite_error(
-    plan: Plan, flags: Sequence[bool], holds: Sequence[bool], orders: Sequence[float]
+    plan: Plan, flags: Sequence[bool], holds: Sequence[bool], orders: Sequence[float], go_on: str
 ) -> NonFiniteGradientError:
     """Names the parameters with a norm that is not finite: by a NaN or inf in them, or by size."""
     names = [entry.name for entry, bad in zip(plan.entries, flags, strict=True) if bad]
@@ -250,11 +253,7 @@ def _nonfinite_error(
             f"the {norms} of the gradient of {_listed(large)} is larger than float64 holds "
             f"(1.8e308), though every element is finite"
         )
-    return NonFiniteGradientError(
-        f"{'; '.join(causes)}; nothing was changed. To go on without such steps use "
-        f'on_nonfinite="skip" (or "zero" to drop only these gradients)',
-        names,
-    )
+    return NonFiniteGradientError(f"{'; '.join(causes)}; nothing was changed" + go_on, names)
 
 
 def _listed(names: Sequence[str]) -> str:

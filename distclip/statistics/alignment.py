@@ -48,7 +48,7 @@ def cannot_move(plan: Plan) -> UnsupportedGradientError:
         f"the gradient of {name!r} is {found} but its parameter {wanted}. Redistributing it takes "
         f"all ranks of its mesh, and this pass, which needs nothing from other ranks, cannot tell "
         f"them: set p.grad = p.grad.redistribute(placements=p.placements) on all of them before "
-        f"clipping, or let a GradClipper measure norms (norms=True)"
+        f"clipping, or clip in a way that measures norms"
     )
 
 

@@ -41,8 +41,8 @@ def check_open(group: ProcessGroup) -> None:
     """Raise a ProcessGroupError for a group that can no longer, or never could, be used here."""
     if group is cast(Any, dist.GroupMember.NON_GROUP_MEMBER):
         raise ProcessGroupError(
-            "process_group: this rank is not a member of the group; build the GradClipper only on "
-            "its members, or give a group that contains every rank that calls it"
+            "process_group: this rank is not a member of the group; leave the call to its members, "
+            "or give a group that contains every rank that makes it"
         )
     if not isinstance(group, ProcessGroup):
         raise ProcessGroupError(
@@ -52,7 +52,8 @@ def check_open(group: ProcessGroup) -> None:
     if not dist.is_initialized() or not is_registered(group):
         raise ProcessGroupError(
             "the process group has been destroyed since it was handed over; clip before "
-            "destroy_process_group(), and build a new GradClipper for a new group"
+            "destroy_process_group(), and give a group that is there, to a new GradClipper if one "
+            "was built with the old"
         )
 
 
