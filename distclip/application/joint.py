@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import sys
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
@@ -71,8 +70,6 @@ class AttachHandle:
         self._stepped: set[int] = set()
         self._left: dict[int, GradientsSeen] = {}
         """Gradients of the optimizers that are still to step, as the last step left them."""
-        self._checked: frozenset[int] = frozenset()
-        """Optimizers whose gradients a scaler will look at, in place, before their steps."""
         self._handles: list[StepHandle] = []
         self._copies: list[FollowedCopy] = []
         try:
@@ -135,8 +132,7 @@ class AttachHandle:
     def _changed(self, number: int) -> bool:
         optimizer, seen = self._optimizers[number](), self._left.get(number)
         assert optimizer is not None  # it is calling
-        checked = number in self._checked and _scaler() is not None
-        here = seen is None or seen.differ(_gradients(optimizer), checked=checked)
+        here = seen is None or seen.differ(_gradients(optimizer))
         return self._agree(here)
 
     def _clip_all(
@@ -150,10 +146,8 @@ class AttachHandle:
         scaler = _scaler()
         if scaler is None:
             self._refuse_scales(number, loss_scale)
-            self._checked = frozenset()
             return self._clip(loss_scale, found_inf, coming)
         waiting = {n for n, o in self._alive() if n != number and _is_scaled(scaler, o)}
-        self._checked = frozenset(waiting)
         scaled = {number} if loss_scale is not None else set()
         gradients = {n: _gradients(o) for n, o in self._alive()}
         there = {n for n, found in gradients.items() if any(g is not None for g in found)}
@@ -181,6 +175,9 @@ class AttachHandle:
 class GradientsSeen:
     """Gradients at one moment, to see later whether a backward has changed them.
 
+    A scaler that unscales them, and a fused step that multiplies them, do not count as a change for
+    torch; the sum of a further backward does.
+
     Args:
         gradients: as they are; not kept alive.
     """
@@ -188,28 +185,21 @@ class GradientsSeen:
     def __init__(self, gradients: Sequence[Tensor | None]) -> None:
         self._references = [None if g is None else weakref.ref(g) for g in gradients]
         self._versions = [None if g is None else version_of(g) for g in gradients]
-        bases = [_buffer(gradient) for gradient in gradients]
-        sharing = Counter(bases)
-        self._views = [sharing[base] for base in bases]
-        """How many of the gradients count their changes together, as views of one buffer do."""
 
-    def differ(self, gradients: Sequence[Tensor | None], *, checked: bool = False) -> bool:
+    def differ(self, gradients: Sequence[Tensor | None]) -> bool:
         """Whether any of them is new, or was written to, since.
 
         Args:
             gradients: of the same parameters, now. One that is gone was not changed by a backward.
-            checked: a gradient scaler may have unscaled or checked each in place, once.
         """
         if len(gradients) != len(self._references):
             return True
-        facts = zip(gradients, self._references, self._versions, self._views, strict=True)
-        for gradient, reference, version, views in facts:
+        for gradient, reference, version in zip(
+            gradients, self._references, self._versions, strict=True
+        ):
             if gradient is None:
                 continue
-            if reference is None or version is None or reference() is not gradient:
-                return True
-            since = version_of(gradient) - version
-            if since != 0 and not (checked and since == views):
+            if reference is None or reference() is not gradient or version_of(gradient) != version:
                 return True
         return False
 
@@ -217,14 +207,6 @@ class GradientsSeen:
 def version_of(tensor: Tensor) -> int:
     """Counts the changes in place; a DTensor's local tensor has its own count."""
     return (tensor._local_tensor if isinstance(tensor, DTensor) else tensor)._version
-
-
-def _buffer(gradient: Tensor | None) -> int:
-    """What counts the changes of a gradient: itself, or the buffer that it is a view of."""
-    if gradient is None:
-        return 0
-    local = gradient._local_tensor if isinstance(gradient, DTensor) else gradient
-    return id(local if local._base is None else local._base)
 
 
 def _gradients(optimizer: Optimizer) -> list[Tensor | None]:

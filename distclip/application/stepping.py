@@ -67,8 +67,6 @@ class StepHandle:
         self._skipped: bool | Tensor = False
         self._step: FrameType | None = None
         """The call of ``step`` that is under way, or that raised."""
-        self._within = 0
-        """Calls of ``step`` within that one, which have not ended."""
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -99,11 +97,10 @@ class StepHandle:
         # Of a class whose `step` calls `super().step()`, torch runs the hooks twice.
         step = caller()
         if self._step is not None and _is_within(step, self._step):
-            self._within += 1
             return None
         if not optimizer.state and _only_makes_state(step):
             return None
-        self._step, self._within = step, 0
+        self._step = step
         # A step that raised never reached its post-hook. What it hid is history by now.
         self._hidden.clear()
         self._settings.clear()
@@ -161,12 +158,7 @@ class StepHandle:
 
     @eagerly
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        # Compiled code may call the two hooks from different frames, this one within the other.
-        step = caller()
-        if step is not self._step and self._within:
-            self._within -= 1
-            return
-        if self._step is None or not _is_within(step, self._step):
+        if caller() is not self._step:
             return
         self._step = None
         self._take_back(optimizer)

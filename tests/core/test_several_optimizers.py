@@ -141,6 +141,26 @@ def test_under_a_gradient_scaler(
     assert_same(model, reference)
 
 
+@pytest.mark.parametrize("mode", ["error", "zero", "pass"])
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("kind", ["muon", "fused"])
+def test_an_overflow_under_a_scaler_drops_all_steps_in_every_mode(
+    kind: str, order: tuple[int, int], mode: Any
+) -> None:
+    model = model_of()
+    pair = pair_of(model, kind)
+    GradClipper(model, policies.global_norm(MAX_NORM), on_nonfinite=mode).attach(*pair)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(loss_of(model, 0)).backward()
+    pair[order[1]].param_groups[0]["params"][0].grad.view(-1)[0] = math.inf
+    before = everything(model, pair)
+    for number in order:
+        scaler.step(pair[number])
+    scaler.update()
+    assert scaler.get_scale() == 512.0
+    assert all(map(same_bits, before[:4], everything(model, pair)[:4]))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("bad", [0, 1])
