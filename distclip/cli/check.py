@@ -25,6 +25,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 from distclip import clipper as clippers
+from distclip._foreign import clean_lines
 from distclip.cli.verify_cells import judge, together
 from distclip.clipper import GradClipper, Watcher
 from distclip.errors import DistclipError
@@ -97,7 +98,7 @@ class StepCheck(Watcher):
 def say(text: str) -> None:
     """A line on stderr, from the main rank."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"distclip check: {text}", file=sys.stderr, flush=True)
+        print(f"distclip check: {clean_lines(text)}", file=sys.stderr, flush=True)
 
 
 # ---- gathering ---------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ import torch.distributed as dist
 import typer
 from rich.console import Console
 
+from distclip._foreign import clean, clean_lines
 from distclip._version import __version__
 from distclip.errors import DistclipError
 
@@ -77,7 +78,7 @@ def doctor(
         if json is not None:
             json.parent.mkdir(parents=True, exist_ok=True)
             json.write_text(as_json(lines), encoding="utf-8")
-            typer.echo(f"written to {json}")
+            typer.echo(f"written to {clean(json)}")
     if wrong:
         raise typer.Exit(1)
 
@@ -101,7 +102,7 @@ def _show(lines: list[Line]) -> None:
             console.print(f"\n{topic}", style="bold")
         mark = f"[{COLOURS[line.state]}]{MARKS[line.state]}[/]"
         console.print(mark, end=" ")
-        console.print(f"{line.what}: {line.text}", markup=False)
+        console.print(clean_lines(f"{line.what}: {line.text}"), markup=False)
 
 
 # ---- versions ----------------------------------------------------------------------------------

@@ -12,9 +12,11 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.status import Status
 
 from distclip import config as configuration
+from distclip._foreign import clean
 from distclip.cli.script import Script
 from distclip.cli.simulation import agreement, findings, layouts, nodes, shown, watch
 from distclip.cli.simulation.rank import Task
@@ -101,7 +103,7 @@ def simulate(
             with console.status(name) as status:
 
                 def tell(text: str, name: str = name, status: Status = status) -> None:
-                    status.update(f"{name}: {text}")
+                    status.update(escape(clean(f"{name}: {text}")))
 
                 ending = watch.run(launch, folder, timeout, tell)
             found = findings.find(ending, branches=not allow_branches)
@@ -115,7 +117,7 @@ def simulate(
     if json is not None:
         json.parent.mkdir(parents=True, exist_ok=True)
         json.write_text(shown.as_json(outcomes, tolerance), encoding="utf-8")
-        typer.echo(f"written to {json}")
+        typer.echo(f"written to {clean(json)}")
     if not all(outcome.sound for outcome in outcomes):
         raise typer.Exit(1)
 

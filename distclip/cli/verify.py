@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from distclip._foreign import clean, clean_lines
 from distclip.cli import verify_cells, verify_model, verify_reports
 from distclip.cli.verify_cells import Cell, Found
 from distclip.cli.verify_reports import Matrix
@@ -131,9 +132,10 @@ def _run(
     matrix.seconds = time.perf_counter() - start
     console.print(verify_reports.table(matrix))
     for line in verify_reports.failures(matrix):
-        console.print(line, style="red", markup=False, highlight=False)
+        console.print(clean_lines(line), style="red", markup=False, highlight=False)
     for line in matrix.reasons():
-        console.print(f"not run: {line}", style="dim", markup=False, highlight=False)
+        shown = clean_lines(f"not run: {line}")
+        console.print(shown, style="dim", markup=False, highlight=False)
     console.print(matrix.summary(), highlight=False)
 
 
@@ -159,7 +161,7 @@ def _write(matrix: Matrix, outputs: dict[Path | None, Callable[[Matrix], str]]) 
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(render(matrix), encoding="utf-8")
-            typer.echo(f"written to {path}")
+            typer.echo(f"written to {clean(path)}")
 
 
 def _chosen(

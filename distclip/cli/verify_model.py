@@ -49,10 +49,13 @@ def load_target(spec: str, option: str) -> Callable[[], Any]:
         found: Any = importlib.import_module(module)
         for part in (name or "?").split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError, ValueError) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # SystemExit: of a script that was meant to be run
+        what = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
         raise ConfigurationError(
-            f"verify: {option} {spec}: {error}; name a function as package.module:function, of a "
-            f"module that can be imported from here"
+            f"verify: {option} {spec}: {what}{error}; name a function as package.module:function, "
+            f"of a module that can be imported from here"
         ) from None
     if not callable(found):
         raise ConfigurationError(f"verify: {option} {spec} is no function but {found!r}")

@@ -10,8 +10,10 @@ from dataclasses import asdict, dataclass, field
 from xml.etree import ElementTree
 
 import torch
+from rich.markup import escape
 from rich.table import Table
 
+from distclip._foreign import clean
 from distclip._version import __version__
 from distclip.cli.verify_cells import Cell, Found
 
@@ -89,7 +91,7 @@ class Matrix:
 
 def table(matrix: Matrix) -> Table:
     """For the terminal."""
-    result = Table(title=f"{matrix.model} against the float64 oracle")
+    result = Table(title=escape(f"{clean(matrix.model)} against the float64 oracle"))
     result.add_column("policy")
     for layout in matrix.layouts:
         result.add_column(layout, justify="center")

@@ -25,6 +25,7 @@ from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
+from distclip._foreign import clean
 from distclip.errors import ConfigurationError, DistclipError
 
 __all__ = ["check_ranks", "examine", "faults_of_config", "install", "requested", "verify"]
@@ -180,10 +181,12 @@ def faults_of_config(path: str | None = None, *, devices: int = 0) -> list[str]:
         return []
     try:
         config = load_config_from_file(path)
+        kind = str(getattr(config.distributed_type, "value", config.distributed_type))
+        ranks = int(getattr(config, "num_processes", 1) or 1)
     except Exception as error:  # whatever a file may hold
-        raise ConfigurationError(f"{path}: Accelerate cannot read it: {error}") from None
-    kind = str(getattr(config.distributed_type, "value", config.distributed_type))
-    ranks = int(getattr(config, "num_processes", 1) or 1)
+        raise ConfigurationError(
+            f"{clean(path)}: Accelerate cannot read it: {clean(error, 300)}"
+        ) from None
     on_cpu = bool(getattr(config, "use_cpu", False))
     if ranks > 1 and kind in ("MULTI_CPU", "NO"):
         return [

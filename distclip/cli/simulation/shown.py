@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from distclip._foreign import clean_lines
 from distclip._version import __version__
 from distclip.cli.simulation.agreement import QUANTITIES, Row, agree, rows
 from distclip.cli.simulation.findings import Finding
@@ -94,11 +95,12 @@ def show(outcomes: Sequence[Outcome], tolerance: float, console: Console) -> Non
         for finding in outcome.findings:
             style = "red" if finding.fault else "yellow"
             console.print(
-                f"{outcome.layout}: {finding.text}", style=style, markup=False, highlight=False,
-                soft_wrap=True,
+                clean_lines(f"{outcome.layout}: {finding.text}"), style=style, markup=False,
+                highlight=False, soft_wrap=True,
             )  # fmt: skip
             if finding.detail:
-                console.print(finding.detail, markup=False, highlight=False, soft_wrap=True)
+                detail = clean_lines(finding.detail)
+                console.print(detail, markup=False, highlight=False, soft_wrap=True)
         console.print(_summary(outcome), markup=False, highlight=False, soft_wrap=True)
 
 
