@@ -354,20 +354,26 @@ def states(here: Folder) -> Fuzzer:
             state = _disturbed(rng, state)
         clipper = clippers[number]
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                clipper.load_state_dict(state)
-        except DistclipError as error:
-            if not _same(clipper.state_dict(), saved[number]):
-                raise BrokenPromiseError("a refused state has changed the clipper") from None
-            return refused(error)
-        present = clipper.state_dict()
-        if present.keys() != saved[number].keys() or not _finite(present):
-            raise BrokenPromiseError("took a state with NaN, or of another form")
-        clipper.load_state_dict(saved[number])
-        return "accepted"
+            return _loaded(clipper, state, saved[number])
+        finally:
+            clipper.load_state_dict(saved[number])
 
     return one
+
+
+def _loaded(clipper: GradClipper, state: Any, before: dict[str, object]) -> Outcome:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            clipper.load_state_dict(state)
+    except DistclipError as error:
+        if not _same(clipper.state_dict(), before):
+            raise BrokenPromiseError("a refused state has changed the clipper") from None
+        return refused(error)
+    present = clipper.state_dict()
+    if present.keys() != before.keys() or not _finite(present):
+        raise BrokenPromiseError("took a state with NaN, or of another form")
+    return "accepted"
 
 
 def _finite(tree: Any) -> bool:
