@@ -28,7 +28,7 @@ class LineFile:
         self.lost = 0
         self._file: io.FileIO | None = None
         self._torn = False
-        """Whether the file ends within a line that could not be taken back."""
+        """Whether the file, when it was opened, ended within a line."""
         self._failing = self._warned = self._told = False
 
     def append(self, line: str) -> None:
@@ -51,11 +51,10 @@ class LineFile:
 
     # ---- the file ------------------------------------------------------------------------
 
-    def _write(self, data: bytes) -> None:
+    def _write(self, line: bytes) -> None:
         file = self._opened()
-        start = os.fstat(file.fileno()).st_size
-        data, lead = (b"\n" + data, 1) if self._torn else (data, 0)
-        done = 0
+        data = b"\n" + line if self._torn else line
+        start, done = os.fstat(file.fileno()).st_size, 0
         try:
             while done < len(data):
                 written = file.write(data[done:])
@@ -63,20 +62,12 @@ class LineFile:
                     raise BlockingIOError("it takes no more for now")
                 done += written
         except OSError:
-            self._take_back(file, start + done, done, lead)
+            # Take back the part that was written, unless somebody has written after it.
+            with contextlib.suppress(OSError):
+                if done and os.fstat(file.fileno()).st_size == start + done:
+                    os.ftruncate(file.fileno(), start)
             raise
         self._torn = False
-
-    def _take_back(self, file: io.FileIO, end: int, done: int, lead: int) -> None:
-        """Remove the part of a line that was written, unless somebody has written after it."""
-        if done <= lead:
-            self._torn = self._torn and done < lead
-            return
-        self._torn = True
-        with contextlib.suppress(OSError):
-            if os.fstat(file.fileno()).st_size == end:
-                os.ftruncate(file.fileno(), end - done + lead)
-                self._torn = False
 
     def _opened(self) -> io.FileIO:
         file = self._file
@@ -85,7 +76,7 @@ class LineFile:
             file = None
         if file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._torn = self._torn or _ends_within_a_line(self.path)
+            self._torn = _ends_within_a_line(self.path)
             file = self._file = open(self.path, "ab", buffering=0, opener=_open)  # noqa: SIM115
         return file
 
