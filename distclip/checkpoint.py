@@ -300,6 +300,8 @@ def _fitting(value: object, present: Tensor, where: str) -> Tensor:
         )
     if value.dtype != present.dtype:
         raise StateError(f"{where} must be {present.dtype}, but the state has {value.dtype}")
+    if not bool(torch.isfinite(value).all()):
+        raise StateError(f"{where} has NaN or inf, which enter no memory: the state is damaged")
     return value.detach().to(present.device, copy=True)
 
 

@@ -11,6 +11,7 @@ import collections
 import contextlib
 import copy
 import io
+import math
 import os
 import signal
 import sys
@@ -31,6 +32,7 @@ from benchmarks.reliability.hostile import CANARY
 from benchmarks.reliability.rows import Row
 from distclip import GradClipper, config, policies
 from distclip._config_files import read
+from distclip.checkpoint_form import checksum
 from distclip.cli import run as run_command
 from distclip.cli.app import main
 from distclip.errors import DistclipError
@@ -353,12 +355,24 @@ def states(here: Folder) -> Fuzzer:
         else:
             state = _disturbed(rng, state)
         clipper = clippers[number]
+        if isinstance(state, dict) and rng.random() < 0.6:
+            state = _signed(rng, state, clipper)
         try:
             return _loaded(clipper, state, saved[number])
         finally:
             clipper.load_state_dict(saved[number])
 
     return one
+
+
+def _signed(rng: Random, state: Any, clipper: GradClipper) -> Any:
+    """Past the checksum: with one that is right, or in the form from before there were any."""
+    if rng.random() < 0.5:
+        return {**state, "version": 1, "policy": repr(clipper.policy)}
+    try:
+        return {**state, "version": [1, checksum(state)]}
+    except Exception:  # nobody can sign this
+        return state
 
 
 def _loaded(clipper: GradClipper, state: Any, before: dict[str, object]) -> Outcome:
@@ -394,7 +408,11 @@ def _disturbed(rng: Random, state: Any) -> Any:
     ]
     if places:
         holder, key = rng.choice(places)
-        holder[key] = rng.choice((*TENSORS, holder[key] * 2, holder[key] + 1, -holder[key]))
+        there = holder[key]
+        odd = [there * 2, there + 1, -there, there.expand(2, *there.shape)]
+        if there.is_floating_point():
+            odd += [torch.full_like(there, value) for value in (math.nan, math.inf, -math.inf)]
+        holder[key] = rng.choice((*TENSORS, *odd))
     return state
 
 
@@ -489,7 +507,11 @@ KINDS: dict[str, tuple[Callable[[Folder], Fuzzer], str, int]] = {
         "torn, mixed and foreign lines, odd file names; `report`, `suggest`, the readers",
         12,
     ),
-    "states": (states, "`load_state_dict` of mutated state dicts, seven policies", 12),
+    "states": (
+        states,
+        "`load_state_dict` of mutated state dicts, many signed anew; seven policies",
+        12,
+    ),
     "command lines": (command_line, "every command with odd words, options and files", 8),
 }
 """Kind -> its fuzzer, how inputs are made, and its share of all inputs in percent."""
