@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from distclip.testing.stuck import WAITS
+from distclip.testing.stuck import STOPPED, WAITS
 
 Kind = Literal["returned", "raised", "skipped", "xfailed", "died", "stuck"]
 
@@ -68,6 +68,9 @@ def rank_error(outcomes: Mapping[int, Outcome], first: int, timeout: float) -> R
         waiting = [rank for rank, why in silent.items() if why == WAITS]
         blame = [rank for rank in silent if rank not in waiting] or list(silent)
         headline = f"no answer within {timeout:g} s from {_names(blame)} of {world}"
+        if blamed.error == STOPPED:
+            blame = [rank for rank, why in silent.items() if why == STOPPED]
+            headline = f"{_names(blame)} of {world} {STOPPED}"
         if len(blame) < len(silent):
             headline += f"; {_names(waiting)}: {WAITS}"
     elif blamed.kind in ("skipped", "xfailed"):

@@ -31,7 +31,7 @@ from distclip.testing.failures import Outcome, rank_error
 from distclip.testing.forkserver import PoolError, RankProcess
 from distclip.testing.health import GroupState, reusable
 from distclip.testing.replies import read, receive, stuck
-from distclip.testing.stuck import limit_within
+from distclip.testing.stuck import STOPPED, limit_within
 
 T = TypeVar("T")
 
@@ -154,10 +154,10 @@ class RankPool:
         for outcome in stuck(silent, [self._ranks[rank] for rank in silent]):
             outcomes[outcome.rank] = outcome
         by_rank = dict(sorted(outcomes.items()))
-        # In order of arrival, but a death comes before the errors that it caused among the peers.
-        for kinds in (("died",), ("raised",), ("stuck",), ("xfailed", "skipped")):
+        # In order of arrival, but a death, or a stop, comes before the errors that it caused.
+        for kinds in ("died", STOPPED), ("raised",), ("stuck",), ("xfailed", "skipped"):
             for rank, outcome in outcomes.items():
-                if outcome.kind in kinds:
+                if outcome.kind in kinds or outcome.error in kinds:
                     return by_rank, rank, []
         return by_rank, None, states
 

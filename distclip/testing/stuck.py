@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 WAITS = "waiting in a collective for other ranks"
-STOPPED = "is stopped (SIGSTOP, or a debugger)"
+STOPPED = "stopped (SIGSTOP, or a debugger)"
 
 TALKING = (
     "/torch/distributed/",

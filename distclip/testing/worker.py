@@ -20,7 +20,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from distclip.testing import loopback
 from distclip.testing.failures import Kind
 from distclip.testing.health import GroupState, group_state
 
@@ -85,6 +84,8 @@ def _join(rank: int, world_size: int, connection: Connection) -> Mapping[str, st
     names = {name for _, name in socket.if_nameindex()}
     if found := names & {"lo", "lo0"}:
         os.environ["GLOO_SOCKET_IFNAME"] = found.pop()
+    from distclip.testing import loopback  # which is also run as a program, and so not before
+
     loopback.install()
     # Rank 0 binds a free port and only then tells it: nobody can take it in between.
     port = 0 if rank == 0 else int.from_bytes(connection.recv_bytes(), "big")
