@@ -31,7 +31,7 @@ from distclip.layouts.names import Named, Target
 from distclip.layouts.piece import Described, Entry
 from distclip.ledger import Apply, Program, States
 from distclip.options import NAMES, Fixed, OnNonfinite, Options, VerifyReplicas
-from distclip.passes import compile_passes, report_order
+from distclip.passes import check_weights, compile_passes, report_order
 from distclip.policies import Measure, ParameterInfo, Policy
 from distclip.policies._compose import reads_loss, stages, unmatched
 from distclip.replicas import ReplicaCheck
@@ -839,6 +839,7 @@ class GradClipper:
         self._reads_loss = reads_loss(self.policy)
         named = naming.named_parameters(target)
         self._named, described = describe(named)
+        check_weights(self.policy, described)
         self._here = dict(self._named)
         return described
 

@@ -42,7 +42,7 @@ from distclip.layouts.detect import describe, detect
 from distclip.layouts.names import Named
 from distclip.layouts.piece import Box, Described, Entry, Piece
 from distclip.ledger import Program, Walked
-from distclip.passes import compile_passes, report_order
+from distclip.passes import check_weights, compile_passes, report_order
 from distclip.policies import AGC, GlobalNorm, Measure, ParameterInfo, Policy, Value
 from distclip.policies._norm_threshold import norm_coefficient
 from distclip.policies._protocol import combine_norms
@@ -504,6 +504,7 @@ class _Programs:
         meant = [parameter for _, parameter in named]
         try:
             _, described = describe(named)
+            check_weights(policy, described)
             program = _program(described, policy, _device(meant), norms=norms)
         except DistclipError as error:
             _tell(error, named, policy, norms=norms)

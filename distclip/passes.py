@@ -16,11 +16,28 @@ import torch
 from torch import Tensor
 
 from distclip.errors import ConfigurationError
-from distclip.layouts.piece import Entry
+from distclip.layouts import soundness
+from distclip.layouts.piece import Described, Entry
 from distclip.layouts.plan import Plan
 from distclip.policies import ClampingPolicy, ParameterInfo, Policy, UnitPolicy
 from distclip.policies._compose import Stage, stages
 from distclip.statistics.request import Request
+
+
+def check_weights(policy: Policy, described: Sequence[Described]) -> None:
+    """Refuse weights without values to measure, where a policy reads them.
+
+    Raises:
+        UnsupportedGradientError: names the first.
+    """
+    infos = [ParameterInfo(entry.name, entry.shape) for entry, _ in described]
+    for stage in stages(policy, infos):
+        if isinstance(stage.policy, UnitPolicy) or stage.policy.needs.weight_norms:
+            soundness.check_weights(
+                (described[member][0].name, piece)
+                for member in stage.members
+                for piece in described[member][1]
+            )
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from distclip.errors import Drift, ReplicaDriftError
+from distclip.layouts import soundness
 from distclip.layouts.piece import Box
 from distclip.layouts.plan import Plan
 from distclip.statistics import collectives
@@ -125,10 +126,14 @@ class ReplicaCheck:
     ) -> tuple[Tensor, Tensor]:
         piece = self.plan.pieces[position]
         shape, offsets = self.plan.entries[piece.index].shape, piece.box.offsets
-        weights, gradient = piece.weight(), present[position]
-        if gradient is None:  # other than the fingerprint of zeros
-            return torch.zeros((), dtype=torch.int64), fingerprint(weights, shape, offsets)
-        return fingerprint(gradient, shape, offsets), fingerprint(weights, shape, offsets)
+        # None: no gradient, or weights that are a tensor subclass without values. Other than the
+        # fingerprint of zeros.
+        nothing = torch.zeros((), dtype=torch.int64)
+        gradient, weights = (
+            nothing if tensor is None else fingerprint(tensor, shape, offsets)
+            for tensor in (present[position], soundness.weight_if_any(piece))
+        )
+        return gradient, weights
 
     def _apart(self, summed: Tensor) -> list[tuple[int, str]]:
         """Rows and kinds whose copies do not agree."""
@@ -160,7 +165,7 @@ class ReplicaCheck:
             if piece.index not in rows:
                 continue
             prints = self._fingerprints(position, present)
-            values = (present[position], piece.weight())
+            values = (present[position], soundness.weight_if_any(piece))
             for what, value, number in zip(KINDS, values, prints, strict=True):
                 if (piece.index, what) in apart:
                     norm = None if value is None else _norm(value)

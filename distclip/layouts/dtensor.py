@@ -91,7 +91,7 @@ def describe(name: str, parameter: DTensor, hold: Holder | None = None) -> Descr
         spans[dim] = [(start, start + found[dim])]
     hold = held(parameter) if hold is None else hold
     gradient = partial(local_gradient, name, hold)
-    weight = partial(local_weight, hold)
+    weight = partial(local_weight, name, hold)
     return entry, [
         Piece(
             0,
@@ -246,9 +246,9 @@ def _itself(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def local_weight(hold: Holder) -> Tensor:
-    """This rank's shard of the weights."""
-    return local_part(cast(DTensor, hold())).detach()
+def local_weight(name: str, hold: Holder) -> Tensor:
+    """This rank's shard of the weights; see :func:`distclip.layouts.plain.values_of`."""
+    return plain.values_of(name, local_part(cast(DTensor, hold())).detach())
 
 
 def local_part(tensor: DTensor) -> Tensor:

@@ -24,15 +24,19 @@ def describe(name: str, parameter: Tensor) -> Described:
         box=Box((0,) * len(shape), shape),
         share=1.0,
         gradient=partial(fetch, name, hold),
-        weight=partial(weight_of, hold),
+        weight=partial(weight_of, name, hold),
         trainable=parameter.requires_grad,
     )
     return entry, (piece,)
 
 
-def weight_of(hold: Holder) -> Tensor:
-    """The parameter's values."""
-    return hold().detach()
+def weight_of(name: str, hold: Holder) -> Tensor:
+    """The parameter's values.
+
+    Raises:
+        UnsupportedGradientError: a tensor subclass that offers none.
+    """
+    return values_of(name, hold().detach())
 
 
 def gradient_of(name: str, hold: Holder) -> Tensor | None:
@@ -116,3 +120,32 @@ def unwrapped(what: str, tensor: Tensor) -> Tensor:
         f"{what} is a {kind.__module__}.{kind.__qualname__}, whose operations are its own, so that "
         f"it cannot be measured and scaled as it is; replace it by a plain tensor before clipping"
     )
+
+
+def values_of(name: str, weight: Tensor) -> Tensor:
+    """The values of a weight; of a tensor subclass those within it, or what ``dequantize`` gives.
+
+    Within: an inner tensor of the same shape and dtype (float8 all-gather of torchao under FSDP2).
+
+    Raises:
+        UnsupportedGradientError: a subclass that offers neither.
+    """
+    kind = type(weight)
+    if kind is Tensor or kind.__torch_dispatch__ is Tensor.__torch_dispatch__:
+        return weight
+    if isinstance(weight, AsyncCollectiveTensor):
+        return weight.wait()
+    found: list[Tensor] = []
+    if hasattr(weight, "__tensor_flatten__"):
+        inner = [getattr(weight, each) for each in weight.__tensor_flatten__()[0]]
+        found = [t for t in inner if t.shape == weight.shape and t.dtype is weight.dtype]
+    if len(found) != 1 and kind.dequantize is not Tensor.dequantize:
+        found = [weight.dequantize()]
+    if len(found) != 1 or type(found[0]) is kind:
+        raise UnsupportedGradientError(
+            f"parameter {name!r} is a {kind.__module__}.{kind.__qualname__}, which offers its "
+            f"values neither as an inner tensor of the same shape and dtype nor by dequantize(), "
+            f"and the policy reads weights; leave it out with by_name, or use a policy of gradient "
+            f"norms"
+        )
+    return values_of(name, found[0].detach())

@@ -8,7 +8,7 @@ looked at more closely.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from distclip.errors import DistclipError, UnsupportedGradientError
 from distclip.layouts import plain, sparse, zero
+from distclip.layouts.piece import Piece
 from distclip.layouts.plan import Plan
 
 REAL = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
@@ -82,6 +83,34 @@ def _have_memory_of_their_own(tensors: Sequence[Tensor]) -> bool:
             return False
         return len(different) - 1 == len(addresses) - addresses.count(0)
     return len(different) == len(addresses)
+
+
+def weight_if_any(piece: Piece) -> Tensor | None:
+    """The local weights, None where they are a tensor subclass that offers no values."""
+    try:
+        return piece.weight()
+    except UnsupportedGradientError:
+        return None
+
+
+def check_weights(pieces: Iterable[tuple[str, Piece]]) -> None:
+    """Refuse weights that have no values to measure, of parameters that are trained.
+
+    Args:
+        pieces: with the parameter's name, those whose weights a policy reads.
+
+    Raises:
+        UnsupportedGradientError: names the first.
+    """
+    for name, piece in pieces:
+        if not piece.trainable or isinstance(piece.gradient, zero.Cut):
+            continue
+        dtype = piece.weight().dtype
+        if dtype not in REAL | COMPLEX:
+            raise UnsupportedGradientError(
+                f"parameter {name!r} is {dtype}, of which no norm can be measured, and the policy "
+                f"reads weights; leave it out with by_name, or use a policy of gradient norms"
+            )
 
 
 def _look(name: str, gradient: Tensor, extents: Sequence[int]) -> Tensor:
@@ -151,8 +180,8 @@ def _shared(plan: Plan, present: Sequence[Tensor | None]) -> DistclipError | Non
     for piece, gradient in zip(plan.pieces, present, strict=True):
         if gradient is None or isinstance(piece.gradient, zero.Cut):  # in buffers of ZeRO's own
             continue
-        for what, tensor in (("gradient", gradient), ("weights", piece.weight())):
-            if tensor.data_ptr() and _span(tensor) == tensor.numel():
+        for what, tensor in (("gradient", gradient), ("weights", weight_if_any(piece))):
+            if tensor is not None and tensor.data_ptr() and _span(tensor) == tensor.numel():
                 name = f"the {what} of {plan.names[piece.index]!r}"
                 ranges.append((tensor.data_ptr(), tensor.nbytes, name))
     if len(ranges) < 2:

@@ -102,7 +102,7 @@ def measure(
     bounds = [request.bounds.get(piece.index) for piece in plan.pieces] if request.bounds else None
     weights: Sequence[Tensor | None] = [None] * len(plan.pieces)  # the step is lost with trouble
     if result.trouble is None and (request.weight_orders or request.unit_dims):
-        weights = _weights(plan)
+        weights = _weights(plan, request, result)
     if request.unit_dims:
         result.units = _measure_units(plan, request, table, weights, result, memory, early)
     together = result.together
@@ -137,10 +137,21 @@ def measure(
     return result
 
 
-def _weights(plan: Plan) -> Sequence[Tensor]:
-    """The local weights of every piece."""
+def _weights(plan: Plan, request: Request, result: LocalMeasurement) -> Sequence[Tensor | None]:
+    """The local weights of every piece whose weights are measured."""
     quick = None if plan.holds is None else dtensor.quick_weights(plan.holds)
-    return [piece.weight() for piece in plan.pieces] if quick is None else quick
+    if quick is not None:
+        return quick
+    weights: list[Tensor | None] = []
+    for piece, gradient in zip(plan.pieces, result.present, strict=True):
+        wanted = piece.index in request.weighted or piece.index in request.unit_dims
+        read = wanted and (piece.trainable or gradient is not None)
+        try:
+            weights.append(piece.weight() if read else None)
+        except DistclipError as trouble:
+            weights.append(None)
+            result.trouble = result.trouble or trouble
+    return weights
 
 
 def _fetched(plan: Plan, result: LocalMeasurement) -> list[Tensor | None]:
