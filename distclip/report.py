@@ -57,7 +57,11 @@ class ClipReport:
 
     @cached_property
     def coefficient(self) -> Tensor:
-        """The smallest coefficient that was applied."""
+        """The smallest coefficient that was applied.
+
+        Where a policy decides per unit and others scale the same parameters, or other parameters
+        in one ``by_name``, it may lie below that: the product of what was smallest in each.
+        """
         least = (
             self._walked.smallest.min() if len(self.names) else self._walked.smallest.new_ones(())
         )
