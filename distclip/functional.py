@@ -439,8 +439,8 @@ def _describe_tensor(name: str, tensor: Tensor) -> Described:
 
 
 def _measurable(name: str, tensor: Tensor) -> Tensor:
-    """``tensor`` itself, or a copy of a sparse one that is not coalesced; or a refusal by name."""
-    return tensor.coalesce() if sparse.is_sparse(tensor) else plain.check_dense(name, tensor)
+    """``tensor`` itself, or a refusal by name."""
+    return tensor if sparse.is_sparse(tensor) else plain.check_dense(name, tensor)
 
 
 _agreements = handshake.Agreements()

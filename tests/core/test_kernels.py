@@ -220,6 +220,19 @@ def test_scale_rows(dtype: torch.dtype) -> None:
         assert_same(one, want)
 
 
+@pytest.mark.parametrize("factor", [1.2e-38, 1e-38, 1e-40, 1e-46, 1e-60])
+def test_a_factor_that_is_no_normal_float32(factor: float) -> None:
+    """The product is one."""
+    before = torch.tensor([[1e30, -3e38], [1e25, 1.0]], device=DEVICE)
+    want = (before.double() * factor).float()
+    factors = torch.full((2,), factor, dtype=torch.float64, device=DEVICE)
+    whole, rows = [before.clone()], [before.clone()]
+    multi_tensor.scale_(whole, factors[:1])
+    multi_tensor.scale_rows_(rows, factors)
+    for have in (*whole, *rows):
+        torch.testing.assert_close(have, want, rtol=1e-6, atol=2e-45)
+
+
 @pytest.fixture
 def read(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """Lowest and highest address of every load, of what the mask lets through."""

@@ -227,3 +227,29 @@ def test_no_entries_at_all() -> None:
             check_invariants=True,
         )
         assert float(GradClipper([("w", parameter)], policy).clip_().total_norm) == 0.0
+
+
+@pytest.mark.parametrize("rows", [3, 300])
+def test_values_beside_a_dense_gradient_in_memory(rows: int) -> None:
+    """Neighbours are measured as one, by the shapes of their parameters: values have others."""
+    torch.manual_seed(2)
+    memory = torch.randn(5 * rows, 2)
+    first, table, last = (nn.Parameter(torch.ones(n, 2)) for n in (rows, 4 * rows, 2 * rows))
+    first.grad, values, last.grad = memory.split([rows, 2 * rows, 2 * rows])
+    table.grad = torch.sparse_coo_tensor(
+        torch.arange(1, 2 * rows + 1)[None], values, table.shape, check_invariants=True
+    )._coalesced_(True)
+    assert table.grad._values().data_ptr() == values.data_ptr()
+    whole = [first.grad.clone(), table.grad.to_dense(), last.grad.clone()]
+    named = [("first", first), ("table", table), ("last", last)]
+    for policy in (policies.agc(0.01), policies.global_norm(1.0)):
+        reference = [(name, nn.Parameter(torch.ones_like(p))) for name, p in named]
+        for (_, dense), (_, mine), gradient in zip(reference, named, whole, strict=True):
+            assert mine.grad is not None
+            dense.grad = mine.grad.to_dense().clone()
+            assert dense.grad.shape == gradient.shape
+        reports = [GradClipper(each, policy).clip_() for each in (named, reference)]
+        assert reports[0].parameter_norms == pytest.approx(reports[1].parameter_norms, rel=1e-6)
+        for (_, mine), (_, dense) in zip(named, reference, strict=True):
+            assert mine.grad is not None
+            assert torch.allclose(mine.grad.to_dense(), dense.grad, rtol=1e-6)

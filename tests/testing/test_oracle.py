@@ -199,10 +199,11 @@ def test_groups_have_a_norm_each():
         expected(policy, G, W)
 
 
-def test_the_reported_norm_is_of_the_first_policy_that_has_one():
+def test_the_reported_norm_is_of_the_first_policy_that_reads_norms():
     policy = [{"name": "agc"}, {"name": "parameter_norm", "max_norm": 1.0, "norm_type": 1}]
-    assert expected(policy, G, W).total_norm == 19.0
-    nested = {"by_name": {"x": None}, "default": policy}
+    assert expected(policy, G, W).total_norm == 13.0
+    assert expected([{"name": "value", "clip_value": 99.0}, *policy[1:]], G, W).total_norm == 19.0
+    nested = {"by_name": {"x": None}, "default": policy[1]}
     assert expected(nested, G, W).parameter_norms["a.weight"] == 7.0
 
 

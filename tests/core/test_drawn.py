@@ -1,0 +1,53 @@
+"""Some of the drawn cases of ``benchmarks.reliability.properties``, which runs 20,000 of them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from benchmarks.reliability import properties
+
+CASES = 80
+
+
+def test_drawn_cases_are_as_the_oracle_says() -> None:
+    failures = properties.failures(5, CASES)
+    shown = {number: (why, properties.draw(5, number)) for number, why in failures.items()}
+    assert not shown
+
+
+def test_the_comparison_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An oracle that is off by 1e-5 is found out, one that forgets a NaN too."""
+    expected = properties.expected
+
+    def off(policy: Any, gradients: Any, *args: Any, **kwargs: Any) -> Any:
+        slightly = {n: None if g is None else g * (1 + 1e-5) for n, g in gradients.items()}
+        return expected(policy, slightly, *args, **kwargs)
+
+    monkeypatch.setattr(properties, "expected", off)
+    found = [number for number in range(40) if properties.check(5, number) is not None]
+    assert len(found) > 10
+
+
+def test_the_draws_reach_the_extremes() -> None:
+    seen: Counter[str] = Counter()
+    for number in range(properties.BATCH * 4):
+        case = properties.draw(1, number)
+        seen.update([case.group, case.mode])
+        for parameter in case.parameters:
+            seen.update([parameter.dtype, parameter.fill, str(parameter.shape)])
+            seen[f"placed {parameter.placement}"] += 1
+            seen[f"{parameter.dtype} 1e{parameter.exponent}"] += 1
+        text = str(case.policy)
+        seen.update(name for name in (*properties.SCALING, *properties.MEMORY) if name in text)
+        seen.update(f"p={order}" for order in properties.ORDERS if f"'norm_type': {order}" in text)
+    groups = [f"{kind}|{dtype}" for kind in properties.NAMES for dtype in properties.KINDS]
+    want = [*groups, *properties.MODES, *properties.DTYPES, *properties.SCALING, *properties.MEMORY]
+    want += [str(shape) for shape in properties.SHAPES]
+    want += [f"p={order}" for order in properties.ORDERS]
+    want += [f"{dtype} 1e{e}" for dtype, es in properties.EXPONENTS.items() for e in es]
+    want += ["zeros", "mixed", "nan", "inf", "placed None", "placed -1", "placed 0", "placed 1"]
+    groups_of_value = {"value|complex"}  # complex numbers have no order to clamp by
+    assert not {each for each in want if not seen[each]} - groups_of_value
