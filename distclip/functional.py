@@ -26,7 +26,6 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parameter import UninitializedParameter
 
 from distclip import handshake
-from distclip.application import inplace
 from distclip.application.eager import eagerly
 from distclip.application.notices import note_clip, warn
 from distclip.errors import (
@@ -35,6 +34,8 @@ from distclip.errors import (
     NonFiniteGradientError,
     ProcessGroupError,
 )
+from distclip.kernels import changing
+from distclip.kernels.plain import is_wide
 from distclip.layouts import declared, dtensor, fsdp1, fsdp2, plain, soundness, sparse
 from distclip.layouts import names as naming
 from distclip.layouts import plan as plans
@@ -47,7 +48,6 @@ from distclip.policies import AGC, GlobalNorm, Measure, ParameterInfo, Policy, V
 from distclip.policies._norm_threshold import norm_coefficient
 from distclip.policies._protocol import combine_norms
 from distclip.statistics import collectives
-from distclip.statistics.exact import is_wide
 from distclip.statistics.packing import Packet
 from distclip.walk import raise_together, walk
 
@@ -107,7 +107,7 @@ def clip_grad_norm_(
         gradients, _ = soundness.inspect(plan, [p.gradient() for p in plan.pieces], first=False)
         present = [gradient for gradient in gradients if gradient is not None]
         coefficient = norm_coefficient(total, policy.max_norm)
-        inplace.scale_(present, coefficient.expand(len(present)))
+        changing.scale_(present, coefficient.expand(len(present)))
     _note(named, "distclip.clip_grad_norm_")
     return total.to(_norm_dtype(plan.dtypes))
 
@@ -526,10 +526,9 @@ class _Fingerprint:
     def __init__(self, parameters: Sequence[Tensor], meant: Sequence[Tensor]) -> None:
         self._references = list(map(weakref.ref, parameters))
         self._meant = None if _are_same(parameters, meant) else list(map(weakref.ref, meant))
-        sharded = all(issubclass(kind, DTensor) for kind in set(map(type, meant)))
-        sharding = operator.attrgetter("_spec") if sharded else _sharding
         self._stepped = _stepped_in_backward(meant)
-        self._facts = [(fact, list(map(fact, meant))) for fact in (*_FACTS, sharding)]
+        self._facts = [(fact, list(map(fact, meant))) for fact in _FACTS]
+        self._sharding = self._shardings(meant)
 
     def fits(self, parameters: Sequence[Tensor]) -> bool:
         """Whether these are the same parameters, unchanged, and so are those that they stand for.
@@ -544,7 +543,17 @@ class _Fingerprint:
             if not _are_same([alive() for alive in self._meant], parameters):
                 return False
         same = self._stepped == _stepped_in_backward(parameters)
-        return same and all(list(map(fact, parameters)) == known for fact, known in self._facts)
+        same = same and all(list(map(fact, parameters)) == known for fact, known in self._facts)
+        return same and self._sharding == self._shardings(parameters)
+
+    @staticmethod
+    def _shardings(parameters: Sequence[Tensor]) -> list[object]:
+        """Per parameter, what changes with how it is spread over ranks."""
+        if all(issubclass(kind, DTensor) for kind in set(map(type, parameters))):
+            return list(map(_spec, parameters))
+        if not declared.is_in_use() and not any(map(_attributes, parameters)):
+            return list(map(_shape, parameters))  # nobody has said anything of any of them
+        return list(map(_sharding, parameters))
 
 
 def _are_same(some: Sequence[Tensor | None], others: Sequence[Tensor]) -> bool:
@@ -552,6 +561,7 @@ def _are_same(some: Sequence[Tensor | None], others: Sequence[Tensor]) -> bool:
 
 
 _FACTS = tuple(map(operator.attrgetter, ("requires_grad", "dtype", "device")))
+_spec, _shape, _attributes = map(operator.attrgetter, ("_spec", "shape", "__dict__"))
 
 
 def _sharding(parameter: Tensor) -> object:
@@ -561,6 +571,8 @@ def _sharding(parameter: Tensor) -> object:
 
 
 def _stepped_in_backward(parameters: Sequence[Tensor]) -> list[bool]:
+    if not any(map(_attributes, parameters)):
+        return [False] * len(parameters)
     return list(map(hasattr, parameters, itertools.repeat("_in_backward_optimizers")))
 
 

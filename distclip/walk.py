@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from distclip.agreement import Agreed
-from distclip.application import inplace
 from distclip.errors import DistclipError, NonFiniteGradientError, UnsupportedGradientError
+from distclip.kernels import changing
 from distclip.kernels.transfer import to_device
 from distclip.layouts import sparse
 from distclip.layouts.plan import Plan
@@ -22,7 +22,6 @@ from distclip.replicas import ReplicaCheck
 from distclip.statistics import collectives
 from distclip.statistics.alignment import align_alone, align_together, cannot_move
 from distclip.statistics.measurement import LocalMeasurement, measure
-from distclip.statistics.neighbours import Together
 from distclip.statistics.packing import LocalDecision, Measurement, Stamp, reduce
 from distclip.statistics.request import Request
 from distclip.statistics.units import combine_segments, sum_segments
@@ -118,7 +117,7 @@ def walk(
         if later and last:
             walked.apply = acting
         elif not acting.is_idle() and not (fold and last and fold(acting.factor())):
-            acting(_pairs(measured), loss_scale, measured.together)
+            acting(_pairs(measured), loss_scale)
     found = walked.nonfinite is not program.all_finite
     walked.undo(states, dropped=found and on_nonfinite == "skip")
     return walked
@@ -351,27 +350,27 @@ class Acting:
         on_host = self.program.plan.device.type == "cpu"
         if self.dropped is None or (on_host and bool(self.skip)):
             return
-        inplace.zero_([gradient for _, gradient in present], self.dropped[self._rows(present)])
+        changing.zero_([gradient for _, gradient in present], self.dropped[self._rows(present)])
 
     def __call__(
         self,
         present: Sequence[tuple[int, Tensor]],
         loss_scale: Tensor | None = None,
-        together: Together | None = None,
     ) -> None:
         """Change local gradients as the ledger says. Ask :meth:`is_idle` before.
 
         Args:
             present: ``(position of the piece in the plan, its gradient)``, of any pieces.
             loss_scale: 0-dim; these gradients are this many times too large.
-            together: those of them that are neighbours in memory.
         """
         ledger, decided, skip = self.ledger, self.decided, self.skip
         plan = self.program.plan
         on_host = plan.device.type == "cpu"
         if self.dropped is None and ledger.is_uniform() and not decided.coefficients:
             coefficient = cast(Tensor, ledger.rounds[0].coefficients)
-            _scale_all(present, together, self._unless_skipped(coefficient))
+            factors = self._unless_skipped(coefficient).expand(len(present))
+            tensors = [gradient for _, gradient in present]
+            changing.scale_(tensors, factors, tables=self.program.memory.tables, what="gradients")
             return
         for number, turn in enumerate(ledger.rounds):
             sure = on_host or skip is self.program.no_skip
@@ -385,7 +384,7 @@ class Acting:
             if turn.coefficients is not None:
                 factors = self._unless_skipped(turn.coefficients).expand_as(ledger.ones)
                 whole = [each for each in present if each[0] not in units]
-                inplace.scale_([gradient for _, gradient in whole], factors[self._rows(whole)])
+                changing.scale_([gradient for _, gradient in whole], factors[self._rows(whole)])
 
     def _unless_skipped(self, factors: Tensor) -> Tensor:
         """On the host a skipped step does not come so far."""
@@ -414,7 +413,7 @@ class Acting:
             sparse.spread(pieces[position], gradient, factors, dims[row])
             for row, (position, gradient), factors in zip(rows, present, chosen, strict=True)
         ]
-        inplace.scale_units_(
+        changing.scale_units_(
             [gradient for _, gradient in present],
             [factors for factors, _ in spread],
             [where for _, where in spread],
@@ -424,17 +423,6 @@ class Acting:
         plan = self.program.plan
         rows = [plan.pieces[position].index for position, _ in present]
         return to_device(rows, plan.device)
-
-
-def _scale_all(
-    present: Sequence[tuple[int, Tensor]], together: Together | None, coefficient: Tensor
-) -> None:
-    """Multiply gradients by one number, neighbours in memory as one tensor."""
-    tensors = [] if together is None else list(together.spans)
-    covered = frozenset() if together is None else frozenset(together.known.positions)
-    if len(covered) < len(present):
-        tensors += [gradient for position, gradient in present if position not in covered]
-    inplace.scale_(tensors, coefficient.expand(len(tensors)))
 
 
 def _all_one(decided: LocalDecision) -> bool:
@@ -460,4 +448,4 @@ def _clamp(
         bounds = [bound * loss_scale for bound in bounds]
     if skip is not None:
         bounds = [torch.where(skip, math.inf, bound) for bound in bounds]
-    inplace.clamp_([gradient for gradient, _ in clamped], bounds)
+    changing.clamp_([gradient for gradient, _ in clamped], bounds)

@@ -36,6 +36,7 @@ IMPORTERS: dict[str, set[str]] = {
     "transformers": {"integrations/transformers.py"},
     "tensorboard": set(),
     "triton": {"kernels/_triton.py", "kernels/multi_tensor.py"},
+    "llvmlite": {"kernels/host/compiler.py", "kernels/host/loops.py"},
     "matplotlib": {"monitor/plots.py"},
     "psutil": {"integrations/accelerate_cpu.py"},
     "pydantic": {"config.py", "_config_policies.py", "_config_problems.py"},

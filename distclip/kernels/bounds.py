@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
 
 
+@functools.lru_cache(maxsize=256)
 def held(bound: float, dtype: torch.dtype) -> float:
-    """The bound, or inf, which clamps nothing, beyond the largest number of ``dtype``.
+    """The bound as ``dtype`` rounds it; inf, which clamps nothing, beyond its largest number.
 
-    torch refuses such a bound; a rounded one would be inf.
+    Elements are clamped to just this number, so norms are measured with it.
     """
-    return bound if bound <= torch.finfo(dtype).max else math.inf
+    if bound > torch.finfo(dtype).max:
+        return math.inf
+    return float(torch.tensor(bound, dtype=torch.float64).to(dtype))

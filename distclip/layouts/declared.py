@@ -234,6 +234,11 @@ def holders(entry: Entry, members: set[int]) -> int:
     return math.prod(len(members & set(ranks)) for ranks in spread) if spread else 0
 
 
+def is_in_use() -> bool:
+    """Whether any parameter of this process has been declared."""
+    return bool(_declared)
+
+
 def fingerprint(parameter: Tensor) -> object:
     """Changes when a declaration or a mark does; cheap where there is neither."""
     if not _declared and not parameter.__dict__:

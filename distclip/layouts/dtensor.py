@@ -260,10 +260,8 @@ def local_part(tensor: DTensor) -> Tensor:
     return cast(Tensor, wait()) if wait is not None else local
 
 
-TENSOR, STRIDED = {Tensor}, {torch.strided}
-_grad, _spec, _shard, _layout = map(
-    operator.attrgetter, ("grad", "_spec", "_local_tensor", "layout")
-)
+TENSOR = {Tensor}
+_grad, _spec, _shard = map(operator.attrgetter, ("grad", "_spec", "_local_tensor"))
 
 
 def specs_of(holds: Sequence[Holder]) -> list[object]:
@@ -277,8 +275,7 @@ def quick_gradients(holds: Sequence[Holder], specs: list[object]) -> list[Tensor
     Asked at every step, so without a Python loop over what is there.
 
     Returns:
-        None where any of them is missing or needs a closer look: then ask one by one. The layouts
-        are not looked at; see :func:`are_strided`.
+        None where any of them is missing or needs a closer look: then ask one by one.
     """
     try:
         with torch._C.DisableTorchFunctionSubclass():  # nothing to look up: twice as fast
@@ -295,11 +292,6 @@ def quick_weights(holds: Sequence[Holder]) -> list[Tensor] | None:
     """All local weights at once; None where any of them needs a closer look."""
     shards = list(map(_shard, [hold() for hold in holds]))
     return shards if set(map(type, shards)) == TENSOR else None
-
-
-def are_strided(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether none of the tensors is sparse."""
-    return set(map(_layout, tensors)) == STRIDED
 
 
 def local_gradient(name: str, hold: Holder) -> Tensor | None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Sequence
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -11,6 +14,9 @@ from torch.distributed.tensor import DTensor
 
 from distclip.errors import UnsupportedGradientError
 from distclip.layouts.piece import Box, Described, Entry, Holder, Piece, held
+
+TENSOR = {Tensor}
+_grad = operator.attrgetter("grad")
 
 
 def describe(name: str, parameter: Tensor) -> Described:
@@ -82,6 +88,24 @@ def main_gradient_of(name: str, hold: Holder) -> Tensor | None:
         f"not been done here. Do it (p.main_grad.add_(p.grad); p.grad = None), or delete main_grad "
         f"if it is left over"
     )
+
+
+def holder_of(piece: Piece) -> Holder | None:
+    """The parameter of a piece of this layout; None for a piece of another one."""
+    fetch = piece.gradient
+    if isinstance(fetch, partial) and fetch.func is gradient_of:
+        return cast(Holder, fetch.args[1])
+    return None
+
+
+def quick_gradients(holds: Sequence[Holder]) -> list[Tensor] | None:
+    """All gradients at once, without a Python loop over the parameters.
+
+    Returns:
+        None where any of them is missing, or is no plain tensor: then ask one by one.
+    """
+    gradients = list(map(_grad, [hold() for hold in holds]))
+    return gradients if set(map(type, gradients)) == TENSOR else None
 
 
 def check_dense(name: str, tensor: Tensor) -> Tensor:

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from distclip.errors import DistclipError
+from distclip.kernels import measuring
+from distclip.kernels.measuring import Tables
 from distclip.kernels.transfer import to_device
-from distclip.layouts import dtensor, soundness, sparse
+from distclip.layouts import dtensor, plain, soundness, sparse
 from distclip.layouts.piece import MisplacedError
 from distclip.layouts.plan import Plan
-from distclip.statistics import local
-from distclip.statistics.neighbours import Neighbours, Together
 from distclip.statistics.overlap import Early, Overlap
 from distclip.statistics.request import Request
 from distclip.statistics.units import LocalPlaces, LocalUnits, UnitTable, combine_segments
@@ -32,7 +32,6 @@ class LocalMeasurement:
         units: the units on this rank, of the pieces that are measured so.
         trouble: what went wrong here; every rank has to learn of it before anybody raises.
         present: pieces that have a gradient, with it.
-        together: those of them that lie side by side in memory and were measured as one.
         misplaced: whether a gradient here has to be redistributed, by all ranks of its mesh.
         loss: float64 ``(2,)``, the sum of the losses given on this rank, and how many those are.
         sparse: whether any gradient is, so that ``present`` has its values in its place.
@@ -44,7 +43,6 @@ class LocalMeasurement:
     units: LocalUnits = field(default_factory=lambda: LocalUnits())
     trouble: DistclipError | None = None
     present: Sequence[Tensor | None] = ()
-    together: Together | None = None
     misplaced: bool = False
     loss: Tensor | None = None
     sparse: bool = False
@@ -65,21 +63,21 @@ class LocalMeasurement:
 
 @dataclass(frozen=True)
 class Memory:
-    """What is remembered from step to step: mostly the places of a plan's tensors in memory."""
+    """What is remembered from step to step.
 
-    gradients: Neighbours = field(default_factory=Neighbours)
-    late: Neighbours = field(default_factory=Neighbours)
-    """Of gradients that backward has left to the clip, where it has measured others."""
-    weights: Neighbours = field(default_factory=Neighbours)
-    unit_weights: Neighbours = field(default_factory=Neighbours)
+    Attributes:
+        tables: of the plan's tensors, for the kernels.
+        habits: ``"misplaced"`` once gradients had to be redistributed, ``"rehearsed"`` once the
+            policies of later passes were tried; the same on every rank.
+        overlap: what measures during backward for the first pass.
+        inspected: ``"memory"`` once it was looked at whose memory gradients share, ``"unchanged"``
+            where they are only measured.
+    """
+
+    tables: Tables = field(default_factory=Tables)
     habits: set[str] = field(default_factory=set)
-    """``"misplaced"`` once gradients had to be redistributed, ``"rehearsed"`` once the policies of
-    later passes were tried; the same on every rank."""
     overlap: Overlap | None = None
-    """What measures during backward for the first pass."""
     inspected: set[str] = field(default_factory=set)
-    """``"memory"`` once it was looked at whose memory gradients share; ``"unchanged"`` where they
-    are only measured."""
 
 
 def measure(
@@ -87,33 +85,25 @@ def measure(
 ) -> LocalMeasurement:
     """Measure this rank's pieces, but for what came ``early``. Issues no collective."""
     result = LocalMeasurement()
-    quick = None if plan.holds is None else dtensor.quick_gradients(plan.holds, plan.specs)
-    fetched: Sequence[Tensor | None] = _fetched(plan, result) if quick is None else quick
+    quick = _fetched_at_once(plan)
+    fetched = _fetched(plan, result) if quick is None else quick
     present = _inspected(plan, fetched, result, memory)
-    plain = _counted(plan, request, present)
-    if not request.bounds and not result.sparse:
-        # With the parameters' own specs the gradients have the parameters' shapes and dtypes.
-        near = present if plan.shares is None else plain
-        result.together = memory.gradients.find(near, shaped=quick is not None, widths=table.widths)
-    everything = result.together is not None and result.together.known.complete
-    if quick is not None and not everything and not dtensor.are_strided(quick):
-        present = _inspected(plan, _fetched(plan, result), result, memory)  # refuses by name
-        plain = _counted(plan, request, present)
+    counted = _counted(plan, request, present)
     bounds = [request.bounds.get(piece.index) for piece in plan.pieces] if request.bounds else None
     weights: Sequence[Tensor | None] = [None] * len(plan.pieces)  # the step is lost with trouble
     if result.trouble is None and (request.weight_orders or request.unit_dims):
         weights = _weights(plan, request, result)
     if request.unit_dims:
         result.units = _measure_units(plan, request, table, weights, result, memory, early)
-    together = result.together
     if early is not None:
-        plain = early.rest(plain)
-        together = memory.late.find(plain)
+        counted = early.rest(counted)
     for order in request.orders:
         if len(table.local.positions) == len(plan.pieces) and bounds is None:
             norms = torch.zeros(len(plan.pieces), dtype=torch.float64, device=plan.device)
         else:
-            norms = local.norms(plain, order, bounds, device=plan.device, together=together)
+            norms = measuring.norms(
+                counted, order, bounds, device=plan.device, tables=memory.tables, what="gradients"
+            )
             if early is not None:
                 early.insert(norms, order)
         _insert_units(plan, norms, result.units, order)
@@ -122,7 +112,7 @@ def measure(
         _measure_raw(plan, request, result)
     if not request.weight_orders:
         return result
-    counted: list[Tensor | None] = [
+    weighted: list[Tensor | None] = [
         weight
         if piece.index in request.weighted
         and piece.share > 0.0
@@ -131,8 +121,8 @@ def measure(
         for piece, weight, gradient in zip(plan.pieces, weights, present, strict=True)
     ]
     for order in request.weight_orders:
-        result.weights[order] = local.norms(
-            counted, order, device=plan.device, together=memory.weights.find(counted)
+        result.weights[order] = measuring.norms(
+            weighted, order, device=plan.device, tables=memory.tables, what="weights"
         )
     return result
 
@@ -152,6 +142,13 @@ def _weights(plan: Plan, request: Request, result: LocalMeasurement) -> Sequence
             weights.append(None)
             result.trouble = result.trouble or trouble
     return weights
+
+
+def _fetched_at_once(plan: Plan) -> Sequence[Tensor | None] | None:
+    """The gradient of every piece, in the usual case; None where they must be asked one by one."""
+    if plan.holds is not None:
+        return dtensor.quick_gradients(plan.holds, plan.specs)
+    return None if plan.plain_holds is None else plain.quick_gradients(plan.plain_holds)
 
 
 def _fetched(plan: Plan, result: LocalMeasurement) -> list[Tensor | None]:
@@ -206,7 +203,7 @@ def _measure_raw(plan: Plan, request: Request, result: LocalMeasurement) -> None
     # In the same way as with a bound, so that they differ only where something was clamped.
     unbounded = [math.inf] * len(clamped)
     for order in request.raw_orders:
-        raw = local.norms(clamped, order, unbounded, device=plan.device)
+        raw = measuring.norms(clamped, order, unbounded, device=plan.device)
         result.raw[order] = torch.where(chosen, raw, result.norms[order])
 
 
@@ -235,25 +232,25 @@ def _measure_units(
         tensors: Sequence[Tensor | None],
         order: float,
         bounds: Sequence[float | None] | None,
-        together: Together | None,
+        what: str,
     ) -> Tensor:
-        return local.unit_norms(
+        return measuring.unit_norms(
             [tensors[position] for position in places.positions],
             places.dims,
             places.counts,
             order,
             bounds,
             device=plan.device,
-            positions=places.positions,
-            together=together,
+            tables=memory.tables,
+            what=what,
         )
 
     def of_gradients(order: float) -> Tensor:
         known = {} if early is None else early.units(order)
         if not known:
-            return of(places, measured.dense(plan), order, bounds, measured.together)
+            return of(places, measured.dense(plan), order, bounds, "gradients of units")
         late = places.without([position in known for position in places.positions], always=True)
-        parts = torch.split(of(late, present, order, None, None), late.counts)
+        parts = torch.split(of(late, present, order, None, "late"), late.counts)
         known.update(zip(late.positions, parts, strict=True))
         return torch.cat([known[position] for position in places.positions])
 
@@ -261,7 +258,7 @@ def _measure_units(
         places.positions,
         places.counts,
         {order: of_gradients(order) for order in request.unit_orders},
-        of(places, counted, 2.0, None, memory.unit_weights.find(counted, widths=table.widths)),
+        of(places, counted, 2.0, None, "weights of units"),
     )
 
 

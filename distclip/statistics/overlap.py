@@ -28,10 +28,10 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from distclip.kernels import measuring
+from distclip.kernels.measuring import Tables
 from distclip.layouts.piece import Holder, Piece
 from distclip.layouts.plan import Plan
-from distclip.statistics import local
-from distclip.statistics.neighbours import Neighbours
 from distclip.statistics.request import Request
 from distclip.statistics.units import UnitTable
 
@@ -61,8 +61,7 @@ class Pattern:
         plain: whether each is measured as a whole.
         numbers, dims, counts: those that are measured per unit: their places in ``positions``, the
             dims that index their units, how many units each has.
-        widths: elements of each piece's units; None where there are no units.
-        neighbours: who lies beside whom in memory.
+        tables: of their gradients, for the kernels.
     """
 
     positions: tuple[int, ...]
@@ -71,8 +70,7 @@ class Pattern:
     numbers: list[int]
     dims: list[tuple[int, ...]]
     counts: list[int]
-    widths: list[int] | None
-    neighbours: Neighbours = field(default_factory=Neighbours)
+    tables: Tables = field(default_factory=Tables)
     _offsets: list[int] = field(default_factory=list)
     _places: Tensor | None = None
 
@@ -328,22 +326,21 @@ class Overlap:
             return
         pattern, request, device = self._pattern(positions), self._request, self._plan.device
         assert request is not None
-        together = pattern.neighbours.find(shards, widths=pattern.widths)
         units = {
-            order: local.unit_norms(
+            order: measuring.unit_norms(
                 [shards[number] for number in pattern.numbers],
                 pattern.dims,
                 pattern.counts,
                 order,
                 device=device,
-                positions=pattern.numbers,
-                together=together,
+                tables=pattern.tables,
+                what="units",
             )
             for order in (request.unit_orders if pattern.numbers else ())
         }
         whole = [s if plain else None for s, plain in zip(shards, pattern.plain, strict=True)]
         norms = {
-            order: local.norms(whole, order, device=device, together=together)
+            order: measuring.norms(whole, order, device=device, tables=pattern.tables)
             for order in (request.orders if any(pattern.plain) else ())
         }
         samples = pattern.sampled(shards)
@@ -386,7 +383,6 @@ class Overlap:
             numbers,
             [dims for dims, _ in found],
             [count for _, count in found],
-            None if table.widths is None else [table.widths[each] for each in positions],
         )
 
 

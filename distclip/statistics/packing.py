@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from distclip.kernels.plain import is_wide
 from distclip.kernels.powers import p_norm, scale_of
 from distclip.layouts.plan import Plan
 from distclip.statistics import collectives
 from distclip.statistics.alignment import MISPLACED
 from distclip.statistics.encoding import Encoding, is_far
-from distclip.statistics.exact import is_wide
 from distclip.statistics.measurement import LocalMeasurement
 from distclip.statistics.request import Request
 from distclip.statistics.units import LocalUnits, UnitTable

@@ -74,7 +74,6 @@ class UnitTable:
         members, lengths: the parameters in that order, int64 tensor, and how many units each has.
         owner: int64 ``(size,)``, the parameter that each unit belongs to.
         local: the pieces on this rank that are measured per unit.
-        widths: elements of each local piece's units; None where there are no units.
     """
 
     def __init__(self, plan: Plan, request: Request) -> None:
@@ -92,11 +91,6 @@ class UnitTable:
             torch.tensor(self.lengths, dtype=torch.long, device=device)
         )
         self.local = LocalPlaces.of(plan, request)
-        self.widths: list[int] | None = None
-        if request.unit_dims:
-            self.widths = [math.prod(piece.box.extents) for piece in plan.pieces]
-            for position, count in zip(self.local.positions, self.local.counts, strict=True):
-                self.widths[position] //= max(count, 1)
         self._plan, self._request = plan, request
         self._places: dict[int, slice | Tensor] = {}
 

@@ -15,12 +15,12 @@ from typer.testing import CliRunner
 
 from benchmarks import targets
 from distclip import GradClipper, policies
-from distclip.application.inplace import scale_units_
 from distclip.cli import bench_cases, bench_peers, bench_record
 from distclip.cli.app import app
 from distclip.cli.bench_cases import CASES, OURS, READ, REDUCE, TIGHT, TORCH
 from distclip.cli.bench_record import CaseRecord, Record, WayRecord
 from distclip.cli.bench_timing import Bench, drawn, extra_bytes, measure
+from distclip.kernels.changing import scale_units_
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

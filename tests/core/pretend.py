@@ -95,8 +95,8 @@ def main() -> None:
     """Gradients on the CPU, with statistics and coefficients on the device, and a mix of both."""
     kept = register()
     from distclip import policies
-    from distclip.application import inplace
-    from distclip.statistics import local
+    from distclip.kernels import changing as inplace
+    from distclip.kernels import measuring as local
     from tests.core.running import RunningMax
     from tests.core.test_matrix import POLICIES, build
 

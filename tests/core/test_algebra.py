@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from distclip import GradClipper, policies
 from distclip.testing import assert_rounded, expected
 from tests.core.test_matrix import build
-from tests.core.watching import REDUCTION, watch
+from tests.core.watching import REDUCTION, loops, watch
 from tests.sharded import shard, whole
 
 LONG = [
@@ -32,7 +32,7 @@ CLAMPED = [*SHORT, {"name": "value", "clip_value": 1e-3}, *SHORT]
 
 
 class Touching(TorchDispatchMode):
-    """Ops that take a gradient's memory, by name."""
+    """Ops that take a gradient's memory, by name; loops over it are counted apart."""
 
     def __init__(self, gradients: list[Tensor]) -> None:
         super().__init__()
@@ -58,10 +58,10 @@ def touched(policy: Any) -> tuple[Counter[str], GradClipper]:
         clipper.clip_()
     model.set_gradients(gradients)
     local = [gradient for _, gradient in model.local_gradients() if gradient is not None]
-    with Touching(local) as mode:
+    with Touching(local) as mode, loops() as counted:
         report = clipper.clip_()
     assert report.coefficient < 1
-    return mode.seen, clipper
+    return mode.seen + counted, clipper
 
 
 def test_a_long_chain_touches_the_gradients_as_a_single_policy_does() -> None:

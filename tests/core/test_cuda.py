@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from distclip import ClipReport, GradClipper, policies
-from distclip.application import inplace
+from distclip.kernels import changing as inplace
 from distclip.kernels import multi_tensor
 from tests.core.test_matrix import POLICIES, build
 

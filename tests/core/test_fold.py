@@ -19,7 +19,7 @@ from distclip import ClipReport, ConfigurationError, GradClipper, clipper, polic
 from distclip.application import folded
 from distclip.testing import expected
 from tests.core.test_matrix import POLICIES, build
-from tests.core.watching import watch
+from tests.core.watching import loops, watch
 from tests.sharded import shard, whole
 
 # eps is large: with a small one Adam does not notice a coefficient.
@@ -122,7 +122,7 @@ def test_a_folded_step_is_a_clipped_step(name: str, told: list[float]) -> None:
     ).attach(optimizer)
     for step in range(4):
         give(model, step)
-        with watch() as seen:
+        with watch() as seen, loops() as looped:
             optimizer.step()
         want = reference.step(step)
         for parameter_name, gradient in want.items():  # as it is after clipping in place
@@ -130,6 +130,7 @@ def test_a_folded_step_is_a_clipped_step(name: str, told: list[float]) -> None:
             assert found is not None
             torch.testing.assert_close(found.double(), gradient, rtol=1e-6, atol=1e-9)
         assert not any("mul_" in op and "foreach" in op for op in seen.ops)
+        assert not looped["loop scale"]
         report = reports[-1]
         assert report.clipped_norm.item() == pytest.approx(MAX_NORM, rel=1e-5)
         assert told[-1] == pytest.approx(1 / report.coefficient.item(), rel=1e-6)
@@ -149,11 +150,9 @@ def test_without_folding_there_is_a_pass_and_with_it_none() -> None:
         optimizer = fused("adamw", model)
         GradClipper(model, policies.global_norm(MAX_NORM), fold=fold).attach(optimizer)
         give(model, 0)
-        with watch() as seen:
+        with watch() as seen, loops() as looped:
             optimizer.step()
-        counted[fold] = (
-            seen.ops["aten._foreach_mul_.Scalar"] + seen.ops["aten._foreach_mul_.ScalarList"]
-        )
+        counted[fold] = looped["loop scale"]
         assert sum("_fused_adamw_" in op for op in seen.ops) >= 1
     assert counted == {True: 0, False: 1}
 

@@ -24,7 +24,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from distclip import ClipReport, ConfigurationError, GradClipper, NonFiniteGradientError, policies
-from distclip.statistics import local
+from distclip.kernels import measuring
 from distclip.statistics import overlap as overlapping
 from distclip.testing import expected
 from tests.core.test_matrix import POLICIES, build
@@ -204,14 +204,14 @@ def test_the_clip_reads_no_gradient_and_sends_what_it_did(monkeypatch: pytest.Mo
     plain = GradClipper(model, build(LOOSE))
     seen = {}
     read: list[int] = []
-    norms = local.norms
+    norms = measuring.norms
 
     def counted(tensors: Any, *args: Any, **options: Any) -> Tensor:
         read[-1] += sum(each is not None for each in tensors)
         return norms(tensors, *args, **options)
 
     backward(model, 1)
-    monkeypatch.setattr(local, "norms", counted)
+    monkeypatch.setattr(measuring, "norms", counted)
     for name, each in (("early", clipper), ("late", plain), ("late again", plain)):
         read.append(0)
         with watch() as seen[name]:
@@ -226,13 +226,13 @@ def test_one_measurement_for_each_group(monkeypatch: pytest.MonkeyPatch) -> None
     model = make()
     clipper = warm(model)
     calls: list[int] = []
-    norms = local.norms
+    norms = measuring.norms
 
     def counted(tensors: Any, *args: Any, **options: Any) -> Tensor:
         calls.append(sum(each is not None for each in tensors))
         return norms(tensors, *args, **options)
 
-    monkeypatch.setattr(overlapping.local, "norms", counted)
+    monkeypatch.setattr(overlapping.measuring, "norms", counted)
     backward(model, 1)
     assert sorted(calls) == [2, 2, 3]  # body, middle, and the root's embed and head
     clip_and_check(clipper, model, early=7)

@@ -6,11 +6,14 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from distclip.kernels.host import kernels
 
 COLLECTIVE_NAMESPACES = {"c10d", "_c10d_functional", "_dtensor", "symm_mem"}
 
@@ -32,6 +35,25 @@ class Seen:
     @property
     def collective_names(self) -> list[str]:
         return [name for name, _ in self.collectives]
+
+
+class loops:  # noqa: N801 - used as `with loops() as counted`
+    """Count the calls of the compiled loops over host memory, which torch does not see."""
+
+    def __enter__(self) -> Counter[str]:
+        counted: Counter[str] = Counter()
+        run = kernels._run
+
+        def counting(name: str, *args: Any) -> None:
+            counted[f"loop {name}"] += 1
+            run(name, *args)
+
+        self._patch = mock.patch.object(kernels, "_run", counting)
+        self._patch.start()
+        return counted
+
+    def __exit__(self, *_: object) -> None:
+        self._patch.stop()
 
 
 class watch(TorchDispatchMode):  # noqa: N801 - used as `with watch() as seen`

@@ -1,20 +1,25 @@
-"""Changing local gradients in place: multiply only what is clipped, round once.
+"""Local gradients changed in place: the door for multiplying, clamping and dropping them.
 
-Coefficients stay float32 or better until the multiplication. (torch casts the scalar of
-``_foreach_mul_``, and on accelerators a 0-dim operand, down to a bf16 tensor's own dtype first;
-both are avoided here.) Those that are no normal numbers of float32 are multiplied in several steps.
+Host tensors go through the compiled loops (:mod:`distclip.kernels.host`), which multiply in float64
+and round once; accelerator tensors through Triton kernels or torch's multi-tensor operations; what
+neither takes through plain torch operations. Coefficients stay float32 or better until the
+multiplication. (torch casts the scalar of ``_foreach_mul_``, and on accelerators a 0-dim operand,
+down to a bf16 tensor's own dtype first; both are avoided here.) Torch multiplies in float32, so
+there a coefficient that is no normal number of it is multiplied in several steps.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from distclip.kernels import multi_tensor
 from distclip.kernels.bounds import held
+from distclip.kernels.host import kernels as host
+from distclip.kernels.host.kernels import Chosen, Tables
 from distclip.kernels.transfer import to_device
 
 LOW_PRECISION = frozenset((torch.bfloat16, torch.float16))
@@ -26,22 +31,28 @@ STEP = 2.0**-64
 is exact, or so small that the whole one is 0."""
 CHUNK = 1 << 20
 """Elements of a low-precision accelerator tensor converted at a time."""
-HOST_CHUNK = 1 << 16
-"""Elements of the rows of a CPU tensor scaled at a time: 256 KiB in float32."""
 
 
-def scale_(tensors: Sequence[Tensor], coefficients: Tensor) -> None:
+def scale_(
+    tensors: Sequence[Tensor],
+    coefficients: Tensor,
+    *,
+    tables: Tables | None = None,
+    what: str = "",
+) -> None:
     """``tensors[i] *= coefficients[i]``.
 
     Args:
         tensors: local gradients, any dtype and device.
         coefficients: float64 ``(len(tensors),)``, or one number expanded to that. Tensors whose
             coefficient is 1 cost nothing on the CPU, and are not read by the Triton kernels.
+        tables: what is remembered of the tensors from step to step.
+        what: which of the sets of tensors in ``tables`` these are.
     """
     for device, numbers in _by_device(tensors).items():
         chosen, factors = _chosen(tensors, coefficients, numbers)
         if device.type == "cpu":
-            _scale_on_host(chosen, factors.tolist())
+            _scale_on_host(chosen, factors, tables if len(chosen) == len(tensors) else None, what)
         else:
             _scale_on_device(chosen, factors.to(device))
 
@@ -69,22 +80,39 @@ def _chosen(
     return some, values.index_select(0, to_device(numbers, values.device))
 
 
-def _scale_on_host(tensors: Sequence[Tensor], coefficients: Sequence[float]) -> None:
-    together: list[Tensor] = []
-    factors: list[float] = []
-    for tensor, coefficient in zip(tensors, coefficients, strict=True):
-        if coefficient == 1.0 or tensor.numel() == 0:
-            continue
-        if 0.0 < abs(coefficient) < TINY and tensor.dtype not in EXACT:
-            for step in _steps(torch.tensor(coefficient, dtype=torch.float64)):
-                tensor.mul_(step.item())
-        elif tensor.dtype in LOW_PRECISION:
-            tensor.mul_(coefficient)  # computed in float32, rounded once
-        else:
-            together.append(tensor)
-            factors.append(coefficient)
-    if together:
-        torch._foreach_mul_(together, factors)
+def _scale_on_host(
+    tensors: Sequence[Tensor], coefficients: Tensor, tables: Tables | None, what: str
+) -> None:
+    chosen = host.choose(tensors, what, tables=tables)
+    factors = coefficients.double().cpu().numpy()
+    for number in _left(chosen, len(tensors)):
+        if factors[number] != 1.0 and tensors[number].numel():
+            for step in _steps_for(tensors[number], coefficients[number].double()):
+                tensors[number].mul_(step.item())  # low precision in float32, rounded once
+    if chosen is not None:
+        some = factors if chosen.positions is None else factors[list(chosen.positions)]
+        host.scale_whole_(chosen, some)
+        _changed(chosen)
+
+
+def _steps_for(tensor: Tensor, coefficients: Tensor) -> Iterable[Tensor]:
+    """Factors to multiply a tensor by, one after another, for float64 coefficients."""
+    return (coefficients,) if tensor.dtype in EXACT else _steps(coefficients)
+
+
+def _left(chosen: Chosen | None, count: int) -> Sequence[int]:
+    """Which of ``count`` tensors the compiled loops do not take."""
+    if chosen is None:
+        return range(count)
+    if chosen.positions is None:
+        return ()
+    taken = set(chosen.positions)
+    return [number for number in range(count) if number not in taken]
+
+
+def _changed(chosen: Chosen) -> None:
+    """Tell autograd, which does not see what is written to memory."""
+    torch.autograd.graph.increment_version(chosen.tensors)
 
 
 def _steps(coefficients: Tensor) -> Iterator[Tensor]:
@@ -152,8 +180,7 @@ def scale_units_(
         factors = [coefficients[number].to(device) for number in numbers]
         dims = [tuple(unit_dims[number]) for number in numbers]
         if device.type == "cpu":
-            for each in zip(chosen, factors, dims, strict=True):
-                _scale_units_on_host(*each)
+            _scale_units_on_host(chosen, factors, dims)
             continue
         by_kernel, others = _by_way(chosen)
         rows = [n for n in by_kernel if dims[n] == (0,) and chosen[n].is_contiguous()]
@@ -164,24 +191,21 @@ def scale_units_(
             chosen[number].mul_(_shaped(factors[number], chosen[number], dims[number]))
 
 
-def _scale_units_on_host(tensor: Tensor, coefficients: Tensor, unit_dims: tuple[int, ...]) -> None:
-    chosen = (coefficients != 1.0).nonzero().flatten()
-    if len(chosen) == 0 or tensor.numel() == 0:
-        return
-    # Written so that a NaN, which hides what is smaller, is looked at too.
-    if tensor.dtype not in EXACT and not coefficients.min().item() >= TINY:
-        first, *rest = _steps(coefficients)
-        for step in rest:
-            tensor.mul_(_shaped(first, tensor, unit_dims))
-            first = step
-        coefficients = first
-    if unit_dims != (0,) or 2 * len(chosen) > len(coefficients):
-        tensor.mul_(_shaped(coefficients, tensor, unit_dims))
-        return
-    for rows in torch.split(chosen, _rows_per_part(tensor, HOST_CHUNK)):
-        some = tensor.index_select(0, rows)
-        scaled = some * _shaped(coefficients[rows], some, unit_dims)
-        tensor.index_copy_(0, rows, scaled.to(tensor.dtype))
+def _scale_units_on_host(
+    tensors: Sequence[Tensor], coefficients: Sequence[Tensor], unit_dims: Sequence[tuple[int, ...]]
+) -> None:
+    counts = [len(factors) for factors in coefficients]
+    chosen = host.choose(tensors, unit_dims=unit_dims, counts=counts)
+    for number in _left(chosen, len(tensors)):
+        tensor, factors = tensors[number], coefficients[number]
+        if tensor.numel() and bool((factors != 1.0).any()):
+            for step in _steps_for(tensor, factors):
+                tensor.mul_(_shaped(step, tensor, unit_dims[number]))
+    if chosen is not None:
+        positions = range(len(tensors)) if chosen.positions is None else chosen.positions
+        rows = torch.cat([coefficients[number] for number in positions])
+        host.scale_(chosen, rows.double().numpy())
+        _changed(chosen)
 
 
 def _shaped(coefficients: Tensor, tensor: Tensor, unit_dims: Sequence[int]) -> Tensor:
@@ -202,7 +226,15 @@ def clamp_(tensors: Sequence[Tensor], bounds: Sequence[float | Tensor]) -> None:
         torch._foreach_clamp_max_(list(tensors), numbers)
         torch._foreach_clamp_min_(list(tensors), [-bound for bound in numbers])
         return
-    for tensor, bound in zip(tensors, bounds, strict=True):
+    chosen = None
+    if all(tensor.is_cpu for tensor in tensors):
+        numbers = [float(bound) for bound in bounds]
+        chosen = host.choose(tensors, bounds=numbers)
+    if chosen is not None:
+        host.clamp_(chosen)
+        _changed(chosen)
+    for number in _left(chosen, len(tensors)):
+        tensor, bound = tensors[number], bounds[number]
         if isinstance(bound, Tensor):
             limit = bound.to(tensor.device, tensor.dtype)
             torch.clamp(tensor, min=-limit, max=limit, out=tensor)

@@ -12,10 +12,9 @@ from typing import Literal, TypeAlias, cast
 import torch
 from torch import Tensor
 
-from distclip.kernels import multi_tensor
+from distclip.kernels import multi_tensor, plain
+from distclip.kernels.plain import FAST_DTYPES, is_wide
 from distclip.kernels.transfer import to_device
-from distclip.statistics.exact import FAST_DTYPES, exact_norm, exact_row_norms, is_wide
-from distclip.statistics.neighbours import CHUNK
 
 Bounds: TypeAlias = "Sequence[float | None]"
 Way: TypeAlias = Literal["kernel", "torch", "exact"]
@@ -48,9 +47,8 @@ def norms(tensors: Sequence[Tensor], norm_type: float, bounds: Bounds | None = N
             return multi_tensor.norms(chosen, norm_type, limits)
         if way == "torch":
             return torch.stack(torch._foreach_norm(chosen, norm_type, dtype=torch.float64))
-        return torch.stack(
-            [exact_norm(tensors[each], norm_type, _bound(bounds, each)) for each in numbers]
-        )
+        limits = [_bound(bounds, number) for number in numbers]
+        return plain.norms(chosen, norm_type, limits)
 
     return _each(range(len(tensors)), way, measure, [1] * len(tensors))
 
@@ -88,13 +86,8 @@ def row_norms(matrices: Sequence[Tensor], norm_type: float, bounds: Bounds | Non
                     for matrix in chosen
                 ]
             )
-        return torch.cat(
-            [
-                exact_row_norms(part, norm_type, _bound(bounds, number))
-                for number, matrix in zip(numbers, chosen, strict=True)
-                for part in torch.split(matrix, max(1, CHUNK // matrix.shape[1]))
-            ]
-        )
+        limits = [_bound(bounds, number) for number in numbers]
+        return plain.row_norms(chosen, norm_type, limits)
 
     return _each(range(len(matrices)), way, measure, [len(matrix) for matrix in matrices])
 

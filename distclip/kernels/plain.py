@@ -1,4 +1,4 @@
-"""Norms in float64, chunk by chunk: for any dtype, order and device, where nothing faster will do.
+"""Norms by plain torch operations in float64, chunk by chunk: any dtype, order and device.
 
 Scaled by the largest element where the powers could leave float64. Nothing here reads a value of an
 accelerator tensor on the host.
@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from distclip.kernels.powers import LEAST, p_norm, scale_of
-from distclip.statistics.neighbours import CHUNK
+
+CHUNK = 1 << 16
+"""Elements of a temporary, 512 KiB in float64."""
 
 FAST_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 """Those whose squares float64 holds, and adds up, without care."""
@@ -38,7 +40,7 @@ def largest_magnitude(tensor: Tensor) -> Tensor:
     return torch.maximum(tensor.amax(), -tensor.amin()).double()
 
 
-def exact_norm(tensor: Tensor, norm_type: float, bound: float | None) -> Tensor:
+def norm(tensor: Tensor, norm_type: float, bound: float | None) -> Tensor:
     """p-norm in float64, chunk by chunk. 0-dim float64 on the tensor's device."""
     if norm_type == math.inf:
         largest = largest_magnitude(tensor)
@@ -59,13 +61,13 @@ def exact_norm(tensor: Tensor, norm_type: float, bound: float | None) -> Tensor:
     return total if scale is None else total * scale
 
 
-def exact_row_norms(rows: Tensor, norm_type: float, bound: float | None) -> Tensor:
+def _norms_of_rows(rows: Tensor, norm_type: float, bound: float | None) -> Tensor:
     """p-norm of each row of a 2-D tensor, all at once. float64 on its device."""
     if norm_type == math.inf:
         largest = (_magnitudes(rows) if rows.is_complex() else rows.abs()).amax(dim=1).double()
         return largest if bound is None else torch.clamp(largest, max=bound)
     if rows.numel() > 2 * CHUNK and rows.shape[0] == 1:
-        return exact_norm(rows, norm_type, bound).reshape(1)
+        return norm(rows, norm_type, bound).reshape(1)
     values = prepared(rows, bound, torch.float64)
     if not is_wide(rows.dtype, norm_type):
         return cast(Tensor, torch.linalg.vector_norm(values, norm_type, dim=1))
@@ -75,6 +77,45 @@ def exact_row_norms(rows: Tensor, norm_type: float, bound: float | None) -> Tens
 def _magnitudes(numbers: Tensor) -> Tensor:
     """Absolute values of complex numbers, float64: those of complex64 may be too large for it."""
     return numbers.to(torch.complex128).abs()
+
+
+def norms(
+    tensors: Sequence[Tensor], norm_type: float, bounds: Sequence[float | None] | None = None
+) -> Tensor:
+    """p-norm of each tensor, as if clamped to its bound first; float64 ``(len(tensors),)``."""
+    limits = [None] * len(tensors) if bounds is None else bounds
+    return torch.stack([norm(t, norm_type, b) for t, b in zip(tensors, limits, strict=True)])
+
+
+def row_norms(
+    matrices: Sequence[Tensor], norm_type: float, bounds: Sequence[float | None] | None = None
+) -> Tensor:
+    """p-norm of each row of each matrix, as if clamped to the matrix's bound first.
+
+    Args:
+        matrices: 2-D, any dtypes, none empty.
+        norm_type: p > 0 or inf.
+        bounds: per matrix; None for as it is.
+
+    Returns:
+        float64 ``(all rows,)``, the matrices one after another.
+    """
+    limits = [None] * len(matrices) if bounds is None else bounds
+    return torch.cat(
+        [
+            _norms_of_rows(part, norm_type, bound)
+            for matrix, bound in zip(matrices, limits, strict=True)
+            for part in torch.split(matrix, max(1, CHUNK // matrix.shape[1]))
+        ]
+    )
+
+
+def rows(tensor: Tensor, unit_dims: Sequence[int], count: int) -> Tensor:
+    """The units of a tensor as rows of a matrix: a view, or a copy of transposed storage."""
+    if tuple(unit_dims) == (0,):
+        return tensor.reshape(count, -1)
+    others = [dim for dim in range(tensor.dim()) if dim not in unit_dims]
+    return tensor.permute(*unit_dims, *others).reshape(count, -1)
 
 
 def prepared(chunk: Tensor, bound: float | None, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,265 @@
+"""Tables that describe tensors in host memory to the compiled loops.
+
+A *block* is a rectangle of numbers: some rows of equal length at a fixed distance. A *row* is what
+gets one number: a tensor, a part of a large tensor, or a unit.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+Integers: TypeAlias = npt.NDArray[np.int64]
+
+PART = 1 << 20
+"""Elements of a block at most, so that several threads can share the work on one tensor."""
+
+
+class Kind(enum.IntEnum):
+    """Formats that the loops read."""
+
+    FLOAT32 = 0
+    BFLOAT16 = 1
+    FLOAT16 = 2
+    FLOAT64 = 3
+
+
+KINDS = {
+    torch.float32: Kind.FLOAT32,
+    torch.bfloat16: Kind.BFLOAT16,
+    torch.float16: Kind.FLOAT16,
+    torch.float64: Kind.FLOAT64,
+}
+
+BOUNDED, STRIDED = 1, 2
+"""Flags of a block's variant; the kind is in the bits above."""
+
+
+class Column(enum.IntEnum):
+    """What the table holds of a block; every column is int64.
+
+    ``VARIANT``: ``4 * kind``, plus the flags. ``STEP`` and ``ROW_STEP``: bytes from an element, or
+    a row, to the next. ``BOUND``: the bits of a float64 number. ``INDEX``: the place of the first
+    row's number.
+    """
+
+    ADDRESS = 0
+    VARIANT = 1
+    ROWS = 2
+    ROW_STEP = 3
+    LENGTH = 4
+    STEP = 5
+    BOUND = 6
+    INDEX = 7
+
+
+COLUMNS = len(Column)
+
+_address = Tensor.data_ptr
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """Blocks, but for their addresses, which change from step to step.
+
+    Attributes:
+        blocks: ``(blocks, COLUMNS)``.
+        owner: the tensor that each block belongs to.
+        offset: bytes from the tensor's first element to the block's.
+        firsts: the first row of each tensor.
+        counts: rows of each tensor.
+        rows: how many rows there are.
+        elements: how many elements there are.
+        simple: whether every tensor is one row.
+        has_float64: whether any number is a float64 number.
+    """
+
+    blocks: Integers
+    owner: Integers
+    offset: Integers
+    firsts: Integers
+    counts: Integers
+    rows: int
+    elements: int
+    simple: bool
+    has_float64: bool
+    _shares: dict[int, list[int]] = field(default_factory=dict)
+
+    def placed(self, tensors: Sequence[Tensor]) -> Integers:
+        """The blocks, with the addresses that the tensors have now."""
+        addresses = np.fromiter(map(_address, tensors), np.int64, len(tensors))
+        if self.simple:
+            self.blocks[:, Column.ADDRESS] = addresses
+        else:
+            self.blocks[:, Column.ADDRESS] = addresses[self.owner] + self.offset
+        return self.blocks
+
+    def shares(self, threads: int) -> list[int]:
+        """Bounds of ``threads`` runs of blocks with about equally many elements."""
+        known = self._shares.get(threads)
+        if known is None:
+            work = np.cumsum(self.blocks[:, Column.ROWS] * self.blocks[:, Column.LENGTH])
+            goals = work[-1] * np.arange(1, threads) / threads
+            cuts = np.searchsorted(work, goals).tolist()
+            known = self._shares[threads] = [0, *cuts, len(work)]
+        return known
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How the elements of a tensor lie, as rows of equal length; distances in elements."""
+
+    rows: int
+    row_step: int
+    length: int
+    step: int
+
+
+def collapsed(sizes: Sequence[int], strides: Sequence[int]) -> list[tuple[int, int]]:
+    """The dims of a strided tensor as ``(size, stride)``, with those that run on merged."""
+    found: list[tuple[int, int]] = []
+    for size, stride in zip(sizes, strides, strict=True):
+        if size == 1:
+            continue
+        if found and found[-1][1] == size * stride:
+            found[-1] = (found[-1][0] * size, stride)
+        else:
+            found.append((size, stride))
+    return found
+
+
+def shape_of(tensor: Tensor) -> Shape | None:
+    """All elements of a tensor, in any order; None where rows of equal distance do not reach."""
+    order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+    dims = collapsed([tensor.shape[d] for d in order], [tensor.stride(d) for d in order])
+    return _rectangle([(1, 0), *dims][-2:]) if len(dims) <= 2 else None
+
+
+def shape_of_units(tensor: Tensor, unit_dims: Sequence[int]) -> Shape | None:
+    """The units of a tensor, each as one row, in row-major order of ``unit_dims``."""
+    others = [dim for dim in range(tensor.dim()) if dim not in unit_dims]
+
+    def dims(chosen: Sequence[int]) -> list[tuple[int, int]]:
+        merged = collapsed([tensor.shape[d] for d in chosen], [tensor.stride(d) for d in chosen])
+        return merged or [(1, 1)]
+
+    units, within = dims(unit_dims), dims(others)
+    return _rectangle([*units, *within]) if len(units) == len(within) == 1 else None
+
+
+def _rectangle(dims: Sequence[tuple[int, int]]) -> Shape:
+    (rows, row_step), (length, step) = [(1, 0)] * (2 - len(dims)) + list(dims)
+    return Shape(rows, row_step, length, step)
+
+
+def table_of(
+    kinds: Sequence[Kind],
+    shapes: Sequence[Shape],
+    bounds: Sequence[float | None] | None = None,
+    *,
+    units: bool = False,
+) -> Table:
+    """The table of tensors of these kinds and shapes.
+
+    Args:
+        kinds: of each tensor.
+        shapes: of each tensor.
+        bounds: per tensor, what its elements are clamped to; None for as they are.
+        units: rows are units, which are never divided.
+    """
+    kind = np.array(kinds, np.int64)
+    described = np.array([(s.rows, s.row_step, s.length, s.step) for s in shapes], np.int64)
+    rows, row_step, length, step = described.reshape(-1, 4).T
+    limits = _limits(bounds, len(kinds))
+    return _divided(kind, rows, row_step, length, step, limits, units=units)
+
+
+def table_of_contiguous(
+    kinds: Sequence[Kind],
+    numels: Sequence[int],
+    counts: Sequence[int] | None = None,
+    bounds: Sequence[float | None] | None = None,
+) -> Table:
+    """The table of contiguous tensors.
+
+    Args:
+        kinds: of each tensor.
+        numels: elements of each.
+        counts: rows of each, for its units; None: each is one row.
+        bounds: as for :func:`table_of`.
+    """
+    kind, numel = np.array(kinds, np.int64), np.array(numels, np.int64)
+    rows = np.ones_like(numel) if counts is None else np.array(counts, np.int64)
+    length = numel // np.maximum(rows, 1)
+    step, limits = np.ones_like(numel), _limits(bounds, len(kinds))
+    return _divided(kind, rows, length, length, step, limits, units=counts is not None)
+
+
+def _limits(bounds: Sequence[float | None] | None, count: int) -> npt.NDArray[np.float64]:
+    if bounds is None:
+        return np.full(count, np.inf)
+    return np.array([np.inf if bound is None else bound for bound in bounds], np.float64)
+
+
+SIZES = np.array([4, 2, 2, 8])
+"""Bytes of a number, by kind."""
+
+
+def _divided(
+    kind: Integers,
+    rows: Integers,
+    row_step: Integers,
+    length: Integers,
+    step: Integers,
+    limits: npt.NDArray[np.float64],
+    *,
+    units: bool,
+) -> Table:
+    """Cut what is large into parts; arguments by tensor, distances in elements."""
+    elements = rows * length
+    by_length = (rows == 1) & (length > PART) & (not units)
+    by_rows = (rows > 1) & (elements > PART)
+    at_once = np.maximum(PART // np.maximum(length, 1), 1)
+    parts = np.where(by_length, -(-length // PART), np.where(by_rows, -(-rows // at_once), 1))
+    row_counts = np.where(by_length, parts, rows)
+    firsts = np.cumsum(row_counts) - row_counts
+    size = SIZES[kind] if len(kind) else kind
+    owner = np.repeat(np.arange(len(kind)), parts)
+    part = np.arange(len(owner)) - np.repeat(np.cumsum(parts) - parts, parts)
+
+    def each(values: npt.NDArray[Any]) -> Any:
+        return values[owner]
+
+    done = part * np.where(each(by_rows), each(at_once), 1)  # rows before this part
+    blocks = np.zeros((len(owner), COLUMNS), np.int64)
+    flags = np.where(np.isinf(limits), 0, BOUNDED) + np.where(step == 1, 0, STRIDED)
+    blocks[:, Column.VARIANT] = each(4 * kind + flags)
+    whole_rows = np.where(each(by_rows), np.minimum(each(at_once), each(rows) - done), each(rows))
+    blocks[:, Column.ROWS] = whole_rows
+    blocks[:, Column.ROW_STEP] = each(row_step * size)
+    rest = np.minimum(each(length) - part * PART, PART)
+    blocks[:, Column.LENGTH] = np.where(each(by_length), rest, each(length))
+    blocks[:, Column.STEP] = each(step * size)
+    blocks[:, Column.BOUND] = each(limits.view(np.int64))
+    blocks[:, Column.INDEX] = each(firsts) + done
+    by_part = np.where(
+        each(by_length), part * PART * each(step * size), done * each(row_step * size)
+    )
+    return Table(
+        blocks,
+        owner,
+        by_part,
+        firsts,
+        row_counts,
+        int(row_counts.sum()),
+        int(elements.sum()),
+        simple=bool((parts == 1).all() and (rows == 1).all()),
+        has_float64=bool((kind == Kind.FLOAT64).any()),
+    )

@@ -1,0 +1,219 @@
+"""Norms, multiplications and clamps of many host tensors, each in one call of a compiled loop."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from distclip.kernels.host import compiler, threads
+from distclip.kernels.host.blocks import (
+    KINDS,
+    Kind,
+    Shape,
+    Table,
+    shape_of,
+    shape_of_units,
+    table_of,
+    table_of_contiguous,
+)
+
+Floats: TypeAlias = npt.NDArray[np.float64]
+
+LOOPS = {1.0: "magnitudes", 2.0: "squares", math.inf: "largest"}
+"""Orders of norms, and the loops that measure them."""
+PLAIN = frozenset((Tensor, torch.nn.Parameter))
+"""Types whose elements lie where their address says."""
+LEAST, MOST = 1e-280, 1e300
+"""Sums of squares of float64 numbers between these have lost nothing to underflow or overflow."""
+
+_numel, _is_contiguous = Tensor.numel, Tensor.is_contiguous
+_dtype, _is_cpu = operator.attrgetter("dtype"), operator.attrgetter("is_cpu")
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Host tensors that the loops take, and their table.
+
+    Attributes:
+        tensors: the tensors.
+        positions: which of the tensors asked for these are; None where they are all.
+        table: with the tensors, or their units, as rows.
+    """
+
+    tensors: Sequence[Tensor]
+    positions: Sequence[int] | None
+    table: Table
+
+
+@dataclass
+class Tables:
+    """The tables of the tensors of one plan, kept from step to step while nothing changes."""
+
+    _known: dict[str, tuple[object, Table]] = field(default_factory=dict)
+
+    def contiguous(
+        self,
+        what: str,
+        numels: list[int],
+        dtypes: list[torch.dtype],
+        counts: Sequence[int] | None,
+        bounds: Sequence[float | None] | None,
+    ) -> Table:
+        """The table of contiguous tensors; ``what`` they are tells one set from another."""
+        key = numels, dtypes, counts, bounds
+        known = self._known.get(what)
+        if known is None or known[0] != key:
+            kinds = [KINDS[dtype] for dtype in dtypes]
+            known = self._known[what] = key, table_of_contiguous(kinds, numels, counts, bounds)
+        return known[1]
+
+
+def choose(
+    tensors: Sequence[Tensor | None],
+    what: str = "",
+    *,
+    unit_dims: Sequence[Sequence[int]] | None = None,
+    counts: Sequence[int] | None = None,
+    bounds: Sequence[float | None] | None = None,
+    tables: Tables | None = None,
+) -> Chosen | None:
+    """Those of the tensors that the loops take; None where there are none.
+
+    Args:
+        tensors: any; None stands for a tensor that is missing.
+        what: these tensors are, among those of ``tables``.
+        unit_dims: per tensor, the dims that index its units, which are then the rows.
+        counts: per tensor, how many units it has; with ``unit_dims``.
+        bounds: per tensor, what its elements are clamped to when they are read.
+        tables: remembered tables.
+    """
+    kinds = compiler.kinds()
+    if not kinds or not tensors:
+        return None
+    tables = Tables() if tables is None else tables
+    if set(map(type, tensors)) <= PLAIN and (unit_dims is None or _are_first(unit_dims)):
+        everything = cast(Sequence[Tensor], tensors)
+        dtypes = list(map(_dtype, everything))
+        if _are_simple(everything) and all(KINDS.get(each) in kinds for each in set(dtypes)):
+            numels = list(map(_numel, everything))
+            table = tables.contiguous(what, numels, dtypes, counts, bounds)
+            return Chosen(everything, None, table)
+    found: list[tuple[int, Tensor, Kind, Shape]] = []
+    for number, tensor in enumerate(tensors):
+        shape = None
+        if tensor is not None and is_readable(tensor, kinds) and tensor.numel():
+            dims = None if unit_dims is None else unit_dims[number]
+            shape = shape_of(tensor) if dims is None else shape_of_units(tensor, dims)
+        if tensor is not None and shape is not None:
+            found.append((number, tensor, KINDS[tensor.dtype], shape))
+    if not found:
+        return None
+    positions, some, of_kinds, shapes = zip(*found, strict=True)
+    limits = None if bounds is None else [bounds[number] for number in positions]
+    table = table_of(of_kinds, shapes, limits, units=unit_dims is not None)
+    return Chosen(some, positions if len(positions) < len(tensors) else None, table)
+
+
+def is_readable(tensor: Tensor, kinds: frozenset[Kind]) -> bool:
+    """Whether a tensor's elements lie in host memory, in a format that the loops read."""
+    return (
+        type(tensor) in PLAIN
+        and tensor.is_cpu
+        and tensor.layout is torch.strided
+        and KINDS.get(tensor.dtype) in kinds
+    )
+
+
+def _are_simple(tensors: Sequence[Tensor]) -> bool:
+    """Whether all are contiguous host tensors. Asked at every step, so without a Python loop."""
+    try:
+        return all(map(_is_cpu, tensors)) and all(map(_is_contiguous, tensors))
+    except RuntimeError:  # a sparse tensor has no memory of that kind
+        return False
+
+
+def _are_first(unit_dims: Sequence[Sequence[int]]) -> bool:
+    """Whether units are indexed by the first dims everywhere, so that they are rows in memory."""
+    return all(dims == tuple(range(len(dims))) for dims in set(map(tuple, unit_dims)))
+
+
+def measures(norm_type: float) -> bool:
+    """Whether there is a loop for norms of this order."""
+    return norm_type in LOOPS
+
+
+def norms(chosen: Chosen, norm_type: float) -> tuple[Floats, list[int]]:
+    """The p-norm of each of the tensors, p = 1, 2 or inf.
+
+    Returns:
+        Float64 ``(len(chosen.tensors),)``; and which of them, counted from 0, are float64 tensors
+        whose squares have left the range of float64.
+    """
+    rows = _measured(chosen.table, chosen.tensors, norm_type)
+    table = chosen.table
+    if len(rows) != len(table.counts):
+        combine = np.maximum if math.isinf(norm_type) else np.add
+        rows = combine.reduceat(rows, table.firsts)
+    return _rooted(rows, norm_type, chosen)
+
+
+def unit_norms(chosen: Chosen, norm_type: float) -> tuple[Floats, list[int]]:
+    """The p-norm of each row, p = 1, 2 or inf; as :func:`norms`, with a number for each row."""
+    return _rooted(_measured(chosen.table, chosen.tensors, norm_type), norm_type, chosen)
+
+
+def _measured(table: Table, tensors: Sequence[Tensor], norm_type: float) -> Floats:
+    rows = np.zeros(table.rows)
+    _run(LOOPS[norm_type], table, tensors, rows)
+    return rows
+
+
+def _run(name: str, table: Table, tensors: Sequence[Tensor], rows: Floats) -> None:
+    loop = compiler.function(name)
+    if loop is None:  # `choose` chose nothing then
+        raise AssertionError(f"there is no compiled loop {name!r}")
+    threads.run(loop, table, table.placed(tensors), rows.ctypes.data)
+
+
+def _rooted(sums: Floats, norm_type: float, chosen: Chosen) -> tuple[Floats, list[int]]:
+    if norm_type != 2.0:
+        return sums, []
+    doubtful: list[int] = []
+    if chosen.table.has_float64 and not ((sums > LEAST) & (sums < MOST)).all():
+        unsure = ~((sums > LEAST) & (sums < MOST))
+        owners = np.flatnonzero(unsure)
+        if len(sums) != len(chosen.tensors):
+            owners = np.searchsorted(chosen.table.firsts, owners, side="right") - 1
+        wide = {torch.float64}
+        doubtful = [n for n in dict.fromkeys(owners.tolist()) if chosen.tensors[n].dtype in wide]
+    return np.sqrt(sums), doubtful
+
+
+def scale_(chosen: Chosen, coefficients: Floats) -> None:
+    """Multiply each row by its coefficient, in float64, rounded once.
+
+    Args:
+        chosen: what is multiplied.
+        coefficients: float64 ``(rows,)``. Rows whose coefficient is 1 are not touched.
+    """
+    _run("scale", chosen.table, chosen.tensors, np.ascontiguousarray(coefficients))
+
+
+def scale_whole_(chosen: Chosen, coefficients: Floats) -> None:
+    """Multiply each tensor by its coefficient, float64 ``(len(chosen.tensors),)``."""
+    table = chosen.table
+    each = coefficients if table.simple else np.repeat(coefficients, table.counts)
+    scale_(chosen, each)
+
+
+def clamp_(chosen: Chosen) -> None:
+    """Clamp each tensor to the bound that it was chosen with, rounded to its dtype; keeps NaN."""
+    _run("clamp", chosen.table, chosen.tensors, np.zeros(0))

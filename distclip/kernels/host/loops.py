@@ -1,0 +1,410 @@
+"""The loops over host memory, in LLVM's intermediate representation.
+
+Every loop is written with explicit vectors and a fixed order of additions, so a result has the same
+bits on every processor, whatever the width of its registers. (A compiler that vectorises a plain
+loop by itself has to reorder the sum, in a way that depends on the processor.) Sums are float64:
+squares of float32, bfloat16 and float16 numbers are exact in it, and neither overflow nor vanish.
+
+The exported functions take a table of *blocks* (see :mod:`distclip.kernels.host.blocks`), the first
+and last of them to work on, and an array of float64 numbers, one for each row:
+
+* ``squares``, ``magnitudes``, ``largest``: the sum of squares, the sum of absolute values and the
+  largest absolute value of each row;
+* ``scale``: multiply each row by its coefficient; rows whose coefficient is 1 are not touched;
+* ``clamp``: clamp each element to the block's bound.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+from llvmlite import ir
+
+from distclip.kernels.host.blocks import BOUNDED, COLUMNS, STRIDED, Column, Kind
+
+WIDTH = 8
+"""Numbers in a vector: 512 bits of float64, which narrower processors take in several parts."""
+UNROLLED = 4
+"""Vectors that are summed side by side, so that no addition waits for the one before it."""
+
+INT16, INT32, INT64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
+HALF, FLOAT, DOUBLE = ir.HalfType(), ir.FloatType(), ir.DoubleType()
+POINTER = ir.PointerType()
+
+Builder: TypeAlias = Any
+Value: TypeAlias = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """How numbers of one kind lie in memory.
+
+    Attributes:
+        bits: the integer type of the same size.
+        size: bytes.
+        widen: from those bits to float64, for a number or for a vector of them.
+        narrow: the reverse, rounded to nearest, ties to even.
+        exact_squares: whether the square of every number is exact in float64, so that a fused
+            multiplication and addition gives the same bits as two instructions.
+    """
+
+    bits: Any
+    size: int
+    widen: Callable[[Builder, Value], Value]
+    narrow: Callable[[Builder, Value], Value]
+    exact_squares: bool = True
+
+
+def _like(kind: Any, value: Value) -> Any:
+    """The scalar type ``kind``, or a vector of it where ``value`` is a vector."""
+    is_vector = isinstance(value.type, ir.VectorType)
+    return ir.VectorType(kind, value.type.count) if is_vector else kind
+
+
+def _constant(kind: Any, number: float, value: Value) -> Value:
+    """The number as a constant of scalar type ``kind``, as often as ``value`` has elements."""
+    of_kind = _like(kind, value)
+    if isinstance(of_kind, ir.VectorType):
+        return ir.Constant(of_kind, [number] * of_kind.count)
+    return ir.Constant(of_kind, number)
+
+
+def _widen_float(b: Builder, bits: Value) -> Value:
+    return b.fpext(b.bitcast(bits, _like(FLOAT, bits)), _like(DOUBLE, bits))
+
+
+def _narrow_float(b: Builder, value: Value) -> Value:
+    return b.bitcast(b.fptrunc(value, _like(FLOAT, value)), _like(INT32, value))
+
+
+def _widen_double(b: Builder, bits: Value) -> Value:
+    return b.bitcast(bits, _like(DOUBLE, bits))
+
+
+def _narrow_double(b: Builder, value: Value) -> Value:
+    return b.bitcast(value, _like(INT64, value))
+
+
+def _widen_half(b: Builder, bits: Value) -> Value:
+    half = b.bitcast(bits, _like(HALF, bits))
+    return b.fpext(b.fpext(half, _like(FLOAT, bits)), _like(DOUBLE, bits))
+
+
+def _narrow_half(b: Builder, value: Value) -> Value:
+    single = b.fptrunc(value, _like(FLOAT, value))
+    return b.bitcast(b.fptrunc(single, _like(HALF, value)), _like(INT16, value))
+
+
+def _widen_bfloat(b: Builder, bits: Value) -> Value:
+    """A bfloat16 number is the upper half of the same number in float32."""
+    upper = b.shl(b.zext(bits, _like(INT32, bits)), _constant(INT32, 16, bits))
+    return _widen_float(b, upper)
+
+
+def _narrow_bfloat(b: Builder, value: Value) -> Value:
+    bits = _narrow_float(b, value)
+    sixteen = _constant(INT32, 16, bits)
+    odd = b.and_(b.lshr(bits, sixteen), _constant(INT32, 1, bits))
+    rounded = b.add(bits, b.add(odd, _constant(INT32, 0x7FFF, bits)))
+    # Rounding could carry the payload of a NaN away; a NaN stays one.
+    quiet = b.or_(bits, _constant(INT32, 0x400000, bits))
+    chosen = b.select(b.fcmp_unordered("uno", value, value), quiet, rounded)
+    return b.trunc(b.lshr(chosen, sixteen), _like(INT16, bits))
+
+
+FORMATS = {
+    Kind.FLOAT32: Format(INT32, 4, _widen_float, _narrow_float),
+    Kind.BFLOAT16: Format(INT16, 2, _widen_bfloat, _narrow_bfloat),
+    Kind.FLOAT16: Format(INT16, 2, _widen_half, _narrow_half),
+    Kind.FLOAT64: Format(INT64, 8, _widen_double, _narrow_double, exact_squares=False),
+}
+
+
+# ---- control flow ----------------------------------------------------------------------------
+
+
+@contextmanager
+def _counting(b: Builder, start: Value, stop: Value, step: int) -> Iterator[Value]:
+    """``for index in range(start, stop, step)``; yields the index, int64."""
+    before = b.block
+    head, body = b.append_basic_block("head"), b.append_basic_block("body")
+    after = b.append_basic_block("after")
+    b.branch(head)
+    b.position_at_end(head)
+    index = b.phi(INT64)
+    index.add_incoming(start, before)
+    b.cbranch(b.icmp_signed("<", index, stop), body, after)
+    b.position_at_end(body)
+    yield index
+    index.add_incoming(b.add(index, ir.Constant(INT64, step)), b.block)
+    b.branch(head)
+    b.position_at_end(after)
+
+
+def _variable(b: Builder, initial: Value) -> Value:
+    """A place on the stack, which the compiler turns into a register."""
+    with b.goto_entry_block():
+        place = b.alloca(initial.type)
+    b.store(initial, place)
+    return place
+
+
+def _at(b: Builder, address: Value, index: Value, size: int) -> Value:
+    """Pointer to the element ``index`` of an array of ``size`` bytes each."""
+    offset = b.mul(index, ir.Constant(INT64, size))
+    return b.inttoptr(b.add(address, offset), POINTER)
+
+
+def _tree(b: Builder, add: Callable[[Value, Value], Value], parts: Sequence[Value]) -> Value:
+    """Combine in pairs, the first with the second and so on."""
+    while len(parts) > 1:
+        parts = [add(parts[n], parts[n + 1]) for n in range(0, len(parts), 2)]
+    return parts[0]
+
+
+# ---- measuring -------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Measure:
+    """What is computed of a row: an accumulator per lane, and how the lanes are combined.
+
+    Attributes:
+        accumulates: the scalar type of the accumulator, given the format.
+        start: its first value.
+        take: accumulator and bits of the next numbers to the new accumulator.
+        combine: of two accumulators.
+        finish: the last accumulator, a scalar, to the float64 result.
+    """
+
+    accumulates: Callable[[Format], Any]
+    take: Callable[[Builder, Format, Value, Value, Value | None], Value]
+    combine: Callable[[Builder, Value, Value], Value]
+    finish: Callable[[Builder, Format, Value], Value]
+
+
+def _clamped(b: Builder, value: Value, bound: Value | None) -> Value:
+    """``value`` clamped to +-``bound``, a scalar or as many as there are values; NaN stays NaN."""
+    if bound is None:
+        return value
+    upper = b.select(b.fcmp_ordered(">", value, bound), bound, value)
+    lower = b.fsub(_constant(DOUBLE, -0.0, value), bound)
+    return b.select(b.fcmp_ordered("<", upper, lower), lower, upper)
+
+
+def _add_square(b: Builder, f: Format, total: Value, bits: Value, bound: Value | None) -> Value:
+    value = _clamped(b, f.widen(b, bits), bound)
+    flags = ("contract",) if f.exact_squares else ()
+    return b.fadd(b.fmul(value, value, flags=flags), total, flags=flags)
+
+
+def _without_sign(b: Builder, f: Format, bits: Value) -> Value:
+    return b.and_(bits, _constant(f.bits, (1 << (8 * f.size - 1)) - 1, bits))
+
+
+def _add_magnitude(b: Builder, f: Format, total: Value, bits: Value, bound: Value | None) -> Value:
+    value = _clamped(b, f.widen(b, _without_sign(b, f, bits)), bound)
+    return b.fadd(value, total)
+
+
+def _take_larger(b: Builder, f: Format, most: Value, bits: Value, bound: Value | None) -> Value:
+    """Without their sign, the bits of numbers are in the order of the numbers, NaN on top."""
+    return _larger(b, most, _without_sign(b, f, bits))
+
+
+def _larger(b: Builder, first: Value, second: Value) -> Value:
+    return b.select(b.icmp_unsigned(">", first, second), first, second)
+
+
+def _sum(b: Builder, first: Value, second: Value) -> Value:
+    return b.fadd(first, second)
+
+
+MEASURES = {
+    "squares": Measure(lambda f: DOUBLE, _add_square, _sum, lambda b, f, total: total),
+    "magnitudes": Measure(lambda f: DOUBLE, _add_magnitude, _sum, lambda b, f, total: total),
+    "largest": Measure(
+        lambda f: f.bits, _take_larger, _larger, lambda b, f, most: f.widen(b, most)
+    ),
+}
+
+
+def _row_function(
+    module: Any, name: str, measure: Measure, form: Format, *, bounded: bool, strided: bool
+) -> Any:
+    """``double name(i64 address, i64 length, i64 step, double bound)``: one row measured."""
+    kind = ir.FunctionType(DOUBLE, [INT64, INT64, INT64, DOUBLE])
+    function = ir.Function(module, kind, name)
+    function.linkage = "internal"
+    b = ir.IRBuilder(function.append_basic_block("entry"))
+    address, length, step, bound = function.args
+    scalar = measure.accumulates(form)
+    done: Value = ir.Constant(INT64, 0)
+    totals: list[Value] = []
+    if not strided:
+        vector, memory = ir.VectorType(scalar, WIDTH), ir.VectorType(form.bits, WIDTH)
+        nothing = ir.Constant(vector, [0] * WIDTH)
+        bounds = _splat(b, bound) if bounded else None
+        lanes = [_variable(b, nothing) for _ in range(UNROLLED)]
+        turn = WIDTH * UNROLLED
+        whole = b.mul(b.sdiv(length, ir.Constant(INT64, turn)), ir.Constant(INT64, turn))
+        with _counting(b, done, whole, turn) as index:
+            for number, lane in enumerate(lanes):
+                place = b.add(index, ir.Constant(INT64, number * WIDTH))
+                bits = b.load(_at(b, address, place, form.size), align=form.size, typ=memory)
+                total = b.load(lane, typ=vector)
+                b.store(measure.take(b, form, total, bits, bounds), lane)
+        done = whole
+        combine = functools.partial(measure.combine, b)
+        summed = _tree(b, combine, [b.load(lane, typ=vector) for lane in lanes])
+        parts = [b.extract_element(summed, ir.Constant(INT32, n)) for n in range(WIDTH)]
+        totals.append(_tree(b, combine, parts))
+    rest = _variable(b, ir.Constant(scalar, 0))
+    with _counting(b, done, length, 1) as index:
+        place = b.inttoptr(b.add(address, b.mul(index, step)), POINTER)
+        bits = b.load(place, align=form.size, typ=form.bits)
+        total = b.load(rest, typ=scalar)
+        b.store(measure.take(b, form, total, bits, bound if bounded else None), rest)
+    totals.append(b.load(rest, typ=scalar))
+    total = totals[0] if len(totals) == 1 else measure.combine(b, *totals)
+    result = measure.finish(b, form, total)
+    if bounded and measure is MEASURES["largest"]:
+        result = _clamped(b, result, bound)
+    b.ret(result)
+    return function
+
+
+def _splat(b: Builder, value: Value) -> Value:
+    vector = ir.VectorType(value.type, WIDTH)
+    one = b.insert_element(ir.Constant(vector, ir.Undefined), value, ir.Constant(INT32, 0))
+    mask = ir.Constant(ir.VectorType(INT32, WIDTH), [0] * WIDTH)
+    return b.shuffle_vector(one, one, mask)
+
+
+# ---- changing --------------------------------------------------------------------------------
+
+Change: TypeAlias = Callable[[Builder, Value, Value], Value]
+"""From the value and the row's number (a coefficient or a bound) to the new value."""
+
+
+def _multiplied(b: Builder, value: Value, factor: Value) -> Value:
+    return b.fmul(value, factor)
+
+
+CHANGES: dict[str, Change] = {"scale": _multiplied, "clamp": _clamped}
+
+
+def _change_function(module: Any, name: str, change: Change, form: Format, *, strided: bool) -> Any:
+    """``void name(i64 address, i64 length, i64 step, double number)``: one row changed."""
+    kind = ir.FunctionType(ir.VoidType(), [INT64, INT64, INT64, DOUBLE])
+    function = ir.Function(module, kind, name)
+    function.linkage = "internal"
+    b = ir.IRBuilder(function.append_basic_block("entry"))
+    address, length, step, number = function.args
+    done: Value = ir.Constant(INT64, 0)
+
+    def changed(place: Value, memory: Any, by: Value) -> None:
+        bits = b.load(place, align=form.size, typ=memory)
+        b.store(form.narrow(b, change(b, form.widen(b, bits), by)), place, align=form.size)
+
+    if not strided:
+        turn = 2 * WIDTH
+        several = _splat(b, number)
+        whole = b.mul(b.sdiv(length, ir.Constant(INT64, turn)), ir.Constant(INT64, turn))
+        with _counting(b, done, whole, turn) as index:
+            for part in range(0, turn, WIDTH):
+                place = b.add(index, ir.Constant(INT64, part))
+                memory = ir.VectorType(form.bits, WIDTH)
+                changed(_at(b, address, place, form.size), memory, several)
+        done = whole
+    with _counting(b, done, length, 1) as index:
+        changed(b.inttoptr(b.add(address, b.mul(index, step)), POINTER), form.bits, number)
+    b.ret_void()
+    return function
+
+
+# ---- the exported functions ------------------------------------------------------------------
+
+
+class _Block:
+    """The columns of one row of the table, read where they are asked for."""
+
+    def __init__(self, b: Builder, table: Value, number: Value) -> None:
+        self._b = b
+        self._start = b.add(table, b.mul(number, ir.Constant(INT64, 8 * COLUMNS)))
+
+    def __getitem__(self, column: Column) -> Value:
+        place = self._b.add(self._start, ir.Constant(INT64, 8 * column))
+        return self._b.load(self._b.inttoptr(place, POINTER), typ=INT64)
+
+
+def _over_blocks(module: Any, name: str, numbers: str, variants: Mapping[int, Any]) -> None:
+    """``void name(i64 table, i64 first, i64 last, i64 values)``.
+
+    Args:
+        module: where the function goes.
+        name: of the function.
+        numbers: what each row does with its place in ``values``: ``"writes"`` its result there,
+            ``"reads"`` its coefficient there, or takes its ``"bound"`` from the block.
+        variants: variant of a block -> the function of one row.
+    """
+    kind = ir.FunctionType(ir.VoidType(), [INT64, INT64, INT64, INT64])
+    function = ir.Function(module, kind, name)
+    b = ir.IRBuilder(function.append_basic_block("entry"))
+    table, first, last, values = function.args
+    with _counting(b, first, last, 1) as number:
+        block = _Block(b, table, number)
+        after = b.append_basic_block("after")
+        choice = b.switch(block[Column.VARIANT], after)
+        for variant, row in variants.items():
+            here = b.append_basic_block(f"variant{variant}")
+            choice.add_case(ir.Constant(INT64, variant), here)
+            b.position_at_end(here)
+            _rows(b, block, row, values, numbers)
+            b.branch(after)
+        b.position_at_end(after)
+    b.ret_void()
+
+
+def _rows(b: Builder, block: _Block, row: Any, values: Value, numbers: str) -> None:
+    """Call ``row`` for every row of a block."""
+    address, length, step = (block[c] for c in (Column.ADDRESS, Column.LENGTH, Column.STEP))
+    distance, index = block[Column.ROW_STEP], block[Column.INDEX]
+    bound = b.bitcast(block[Column.BOUND], DOUBLE)
+    with _counting(b, ir.Constant(INT64, 0), block[Column.ROWS], 1) as number:
+        start = b.add(address, b.mul(number, distance))
+        place = _at(b, values, b.add(index, number), 8)
+        if numbers == "writes":
+            b.store(b.call(row, [start, length, step, bound]), place)
+        elif numbers == "bound":
+            b.call(row, [start, length, step, bound])
+        else:
+            factor = b.load(place, typ=DOUBLE)
+            with b.if_then(b.fcmp_unordered("!=", factor, ir.Constant(DOUBLE, 1.0))):
+                b.call(row, [start, length, step, factor])
+
+
+def module_text(name: str, kinds: Iterable[Kind]) -> str:
+    """One exported function, for numbers of the given kinds, as the text of an LLVM module."""
+    module = ir.Module(f"distclip_{name}")
+    measure, change = MEASURES.get(name), CHANGES.get(name)
+    variants: dict[int, Any] = {}
+    for kind in kinds:
+        for flags in range(4):
+            title, form = f"{kind.name}_{flags}".lower(), FORMATS[kind]
+            strided, bounded = bool(flags & STRIDED), bool(flags & BOUNDED)
+            if measure is not None:
+                row = _row_function(module, title, measure, form, bounded=bounded, strided=strided)
+            elif bounded:  # changing takes no notice of the bound of a measurement
+                row = variants[4 * kind + flags - BOUNDED]
+            else:
+                assert change is not None
+                row = _change_function(module, title, change, form, strided=strided)
+            variants[4 * kind + flags] = row
+    numbers = "writes" if measure is not None else "reads" if name == "scale" else "bound"
+    _over_blocks(module, name, numbers, variants)
+    return str(module)

@@ -1,0 +1,156 @@
+"""Norms of local tensors and of their units: the door that the rest of the package goes through.
+
+Which of three ways a tensor takes, nobody else has to know: host tensors are measured by compiled
+loops (:mod:`distclip.kernels.host`), accelerator tensors by Triton kernels or torch's multi-tensor
+operations (:mod:`distclip.kernels.accelerator`), and whatever neither takes (complex numbers, other
+orders, strange strides, hosts without a compiler) by plain torch operations
+(:mod:`distclip.kernels.plain`). All of them add in float64. Nothing reads a value of an accelerator
+tensor on the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from distclip.kernels import accelerator, plain
+from distclip.kernels.bounds import held
+from distclip.kernels.host import kernels as host
+from distclip.kernels.host.kernels import Tables as Tables
+
+
+def norms(
+    tensors: Sequence[Tensor | None],
+    norm_type: float,
+    bounds: Sequence[float | None] | None = None,
+    *,
+    device: torch.device,
+    tables: Tables | None = None,
+    what: str = "",
+) -> Tensor:
+    """p-norm of each tensor, as if clamped to its bound first.
+
+    Args:
+        tensors: local tensors of any dtype, shape and device; None counts as 0.
+        norm_type: p > 0 or inf.
+        bounds: per tensor, measure ``clamp(x, -bound, bound)`` instead; None for as it is.
+        device: where the result goes.
+        tables: what is remembered of the tensors from step to step.
+        what: which of the sets of tensors in ``tables`` these are.
+
+    Returns:
+        float64 tensor of shape ``(len(tensors),)``. NaN and inf elements give NaN and inf.
+    """
+    bounds = _held(tensors, bounds)
+    chosen = None
+    if host.measures(norm_type):
+        chosen = host.choose(tensors, what, bounds=bounds, tables=tables)
+    values = None
+    if chosen is not None:
+        found, doubtful = host.norms(chosen, norm_type)
+        for number in doubtful:
+            position = number if chosen.positions is None else chosen.positions[number]
+            bound = None if bounds is None else bounds[position]
+            found[number] = float(plain.norm(chosen.tensors[number], norm_type, bound))
+        values = torch.from_numpy(found).to(device)
+        if chosen.positions is None:
+            return values
+    result = torch.zeros(len(tensors), dtype=torch.float64, device=device)
+    done: Sequence[int] = ()
+    if chosen is not None and chosen.positions is not None and values is not None:
+        done = chosen.positions
+        result = accelerator.placed(result, done, values)
+    for positions in _others(tensors, done):
+        there = [cast(Tensor, tensors[position]) for position in positions]
+        limits = None if bounds is None else [bounds[position] for position in positions]
+        measure = plain.norms if there[0].is_cpu else accelerator.norms
+        result = accelerator.placed(result, positions, measure(there, norm_type, limits))
+    return result
+
+
+def unit_norms(
+    tensors: Sequence[Tensor | None],
+    unit_dims: Sequence[Sequence[int]],
+    counts: Sequence[int],
+    norm_type: float,
+    bounds: Sequence[float | None] | None = None,
+    *,
+    device: torch.device,
+    tables: Tables | None = None,
+    what: str = "",
+) -> Tensor:
+    """p-norm of each unit of each tensor.
+
+    Args:
+        tensors: local tensors of any dtype, shape and device; None counts as 0.
+        unit_dims: per tensor, the dims that index its units; all others are reduced. ``()``: one
+            unit.
+        counts: per tensor, how many units it has.
+        norm_type: p > 0 or inf.
+        bounds: per tensor, measure ``clamp(x, -bound, bound)`` instead; None for as it is.
+        device: where the result goes.
+        tables: what is remembered of the tensors from step to step.
+        what: which of the sets of tensors in ``tables`` these are.
+
+    Returns:
+        float64 ``(sum(counts),)``: the tensors one after another, each in row-major order of its
+        ``unit_dims``.
+    """
+    bounds = _held(tensors, bounds)
+    chosen = None
+    if host.measures(norm_type):
+        chosen = host.choose(
+            tensors, what, unit_dims=unit_dims, counts=counts, bounds=bounds, tables=tables
+        )
+    parts: dict[int, Tensor] = {}
+    if chosen is not None:
+        found, doubtful = host.unit_norms(chosen, norm_type)
+        values = torch.from_numpy(found)
+        if chosen.positions is None and not doubtful:
+            return values.to(device)
+        positions = range(len(tensors)) if chosen.positions is None else chosen.positions
+        split = torch.split(values, [counts[position] for position in positions])
+        parts = dict(zip(positions, split, strict=True))
+        for number in doubtful:
+            del parts[positions[number]]
+    for positions in _others(tensors, list(parts)):
+        rows = [
+            plain.rows(cast(Tensor, tensors[each]), unit_dims[each], counts[each])
+            for each in positions
+        ]
+        limits = None if bounds is None else [bounds[position] for position in positions]
+        measure = plain.row_norms if rows[0].is_cpu else accelerator.row_norms
+        split = torch.split(measure(rows, norm_type, limits), [len(each) for each in rows])
+        parts.update(zip(positions, split, strict=True))
+    every = [
+        parts[number].to(device)
+        if number in parts
+        else torch.zeros(count, dtype=torch.float64, device=device)
+        for number, count in enumerate(counts)
+    ]
+    return torch.cat(every) if every else torch.zeros(0, dtype=torch.float64, device=device)
+
+
+def _held(
+    tensors: Sequence[Tensor | None], bounds: Sequence[float | None] | None
+) -> Sequence[float | None] | None:
+    """The bounds, each as its tensor's dtype holds it."""
+    if bounds is None:
+        return None
+    return [
+        bound if bound is None or tensor is None else held(bound, tensor.dtype)
+        for tensor, bound in zip(tensors, bounds, strict=True)
+    ]
+
+
+def _others(tensors: Sequence[Tensor | None], done: Sequence[int]) -> list[list[int]]:
+    """The tensors that are left to be measured, those of one device together."""
+    known = set(done)
+    by_device: dict[torch.device, list[int]] = {}
+    for position, tensor in enumerate(tensors):
+        if tensor is not None and position not in known and tensor.numel():
+            by_device.setdefault(tensor.device, []).append(position)
+    return list(by_device.values())

@@ -1,0 +1,305 @@
+"""The compiled loops over host tensors, against numpy in float64; and the way without them."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from distclip.kernels import changing, measuring
+from distclip.kernels.host import blocks, compiler, kernels
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+ORDERS = [1.0, 2.0, math.inf]
+SIZES = [0, 1, 3, 7, 8, 31, 32, 33, 64, 65, 1000, 4096, 70001]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(params=[True, False], ids=["compiled", "plain"], autouse=True)
+def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Every test runs on the loops and on the way without them, which must agree."""
+    if not request.param:
+        monkeypatch.setattr(compiler, "kinds", frozenset)
+    return bool(request.param)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Whatever a test sets, the next one finds what was there."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def drawn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def reference(tensor: Tensor, order: float, bound: float | None = None) -> float:
+    values = np.abs(tensor.detach().double().numpy().ravel())
+    if bound is not None:
+        limit = float(torch.tensor(bound, dtype=tensor.dtype))
+        values = np.where(values > limit, limit, values)
+    if not values.size:
+        return 0.0
+    if math.isinf(order):
+        return float(values.max())
+    largest = values.max()
+    if largest == 0 or not math.isfinite(largest):
+        return float(largest)
+    return float(largest * math.fsum((values / largest) ** order) ** (1 / order))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("bound", [None, 0.3, 0.0, 1e300])
+def test_norms(dtype: torch.dtype, order: float, bound: float | None) -> None:
+    tensors: list[Tensor | None] = [drawn(size, dtype=dtype, seed=size) for size in SIZES]
+    tensors += [drawn(40, 50, dtype=dtype).t(), drawn(6, 5, 8, dtype=dtype)[:, ::2], None]
+    tensors += [drawn(30, 70, dtype=dtype)[3:9, 5:60:3], drawn(9, dtype=dtype).expand(4, 9)]
+    tensors += [drawn(4, 6, 10, 3, dtype=dtype)[::2, 1:5, ::3], torch.tensor(-2.5, dtype=dtype)]
+    bounds = None if bound is None else [bound] * len(tensors)
+    found = measuring.norms(tensors, order, bounds, device=CPU)
+    limit = bound if bound is None or bound <= torch.finfo(dtype).max else None
+    wanted = [0.0 if t is None else reference(t, order, limit) for t in tensors]
+    assert found.dtype is torch.float64
+    np.testing.assert_allclose(found.numpy(), wanted, rtol=4e-12, atol=0.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("order", ORDERS)
+def test_norms_of_units(dtype: torch.dtype, order: float) -> None:
+    cases = [
+        (drawn(7, 33, dtype=dtype), (0,)),
+        (drawn(4, 5, 6, dtype=dtype), (0,)),
+        (drawn(4, 5, 6, dtype=dtype), (0, 1)),
+        (drawn(4, 5, 6, dtype=dtype), (1,)),
+        (drawn(50, 20, dtype=dtype).t(), (0,)),
+        (drawn(50, 20, dtype=dtype), (1,)),
+        (drawn(11, dtype=dtype), ()),
+        (drawn(3, 0, dtype=dtype), (0,)),
+        (drawn(0, 3, dtype=dtype), (0,)),
+    ]
+    tensors: list[Tensor | None] = [tensor for tensor, _ in cases]
+    dims = [chosen for _, chosen in cases]
+    counts = [math.prod(t.shape[d] for d in chosen) for t, chosen in cases]
+    wanted = [reference(row, order) for each in cases for row in rows_of(*each)]
+    for bound in (None, 0.4):
+        bounds = None if bound is None else [bound] * len(cases)
+        if bound is not None:
+            wanted = [reference(row, order, bound) for each in cases for row in rows_of(*each)]
+        found = measuring.unit_norms(tensors, dims, counts, order, bounds, device=CPU)
+        np.testing.assert_allclose(found.numpy(), wanted, rtol=1e-12, atol=0.0)
+    alone = measuring.unit_norms([cases[0][0], None], [(0,), (0,)], [7, 2], order, device=CPU)
+    assert len(alone) == 9
+    assert not alone[7:].any()
+
+
+def rows_of(tensor: Tensor, dims: tuple[int, ...]) -> list[Tensor]:
+    others = [dim for dim in range(tensor.dim()) if dim not in dims]
+    count = math.prod(tensor.shape[dim] for dim in dims)
+    return list(
+        tensor.permute(*dims, *others).reshape(count, math.prod(tensor.shape[d] for d in others))
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("odd", [math.nan, -math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("place", [0, 40, 99])
+def test_what_is_not_finite_shows(dtype: torch.dtype, order: float, odd: float, place: int) -> None:
+    tensor = drawn(100, dtype=dtype)
+    tensor[place] = odd
+    (found,) = measuring.norms([tensor], order, device=CPU).tolist()
+    assert math.isnan(found) if math.isnan(odd) else found == math.inf
+    (found,) = measuring.norms([tensor], order, [0.5], device=CPU).tolist()
+    assert math.isnan(found) == math.isnan(odd)
+    (found, *_) = measuring.unit_norms([tensor[:, None]], [()], [1], order, device=CPU).tolist()
+    assert math.isnan(found) if math.isnan(odd) else found == math.inf
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value"),
+    [
+        (torch.float32, 1e-45),
+        (torch.float32, 3e38),
+        (torch.float16, 6e-8),
+        (torch.float16, 65504.0),
+        (torch.bfloat16, 1e-40),
+        (torch.bfloat16, 3e38),
+        (torch.float64, 5e-324),
+        (torch.float64, 1e-200),
+        (torch.float64, 1e305),
+    ],
+)
+@pytest.mark.parametrize("order", ORDERS)
+def test_the_ends_of_a_dtype(dtype: torch.dtype, value: float, order: float) -> None:
+    tensor = torch.full((100,), value, dtype=dtype)
+    found = measuring.norms([tensor, drawn(5)], order, device=CPU)
+    np.testing.assert_allclose(float(found[0]), reference(tensor, order), rtol=1e-12)
+    rows = measuring.unit_norms([tensor.view(4, 25)], [(0,)], [4], order, device=CPU)
+    np.testing.assert_allclose(rows.numpy(), [reference(tensor[:25], order)] * 4, rtol=1e-12)
+
+
+@pytest.mark.usefixtures("threads")
+def test_large_tensors_on_any_number_of_threads_give_the_same_bits(compiled: bool) -> None:
+    tensors = [drawn(blocks.PART), drawn(3 * blocks.PART + 17), drawn(5), drawn(300, 4096)]
+    matrices = [drawn(700, 2048), drawn(1, 2 * blocks.PART), drawn(2 * blocks.PART, 1)]
+    counts = [len(matrix) for matrix in matrices]
+    found = []
+    for number in (1, 2, 3, 7):
+        torch.set_num_threads(number)
+        norms = measuring.norms(tensors, 2.0, device=CPU)
+        units = measuring.unit_norms(matrices, [(0,)] * 3, counts, 2.0, device=CPU)
+        scaled = [each.clone() for each in (*tensors, *matrices)]
+        changing.scale_(scaled, torch.linspace(0.1, 0.7, 7, dtype=torch.float64))
+        found.append((norms, units, *scaled))
+    if compiled:
+        assert all(
+            torch.equal(a, b) for each in found[1:] for a, b in zip(found[0], each, strict=True)
+        )
+    wanted = [reference(each, 2.0) for each in tensors]
+    np.testing.assert_allclose(found[0][0].numpy(), wanted, rtol=1e-12)
+    wanted = [reference(row, 2.0) for matrix in matrices[:2] for row in matrix]
+    np.testing.assert_allclose(found[0][1][:701].numpy(), wanted, rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("factor", [0.5, 0.3, 1.0, 1e-3, 2.0])
+def test_multiplying(dtype: torch.dtype, factor: float, compiled: bool) -> None:
+    tensors = [drawn(size, dtype=dtype) for size in SIZES if size]
+    tensors += [drawn(40, 50, dtype=dtype).t(), drawn(30, 70, dtype=dtype)[3:9, 5:60:3]]
+    before = [tensor.clone() for tensor in tensors]
+    tensors[0].requires_grad_()
+    versions = [tensor._version for tensor in tensors]
+    with torch.no_grad():
+        changing.scale_(tensors, torch.tensor(factor, dtype=torch.float64).expand(len(tensors)))
+    for now, then, version in zip(tensors, before, versions, strict=True):
+        wide = then.double() * factor
+        # Rounded once. (torch itself rounds the factor to float32 first.)
+        most = 0.51 if compiled else 1.51
+        assert ((now.double() - wide).abs() <= most * spacing(wide, dtype)).all()
+        assert factor == 1.0 or now._version > version
+    each = torch.linspace(0.1, 1.0, len(before), dtype=torch.float64)
+    changing.scale_(before, each)
+
+
+def spacing(values: Tensor, dtype: torch.dtype) -> Tensor:
+    info = torch.finfo(dtype)
+    exponent = torch.frexp(values.abs().clamp(min=info.tiny))[1].double() - 1
+    return torch.exp2(exponent) * info.eps
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_multiplying_units(dtype: torch.dtype) -> None:
+    cases = [(drawn(7, 33, dtype=dtype), (0,)), (drawn(4, 5, 6, dtype=dtype), (0, 1))]
+    cases += [(drawn(50, 20, dtype=dtype).t(), (0,)), (drawn(4, 5, 6, dtype=dtype), (1,))]
+    cases += [(drawn(4, 5, 6, dtype=dtype)[:, ::2, ::2], (0, 2))]
+    counts = [math.prod(t.shape[d] for d in dims) for t, dims in cases]
+    factors = [torch.rand(count, dtype=torch.float64) for count in counts]
+    factors[0][2:5] = 1.0
+    before = [tensor.clone() for tensor, _ in cases]
+    changing.scale_units_([t for t, _ in cases], factors, [dims for _, dims in cases])
+    for (now, dims), then, each in zip(cases, before, factors, strict=True):
+        shape = [size if dim in dims else 1 for dim, size in enumerate(now.shape)]
+        wide = then.double() * each.view(shape)
+        assert ((now.double() - wide).abs() <= 1.51 * spacing(wide, dtype)).all()
+    assert torch.equal(cases[0][0][2:5], before[0][2:5])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bound", [0.0, 0.1, 1.0, 1e300])
+def test_clamping(dtype: torch.dtype, bound: float) -> None:
+    tensors = [drawn(size, dtype=dtype) for size in (1, 33, 1000)]
+    tensors += [drawn(40, 50, dtype=dtype).t()[::2], drawn(5, dtype=dtype)]
+    tensors[-1][:3] = torch.tensor([math.nan, math.inf, -math.inf]).to(dtype)
+    wanted = []
+    for tensor in tensors:
+        limit = torch.tensor(bound, dtype=torch.float64).to(dtype)
+        wanted.append(torch.clamp(tensor, -limit, limit))
+    changing.clamp_(tensors, [bound] * len(tensors))
+    for now, then in zip(tensors, wanted, strict=True):
+        assert torch.equal(now.nan_to_num(nan=7.0), then.nan_to_num(nan=7.0))
+
+
+def test_bfloat16_rounds_to_nearest_even(compiled: bool) -> None:
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    now, then = every.clone(), every.clone()
+    changing.scale_([now], torch.tensor([1.0 + 2**-9], dtype=torch.float64))
+    then = (then.float() * (1.0 + 2**-9)).to(torch.bfloat16)
+    assert torch.equal(now.isnan(), then.isnan())
+    assert torch.equal(now.nan_to_num(nan=0.0), then.nan_to_num(nan=0.0))
+
+
+def test_tables_follow_what_changes(compiled: bool) -> None:
+    tables = kernels.Tables()
+    for sizes, dtype in (
+        ((3, 5), torch.float32),
+        ((3, 5), torch.bfloat16),
+        ((5, 3, 2), torch.float32),
+    ):
+        tensors = [drawn(size, dtype=dtype, seed=size) for size in sizes]
+        for _ in range(2):
+            tensors = [tensor.clone() for tensor in tensors]
+            found = measuring.norms(tensors, 2.0, device=CPU, tables=tables, what="x")
+            wanted = [reference(tensor, 2.0) for tensor in tensors]
+            np.testing.assert_allclose(found.numpy(), wanted, rtol=1e-12)
+
+
+def test_many_threads_may_measure_at_once() -> None:
+    tensors = [[drawn(size, seed=seed) for size in SIZES] for seed in range(8)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda each: measuring.norms(each, 2.0, device=CPU), tensors * 20))
+    for each, norms in zip(tensors * 20, found, strict=True):
+        assert torch.equal(norms, measuring.norms(each, 2.0, device=CPU))
+
+
+WITHOUT = """
+import sys, warnings
+sys.modules["llvmlite"] = None
+import torch, distclip
+from distclip.kernels.host import compiler
+model = torch.nn.Linear(3, 3)
+model(torch.ones(2, 3)).sum().backward()
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(2):
+        norm = distclip.clip_grad_norm_(model.parameters(), 1e9)
+wanted = torch.cat([p.grad.flatten() for p in model.parameters()]).double().norm()
+assert abs(float(norm) / float(wanted) - 1) < 1e-6, (norm, wanted)
+print(len(caught), *{str(each.message) for each in caught})
+"""
+
+
+def run(code: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_without_the_compiler_it_says_so_once(compiled: bool) -> None:
+    if compiled:
+        said = run(WITHOUT)
+        assert said.startswith("1 ")
+        assert "compiled loops for host tensors cannot be used" in said
+    else:
+        assert run(WITHOUT, **{compiler.SWITCH: "0"}).split() == ["0"]
+
+
+def test_importing_distclip_loads_no_compiler() -> None:
+    code = "import sys, distclip; print([m for m in sys.modules if 'llvmlite' in m])"
+    assert run(code).strip() == "[]"
