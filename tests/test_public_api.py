@@ -166,7 +166,7 @@ SIGNATURES = {
     "testing.expected": "(policy: Policy, gradients: Mapping[str, npt.ArrayLike | None], "
     "weights: Mapping[str, npt.ArrayLike], *, groups: Mapping[str, int] | None = None, "
     "on_nonfinite: NonFinite = pass, memory: dict[str, Memory] | None = None, "
-    "loss: float | None = None) -> Expected",
+    "loss: float | None = None, stored: Stored | None = None) -> Expected",
     "testing.check_policy": "(factory: Callable[[], Any], *, steps: int = 300) -> None",
 }
 """Relied on from outside. An argument may be added; none may be renamed, moved or taken away."""
