@@ -116,7 +116,8 @@ def compile_passes(
     for position, draft in enumerate(drafts):
         first, last = position == 0, position == len(drafts) - 1
         wanted = (first and (norms or watch_nonfinite)) or (last and norms)
-        result.append(_finished(draft, parameters, entries, shown if wanted else None, first))
+        order = shown if wanted else None
+        result.append(_finished(draft, parameters, entries, order, first, reported=norms))
     return tuple(result)
 
 
@@ -205,6 +206,8 @@ def _finished(
     entries: Sequence[Entry],
     shown: float | None,
     first: bool,
+    *,
+    reported: bool,
 ) -> Pass:
     local = {
         member: tuple(prefix)
@@ -245,7 +248,8 @@ def _finished(
         decided_locally=frozenset(local),
         bounds=dict(draft.bounds),
         raw_orders=(shown,) if shown is not None and first and draft.bounds else (),
-        reduced=reads or shown is not None or moves,
+        # What each rank decides on units of its own, all have to know for the report.
+        reduced=reads or shown is not None or moves or (reported and bool(local)),
         loss=any(stage.policy.needs.loss for stage in draft.stages),
     )
     return Pass(tuple(draft.stages), request, local, dict(draft.late_clamps), whole, divided)
