@@ -43,7 +43,7 @@ class AutoClip(ScalingPolicy):
         window: how many norms the history keeps; None keeps all, counted in bins.
 
     Raises:
-        ConfigurationError: a percentile outside of 0 to 100, a window < 1.
+        ConfigurationError: a percentile outside of 0 to 100, a window < 1 or > 1,000,000.
     """
 
     percentile: float = 10.0
@@ -62,7 +62,7 @@ class AutoClip(ScalingPolicy):
             )
         object.__setattr__(self, "percentile", percentile)
         if self.window is not None:
-            window = _checks.whole(self.name, "window", self.window, 1)
+            window = _checks.window(self.name, self.window, 1)
             object.__setattr__(self, "window", window)
 
     @property

@@ -69,6 +69,21 @@ def whole(policy: str, key: str, value: Any, least: int) -> int:
     return int(checked)
 
 
+LONGEST = 1_000_000
+"""Samples that a window may hold: 8 MB of float64 numbers in every checkpoint."""
+
+
+def window(policy: str, value: Any, least: int) -> int:
+    """How many samples a policy remembers: an integer from ``least`` to :data:`LONGEST`."""
+    checked = whole(policy, "window", value, least)
+    if checked > LONGEST:
+        raise ConfigurationError(
+            f"{policy}: window must be at most {LONGEST:,}, got {value!r}: every number of it is "
+            f"kept in memory and in checkpoints"
+        )
+    return checked
+
+
 def fraction(policy: str, key: str, value: Any) -> float:
     """A share of the past: 0 <= value < 1."""
     checked = number(policy, key, value)

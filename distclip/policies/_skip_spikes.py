@@ -42,7 +42,7 @@ class SkipSpikes(ScalingPolicy):
     have left in the memory of other policies is forgotten.
 
     Args:
-        window: how many norms are remembered, >= 2.
+        window: how many norms are remembered, 2 to 1,000,000.
         sigma: deviations above the mean at which a spike begins, > 0.
         min_history: norms before anything is skipped, 2 to ``window``.
         max_consecutive: skips in a row, >= 1.
@@ -64,7 +64,7 @@ class SkipSpikes(ScalingPolicy):
 
     def __post_init__(self) -> None:
         set_ = object.__setattr__
-        set_(self, "window", _checks.whole(self.name, "window", self.window, 2))
+        set_(self, "window", _checks.window(self.name, self.window, 2))
         set_(self, "sigma", _checks.positive(self.name, "sigma", self.sigma))
         set_(self, "min_history", _checks.whole(self.name, "min_history", self.min_history, 2))
         most = _checks.whole(self.name, "max_consecutive", self.max_consecutive, 1)

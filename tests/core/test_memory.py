@@ -226,6 +226,8 @@ def test_a_series_of_skips_ends() -> None:
         (lambda: policies.autoclip(101), "percentile must be 0 to 100"),
         (lambda: policies.autoclip(10, window=0), "window must be a whole number of at least 1"),
         (lambda: policies.autoclip(10, window=2.5), "window must be a whole number"),
+        (lambda: policies.autoclip(10, window=10**18), "window must be at most 1,000,000"),
+        (lambda: policies.skip_spikes(window=10**7), "window must be at most 1,000,000"),
         (lambda: policies.zclip(z_thresh=0), "z_thresh must be finite and > 0"),
         (lambda: policies.zclip(alpha=1.0), "alpha must be >= 0 and < 1"),
         (lambda: policies.zclip(max_norm=-1), "max_norm must be >= 0"),
