@@ -260,8 +260,10 @@ def local_part(tensor: DTensor) -> Tensor:
     return cast(Tensor, wait()) if wait is not None else local
 
 
-TENSOR = {Tensor}
-_grad, _spec, _shard = map(operator.attrgetter, ("grad", "_spec", "_local_tensor"))
+TENSOR, STRIDED = {Tensor}, {torch.strided}
+_grad, _spec, _shard, _layout = map(
+    operator.attrgetter, ("grad", "_spec", "_local_tensor", "layout")
+)
 
 
 def specs_of(holds: Sequence[Holder]) -> list[object]:
@@ -285,7 +287,8 @@ def quick_gradients(holds: Sequence[Holder], specs: list[object]) -> list[Tensor
         shards: list[Tensor | None] = list(map(_shard, gradients))
     except AttributeError:  # none, or a plain tensor
         return None
-    return shards if same and set(map(type, shards)) == TENSOR else None
+    usual = same and set(map(type, shards)) == TENSOR and set(map(_layout, shards)) == STRIDED
+    return shards if usual else None
 
 
 def quick_weights(holds: Sequence[Holder]) -> list[Tensor] | None:

@@ -172,6 +172,10 @@ class LaProp(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for group in self.param_groups:  # the clipping takes sparse gradients, the update does not
+            for name, parameter in zip(group["param_names"], group["params"], strict=True):
+                if parameter.grad is not None:
+                    plain.check_dense(name, parameter.grad)
         if self._clipping.clip_(self.param_groups):
             return loss
         # All gradients are looked at before any parameter changes.
@@ -222,8 +226,7 @@ class LaProp(Optimizer):
             read = dtensor.gradient_moved_alone if _is_sharded(parameter) else plain.gradient_of
             gradient = read(group["param_names"][number], partial(_itself, parameter))
             if gradient is not None:
-                name = group["param_names"][number]
-                pairs.append((number, plain.check_dense(name, gradient)))
+                pairs.append((number, gradient))
         return pairs
 
     def _rate(self, group: dict[str, Any]) -> float | Tensor:

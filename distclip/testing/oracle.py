@@ -248,7 +248,8 @@ def _find_norm_type(policy: Policy) -> float | None:
     if policy is None:
         return None
     if isinstance(policy, Mapping) and "by_name" not in policy:
-        reads = {"running_max": np.inf, "value": None}.get(policy["name"], 2.0)
+        # Policies that clamp scale by no norm.
+        reads = None if policy["name"] in ("value", "running_max") else 2.0
         return float(policy["norm_type"]) if "norm_type" in policy else reads
     stages = policy
     if isinstance(policy, Mapping):
