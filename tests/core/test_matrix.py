@@ -39,7 +39,7 @@ def test_every_policy_by_an_all_reduce(monkeypatch: pytest.MonkeyPatch, layout: 
     test_every_policy(layout)
 
 
-@pytest.mark.ranks(1, 2, 4)
+@pytest.mark.ranks(1, 2)
 @pytest.mark.parametrize("kind", ["bfloat16", "float16", "mixed"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_dtype(layout: str, kind: str) -> None:
@@ -48,3 +48,9 @@ def test_every_dtype(layout: str, kind: str) -> None:
             check(configuration, layout, kind, roundings=ROUNDINGS.get(label, 1), seed=1)
         except Exception as error:
             raise AssertionError(f"policy {label!r}: {error}") from error
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_all_dtypes_together_on_four_ranks(layout: str) -> None:
+    test_every_dtype(layout, "mixed")
