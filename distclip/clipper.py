@@ -200,6 +200,7 @@ class GradClipper:
         if self._early is not None and not self._early.active:
             self._warn_of_no_overlap()
         self._program = self._compile(_listed(optimizer))
+        self._shown = repr(self)
         self._mention_unmatched()
 
     def __repr__(self) -> str:
@@ -256,7 +257,7 @@ class GradClipper:
         if attached:
             self._by_hand = GradientsSeen(self._gradients())
         if self._changes_gradients:
-            note_clip(self._sample, repr(self), id(self))
+            note_clip(self._sample, self._shown, id(self))
         return report
 
     def _clipped_by_hand(self) -> ClipReport | None:

@@ -30,6 +30,7 @@ def norms(
     device: torch.device,
     tables: Tables | None = None,
     what: str = "",
+    contiguous: bool = False,
 ) -> Tensor:
     """p-norm of each tensor, as if clamped to its bound first.
 
@@ -40,6 +41,7 @@ def norms(
         device: where the result goes.
         tables: what is remembered of the tensors from step to step.
         what: which of the sets of tensors in ``tables`` these are.
+        contiguous: whether they are known to be contiguous strided tensors.
 
     Returns:
         float64 tensor of shape ``(len(tensors),)``. NaN and inf elements give NaN and inf.
@@ -47,7 +49,7 @@ def norms(
     bounds = _held(tensors, bounds)
     chosen = None
     if host.measures(norm_type):
-        chosen = host.choose(tensors, what, bounds=bounds, tables=tables)
+        chosen = host.choose(tensors, what, bounds=bounds, tables=tables, contiguous=contiguous)
     values = None
     if chosen is not None:
         found, doubtful = host.norms(chosen, norm_type)

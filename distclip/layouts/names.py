@@ -224,7 +224,7 @@ class Watched:
         self._seen = self._contents()
 
     def _contents(self) -> list[object]:
-        return list(itertools.chain.from_iterable(place.values() for place in self._places))
+        return list(itertools.chain.from_iterable(map(dict.values, self._places)))
 
     def newcomers(self, known: Container[int]) -> list[str]:
         """Names of the parameters whose ``id`` is not in ``known``; cheap if nothing changed."""

@@ -15,8 +15,8 @@ from torch.distributed.tensor import DTensor
 from distclip.errors import UnsupportedGradientError
 from distclip.layouts.piece import Box, Described, Entry, Holder, Piece, held
 
-TENSOR = {Tensor}
-_grad = operator.attrgetter("grad")
+TENSOR, STRIDED = {Tensor}, {torch.strided}
+_grad, _layout = map(operator.attrgetter, ("grad", "layout"))
 
 
 def describe(name: str, parameter: Tensor) -> Described:
@@ -102,10 +102,11 @@ def quick_gradients(holds: Sequence[Holder]) -> list[Tensor] | None:
     """All gradients at once, without a Python loop over the parameters.
 
     Returns:
-        None where any of them is missing, or is no plain tensor: then ask one by one.
+        None where any of them is missing, or is no plain strided tensor: then ask one by one.
     """
     gradients = list(map(_grad, [hold() for hold in holds]))
-    return gradients if set(map(type, gradients)) == TENSOR else None
+    usual = set(map(type, gradients)) == TENSOR and set(map(_layout, gradients)) == STRIDED
+    return gradients if usual else None
 
 
 def check_dense(name: str, tensor: Tensor) -> Tensor:

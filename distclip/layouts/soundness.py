@@ -26,7 +26,12 @@ _dtype, _layout = map(operator.attrgetter, ("dtype", "layout"))
 
 
 def inspect(
-    plan: Plan, present: Sequence[Tensor | None], *, first: bool, changed: bool = True
+    plan: Plan,
+    present: Sequence[Tensor | None],
+    *,
+    first: bool,
+    changed: bool = True,
+    strided: bool = False,
 ) -> tuple[Sequence[Tensor | None], DistclipError | None]:
     """Look at the local gradients of a plan before anything is done to them.
 
@@ -35,14 +40,17 @@ def inspect(
         present: the gradient of each piece, or None.
         first: whether to compare shapes, and look for shared memory, too.
         changed: whether they are to be changed, and not only measured.
+        strided: whether all are there and known to be plain strided tensors.
 
     Returns:
         What to measure and to act on: the same memory without conjugate and negative bits (neither
         matters to norms, scaling and clamping), and the values of what is sparse; None in place of
         what is refused. And the first refusal, if any.
     """
-    if not first and _are_usual([gradient for gradient in present if gradient is not None]):
-        return present, None
+    if not first:
+        there = [gradient for gradient in present if gradient is not None]
+        if (strided or _are_strided(there)) and _are_usual(there):
+            return present, None
     looked: list[Tensor | None] = []
     trouble = None
     for piece, gradient in zip(plan.pieces, present, strict=True):
@@ -58,11 +66,11 @@ def inspect(
     return looked, trouble or (_shared(plan, looked) if changed else None)
 
 
+def _are_strided(there: Sequence[Tensor]) -> bool:
+    return set(map(type, there)) <= TENSOR and set(map(_layout, there)) <= STRIDED
+
+
 def _are_usual(there: Sequence[Tensor]) -> bool:
-    if not there:
-        return True
-    if not (set(map(type, there)) == TENSOR and set(map(_layout, there)) == STRIDED):
-        return False
     dtypes = set(map(_dtype, there))
     if not dtypes <= REAL and (not dtypes <= REAL | COMPLEX or any(map(Tensor.is_conj, there))):
         return False

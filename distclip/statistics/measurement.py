@@ -87,7 +87,7 @@ def measure(
     result = LocalMeasurement()
     quick = _fetched_at_once(plan)
     fetched = _fetched(plan, result) if quick is None else quick
-    present = _inspected(plan, fetched, result, memory)
+    present = _inspected(plan, fetched, result, memory, strided=quick is not None)
     counted = _counted(plan, request, present)
     bounds = [request.bounds.get(piece.index) for piece in plan.pieces] if request.bounds else None
     weights: Sequence[Tensor | None] = [None] * len(plan.pieces)  # the step is lost with trouble
@@ -102,7 +102,13 @@ def measure(
             norms = torch.zeros(len(plan.pieces), dtype=torch.float64, device=plan.device)
         else:
             norms = measuring.norms(
-                counted, order, bounds, device=plan.device, tables=memory.tables, what="gradients"
+                counted,
+                order,
+                bounds,
+                device=plan.device,
+                tables=memory.tables,
+                what="gradients",
+                contiguous=present is fetched,  # nothing unusual was found
             )
             if early is not None:
                 early.insert(norms, order)
@@ -167,12 +173,19 @@ def _fetched(plan: Plan, result: LocalMeasurement) -> list[Tensor | None]:
 
 
 def _inspected(
-    plan: Plan, fetched: Sequence[Tensor | None], result: LocalMeasurement, memory: Memory
+    plan: Plan,
+    fetched: Sequence[Tensor | None],
+    result: LocalMeasurement,
+    memory: Memory,
+    *,
+    strided: bool,
 ) -> Sequence[Tensor | None]:
     """What of the fetched gradients is measured and acted on; what is wrong is noted."""
     first = "memory" not in memory.inspected
     changed = "unchanged" not in memory.inspected
-    present, trouble = soundness.inspect(plan, fetched, first=first, changed=changed)
+    present, trouble = soundness.inspect(
+        plan, fetched, first=first, changed=changed, strided=strided
+    )
     if trouble is None and any(gradient is not None for gradient in present):
         memory.inspected.add("memory")
     result.present, result.trouble = present, result.trouble or trouble

@@ -84,6 +84,7 @@ def choose(
     counts: Sequence[int] | None = None,
     bounds: Sequence[float | None] | None = None,
     tables: Tables | None = None,
+    contiguous: bool = False,
 ) -> Chosen | None:
     """Those of the tensors that the loops take; None where there are none.
 
@@ -94,6 +95,7 @@ def choose(
         counts: per tensor, how many units it has; with ``unit_dims``.
         bounds: per tensor, what its elements are clamped to when they are read.
         tables: remembered tables.
+        contiguous: whether they are known to be contiguous strided tensors.
     """
     kinds = compiler.kinds()
     if not kinds or not tensors:
@@ -102,7 +104,8 @@ def choose(
     if set(map(type, tensors)) <= PLAIN and (unit_dims is None or _are_first(unit_dims)):
         everything = cast(Sequence[Tensor], tensors)
         dtypes = list(map(_dtype, everything))
-        if _are_simple(everything) and all(KINDS.get(each) in kinds for each in set(dtypes)):
+        simple = all(map(_is_cpu, everything)) if contiguous else _are_simple(everything)
+        if simple and all(KINDS.get(each) in kinds for each in set(dtypes)):
             numels = list(map(_numel, everything))
             table = tables.contiguous(what, numels, dtypes, counts, bounds)
             return Chosen(everything, None, table)
