@@ -13,6 +13,7 @@ from torch import Tensor
 from distclip.agreement import Agreed
 from distclip.errors import DistclipError, NonFiniteGradientError, UnsupportedGradientError
 from distclip.kernels import changing
+from distclip.kernels.measuring import Chosen
 from distclip.kernels.transfer import to_device
 from distclip.layouts import sparse
 from distclip.layouts.plan import Plan
@@ -117,7 +118,7 @@ def walk(
         if later and last:
             walked.apply = acting
         elif not acting.is_idle() and not (fold and last and fold(acting.factor())):
-            acting(_pairs(measured), loss_scale)
+            acting(_pairs(measured), loss_scale, measured.chosen)
     found = walked.nonfinite is not program.all_finite
     walked.undo(states, dropped=found and on_nonfinite == "skip")
     return walked
@@ -356,12 +357,14 @@ class Acting:
         self,
         present: Sequence[tuple[int, Tensor]],
         loss_scale: Tensor | None = None,
+        chosen: Chosen | None = None,
     ) -> None:
         """Change local gradients as the ledger says. Ask :meth:`is_idle` before.
 
         Args:
             present: ``(position of the piece in the plan, its gradient)``, of any pieces.
             loss_scale: 0-dim; these gradients are this many times too large.
+            chosen: what the measuring found of just these gradients.
         """
         ledger, decided, skip = self.ledger, self.decided, self.skip
         plan = self.program.plan
@@ -370,7 +373,7 @@ class Acting:
             coefficient = cast(Tensor, ledger.rounds[0].coefficients)
             factors = self._unless_skipped(coefficient).expand(len(present))
             tensors = [gradient for _, gradient in present]
-            changing.scale_(tensors, factors, tables=self.program.memory.tables, what="gradients")
+            changing.scale_(tensors, factors, chosen=chosen)
             return
         for number, turn in enumerate(ledger.rounds):
             sure = on_host or skip is self.program.no_skip

@@ -11,6 +11,7 @@ there a coefficient that is no normal number of it is multiplied in several step
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -19,8 +20,10 @@ from torch import Tensor
 from distclip.kernels import multi_tensor
 from distclip.kernels.bounds import held
 from distclip.kernels.host import kernels as host
-from distclip.kernels.host.kernels import Chosen, Tables
+from distclip.kernels.host.kernels import Chosen
 from distclip.kernels.transfer import to_device
+
+_is_cpu = operator.attrgetter("is_cpu")
 
 LOW_PRECISION = frozenset((torch.bfloat16, torch.float16))
 EXACT = frozenset((torch.float64, torch.complex128))
@@ -37,8 +40,7 @@ def scale_(
     tensors: Sequence[Tensor],
     coefficients: Tensor,
     *,
-    tables: Tables | None = None,
-    what: str = "",
+    chosen: Chosen | None = None,
 ) -> None:
     """``tensors[i] *= coefficients[i]``.
 
@@ -46,20 +48,23 @@ def scale_(
         tensors: local gradients, any dtype and device.
         coefficients: float64 ``(len(tensors),)``, or one number expanded to that. Tensors whose
             coefficient is 1 cost nothing on the CPU, and are not read by the Triton kernels.
-        tables: what is remembered of the tensors from step to step.
-        what: which of the sets of tensors in ``tables`` these are.
+        chosen: what the measuring found of just these tensors.
     """
+    if chosen is not None and chosen.positions is None:
+        host.scale_whole_(chosen, coefficients.double().cpu().numpy())
+        _changed(chosen)
+        return
     for device, numbers in _by_device(tensors).items():
-        chosen, factors = _chosen(tensors, coefficients, numbers)
+        some, factors = _chosen(tensors, coefficients, numbers)
         if device.type == "cpu":
-            _scale_on_host(chosen, factors, tables if len(chosen) == len(tensors) else None, what)
+            _scale_on_host(some, factors)
         else:
-            _scale_on_device(chosen, factors.to(device))
+            _scale_on_device(some, factors.to(device))
 
 
 def _by_device(tensors: Sequence[Tensor]) -> dict[torch.device, Sequence[int]]:
     """Which tensors, none of them empty, lie on each device."""
-    if all(tensor.is_cpu for tensor in tensors):
+    if all(map(_is_cpu, tensors)):
         return {torch.device("cpu"): range(len(tensors))} if tensors else {}
     found: dict[torch.device, list[int]] = {}
     for number, tensor in enumerate(tensors):
@@ -80,10 +85,8 @@ def _chosen(
     return some, values.index_select(0, to_device(numbers, values.device))
 
 
-def _scale_on_host(
-    tensors: Sequence[Tensor], coefficients: Tensor, tables: Tables | None, what: str
-) -> None:
-    chosen = host.choose(tensors, what, tables=tables)
+def _scale_on_host(tensors: Sequence[Tensor], coefficients: Tensor) -> None:
+    chosen = host.choose(tensors)
     factors = coefficients.double().cpu().numpy()
     for number in _left(chosen, len(tensors)):
         if factors[number] != 1.0 and tensors[number].numel():

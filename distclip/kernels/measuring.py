@@ -19,6 +19,7 @@ from torch import Tensor
 from distclip.kernels import accelerator, plain
 from distclip.kernels.bounds import held
 from distclip.kernels.host import kernels as host
+from distclip.kernels.host.kernels import Chosen as Chosen
 from distclip.kernels.host.kernels import Tables as Tables
 
 
@@ -31,6 +32,7 @@ def norms(
     tables: Tables | None = None,
     what: str = "",
     contiguous: bool = False,
+    keep: bool = False,
 ) -> Tensor:
     """p-norm of each tensor, as if clamped to its bound first.
 
@@ -42,6 +44,7 @@ def norms(
         tables: what is remembered of the tensors from step to step.
         what: which of the sets of tensors in ``tables`` these are.
         contiguous: whether they are known to be contiguous strided tensors.
+        keep: keep what was found of them in ``tables``, to be taken at once.
 
     Returns:
         float64 tensor of shape ``(len(tensors),)``. NaN and inf elements give NaN and inf.
@@ -49,7 +52,9 @@ def norms(
     bounds = _held(tensors, bounds)
     chosen = None
     if host.measures(norm_type):
-        chosen = host.choose(tensors, what, bounds=bounds, tables=tables, contiguous=contiguous)
+        chosen = host.choose(
+            tensors, what, bounds=bounds, tables=tables, contiguous=contiguous, keep=keep
+        )
     values = None
     if chosen is not None:
         found, doubtful = host.norms(chosen, norm_type)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from distclip.errors import DistclipError
 from distclip.kernels import measuring
-from distclip.kernels.measuring import Tables
+from distclip.kernels.measuring import Chosen, Tables
 from distclip.kernels.transfer import to_device
 from distclip.layouts import dtensor, plain, soundness, sparse
 from distclip.layouts.piece import MisplacedError
@@ -32,6 +32,7 @@ class LocalMeasurement:
         units: the units on this rank, of the pieces that are measured so.
         trouble: what went wrong here; every rank has to learn of it before anybody raises.
         present: pieces that have a gradient, with it.
+        chosen: what the kernels found of ``present``, where they took all of it.
         misplaced: whether a gradient here has to be redistributed, by all ranks of its mesh.
         loss: float64 ``(2,)``, the sum of the losses given on this rank, and how many those are.
         sparse: whether any gradient is, so that ``present`` has its values in its place.
@@ -43,6 +44,7 @@ class LocalMeasurement:
     units: LocalUnits = field(default_factory=lambda: LocalUnits())
     trouble: DistclipError | None = None
     present: Sequence[Tensor | None] = ()
+    chosen: Chosen | None = None
     misplaced: bool = False
     loss: Tensor | None = None
     sparse: bool = False
@@ -109,7 +111,9 @@ def measure(
                 tables=memory.tables,
                 what="gradients",
                 contiguous=present is fetched,  # nothing unusual was found
+                keep=counted is present,
             )
+            result.chosen = memory.tables.take()
             if early is not None:
                 early.insert(norms, order)
         _insert_units(plan, norms, result.units, order)

@@ -58,6 +58,12 @@ class Tables:
     """The tables of the tensors of one plan, kept from step to step while nothing changes."""
 
     _known: dict[str, tuple[object, Table]] = field(default_factory=dict)
+    _kept: Chosen | None = None
+
+    def take(self) -> Chosen | None:
+        """What :func:`choose` was asked to keep, if it took all the tensors; it is let go of."""
+        kept, self._kept = self._kept, None
+        return kept
 
     def contiguous(
         self,
@@ -85,6 +91,7 @@ def choose(
     bounds: Sequence[float | None] | None = None,
     tables: Tables | None = None,
     contiguous: bool = False,
+    keep: bool = False,
 ) -> Chosen | None:
     """Those of the tensors that the loops take; None where there are none.
 
@@ -96,6 +103,7 @@ def choose(
         bounds: per tensor, what its elements are clamped to when they are read.
         tables: remembered tables.
         contiguous: whether they are known to be contiguous strided tensors.
+        keep: keep what was found in ``tables``, to be taken at once: it holds the tensors.
     """
     kinds = compiler.kinds()
     if not kinds or not tensors:
@@ -108,7 +116,10 @@ def choose(
         if simple and all(KINDS.get(each) in kinds for each in set(dtypes)):
             numels = list(map(_numel, everything))
             table = tables.contiguous(what, numels, dtypes, counts, bounds)
-            return Chosen(everything, None, table)
+            chosen = Chosen(everything, None, table)
+            if keep:
+                tables._kept = chosen
+            return chosen
     found: list[tuple[int, Tensor, Kind, Shape]] = []
     for number, tensor in enumerate(tensors):
         shape = None
