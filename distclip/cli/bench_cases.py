@@ -129,6 +129,16 @@ def model(layers: int, width: int, threshold: float) -> Bench:
     return against_torch(transformer(layers, width), threshold)
 
 
+def plain(count: int, numel: int, dtype: torch.dtype = torch.float32) -> Bench:
+    """Parameters that are whole on each rank, each in memory of its own: one process, or DDP."""
+    parameters: list[Tensor] = []
+    for _ in range(count):
+        parameter = nn.Parameter(torch.randn(numel, dtype=dtype))
+        parameter.grad = torch.randn(numel, dtype=dtype)
+        parameters.append(parameter)
+    return against_torch(parameters, LOOSE)
+
+
 def embedding() -> list[Tensor]:
     """An FSDP2-sharded bf16 table of a vocabulary, with the gradient of a real backward."""
     torch.manual_seed(0)
@@ -322,6 +332,19 @@ CASES = {
              fold, FOLD_PEER),
     )
 }  # fmt: skip
+for _name, _count, _numel, _dtype in (
+    ("small", 288, 4096, torch.float32),
+    ("many", 2000, 1024, torch.float32),
+    ("large", 144, 262_144, torch.float32),
+    ("bf16", 144, 262_144, torch.bfloat16),
+    ("fp16", 144, 262_144, torch.float16),
+):
+    CASES[f"plain-{_name}"] = Case(
+        f"plain-{_name}",
+        f"{_count:,} plain parameters of {_numel:,} elements, {str(_dtype)[6:]}, not clipping",
+        functools.partial(plain, _count, _numel, _dtype),
+        TORCH,
+    )
 for _stage in (1, 2, 3):
     CASES[f"zero-{_stage}"] = Case(
         f"zero-{_stage}",
@@ -338,7 +361,7 @@ for _number in (1_000, 5_000, 20_000):
     )
 GROUPS = {
     group: tuple(name for name in CASES if name.startswith(f"{group}-"))
-    for group in ("zero", "count")
+    for group in ("plain", "zero", "count")
 }
 """What stands for several cases."""
 

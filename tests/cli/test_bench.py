@@ -220,7 +220,9 @@ def test_rows_are_taken_round_by_round() -> None:
 
 
 @pytest.mark.ranks(2, timeout=120)
-@pytest.mark.parametrize("name", ["bf16", "agc-small", "fsdp1", "policies", "agc-plain"])
+@pytest.mark.parametrize(
+    "name", ["bf16", "agc-small", "fsdp1", "policies", "agc-plain", "plain-small"]
+)
 def test_a_case_runs(name: str) -> None:
     bench = CASES[name].build()
     assert CASES[name].peer in bench.ways
