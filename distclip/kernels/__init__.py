@@ -1,6 +1,8 @@
-"""Work on many accelerator tensors at once: one launch, whatever their number and sizes.
+"""The one door to the numbers of local tensors, wherever they lie.
 
-``transfer`` brings numbers from the host without waiting for the device, ``multi_tensor`` is what
-the rest of the library calls, ``tables`` tells a kernel where the tensors lie, and ``_triton`` has
-the kernels. Where Triton is missing, the callers use torch's own operations.
+``measuring`` (norms of tensors and of their units) and ``changing`` (multiply, clamp, drop) are
+what the rest of the library calls. Behind them: ``host`` (compiled loops over host memory),
+``accelerator`` and ``multi_tensor`` (one Triton launch for many tensors, whose places ``tables``
+describes and whose kernels are in ``_triton``), and ``plain`` (torch's own operations, for all the
+rest). ``transfer`` brings numbers from the host to a device without waiting for it.
 """

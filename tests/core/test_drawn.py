@@ -51,3 +51,9 @@ def test_the_draws_reach_the_extremes() -> None:
     want += ["zeros", "mixed", "nan", "inf", "placed None", "placed -1", "placed 0", "placed 1"]
     groups_of_value = {"value|complex"}  # complex numbers have no order to clamp by
     assert not {each for each in want if not seen[each]} - groups_of_value
+
+
+@pytest.mark.ranks(2)
+def test_a_middle_pass_of_whole_units_is_reduced_for_the_report() -> None:
+    """The smallest coefficient of a pass that only decides per unit differed between ranks."""
+    assert properties.check(1, 4715) is None

@@ -239,6 +239,14 @@ def test_bfloat16_rounds_to_nearest_even(compiled: bool) -> None:
     assert torch.equal(now.nan_to_num(nan=0.0), then.nan_to_num(nan=0.0))
 
 
+def test_a_nan_of_any_payload_stays_one() -> None:
+    odd = torch.tensor([2**63 - 1]).view(torch.float64)  # rounding would carry its payload away
+    for dtype in DTYPES:
+        tensor = torch.ones(40, dtype=dtype)
+        changing.scale_([tensor], odd)
+        assert tensor.isnan().all()
+
+
 def test_tables_follow_what_changes(compiled: bool) -> None:
     tables = kernels.Tables()
     for sizes, dtype in (
