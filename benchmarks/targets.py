@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distclip import policies
-from distclip.cli import bench_cases as cases
-from distclip.cli.bench_record import Record, is_ours, ratio, read
+from distclip.tools.bench import cases
+from distclip.tools.bench.record import Record, is_ours, ratio, read
 
 AGC, DREAMER = (repr(policy(cases.LOOSE)) for policy in (policies.agc, policies.dreamer_agc))
 FOLDED = "step + distclip, folded"

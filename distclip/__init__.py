@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 from distclip import errors as errors
 from distclip import policies as policies
 from distclip._version import __version__ as __version__
-from distclip.build import from_config as from_config
 from distclip.clipper import GradClipper as GradClipper
+from distclip.config.build import from_config as from_config
 from distclip.errors import CollectiveError as CollectiveError
 from distclip.errors import ConfigurationError as ConfigurationError
 from distclip.errors import DistclipError as DistclipError

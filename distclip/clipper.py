@@ -16,12 +16,16 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from distclip import agreement, checkpoint, handshake
 from distclip._version import __version__
 from distclip.application.eager import eagerly
 from distclip.application.folded import FusedStep, Scope
 from distclip.application.joint import AttachHandle, GradientsSeen
 from distclip.application.notices import Absence, earlier_clip, note_clip, sample, warn
+from distclip.engine import agreement, checkpoint, handshake
+from distclip.engine.ledger import Apply, Program, States
+from distclip.engine.passes import check_weights, compile_passes, report_order
+from distclip.engine.replicas import ReplicaCheck
+from distclip.engine.walk import Fold, walk
 from distclip.errors import ConfigurationError, DistclipError
 from distclip.layouts import fsdp2, slices
 from distclip.layouts import names as naming
@@ -29,16 +33,12 @@ from distclip.layouts import plan as plans
 from distclip.layouts.detect import describe, refuse_dummy, refuse_stepped_in_backward
 from distclip.layouts.names import Named, Target
 from distclip.layouts.piece import Described, Entry
-from distclip.ledger import Apply, Program, States
 from distclip.options import NAMES, Fixed, OnNonfinite, Options, VerifyReplicas
-from distclip.passes import check_weights, compile_passes, report_order
 from distclip.policies import Measure, ParameterInfo, Policy
 from distclip.policies._compose import reads_loss, stages, unmatched
-from distclip.replicas import ReplicaCheck
 from distclip.report import ClipReport
 from distclip.statistics import collectives, waiting
 from distclip.statistics.overlap import Overlap
-from distclip.walk import Fold, walk
 
 Sink: TypeAlias = Callable[[int, ClipReport], None]
 

@@ -25,9 +25,12 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 from torch.nn.parameter import UninitializedParameter
 
-from distclip import handshake
 from distclip.application.eager import eagerly
 from distclip.application.notices import note_clip, warn
+from distclip.engine import handshake
+from distclip.engine.ledger import Program, Walked
+from distclip.engine.passes import check_weights, compile_passes, report_order
+from distclip.engine.walk import raise_together, walk
 from distclip.errors import (
     ConfigurationError,
     DistclipError,
@@ -42,14 +45,11 @@ from distclip.layouts import plan as plans
 from distclip.layouts.detect import describe, detect
 from distclip.layouts.names import Named
 from distclip.layouts.piece import Box, Described, Entry, Piece
-from distclip.ledger import Program, Walked
-from distclip.passes import check_weights, compile_passes, report_order
 from distclip.policies import AGC, GlobalNorm, Measure, ParameterInfo, Policy, Value
 from distclip.policies._norm_threshold import norm_coefficient
 from distclip.policies._protocol import combine_norms
 from distclip.statistics import collectives
 from distclip.statistics.packing import Packet
-from distclip.walk import raise_together, walk
 
 Parameters: TypeAlias = Tensor | Iterable[Tensor]
 Tensors: TypeAlias = Tensor | Iterable[Tensor]

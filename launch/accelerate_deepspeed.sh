@@ -10,6 +10,6 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 command -v distclip >/dev/null || source launch/setup.sh
 # As `accelerate launch`; the module keeps the store of the ranks from listening on the network.
-exec python -m distclip.testing.loopback accelerate.commands.launch --config_file "${YAML:-configs/accelerate/deepspeed_cpu.yaml}" \
+exec python -m distclip.testing.ranks.loopback accelerate.commands.launch --config_file "${YAML:-configs/accelerate/deepspeed_cpu.yaml}" \
     --num_processes "${RANKS:-2}" --deepspeed_config_file "${JSON:-configs/deepspeed/zero3.json}" \
     -m distclip run launch/train_lm.py --optimizer adamw --lr 3e-3 "$@"

@@ -126,7 +126,7 @@ def train(options: Options, label: str, seed: int, progress: Progress, task: Tas
         yaml.safe_dump({**POLICIES[label], "log": {"jsonl": str(result.clip_log)}})
     )
     command = [
-        sys.executable, "-m", "distclip.testing.loopback", "accelerate.commands.launch",
+        sys.executable, "-m", "distclip.testing.ranks.loopback", "accelerate.commands.launch",
         "--config_file", str(options.launch), "--num_processes", str(options.ranks),
         "-m", "distclip", "run", "--config", str(configuration),
         str(ROOT / "launch" / "train_lm.py"),

@@ -20,16 +20,16 @@ SOURCES = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE
 
 IMPORTERS: dict[str, set[str]] = {
     "accelerate": {
-        "cli/bench_peers.py",
+        "tools/bench/peers.py",
         "integrations/accelerate.py",
         "integrations/accelerate_cpu.py",
         "integrations/accelerate_prepared.py",
     },
     "deepspeed": {
-        "cli/bench_zero.py",
+        "tools/bench/zero.py",
         "integrations/deepspeed.py",
         "integrations/deepspeed_engines.py",
-        "testing/on_rank.py",
+        "testing/ranks/on_rank.py",
     },
     "lightning": set(),
     "pytorch_lightning": set(),
@@ -39,9 +39,9 @@ IMPORTERS: dict[str, set[str]] = {
     "llvmlite": {"kernels/host/compiler.py", "kernels/host/loops.py"},
     "matplotlib": {"monitor/plots.py"},
     "psutil": {"integrations/accelerate_cpu.py"},
-    "pydantic": {"config.py", "_config_policies.py", "_config_problems.py"},
-    "pydantic_core": {"_config_problems.py"},
-    "yaml": {"_config_files.py", "cli/simulation/layouts.py"},
+    "pydantic": {"config/document.py", "config/policies.py", "config/problems.py"},
+    "pydantic_core": {"config/problems.py"},
+    "yaml": {"config/files.py", "tools/simulate/layouts.py"},
     "typer": {
         f"cli/{name}.py"
         for name in (
@@ -60,14 +60,14 @@ IMPORTERS: dict[str, set[str]] = {
         "cli/bench.py",
         "cli/doctor.py",
         "cli/simulate.py",
-        "cli/simulation/shown.py",
+        "tools/simulate/shown.py",
         "cli/verify.py",
-        "cli/verify_reports.py",
+        "tools/verify/reports.py",
         "monitor/table.py",
     },
     "hypothesis": set(),
-    "pytest": {"testing/plugin.py", "testing/pool.py"},
-    "_pytest": {"testing/rewriting.py"},
+    "pytest": {"testing/plugin.py", "testing/ranks/pool.py"},
+    "_pytest": {"testing/ranks/rewriting.py"},
 }
 """Exactly the files that import each of these, at the top, in a function or for typing only."""
 
@@ -86,9 +86,9 @@ HARMLESS = {
 """What of ``torch.distributed`` talks to no other rank."""
 
 ALLOWED_TO_TALK = (
-    "statistics/collectives.py", "statistics/waiting.py", "testing/", "cli/bench_cases.py",
-    "cli/bench_peers.py", "cli/bench_timing.py", "cli/check.py", "cli/doctor.py",
-    "cli/verify_",
+    "statistics/collectives.py", "statistics/waiting.py", "testing/", "tools/bench/cases.py",
+    "tools/bench/peers.py", "tools/bench/timing.py", "tools/check.py", "cli/doctor.py",
+    "tools/verify/",
 )  # fmt: skip
 """The one file that issues collectives, the one that waits for them and notes so in the store, and
 what is no part of a training run."""

@@ -31,10 +31,10 @@ from benchmarks.reliability import hostile
 from benchmarks.reliability.hostile import CANARY
 from benchmarks.reliability.rows import Row
 from distclip import GradClipper, config, policies
-from distclip._config_files import read
-from distclip.checkpoint_form import checksum
 from distclip.cli import run as run_command
 from distclip.cli.app import main
+from distclip.config.files import read
+from distclip.engine.checkpoint_form import checksum
 from distclip.errors import DistclipError
 from distclip.integrations.deepspeed_json import configured, examined
 from distclip.monitor import runs, table

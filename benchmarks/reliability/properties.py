@@ -22,9 +22,9 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distr
 
 from benchmarks.reliability.rows import Row
 from distclip import GradClipper, NonFiniteGradientError
-from distclip.cli.verify_cells import build
 from distclip.testing import assert_rounded, expected, run_on_ranks
-from distclip.testing.sharded import like, mesh_of, numbers
+from distclip.testing.models.sharded import like, mesh_of, numbers
+from distclip.tools.verify.cells import build
 
 COUNT = 20_000
 BATCH = 250

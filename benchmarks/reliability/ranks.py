@@ -21,8 +21,8 @@ import yaml
 
 from benchmarks.reliability.ranks_train import reported
 from benchmarks.reliability.rows import Row
-from distclip.cli.simulation.layouts import accelerate_config, free_port
 from distclip.testing import RankError, RankPool
+from distclip.tools.simulate.layouts import accelerate_config, free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = "benchmarks.reliability.ranks_train"
@@ -185,7 +185,7 @@ def launched(folder: Path, launcher: str, *fault: Any) -> str:
 
 def command(folder: Path, launcher: str) -> list[str]:
     """Starts two ranks of the training."""
-    loopback = [sys.executable, "-m", "distclip.testing.loopback"]
+    loopback = [sys.executable, "-m", "distclip.testing.ranks.loopback"]
     port = str(free_port())
     if launcher == "torchrun":
         return [

@@ -14,11 +14,13 @@ from rich.table import Table
 from rich.text import Text
 
 from distclip._foreign import clean
-from distclip.cli import bench_cases, bench_draw, bench_record
-from distclip.cli.bench_cases import CASES, GROUPS
-from distclip.cli.bench_record import CaseRecord, Record
 from distclip.errors import ConfigurationError
 from distclip.monitor import plots
+from distclip.tools.bench import cases as bench_cases
+from distclip.tools.bench import draw as bench_draw
+from distclip.tools.bench import record as bench_record
+from distclip.tools.bench.cases import CASES, GROUPS
+from distclip.tools.bench.record import CaseRecord, Record
 
 LIMIT = 600.0
 """Seconds beyond its budget until a case counts as hung."""

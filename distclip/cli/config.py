@@ -12,8 +12,8 @@ from typing import Annotated, Any
 import typer
 
 from distclip import config
-from distclip._config_files import read
 from distclip._foreign import clean
+from distclip.config.files import read
 from distclip.integrations.deepspeed_json import CLIPPING, SECTION, configured, examined
 from distclip.policies import ByName, Chain, Policy
 

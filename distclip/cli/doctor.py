@@ -187,7 +187,7 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 def machine() -> list[Line]:
     """Devices and backends."""
-    from distclip.cli.simulation import nodes
+    from distclip.tools.simulate import nodes
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     backends = [
@@ -212,7 +212,7 @@ def machine() -> list[Line]:
 
 def layouts() -> list[Line]:
     """Which engines and layouts there are to clip under, and to simulate."""
-    from distclip.cli.simulation.layouts import LAYOUTS, check
+    from distclip.tools.simulate.layouts import LAYOUTS, check
 
     plain = "DDP, FSDP1, FSDP2, HSDP, tensor parallelism of torch"
     lines = [Line("layouts", "torch", "good", plain)]
@@ -253,8 +253,8 @@ def self_check(ranks: int) -> list[Line]:
     """A few policies under FSDP2 on ranks of this machine, against the float64 reference."""
     if ranks < 2:
         return []
-    from distclip.cli.verify_cells import run_group
     from distclip.testing import PoolError, RankError, run_on_ranks
+    from distclip.tools.verify.cells import run_group
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     labels = ["global", "agc", "chain agc, global"]

@@ -13,13 +13,13 @@ import typer
 
 from distclip import clipper
 from distclip import config as configuration
-from distclip.cli.leaving import let_gloo_finish
-from distclip.cli.script import Script
 from distclip.errors import ConfigurationError, DistclipError
 from distclip.integrations import hooks
+from distclip.tools.launch.leaving import let_gloo_finish
+from distclip.tools.launch.script import Script
 
 if TYPE_CHECKING:
-    from distclip.cli.check import StepCheck
+    from distclip.tools.check import StepCheck
 
 ENVIRONMENT = "DISTCLIP_CONFIG"
 
@@ -91,7 +91,7 @@ def run(
 
 
 def _check(steps: int) -> StepCheck:
-    from distclip.cli.check import StepCheck  # with the testing kit, which no other run needs
+    from distclip.tools.check import StepCheck  # with the testing kit, which no other run needs
 
     return StepCheck(steps).install()
 
@@ -123,7 +123,7 @@ def _prepare_cpu(cpu: bool) -> None:
     from distclip.integrations import accelerate_cpu
 
     if cpu:  # ranks of this machine: a store of theirs is nobody else's
-        from distclip.testing import loopback
+        from distclip.testing.ranks import loopback
 
         loopback.install()
     try:

@@ -17,11 +17,11 @@ from rich.status import Status
 
 from distclip import config as configuration
 from distclip._foreign import clean
-from distclip.cli.script import Script
-from distclip.cli.simulation import agreement, findings, layouts, nodes, shown, watch
-from distclip.cli.simulation.rank import Task
-from distclip.cli.simulation.shown import Outcome
 from distclip.errors import ConfigurationError
+from distclip.tools.launch.script import Script
+from distclip.tools.simulate import agreement, findings, layouts, nodes, shown, watch
+from distclip.tools.simulate.rank import Task
+from distclip.tools.simulate.shown import Outcome
 
 CONTEXT = {"allow_interspersed_args": False}
 DEFAULT = ("ddp", "fsdp2")

@@ -15,12 +15,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from distclip._foreign import clean, clean_lines
-from distclip.cli import verify_cells, verify_model, verify_reports
-from distclip.cli.verify_cells import Cell, Found
-from distclip.cli.verify_reports import Matrix
 from distclip.errors import ConfigurationError
 from distclip.testing import RankError, run_on_ranks
-from distclip.testing.cases import DTYPES, LAYOUTS, POLICIES
+from distclip.testing.models.cases import DTYPES, LAYOUTS, POLICIES
+from distclip.tools.verify import cells as verify_cells
+from distclip.tools.verify import model as verify_model
+from distclip.tools.verify import reports as verify_reports
+from distclip.tools.verify.cells import Cell, Found
+from distclip.tools.verify.reports import Matrix
 
 RANKS = (2, 3, 4)
 

@@ -25,9 +25,9 @@ from torch.optim import Optimizer
 
 from distclip.application.folded import FusedStep
 from distclip.application.stepping import StepHandle
-from distclip.checkpoint import Source
 from distclip.clipper import GradClipper
 from distclip.config import Config, load
+from distclip.engine.checkpoint import Source
 from distclip.errors import ConfigurationError, DistclipError
 from distclip.functional import get_total_norm
 from distclip.integrations import accelerate_cpu, deepspeed_json, hooks

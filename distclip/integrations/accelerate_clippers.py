@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from distclip import policies
-from distclip.build import open_log, release_log
 from distclip.clipper import GradClipper
 from distclip.config import Config
+from distclip.config.build import open_log, release_log
 from distclip.errors import ConfigurationError
 from distclip.integrations.accelerate_prepared import Prepared
 from distclip.integrations.checkpoints import Shelf

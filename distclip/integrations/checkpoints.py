@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from distclip import checkpoint
-from distclip.checkpoint import Source
 from distclip.clipper import GradClipper
+from distclip.engine import checkpoint
+from distclip.engine.checkpoint import Source
 from distclip.errors import StateError
 from distclip.policies import Policy
 

@@ -23,10 +23,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from distclip.application.stepping import StepHandle
-from distclip.build import open_log, release_log
-from distclip.checkpoint import Source
 from distclip.clipper import GradClipper
 from distclip.config import Config
+from distclip.config.build import open_log, release_log
+from distclip.engine.checkpoint import Source
+from distclip.engine.ledger import Apply
 from distclip.errors import ConfigurationError
 from distclip.integrations import accelerate_cpu, deepspeed_engines, hooks
 from distclip.integrations.checkpoints import Shelf
@@ -39,7 +40,6 @@ from distclip.integrations.deepspeed_json import (
     resolve_auto,
 )
 from distclip.layouts import zero
-from distclip.ledger import Apply
 from distclip.options import OnNonfinite
 from distclip.report import ClipReport
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from distclip import policies
-from distclip._config_problems import shown
 from distclip._foreign import clean
 from distclip.config import Config, Examined, examine, load
+from distclip.config.problems import shown
 from distclip.errors import ConfigurationError
 from distclip.policies import Policy
 

@@ -6,11 +6,11 @@ the contract that a policy of your own has to keep. The pytest plugin is `distcl
 """
 
 from distclip.testing.contract import check_policy
-from distclip.testing.failures import Outcome, RankError
-from distclip.testing.forkserver import PoolError
-from distclip.testing.on_rank import on_rank
 from distclip.testing.oracle import Expected, expected
-from distclip.testing.pool import RankPool, run_on_ranks
+from distclip.testing.ranks.failures import Outcome, RankError
+from distclip.testing.ranks.forkserver import PoolError
+from distclip.testing.ranks.on_rank import on_rank
+from distclip.testing.ranks.pool import RankPool, run_on_ranks
 from distclip.testing.rounding import assert_rounded
 
 __all__ = [

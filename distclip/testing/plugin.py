@@ -10,7 +10,7 @@
 
 Once per listed world size, with ids ``[1rank]``, ``[2ranks]`` and so on. Fixtures are made in the
 main process and their values pickled to the ranks, so `tmp_path` works and `capsys` does not. What
-can only be made on a rank, a fixture makes there with ``distclip.testing.on_rank``; so do the
+can only be made on a rank, a fixture makes there with ``distclip.testing.ranks.on_rank``; so do the
 fixtures of this plugin:
 
 * ``mesh``: a ``DeviceMesh`` over all ranks.
@@ -33,10 +33,10 @@ from typing import Any
 import pytest
 from torch import nn
 
-from distclip.testing import shipping
-from distclip.testing.failures import RankError
-from distclip.testing.on_rank import make_fsdp2, make_mesh, make_zero, on_rank, resolved
-from distclip.testing.pool import run_on_ranks
+from distclip.testing.ranks import shipping
+from distclip.testing.ranks.failures import RankError
+from distclip.testing.ranks.on_rank import make_fsdp2, make_mesh, make_zero, on_rank, resolved
+from distclip.testing.ranks.pool import run_on_ranks
 
 _MARKER = (
     "ranks(*world_sizes, timeout=None): run the test on every rank of a gloo world, once per "

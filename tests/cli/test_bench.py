@@ -15,12 +15,14 @@ from typer.testing import CliRunner
 
 from benchmarks import targets
 from distclip import GradClipper, policies
-from distclip.cli import bench_cases, bench_peers, bench_record
 from distclip.cli.app import app
-from distclip.cli.bench_cases import CASES, OURS, READ, REDUCE, TIGHT, TORCH
-from distclip.cli.bench_record import CaseRecord, Record, WayRecord
-from distclip.cli.bench_timing import Bench, drawn, extra_bytes, measure
 from distclip.kernels.changing import scale_units_
+from distclip.tools.bench import cases as bench_cases
+from distclip.tools.bench import peers as bench_peers
+from distclip.tools.bench import record as bench_record
+from distclip.tools.bench.cases import CASES, OURS, READ, REDUCE, TIGHT, TORCH
+from distclip.tools.bench.record import CaseRecord, Record, WayRecord
+from distclip.tools.bench.timing import Bench, drawn, extra_bytes, measure
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

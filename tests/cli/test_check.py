@@ -16,9 +16,9 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from distclip import DistclipError, GradClipper, clipper, policies
-from distclip.cli import check
-from distclip.cli.check import StepCheck
 from distclip.integrations import hooks
+from distclip.tools import check
+from distclip.tools.check import StepCheck
 
 POLICIES = [
     policies.global_norm(0.1),

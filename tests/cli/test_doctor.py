@@ -15,8 +15,8 @@ import yaml
 
 from distclip.cli import app as application
 from distclip.cli import doctor
-from distclip.cli.simulation.layouts import accelerate_config, inherited
 from distclip.testing import run_on_ranks
+from distclip.tools.simulate.layouts import accelerate_config, inherited
 
 ROOT = Path(__file__).parents[2]
 invoke = typer.testing.CliRunner().invoke
@@ -52,7 +52,7 @@ def _one() -> int:
 
 
 def test_clipping_that_is_off_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    from distclip.cli import verify_cells
+    from distclip.tools.verify import cells as verify_cells
 
     monkeypatch.setattr(verify_cells, "run_group", _failing)
     (line,) = doctor.self_check(2)
@@ -60,7 +60,7 @@ def test_clipping_that_is_off_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _failing(*_: object) -> object:
-    from distclip.cli.verify_cells import Found
+    from distclip.tools.verify.cells import Found
 
     return [Found("failed", "by far")]
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from distclip.cli import leaving
+from distclip.tools.launch import leaving
 
 ROOT = Path(__file__).parents[2]
 NAME = 15
@@ -74,7 +74,7 @@ def test_the_thread_is_still_called_so() -> None:
     """By a process of its own: the group needs a rendezvous."""
     script = """
     import torch.distributed as dist
-    from distclip.cli import leaving
+    from distclip.tools.launch import leaving
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     dist.barrier()
     print(leaving._states() != set())

@@ -16,10 +16,10 @@ import typer.testing
 from distclip import clipper
 from distclip.cli import app as application
 from distclip.cli import run as command
-from distclip.cli.check import StepCheck
-from distclip.cli.script import Script
 from distclip.errors import ConfigurationError
 from distclip.integrations import hooks
+from distclip.tools.check import StepCheck
+from distclip.tools.launch.script import Script
 
 ROOT = Path(__file__).parents[2]
 SHOW = """

@@ -15,8 +15,8 @@ import pytest
 import typer.testing
 
 from distclip.cli import app as application
-from distclip.cli.simulation import layouts, nodes
 from distclip.errors import ConfigurationError
+from distclip.tools.simulate import layouts, nodes
 
 invoke = typer.testing.CliRunner().invoke
 

@@ -20,12 +20,12 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
 from distclip import GradClipper, policies
-from distclip.cli.simulation import agreement, findings, stuck
-from distclip.cli.simulation.rank import journal_of
-from distclip.cli.simulation.recorder import Journal, Recorder, samples
-from distclip.cli.simulation.records import Rank, Reader, Step
-from distclip.cli.simulation.watch import Ending
 from distclip.testing import run_on_ranks
+from distclip.tools.simulate import agreement, findings, stuck
+from distclip.tools.simulate.rank import journal_of
+from distclip.tools.simulate.recorder import Journal, Recorder, samples
+from distclip.tools.simulate.records import Rank, Reader, Step
+from distclip.tools.simulate.watch import Ending
 
 STEPS, BATCH = 4, 12
 
@@ -316,8 +316,8 @@ def test_gradients_that_cannot_be_read_are_told(tmp_path: Path) -> None:
 SLEEPS = """Current thread 0x1 (most recent call first):
   File "/home/me/train.py", line 18 in step
   File "/home/me/train.py", line 30 in <module>
-  File "/x/distclip/cli/script.py", line 107 in _execute_file
-  File "/x/distclip/cli/simulation/rank.py", line 108 in main
+  File "/x/distclip/tools/launch/script.py", line 107 in _execute_file
+  File "/x/distclip/tools/simulate/rank.py", line 108 in main
 """
 WAITS = """Thread 0x2 (most recent call first):
   File "/x/site-packages/tqdm/_monitor.py", line 60 in run
@@ -325,8 +325,8 @@ WAITS = """Thread 0x2 (most recent call first):
 Current thread 0x1 (most recent call first):
   File "/x/site-packages/torch/distributed/distributed_c10d.py", line 3000 in all_reduce
   File "/home/me/train.py", line 22 in <module>
-  File "/x/distclip/cli/script.py", line 107 in _execute_file
-  File "/x/distclip/cli/simulation/rank.py", line 108 in main
+  File "/x/distclip/tools/launch/script.py", line 107 in _execute_file
+  File "/x/distclip/tools/simulate/rank.py", line 108 in main
 """
 
 

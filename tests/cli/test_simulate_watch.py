@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from distclip.cli.simulation import watch
-from distclip.cli.simulation.layouts import Launch
-from distclip.cli.simulation.watch import Ending
+from distclip.tools.simulate import watch
+from distclip.tools.simulate.layouts import Launch
+from distclip.tools.simulate.watch import Ending
 
 RANK = """
 import faulthandler, json, os, signal, sys, time
@@ -96,7 +96,7 @@ def test_a_launcher_that_fails(follow) -> None:  # type: ignore[no-untyped-def]
 
 
 def test_a_pid_that_is_no_more() -> None:
-    from distclip.cli.simulation.records import Rank
+    from distclip.tools.simulate.records import Rank
 
     child = os.fork()
     if child == 0:

@@ -14,13 +14,15 @@ import torch
 import typer.testing
 
 from distclip._version import __version__
-from distclip.cli import verify, verify_cells, verify_model
+from distclip.cli import verify
 from distclip.cli.app import app
-from distclip.cli.verify_cells import Found
 from distclip.errors import ConfigurationError
 from distclip.layouts import dtensor
 from distclip.policies import GlobalNorm
-from distclip.testing.cases import DTYPES, LAYOUTS, POLICIES, ROUNDINGS
+from distclip.testing.models.cases import DTYPES, LAYOUTS, POLICIES, ROUNDINGS
+from distclip.tools.verify import cells as verify_cells
+from distclip.tools.verify import model as verify_model
+from distclip.tools.verify.cells import Found
 
 ROOT = Path(__file__).parents[2]
 run_group = verify_cells.run_group

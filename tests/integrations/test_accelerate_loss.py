@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 import distclip
 from distclip import ConfigurationError, policies
-from tests.core.watching import REDUCTION, watch
+from tests.helpers.watching import REDUCTION, watch
 from tests.integrations.test_accelerate import LAYOUTS, batch, loss_of, make, sgd, start, whole
 
 pytest.importorskip("accelerate")

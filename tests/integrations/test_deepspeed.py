@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("deepspeed")
 
 import distclip
-from tests.core.test_matrix import build
+from tests.engine.test_matrix import build
 from tests.integrations.engines import (
     Reference,
     close,

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 import distclip
-from tests.core.test_matrix import build
+from tests.engine.test_matrix import build
 from tests.integrations.engines import (
     VERSION,
     Reference,

@@ -21,7 +21,7 @@ from distclip.errors import ConfigurationError, DistclipError, UnsupportedGradie
 from distclip.integrations import deepspeed_engines
 from distclip.layouts import zero
 from distclip.statistics import collectives
-from tests.core.watching import watch
+from tests.helpers.watching import watch
 from tests.integrations.engines import (
     VERSION,
     Reference,

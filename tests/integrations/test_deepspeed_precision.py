@@ -12,7 +12,7 @@ pytest.importorskip("deepspeed")
 import torch
 
 import distclip
-from tests.core.test_matrix import build
+from tests.engine.test_matrix import build
 from tests.integrations.engines import (
     VERSION,
     Replay,

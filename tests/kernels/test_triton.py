@@ -378,7 +378,7 @@ def test_compiled_kernels_read_16_bytes_at_a_time(monkeypatch: pytest.MonkeyPatc
     """Compiled for an H100, which takes no GPU: a lost alignment costs a half of the speed."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     run = subprocess.run(
-        [sys.executable, "-m", "tests.core.compiled"],
+        [sys.executable, "-m", "tests.helpers.compiled"],
         capture_output=True,
         text=True,
         timeout=300,

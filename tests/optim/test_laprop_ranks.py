@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, Partial
 import distclip
 from distclip import GradClipper, policies
 from distclip.optim import LaProp, dreamer_v3
-from tests.core.watching import watch
+from tests.helpers.watching import watch
 from tests.optim.chain import Chain
 from tests.sharded import Sharded, Whole, shard, whole
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from distclip import policies
 from distclip.policies import Needs, Policy, Scale
 from distclip.testing import check_policy
-from tests.core.running import RunningMax
+from tests.helpers.running import RunningMax
 
 OURS: list[Callable[[], Policy]] = [
     policies.measure,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from distclip.testing.health import MOST_GROUPS, GroupState, reusable
+from distclip.testing.ranks.health import MOST_GROUPS, GroupState, reusable
 
 BOTH, FIRST = (0, 1), (0,)
 

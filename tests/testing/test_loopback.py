@@ -64,7 +64,7 @@ def test_a_launcher_run_through_the_module(tmp_path):
     """The store that the ranks meet in is the launcher's: ranks inherit nothing from it."""
     (tmp_path / "script.py").write_text(RANK.format(tests=os.path.dirname(__file__)))
     command = (
-        *(sys.executable, "-m", "distclip.testing.loopback", "torch.distributed.run"),
+        *(sys.executable, "-m", "distclip.testing.ranks.loopback", "torch.distributed.run"),
         *("--nproc-per-node", "2", "--master-addr", "127.0.0.1", "--master-port", "0"),
         *("--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1"),
         "script.py",

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 import distclip
 from distclip.testing import RankError, RankPool, run_on_ranks
-from distclip.testing.pool import shared_pool
+from distclip.testing.ranks.pool import shared_pool
 
 WORLDS = [1, 2, 3, 4]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from distclip.testing import shipping
+from distclip.testing.ranks import shipping
 
 
 def module_level(value):

@@ -1,0 +1,325 @@
+"""Typed, strict configuration from YAML, JSON or a mapping.
+
+::
+
+    policy: {name: agc, clip_factor: 0.01}   # a list is a chain in that order; a policy without
+                                             # required arguments may be just its name: measure
+    by_name:                                 # optional: other policies for some parameters, the
+      "*.bias": null                         # first match wins, null leaves alone;
+      "embed*": {name: value, clip_value: 0.1}   # `policy` is then for all the others
+    on_nonfinite: skip                       # error (default) | skip | zero | pass
+    log: {jsonl: runs/clip.jsonl, every: 10, per_parameter: true}
+    norms: true                              # false: do not measure what only a report would show
+    verify_replicas: first                   # compare replicas: first (default) | never | every n
+    fold: true                               # false: never leave the multiplying to the optimizer
+    overlap: false                           # true: under FSDP2, measure during backward
+    stuck_after: null                        # seconds to wait for other ranks in a clip
+    imports: [my_project.clipping]           # modules that register policies of one's own; they
+                                             # are run once everything else has been found valid
+
+A file with the key ``gradient_clip_norm`` and none of the above, such as the
+``hyperparams_config.json`` of a training project, means ``global_norm`` with that threshold; its
+other keys are not ours and are ignored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from distclip import policies
+from distclip.config import schema
+from distclip.config.files import read
+from distclip.config.policies import build
+from distclip.config.problems import Path, Problems, key_text, said, shown
+from distclip.errors import ConfigurationError
+from distclip.options import NAMES, OnNonfinite, Options
+from distclip.policies import Policy
+
+HYPERPARAMETER = "gradient_clip_norm"
+"""The key of a hyperparameter file that is read as ``global_norm``."""
+
+
+class LogConfig(BaseModel):
+    """Where the report of each step is written."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    jsonl: Annotated[str, Field(min_length=1)] = Field(
+        description="File that gets one JSON object a line; relative to the working directory. "
+        "Only the main rank writes; an existing file is appended to."
+    )
+    every: Annotated[int, Field(ge=1)] = Field(
+        default=1, description="Write every n-th step: reading a report waits for the device."
+    )
+    per_parameter: bool = Field(
+        default=False, description="Write each parameter's norm and coefficient too."
+    )
+
+
+@dataclass(frozen=True)
+class Config(Options):
+    """A checked configuration: the options of a ``GradClipper``, and where its reports go.
+
+    ``policy`` is built and ready; ``log`` says where reports are written (None: nowhere).
+    """
+
+    log: LogConfig | None = None
+
+
+class _Document(BaseModel):
+    """Gradient clipping by distclip."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    policy: Any = Field(
+        default=None, description="The policy of all parameters that by_name does not match."
+    )
+    by_name: dict[str, Any] | None = Field(
+        default=None,
+        description="Name pattern (*, ?, [...]) -> policy, or null to leave the parameters that "
+        "match alone. The first match wins.",
+    )
+    on_nonfinite: OnNonfinite = Field(
+        default="error",
+        description="What to do about NaN and inf gradients: error raises on all ranks; skip "
+        "leaves parameters and optimizer as they are; zero zeroes the gradients concerned; pass "
+        "does as torch does.",
+    )
+    log: LogConfig | None = None
+    norms: bool = Field(
+        default=True, description="false: do not measure what only a report would show."
+    )
+    verify_replicas: Literal["first", "never"] | Annotated[int, Field(ge=1)] = Field(
+        default="first",
+        description="When to compare the copies of tensors that lie on several ranks: in the first "
+        "step, never, or in the first and every n-th step after it.",
+    )
+    fold: bool = Field(
+        default=True,
+        description="Let a fused optimizer multiply as it reads, where one coefficient is for "
+        "everything that it steps; false: clip the gradients before the step.",
+    )
+    overlap: bool = Field(
+        default=False,
+        description="Under FSDP2, measure gradients during backward, as soon as they are reduced; "
+        "elsewhere without effect.",
+    )
+    stuck_after: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None = Field(
+        default=None,
+        description="Seconds that a clip waits for other ranks until it raises and names those "
+        "that are missing; null: no limit but that of the process group.",
+    )
+    imports: list[str] = Field(
+        default_factory=list,
+        description="Modules that register policies of one's own. Their code is run, once all that "
+        "can be checked without it has been found valid.",
+    )
+    schema_: str | None = Field(
+        default=None, alias="$schema", description="For editors; ignored by distclip."
+    )
+
+
+@dataclass(frozen=True)
+class Examined:
+    """A configuration of which everything was checked that can be without running code of others.
+
+    Attributes:
+        config: None where ``unknown`` are policies that only ``imports`` could make known.
+        imports: modules that :func:`load` would import.
+        unknown: names of these policies.
+    """
+
+    config: Config | None
+    imports: tuple[str, ...]
+    unknown: tuple[str, ...]
+
+
+def load(
+    source: str | os.PathLike[str] | Mapping[str, Any], *, name: str = "configuration"
+) -> Config:
+    """Read and check a configuration, and import what it names under ``imports``.
+
+    Nothing is imported where anything else is wrong with the configuration.
+
+    Args:
+        source: path of a YAML or JSON file, or a mapping of the same form.
+        name: what error messages call a mapping (a file is called by its path).
+
+    Raises:
+        ConfigurationError: every problem found, a line each, with its key path.
+    """
+    raw, name = _read(source, name)
+    examined = _examined(raw, name)
+    problems = Problems()
+    for position, module in enumerate(examined.imports):
+        _import(module, ("imports", position), problems)
+    problems.raise_if_any(name)
+    if not examined.unknown:
+        assert examined.config is not None
+        return examined.config
+    policy = _policy(raw, problems)
+    problems.raise_if_any(name)
+    assert policy is not None  # None comes with a problem only
+    return _config(_Document.model_validate(raw), policy)
+
+
+def examine(
+    source: str | os.PathLike[str] | Mapping[str, Any], *, name: str = "configuration"
+) -> Examined:
+    """Check a configuration as :func:`load` does, and run nothing that it names.
+
+    Args:
+        source: as for :func:`load`.
+        name: as for :func:`load`.
+
+    Raises:
+        ConfigurationError: every problem found, a line each, with its key path.
+    """
+    return _examined(*_read(source, name))
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema (draft 2020-12) of a configuration, with every policy registered by now.
+
+    It describes the form above, not the hyperparameter files that :func:`load` takes as well.
+    """
+    return schema.complete(_Document.model_json_schema())
+
+
+def digest(config: Config) -> str:
+    """A short text that is the same on two ranks if they clip alike.
+
+    ``log`` does not count: it changes no gradient, and paths may differ between machines.
+    """
+    text = repr(config.arguments())
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _read(source: object, name: str) -> tuple[Mapping[Any, Any], str]:
+    """The mapping, and what to call it."""
+    if isinstance(source, Mapping):
+        return source, name
+    if not isinstance(source, (str, os.PathLike)):
+        raise ConfigurationError(
+            f"{name}: expected the path of a YAML or JSON file, or a mapping, got a "
+            f"{type(source).__name__}"
+        )
+    return read(source), os.fspath(source)
+
+
+def _examined(raw: Mapping[Any, Any], source: str) -> Examined:
+    problems = Problems()
+    if HYPERPARAMETER in raw:
+        raw = _from_hyperparameters(raw, problems)
+        problems.raise_if_any(source)
+    document = _document(raw, problems)
+    modules = tuple(document.imports) if document else ()
+    _check_names(modules, problems)
+    unknown: list[str] = []
+    policy = _policy(raw, problems, unknown if modules else None)
+    problems.raise_if_any(source)
+    assert document is not None  # None comes with a problem only
+    config = None if unknown or policy is None else _config(document, policy)
+    return Examined(config, modules, tuple(dict.fromkeys(unknown)))
+
+
+def _config(document: _Document, policy: Policy) -> Config:
+    given = {name: getattr(document, name) for name in NAMES} | {"policy": policy}
+    return Config(**given, log=document.log)
+
+
+def _check_names(modules: Sequence[str], problems: Problems) -> None:
+    for position, name in enumerate(modules):
+        if not all(part.isidentifier() for part in name.split(".")):
+            mend = "; a file my/policies.py is called my.policies" if "/" in name else ""
+            problems.add(
+                ("imports", position), f"must be the name of a module, got {shown(name)}{mend}"
+            )
+
+
+def _import(name: str, path: Path, problems: Problems) -> None:
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        problems.add(
+            path,
+            f"no module named {error.name!r}"
+            + ("" if error.name == name else f", which {name} imports")
+            + "; it has to be installed, or lie beside the script that is run, in the current "
+            "folder, or on PYTHONPATH",
+        )
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # SystemExit: of a script that was meant to be run
+        problems.add(path, f"{name} could not be imported: {type(error).__name__}: {said(error)}")
+
+
+def _from_hyperparameters(raw: Mapping[Any, Any], problems: Problems) -> Mapping[Any, Any]:
+    max_norm = raw[HYPERPARAMETER]
+    own = [key for key in _Document.model_fields if key in raw]
+    if own:
+        value = shown(max_norm)
+        problems.add(
+            (HYPERPARAMETER,),
+            f"alone it means global_norm({value}), but {', '.join(own)} stands beside it; "
+            f"remove {HYPERPARAMETER}, and write "
+            f"policy: {{name: global_norm, max_norm: {value}}} if that is meant",
+        )
+    elif isinstance(max_norm, bool) or not isinstance(max_norm, (int, float)) or not max_norm > 0:
+        # 0 is a threshold as good as any other in a policy; here it mostly means "off", and would
+        # set every gradient to zero.
+        problems.add(
+            (HYPERPARAMETER,),
+            f"must be a number > 0, got {shown(max_norm)}; to clip nothing use a configuration "
+            f"of its own with policy: measure",
+        )
+    return {"policy": {"name": policies.GlobalNorm.name, "max_norm": max_norm}}
+
+
+def _document(raw: Mapping[Any, Any], problems: Problems) -> _Document | None:
+    known = [field.alias or key for key, field in _Document.model_fields.items()]
+    own = {key: value for key, value in raw.items() if key in known}
+    for key in raw:
+        if key not in own:
+            takes = [name for name in known if name != "$schema"]
+            problems.add_unknown((key_text(key),), raw[key], takes, "a configuration")
+    try:
+        return _Document.model_validate(own)
+    except ValidationError as error:
+        problems.add_validation((), own, error, known=LogConfig.model_fields)
+        return None
+
+
+def _policy(
+    raw: Mapping[Any, Any], problems: Problems, unknown: list[str] | None = None
+) -> Policy | None:
+    """The policy of the whole.
+
+    Args:
+        raw: the configuration.
+        problems: where faults are noted.
+        unknown: gets the names that no policy has, which are then no fault.
+
+    Returns:
+        None after a fault, or where a name is unknown.
+    """
+    spec, by_name = raw.get("policy"), raw.get("by_name")
+    if spec is None and not by_name:
+        problems.add(("policy",), "missing; write for instance {name: global_norm, max_norm: 1.0}")
+    default = None if spec is None else build(spec, ("policy",), problems, unknown)
+    if not by_name or not isinstance(by_name, Mapping):
+        return default
+    mapping = {
+        pattern: None
+        if part is None
+        else build(part, ("by_name", key_text(pattern)), problems, unknown)
+        for pattern, part in by_name.items()
+    }
+    return None if problems or unknown else policies.by_name(mapping, default=default)

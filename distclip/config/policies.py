@@ -1,0 +1,250 @@
+"""Policies as configuration, read off the policy classes themselves.
+
+Nothing here knows a policy by name. The arguments, their types and defaults are those of the
+class's ``__init__``, the descriptions those of its docstring, and the limits are found by asking
+the class: so a policy of the user's own is configured, checked and described like a built-in one.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+import re
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Union
+
+from pydantic import (
+    BeforeValidator,
+    PydanticInvalidForJsonSchema,
+    PydanticSchemaGenerationError,
+    TypeAdapter,
+    ValidationError,
+    WithJsonSchema,
+)
+
+from distclip import policies
+from distclip.config.problems import Path, Problems, did_you_mean, key_text, said, shown
+from distclip.errors import ConfigurationError
+from distclip.policies import Policy
+from distclip.policies._registry import registered
+
+
+def _infinity(value: object) -> object:
+    """JSON has no infinity, so a string stands for it; everything else is pydantic's to judge."""
+    if isinstance(value, str) and value.lower().lstrip("+.") in ("inf", "infinity"):
+        return math.inf
+    return value
+
+
+def _integral(value: object) -> object:
+    """``1e3`` where an integer is meant: YAML and JSON read it as a float."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+_Number = Annotated[
+    float,
+    BeforeValidator(_infinity),
+    WithJsonSchema({"anyOf": [{"type": "number"}, {"const": "inf"}]}),
+]
+_Integer = Annotated[int, BeforeValidator(_integral)]
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One argument of a policy class."""
+
+    name: str
+    adapter: TypeAdapter[Any]
+    default: Any
+    description: str
+
+    @property
+    def required(self) -> bool:
+        """Whether it has no default."""
+        return self.default is inspect.Parameter.empty
+
+
+@functools.cache
+def arguments(policy: type[Policy]) -> dict[str, Argument]:
+    """The arguments that a configuration can give to a policy class.
+
+    An argument with a default whose type no file can hold (a function, a tensor) is left out.
+
+    Raises:
+        ConfigurationError: a type hint that cannot be resolved; a required argument whose type no
+            file can hold.
+    """
+    try:
+        hints = typing.get_type_hints(policy.__init__, include_extras=True)
+    except NameError as error:
+        raise ConfigurationError(
+            f"policy {policy.name!r} ({policy.__qualname__}): a type hint of its __init__ cannot "
+            f"be resolved: {error}; define or import it at the top of {policy.__module__}"
+        ) from None
+    descriptions = _descriptions(policy)
+    found = {}
+    for parameter in inspect.signature(policy).parameters.values():
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            continue
+        try:
+            adapter: TypeAdapter[Any] = TypeAdapter(
+                _in_files(hints.get(parameter.name, Any)), config={"strict": True}
+            )
+            adapter.json_schema()
+        except (PydanticSchemaGenerationError, PydanticInvalidForJsonSchema):
+            if parameter.default is parameter.empty:
+                raise ConfigurationError(
+                    f"policy {policy.name!r}: its argument {parameter.name} of type "
+                    f"{hints[parameter.name]} cannot be written in a configuration; give it a "
+                    f"default, or build the policy in Python"
+                ) from None
+            continue
+        found[parameter.name] = Argument(
+            parameter.name, adapter, parameter.default, descriptions.get(parameter.name, "")
+        )
+    return found
+
+
+def build(
+    spec: object, path: Path, problems: Problems, unknown: list[str] | None = None
+) -> Policy | None:
+    """The policy that ``spec`` describes; None after a problem (or several) was noted.
+
+    Args:
+        spec: a name, a mapping with ``name`` and arguments, or a list of these: a chain.
+        path: where it stands.
+        problems: where faults are noted.
+        unknown: gets the names that no policy has, which are then no fault.
+    """
+    if not isinstance(spec, list):
+        return _build_one(spec, path, problems, unknown)
+    if not spec:
+        problems.add(path, "an empty list; give at least one policy, or measure to change nothing")
+        return None
+    parts = [_build_one(item, (*path, i), problems, unknown) for i, item in enumerate(spec)]
+    return policies.chain(*(part for part in parts if part)) if all(parts) else None
+
+
+def _build_one(
+    spec: object, path: Path, problems: Problems, unknown: list[str] | None
+) -> Policy | None:
+    if isinstance(spec, str):
+        spec = {"name": spec}
+    if not isinstance(spec, Mapping):
+        example = "{name: global_norm, max_norm: 1.0}"
+        problems.add(path, f"expected a policy such as {example}, got {shown(spec)}")
+        return None
+    policy = _named(spec, path, problems, unknown)
+    if policy is None:
+        return None
+    given, sound = _checked(policy, spec, path, problems)
+    if not sound:
+        return None
+    try:
+        return policy(**given)
+    except Exception as error:  # a class of the user's own may raise anything
+        _add_refusal(policy, path, error, problems)
+        return None
+
+
+def _named(
+    spec: Mapping[Any, Any], path: Path, problems: Problems, unknown: list[str] | None
+) -> type[Policy] | None:
+    known = registered()
+    if "name" not in spec:
+        guess = next((key for key in spec if key in known), None)
+        mend = f"write {{name: {guess}, ...}}" if guess else f"one of {', '.join(known)}"
+        problems.add((*path, "name"), f"missing in {shown(spec)}; {mend}")
+        return None
+    name = spec["name"]
+    if unknown is not None and isinstance(name, str) and name not in known:
+        unknown.append(name)
+        return None
+    if not isinstance(name, str) or name not in known:
+        hint = "" if problems.full else did_you_mean(key_text(name), known)
+        problems.add(
+            (*path, "name"),
+            f"no policy is called {shown(name)}{hint}{' ' if hint else '; '}"
+            f"there are {', '.join(known)}",
+        )
+        return None
+    return known[name]
+
+
+def _checked(
+    policy: type[Policy], spec: Mapping[Any, Any], path: Path, problems: Problems
+) -> tuple[dict[str, Any], bool]:
+    """The arguments in their types, and whether all is well with them."""
+    accepted = arguments(policy)
+    given: dict[str, Any] = {}
+    sound = True
+    for key, value in spec.items():
+        if key == "name":
+            continue
+        if key not in accepted:
+            problems.add_unknown((*path, key_text(key)), value, accepted, policy.name)
+            sound = False
+            continue
+        try:
+            given[key] = accepted[key].adapter.validate_python(value)
+        except ValidationError as error:
+            problems.add_validation((*path, key), value, error)
+            sound = False
+    missing = [a.name for a in accepted.values() if a.required and a.name not in spec]
+    for name in missing:
+        example = f"{{name: {policy.name}, {name}: ...}}"
+        problems.add((*path, name), f"missing; {policy.name} needs it: write {example}")
+    return given, sound and not missing
+
+
+def _add_refusal(policy: type[Policy], path: Path, error: Exception, problems: Problems) -> None:
+    """Note why the class itself refused, under the key of the argument where it names one."""
+    message = said(error).removeprefix(f"{policy.name}: ")
+    argument = re.match(r"(\w+)\b(\s*)", message)
+    if argument and argument[1] in arguments(policy):
+        path = (*path, argument[1])
+        message = message[argument.end() :] if argument[2] else message
+    problems.add(path, message)
+
+
+# ---- types and descriptions ------------------------------------------------------------------
+
+
+def _in_files(hint: Any) -> Any:
+    """A type hint as a file can meet it: numbers as YAML and JSON write them."""
+    if hint is float:
+        return _Number
+    if hint is int:
+        return _Integer
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        return Union[tuple(_in_files(part) for part in parts)]  # noqa: UP007 - a tuple of types
+    if origin is Annotated:
+        whole = (_in_files(parts[0]), *parts[1:])
+        return Annotated[whole]
+    return hint
+
+
+_ARGUMENT = re.compile(r"    (\w+)(?: \([^)]*\))?: (.*)")
+
+
+def _descriptions(policy: type[Policy]) -> dict[str, str]:
+    """The ``Args:`` section of a class's docstring (or its ``__init__``'s)."""
+    text = "\n".join(filter(None, (inspect.getdoc(policy), inspect.getdoc(policy.__init__))))
+    found: dict[str, str] = {}
+    name, inside = "", False
+    for line in text.splitlines():
+        if not line.startswith(" "):
+            inside = line == "Args:" or (inside and not line)
+            continue
+        start = _ARGUMENT.fullmatch(line) if inside else None
+        if start:
+            name = start[1]
+            found[name] = start[2]
+        elif inside and name:
+            found[name] += " " + line.strip()
+    return {name: text.strip() for name, text in found.items()}

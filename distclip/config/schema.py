@@ -1,0 +1,164 @@
+"""The JSON Schema (draft 2020-12) of a configuration, for editors and for other programs."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any
+
+from distclip.config.policies import Argument, arguments
+from distclip.policies import Policy
+from distclip.policies._registry import registered
+
+Schema = dict[str, Any]
+
+_BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
+
+
+def complete(document: Schema) -> Schema:
+    """The schema of the whole from that of the ``document`` model, whose policies are open."""
+    schema = _plain(document)
+    known = registered()
+    definitions = schema.setdefault("$defs", {})
+    definitions.update({name: _policy(policy) for name, policy in known.items()})
+    bare = [name for name, p in known.items() if not any(a.required for a in arguments(p).values())]
+    definitions["policy"] = {
+        "description": "One policy: a mapping with its name and arguments, or just its name.",
+        "anyOf": [{"enum": bare}, *({"$ref": f"#/$defs/{name}"} for name in known)],
+    }
+    definitions["policies"] = {
+        "description": "A policy, or a list of policies: a chain in that order.",
+        "anyOf": [
+            {"$ref": "#/$defs/policy"},
+            {"type": "array", "items": {"$ref": "#/$defs/policy"}, "minItems": 1},
+        ],
+    }
+    either = {"anyOf": [{"$ref": "#/$defs/policies"}, {"type": "null"}]}
+    properties = schema["properties"]
+    properties["policy"] = {**_described(properties["policy"]), **either}
+    properties["by_name"] = {
+        **_described(properties["by_name"]),
+        "anyOf": [{"type": "object", "additionalProperties": either}, {"type": "null"}],
+    }
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "distclip configuration",
+        **schema,
+        "anyOf": [
+            {"required": ["policy"], "properties": {"policy": {"not": {"type": "null"}}}},
+            {
+                "required": ["by_name"],
+                "properties": {"by_name": {"type": "object", "minProperties": 1}},
+            },
+        ],
+    }
+
+
+def _described(schema: Schema) -> Schema:
+    return {"description": schema["description"]} if "description" in schema else {}
+
+
+def _policy(policy: type[Policy]) -> Schema:
+    properties: Schema = {"name": {"const": policy.name}}
+    for argument in arguments(policy).values():
+        properties[argument.name] = _argument(policy, argument)
+    text = (inspect.getdoc(policy) or "").split("\nArgs:")[0].split("\nRaises:")[0]
+    required = [a.name for a in arguments(policy).values() if a.required]
+    return {
+        "title": policy.name,
+        "description": text.strip(),
+        "type": "object",
+        "properties": properties,
+        "required": ["name", *required],
+        "additionalProperties": False,
+    }
+
+
+def _argument(policy: type[Policy], argument: Argument) -> Schema:
+    schema: Schema = _plain(argument.adapter.json_schema())
+    if not any(bound in str(schema) for bound in _BOUNDS):
+        schema = _with_limits(schema, _question(policy, argument))
+    if argument.description:
+        schema["description"] = argument.description
+    if not argument.required:
+        schema["default"] = _plain(argument.default)
+    return schema
+
+
+def _plain(value: Any) -> Any:
+    """Valid JSON, without pydantic's titles: they repeat the key."""
+    if isinstance(value, dict):
+        return {
+            str(key): _plain(item)
+            for key, item in value.items()
+            if not (key == "title" and isinstance(item, str))
+        }
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and math.isinf(value):
+        return "inf" if value > 0 else "-inf"
+    return value if isinstance(value, (str, int, float, type(None))) else repr(value)
+
+
+# ---- limits ----------------------------------------------------------------------------------
+# A type hint says "float"; that it must be > 0 is known only to the check in the class. So the
+# class is asked about a few values, and what it says is written down where it fits a bound that
+# occurs in practice. Values between arguments ("a < b") are beyond this, and left to the class.
+
+
+def _question(policy: type[Policy], argument: Argument) -> Callable[[object], bool]:
+    """A function that says whether the class takes a value for this argument."""
+    others = {
+        a.name: 1 for a in arguments(policy).values() if a.required and a.name != argument.name
+    }
+
+    def accepts(value: object) -> bool:
+        try:
+            policy(**others, **{argument.name: value})
+        except Exception:
+            return False
+        return True
+
+    return accepts
+
+
+def _with_limits(schema: Schema, accepts: Callable[[object], bool]) -> Schema:
+    branches = _branches(schema)
+    kinds = [branch.get("type") for branch in branches]
+    if "number" not in kinds and "integer" not in kinds:
+        return schema
+    if not accepts(math.inf):
+        branches = [branch for branch in branches if branch != {"const": "inf"}]
+    limits = _integer_limits(accepts) if "integer" in kinds else _number_limits(accepts)
+    if len(branches) == 1:
+        return {**branches[0], **limits}
+    return {"anyOf": branches, **limits}
+
+
+def _branches(schema: Schema) -> list[Schema]:
+    if "anyOf" not in schema:
+        return [schema]
+    return [leaf for branch in schema["anyOf"] for leaf in _branches(branch)]
+
+
+def _number_limits(accepts: Callable[[object], bool]) -> Schema:
+    limits: Schema = {}
+    if not accepts(-1.0):
+        for bound in (0.0, 1.0):
+            if accepts(bound) and not accepts(bound - 1e-6):
+                limits["minimum"] = bound
+            elif accepts(bound + 1e-6) and not accepts(bound):
+                limits["exclusiveMinimum"] = bound
+    if not accepts(1e12):
+        for bound in (1.0, 100.0):
+            if accepts(bound) and not accepts(bound + 1e-6):
+                limits["maximum"] = bound
+            elif accepts(bound - 1e-6) and not accepts(bound):
+                limits["exclusiveMaximum"] = bound
+    return limits
+
+
+def _integer_limits(accepts: Callable[[object], bool]) -> Schema:
+    lowest = next((bound for bound in (0, 1, 2) if accepts(bound)), None)
+    return {} if lowest is None or accepts(-1) else {"minimum": lowest}

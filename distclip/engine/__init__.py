@@ -1,0 +1,1 @@
+"""One clipping step: compiled passes, and the walk through them; what the ranks agree on; state."""

@@ -1,0 +1,528 @@
+"""The books of one walk: the compiled program, and what the stages so far have decided.
+
+Norm algebra lives here: after a scaling by c every norm is c times what it was, so the books are
+kept without another look at the gradients.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor
+
+from distclip.engine.passes import Group, Pass, grouped
+from distclip.kernels.transfer import to_device
+from distclip.layouts.plan import Plan
+from distclip.policies import (
+    ClampingPolicy,
+    ParameterInfo,
+    Scale,
+    ScalingPolicy,
+    State,
+    Statistics,
+    UnitPolicy,
+)
+from distclip.policies._compose import Stage
+from distclip.policies._decide import actions_of, bound_of
+from distclip.statistics.measurement import Memory
+from distclip.statistics.overlap import Overlap
+from distclip.statistics.packing import LocalDecision, Measurement
+from distclip.statistics.units import LocalUnits, UnitTable, combine_segments
+
+States = dict[str, State]
+"""State of each stage that has one, by the stage's path."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """A policy compiled for a plan."""
+
+    plan: Plan
+    parameters: tuple[ParameterInfo, ...]
+    passes: tuple[Pass, ...]
+    tables: tuple[UnitTable, ...]
+    shown: float
+    """Order of the norms in the report."""
+    unit_counts: tuple[Tensor, ...]
+    """Per pass, float64 ``(parameters,)``: how many units each has; 1 where it is one."""
+    memory: Memory = field(default_factory=Memory)
+    _grouped: dict[int, tuple[Sequence[int], Sequence[Group]]] = field(default_factory=dict)
+
+    def groups(self, number: int, units: LocalUnits) -> Sequence[Group]:
+        """How the units on this rank are decided on in pass ``number``. Remembered."""
+        known = self._grouped.get(number)
+        if known is None or known[0] is not units.positions:
+            local = self.passes[number].local_units
+            found = grouped(self.plan, local, units.positions, units.counts)
+            known = self._grouped[number] = units.positions, found
+        return known[1]
+
+    @cached_property
+    def ones(self) -> Tensor:
+        """float64 ``(parameters,)``; shared by all steps, so never changed in place."""
+        return torch.ones(len(self.plan.entries), dtype=torch.float64, device=self.plan.device)
+
+    @cached_property
+    def unknown(self) -> Tensor:
+        """float64 ``(parameters,)`` of NaN; shared too."""
+        return torch.full_like(self.ones, math.nan)
+
+    @cached_property
+    def all_finite(self) -> Tensor:
+        """Bool ``(parameters,)``, no parameter is non-finite; shared too."""
+        return torch.zeros_like(self.ones, dtype=torch.bool)
+
+    @cached_property
+    def no_skip(self) -> Tensor:
+        """0-dim bool, false; shared too."""
+        return torch.zeros((), dtype=torch.bool, device=self.plan.device)
+
+    @cached_property
+    def nothing_decided(self) -> LocalDecision:
+        """What is decided before the reduction where no unit is; shared too."""
+        return LocalDecision({}, {}, torch.zeros_like(self.ones), self.ones.new_ones(()))
+
+    @cached_property
+    def no_loss(self) -> Tensor:
+        """float64 ``(2,)``: no loss was given, whose mean is 0 / 0; shared too."""
+        return torch.zeros(2, dtype=torch.float64, device=self.plan.device)
+
+    @classmethod
+    def of(
+        cls,
+        plan: Plan,
+        parameters: Sequence[ParameterInfo],
+        passes: Sequence[Pass],
+        shown: float,
+        overlap: Overlap | None = None,
+    ) -> Program:
+        """Build, with the tables of units that the passes need.
+
+        ``overlap`` measures during backward what the first of them is to measure.
+        """
+        tables = tuple(UnitTable(plan, one.request) for one in passes)
+        counts = []
+        for one in passes:
+            dims = one.request.unit_dims
+            units = [
+                math.prod(entry.shape[dim] for dim in dims.get(row, ()))
+                for row, entry in enumerate(plan.entries)
+            ]
+            counts.append(torch.tensor(units, dtype=torch.float64, device=plan.device).clamp(min=1))
+        if overlap is not None:
+            overlap.expect(passes[0].request, tables[0])
+        return cls(
+            plan,
+            tuple(parameters),
+            tuple(passes),
+            tables,
+            shown,
+            tuple(counts),
+            Memory(overlap=overlap),
+        )
+
+
+def _chosen(values: Tensor, where: Tensor | slice) -> Tensor:
+    """``values[where]``, where a slice means all of them."""
+    return values if isinstance(where, slice) else values[where]
+
+
+def _is_one(coefficients: Tensor) -> bool:
+    if coefficients.dim() == 0:
+        return coefficients.item() == 1.0
+    return bool((coefficients == 1.0).all())
+
+
+@dataclass
+class Round:
+    """A clamp, then a scaling, of the local gradients.
+
+    ``bounds``: parameter -> its bound, a number or 0-dim on the device.
+    ``coefficients``: ``(parameters,)``, or 0-dim where one serves all.
+    """
+
+    bounds: Mapping[int, float | Tensor] = field(default_factory=dict)
+    coefficients: Tensor | None = None
+    units: Tensor | None = None
+
+
+class Ledger:
+    """The running statistics of one pass: what the gradients are after the stages so far."""
+
+    def __init__(self, program: Program, number: int, measurement: Measurement) -> None:
+        self.program = program
+        self.number = number
+        self.one = program.passes[number]
+        self.table = program.tables[number]
+        self.measurement = measurement
+        # No tensor in these books is changed in place: most are shared, and all are replaced.
+        self._norms = dict(measurement.norms)
+        self.units = dict(measurement.units)
+        self.ones = self._total = self._scaled = program.ones
+        self._common: Tensor | None = None
+        self.unit_total = torch.ones_like(measurement.unit_weights) if self.table.size else None
+        self.rounds = [Round(bounds=self.one.request.bounds)]
+        self.threshold: Tensor | float | None = None
+        self.late_clamped = program.all_finite
+        """Bool ``(parameters,)``: those clamped after the measuring, where the norms show it."""
+        self.asked: dict[str, Tensor] = {}
+        """Stage path -> its flag, of the stages that ask for a skip."""
+        if program.shown in self.norms and self.one.local_units:
+            self._book(measurement.clamped[program.shown], list(self.one.local_units))
+
+    @property
+    def norms(self) -> dict[float, Tensor]:
+        """Order -> float64 ``(parameters,)`` norms after the stages so far."""
+        self._settle()
+        return self._norms
+
+    @property
+    def total(self) -> Tensor:
+        """float64 ``(parameters,)``, what each gradient is multiplied by."""
+        self._settle()
+        return self._total
+
+    @property
+    def scaled(self) -> Tensor:
+        """The same, without what is decided unit by unit."""
+        self._settle()
+        return self._scaled
+
+    def _settle(self) -> None:
+        """Book the scaling that all share: only a later stage or a report asks for it."""
+        if self._common is not None:
+            factors, self._common = self._common, None
+            self._multiply(factors)
+
+    def forget(self, members: Tensor) -> None:
+        """Set the norms of the flagged parameters to 0: their gradients are dropped."""
+        self._norms = {p: torch.where(members, 0.0, norms) for p, norms in self.norms.items()}
+        self._total = torch.where(members, 1.0, self.total)
+        if self.table.size:
+            dropped = members[self.table.owner]
+            self.units = {p: torch.where(dropped, 0.0, units) for p, units in self.units.items()}
+
+    def run(self, position: int, stage: Stage, state: State) -> State:
+        """Let one stage decide, and book its actions. Returns its new state."""
+        policy, one = stage.policy, self.one
+        if position in one.whole:
+            self._run_units(position, cast(UnitPolicy, policy))
+            return state
+        if position in one.late_clamps:
+            clamping = cast(ClampingPolicy, policy)
+            if not clamping.moving:
+                self._clamp(one.late_clamps[position], clamping.bound)
+                return state
+            statistics = self._statistics(stage)
+            bound, state = bound_of(clamping, statistics, state)
+            self._clamp(one.late_clamps[position], bound)
+            return state
+        where = self._where(stage.members)
+        statistics = self._statistics(stage)
+        actions, state = actions_of(cast(ScalingPolicy, policy), statistics, state)
+        for action in actions:
+            if isinstance(action, Scale):
+                self._scale(where, action.coefficients)
+                self._show(action.threshold)
+            else:
+                asked = self.asked.get(stage.path)
+                self.asked[stage.path] = action.flag if asked is None else asked | action.flag
+        return state
+
+    def _statistics(self, stage: Stage) -> Statistics:
+        """What one stage is given."""
+        needs, where = stage.policy.needs, self._where(stage.members)
+        return Statistics(
+            self._infos(stage.members),
+            {p: _chosen(self.norms[p], where) for p in needs.gradient_norms},
+            {p: _chosen(self.measurement.weights[p], where) for p in needs.weight_norms},
+            in_range=self.total is self.ones and self.measurement.in_range,
+            loss=self.measurement.loss if needs.loss else None,
+        )
+
+    def smallest(self) -> Tensor:
+        """Per parameter, the smallest coefficient that is applied to any of its units."""
+        smallest = self.total.clone()
+        if self.unit_total is not None:
+            smallest.scatter_reduce_(0, self.table.owner, self.unit_total, "amin")
+        if self.one.local_units:
+            # Known over all parameters together: what was decided locally is not sent one by one.
+            where = self._where(list(self.one.local_units))
+            later = self.rounds[0].coefficients
+            factor = self.ones if later is None else later.expand_as(self.ones)
+            smallest[where] = self.measurement.smallest * factor[where]
+        return smallest
+
+    def clipped(self) -> Tensor:
+        """Per parameter, the share of its units that are scaled or clamped, float64."""
+        share = (self.scaled < 1.0).double()
+        shown = self.program.shown
+        if self.one.request.bounds and shown in self.norms:
+            clamped = self.measurement.clamped[shown] < self.measurement.raw[shown]
+            share = torch.maximum(share, clamped.double())
+        share = torch.maximum(share, self.late_clamped.double())
+        if self.one.request.unit_dims:
+            counts = self.measurement.clipped
+            if self.unit_total is not None:
+                changed = (self.unit_total < 1.0).double()
+                counts = counts.index_add(0, self.table.owner, changed)
+            share = torch.maximum(share, counts / self.program.unit_counts[self.number])
+        return share
+
+    def is_idle(self) -> bool:
+        """Whether nothing is to be done to any gradient. Reads the host."""
+        return all(
+            not turn.bounds
+            and (turn.units is None or bool((turn.units == 1.0).all()))
+            and (turn.coefficients is None or _is_one(turn.coefficients))
+            for turn in self.rounds
+        )
+
+    def is_uniform(self) -> bool:
+        """Whether every gradient is multiplied by the same coefficient, and that is all."""
+        turn = self.rounds[0]
+        return (
+            len(self.rounds) == 1
+            and not turn.bounds
+            and turn.units is None
+            and turn.coefficients is not None
+            and turn.coefficients.dim() == 0
+        )
+
+    def _infos(self, members: Sequence[int]) -> Sequence[ParameterInfo]:
+        everything = self.program.parameters
+        if len(members) == len(everything):
+            return everything
+        return [everything[member] for member in members]
+
+    def _where(self, members: Sequence[int]) -> Tensor | slice:
+        if len(members) == len(self.program.parameters):
+            return slice(None)
+        return to_device(members, self.program.plan.device)
+
+    def _show(self, threshold: Tensor | float | None) -> None:
+        if self.threshold is None:
+            self.threshold = threshold
+
+    def _clamp(self, late: Sequence[int], bound: float | Tensor) -> None:
+        """Clamps at the head of the pass are booked and measured already; these are the others."""
+        if not isinstance(bound, Tensor) or bound.dim() == 0:
+            self._show(bound)
+        if not late:
+            return
+        where = self._where(late)
+        limits = torch.as_tensor(bound, dtype=torch.float64, device=self.ones.device)
+        limits = limits.expand(len(late))
+        largest = self.norms.get(math.inf)
+        bounds: Mapping[int, float | Tensor]
+        if not isinstance(bound, Tensor):
+            bounds = dict.fromkeys(late, bound)
+        elif self.ones.device.type == "cpu":
+            bounds = dict(zip(late, limits.tolist(), strict=True))
+        else:
+            bounds = dict(zip(late, limits.unbind(), strict=True))
+        if largest is not None:
+            exceeds = ~(largest[where] <= limits)
+            self.late_clamped = self.late_clamped.clone()
+            self.late_clamped[where] = exceeds | self.late_clamped[where]
+            if self.ones.device.type == "cpu":
+                touched = zip(late, exceeds.tolist(), strict=True)
+                bounds = {member: bounds[member] for member, flag in touched if flag}
+        if bounds:
+            self.rounds.append(Round(bounds=bounds))
+        for order, norms in self.norms.items():
+            # Unknown until measured again, except where no element can exceed the bound.
+            known = norms[where]
+            capped = torch.minimum(known, limits) if math.isinf(order) else math.nan
+            after = norms.clone()
+            after[where] = torch.where(known <= limits, known, capped)
+            self.norms[order] = after
+
+    def _scale(self, where: Tensor | slice, coefficients: Tensor) -> None:
+        if isinstance(where, slice):
+            factors = coefficients
+        else:
+            factors = self.ones.clone()
+            factors[where] = coefficients
+        if factors.dim() == 0 and self.unit_total is None:
+            self._common = factors if self._common is None else self._common * factors
+        else:
+            self._settle()
+            self._multiply(factors)
+        pending = self.rounds[-1]
+        pending.coefficients = (
+            factors if pending.coefficients is None else pending.coefficients * factors
+        )
+
+    def _multiply(self, factors: Tensor) -> None:
+        same = self._total is self._scaled
+        self._total = self._total * factors
+        self._scaled = self._total if same else self._scaled * factors
+        self._norms = {order: norms * factors for order, norms in self._norms.items()}
+        if self.unit_total is not None:
+            per_unit = factors if factors.dim() == 0 else factors[self.table.owner]
+            self.unit_total = self.unit_total * per_unit
+            self.units = {order: units * per_unit for order, units in self.units.items()}
+
+    def _run_units(self, position: int, policy: UnitPolicy) -> None:
+        self._show(policy.threshold)
+        whole, members = self.one.whole[position], self.one.divided[position]
+        if whole:
+            where = self._where(whole)
+            norms, weights = self.norms[2.0][where], self.measurement.weights[2.0][where]
+            self._scale(where, policy.unit_coefficients(norms, weights))
+        if not members or self.unit_total is None:  # parameters of shape (0, n) have no units
+            return
+        norms, weights = self.units[2.0], self.measurement.unit_weights
+        factors = policy.unit_coefficients(norms, weights)
+        if len(members) < len(self.table.rows):
+            chosen = torch.zeros_like(self.ones, dtype=torch.bool)
+            chosen[self._where(members)] = True
+            factors = torch.where(chosen[self.table.owner], factors, 1.0)
+        self.unit_total = self.unit_total * factors
+        self.units = {order: units * factors for order, units in self.units.items()}
+        before = self.norms.get(self.program.shown)
+        for order, running in self.norms.items():
+            self.norms[order] = running.index_copy(
+                0,
+                self.table.members,
+                combine_segments(self.units[order], self.table.lengths, order),
+            )
+        if before is not None:
+            self._book(before, members)
+        pending = self.rounds[-1]
+        pending.units = factors if pending.units is None else pending.units * factors
+
+    def _book(self, before: Tensor, members: Sequence[int]) -> None:
+        """A parameter's coefficient, where its units have different ones: the norms' ratio."""
+        where = self._where(members)
+        ratio = self.norms[self.program.shown][where] / before[where]
+        total = self.total.clone()
+        total[where] *= torch.where(before[where] > 0, ratio, 1.0)
+        self._total = total
+
+
+class Apply(Protocol):
+    """What a walk has decided and not done, for tensors that are not the measured ones."""
+
+    def __call__(
+        self, present: Sequence[tuple[int, Tensor]], loss_scale: Tensor | None = None
+    ) -> None:
+        """Clip these ``(position of the piece in the plan, gradient)`` pairs, of any pieces.
+
+        Only where :meth:`factor` gives None.
+        """
+        ...
+
+    def factor(self) -> float | Tensor | None:
+        """The number, or 0-dim tensor, that everything is multiplied by; None: it is not so."""
+        ...
+
+
+class Walked:
+    """What one walk found and did. All tensors on the plan's device.
+
+    What only a report shows is computed when it is read.
+
+    Attributes:
+        raw: float64 ``(parameters,)`` norms before, NaN where not known.
+        skipped: 0-dim bool.
+        nonfinite: bool ``(parameters,)``.
+        states: the new state of every stage.
+        apply: under ``later``, what is still to be done.
+    """
+
+    def __init__(self, program: Program, states: States) -> None:
+        self.raw = program.unknown
+        self.skipped = program.no_skip
+        self.nonfinite = program.all_finite
+        self.states = dict(states)
+        self.apply: Apply | None = None
+        self._program: Program | None = program
+        self._ledgers: list[Ledger] = []
+
+    def absorb(self, ledger: Ledger) -> None:
+        """Add what one pass decided."""
+        self._ledgers.append(ledger)
+        for flag in ledger.asked.values():
+            self.skipped = self.skipped | flag
+
+    def undo(self, before: States, *, dropped: bool) -> None:
+        """Let a skipped step leave no trace in any state but that of the stage that asked for it.
+
+        Args:
+            before: the states before the step.
+            dropped: whether a step with a non-finite gradient leaves no trace in any.
+        """
+        asked: dict[str, Tensor] = {}
+        for ledger in self._ledgers:
+            asked.update(ledger.asked)
+        remembering = [path for path, state in self.states.items() if state]
+        if not remembering or not (asked or dropped):
+            return
+        bad = self.nonfinite.any() if dropped else None
+        for path in remembering:
+            stop = self.skipped
+            if path in asked:
+                stop = stop & ~asked[path]
+                stop = stop if bad is None else stop | bad
+            old = before[path]
+            self.states[path] = {
+                key: torch.where(stop, old[key], value) for key, value in self.states[path].items()
+            }
+
+    @cached_property
+    def after(self) -> Tensor:
+        """float64 ``(parameters,)`` norms after, NaN where not known."""
+        program = self._compiled
+        known = [ledger.norms.get(program.shown) for ledger in self._ledgers]
+        return next((norms for norms in reversed(known) if norms is not None), program.unknown)
+
+    @cached_property
+    def coefficients(self) -> Tensor:
+        """float64 ``(parameters,)``, what each gradient was multiplied by."""
+        return self._product(ledger.total for ledger in self._ledgers)
+
+    @cached_property
+    def smallest(self) -> Tensor:
+        """float64 ``(parameters,)``, the smallest coefficient applied to a unit of it."""
+        return self._product(ledger.smallest() for ledger in self._ledgers)
+
+    @cached_property
+    def clipped(self) -> Tensor:
+        """float64 ``(parameters,)``, share of its units that were changed."""
+        most = torch.zeros_like(self._compiled.ones)
+        for ledger in self._ledgers:
+            most = torch.maximum(most, ledger.clipped())
+        return most
+
+    @cached_property
+    def threshold(self) -> Tensor:
+        """0-dim float64, NaN where the policy has no single one."""
+        first = self._compiled.unknown.new_full((), math.nan)
+        for ledger in self._ledgers:
+            if ledger.threshold is not None:
+                first = torch.where(torch.isnan(first), ledger.threshold, first)
+        return first
+
+    def __getstate__(self) -> dict[str, object]:
+        """With everything computed, and without the model and the books behind it."""
+        for name in ("after", "coefficients", "smallest", "clipped", "threshold"):
+            getattr(self, name)
+        return {**self.__dict__, "apply": None, "_program": None, "_ledgers": []}
+
+    @property
+    def _compiled(self) -> Program:
+        assert self._program is not None, "everything was computed before this was copied"
+        return self._program
+
+    def _product(self, factors: Iterable[Tensor]) -> Tensor:
+        product = self._compiled.ones
+        for factor in factors:
+            product = product * factor
+        return product

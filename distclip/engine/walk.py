@@ -1,0 +1,454 @@
+"""One walk down the street: measure, reduce, decide, act."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeAlias, cast
+
+import torch
+from torch import Tensor
+
+from distclip.engine.agreement import Agreed
+from distclip.engine.ledger import Ledger, Program, Round, States, Walked
+from distclip.engine.replicas import ReplicaCheck
+from distclip.errors import DistclipError, NonFiniteGradientError, UnsupportedGradientError
+from distclip.kernels import changing
+from distclip.kernels.measuring import Chosen
+from distclip.kernels.transfer import to_device
+from distclip.layouts import sparse
+from distclip.layouts.plan import Plan
+from distclip.policies._decide import rehearse
+from distclip.statistics import collectives
+from distclip.statistics.alignment import align_alone, align_together, cannot_move
+from distclip.statistics.measurement import LocalMeasurement, measure
+from distclip.statistics.packing import LocalDecision, Measurement, Stamp, reduce
+from distclip.statistics.request import Request
+from distclip.statistics.units import combine_segments, sum_segments
+
+Fold: TypeAlias = Callable[[float | Tensor | None], bool]
+
+
+def walk(
+    program: Program,
+    states: States,
+    *,
+    on_nonfinite: str = "pass",
+    loss_scale: Tensor | None = None,
+    replicas: ReplicaCheck | None = None,
+    trouble: DistclipError | None = None,
+    agreed: Agreed | None = None,
+    loss: Tensor | None = None,
+    later: bool = False,
+    fold: Fold | None = None,
+    go_on: str = "",
+) -> Walked:
+    """Measure, decide and act once over all the gradients of a plan.
+
+    Args:
+        program: the compiled policy.
+        states: state per stage path; left as it is, the new one is in the result.
+        on_nonfinite: ``"pass"``, ``"zero"``, ``"skip"`` or ``"error"``.
+        loss_scale: 0-dim; the gradients are this many times too large, and stay so.
+        replicas: what is to be compared between the ranks this time; reads on the host.
+        trouble: what is wrong on this rank already; raised when all ranks have heard of it.
+        agreed: what has to be the same on every rank in this step.
+        loss: float64 ``(2,)``, the sum of this rank's losses and their number; for a policy that
+            reads the loss.
+        fold: asked to multiply everything by one number in place of the last pass; says whether it
+            does. Given None where there is no such number.
+        later: leave what the last pass decides to ``Walked.apply``, for engines that step with
+            other tensors than the measured ones. Dropping and earlier passes act here.
+        go_on: how the caller's user may go on without an error where a gradient is not finite.
+
+    Raises:
+        RankMismatchError: ranks differ in what is agreed; on every rank, before any changes.
+        ReplicaDriftError: copies differ; on every rank, before any changes.
+        DistclipError: a gradient that cannot be measured, on every rank, before any changes.
+        NonFiniteGradientError: under ``"error"``, on every rank, before any changes.
+    """
+    walked = Walked(program, states)
+    _rehearse(program, states)
+    for number, one in enumerate(program.passes):
+        request = one.request
+        if loss_scale is not None and request.bounds:
+            factor = float(loss_scale)  # a host sync, for clamping under a loss scale only
+            scaled = {member: bound * factor for member, bound in request.bounds.items()}
+            request = replace(request, bounds=scaled)
+        # Where a value is read on the host anyway, or has to be. Elsewhere the raising rank ends
+        # the run.
+        reads = (
+            program.plan.device.type == "cpu" or on_nonfinite == "error" or program.plan.replicated
+        )
+        together = reads and request.reduced and program.plan.group is not None
+        comparing = replicas if number == 0 else None
+        stamp = None if agreed is None or number else agreed.stamp
+        measured, decided, measurement, packed = _measured(
+            program,
+            number,
+            request,
+            loss_scale,
+            comparing,
+            stamp,
+            together=together,
+            trouble=trouble,
+            loss=loss,
+        )
+        if comparing is not None and packed is not None:
+            measurement = _compare_replicas(comparing, packed, stamp, measured, measurement)
+        raise_together(measured.trouble, measurement.read_flags[0] if reads else None)
+        if agreed is not None and stamp is not None:
+            agreed.judge(measurement)
+        ledger = Ledger(program, number, measurement)
+        if number == 0 and measurement.raw:
+            _look_for_nonfinite(program, walked, measurement, measured, on_nonfinite, go_on)
+        bad = walked.nonfinite is not program.all_finite
+        if bad and on_nonfinite == "zero":
+            ledger.forget(walked.nonfinite)
+        for position, stage in enumerate(one.stages):
+            state = states.get(stage.path, {})
+            walked.states[stage.path] = ledger.run(position, stage, state)
+        walked.absorb(ledger)
+        flags = walked.nonfinite if bad and on_nonfinite == "zero" and number == 0 else None
+        acting = Acting(program, decided, ledger, walked.skipped, flags)
+        if flags is not None:
+            acting.drop(_pairs(measured))
+        last = number == len(program.passes) - 1
+        if later and last:
+            walked.apply = acting
+        elif not acting.is_idle() and not (fold and last and fold(acting.factor())):
+            acting(_pairs(measured), loss_scale, measured.chosen)
+    found = walked.nonfinite is not program.all_finite
+    walked.undo(states, dropped=found and on_nonfinite == "skip")
+    return walked
+
+
+def _rehearse(program: Program, states: States) -> None:
+    """Once: no pass may act before it is known that the policies of later passes are sound."""
+    if len(program.passes) > 1 and "rehearsed" not in program.memory.habits:
+        for stage in (stage for one in program.passes[1:] for stage in one.stages):
+            infos = [program.parameters[member] for member in stage.members]
+            rehearse(stage.policy, infos, states.get(stage.path, {}), program.plan.device)
+        program.memory.habits.add("rehearsed")
+
+
+def _pairs(measured: LocalMeasurement) -> list[tuple[int, Tensor]]:
+    return [(p, g) for p, g in enumerate(measured.present) if g is not None]
+
+
+def _measured(
+    program: Program,
+    number: int,
+    request: Request,
+    loss_scale: Tensor | None,
+    comparing: ReplicaCheck | None,
+    stamp: Stamp | None,
+    *,
+    together: bool,
+    trouble: DistclipError | None,
+    loss: Tensor | None,
+) -> tuple[LocalMeasurement, LocalDecision, Measurement, Tensor | None]:
+    """Measure and reduce; a second time where gradients had to be brought into place first."""
+    plan, table, habits = program.plan, program.tables[number], program.memory.habits
+    if number == 0 and "misplaced" in habits and together:
+        align_together(plan)  # as at the steps before: then once is enough
+    overlap = program.memory.overlap if number == 0 else None
+    while True:
+        early = None if overlap is None else overlap.take()
+        measured = measure(plan, request, table, program.memory, early)
+        if measured.misplaced and not together:
+            if plan.group is None:
+                align_alone(plan)
+                measured = measure(plan, request, table, program.memory)
+            else:  # ranks that lack this gradient would not come along
+                measured.trouble = measured.trouble or cannot_move(plan)
+        measured.trouble = measured.trouble or trouble
+        if request.loss:
+            measured.loss = program.no_loss if loss is None else loss
+        if loss_scale is not None:
+            measured.divide(loss_scale.double().to(plan.device))
+        decided = decide_locally(program, number, measured)
+        packed = None
+        if comparing is not None:
+            packed = comparing.pack(measured.dense(plan), measured.trouble is not None)
+        measurement = reduce(plan, request, table, measured, decided, packed, stamp)
+        if not together or not 0.0 < measurement.read_flags[0] < 1.0:
+            return measured, decided, measurement, packed
+        align_together(plan)
+        habits.add("misplaced")
+
+
+def _compare_replicas(
+    comparing: ReplicaCheck,
+    packed: Tensor,
+    stamp: Stamp | None,
+    measured: LocalMeasurement,
+    measurement: Measurement,
+) -> Measurement:
+    """Judge what was summed along, or sum it where nothing travelled; with the flags of all."""
+    summed = measurement.passengers
+    if summed is None:
+        summed, flags = comparing.exchange(packed, stamp)
+        measurement = replace(measurement, flags=flags)
+    raise_together(measured.trouble, summed[-1].item())
+    comparing.judge(summed, measured.dense(comparing.plan))
+    return measurement
+
+
+def _look_for_nonfinite(
+    program: Program,
+    walked: Walked,
+    measurement: Measurement,
+    measured: LocalMeasurement,
+    on_nonfinite: str,
+    go_on: str,
+) -> None:
+    """Note which gradients have a norm that is not finite, and do what the mode says about it."""
+    walked.raw = measurement.raw.get(program.shown, walked.raw)
+    if program.plan.device.type == "cpu" or on_nonfinite == "error":
+        # One read of the host. Norms are not negative: their sum is finite if all of them are.
+        sums = [norms.sum() for norms in measurement.raw.values()]
+        if all(math.isfinite(total.item()) for total in sums):
+            return
+    for norms in measurement.raw.values():
+        walked.nonfinite = walked.nonfinite | ~torch.isfinite(norms)
+    if on_nonfinite == "zero":
+        walked.raw = torch.where(walked.nonfinite, 0.0, walked.raw)
+    elif on_nonfinite == "skip":
+        walked.skipped = walked.nonfinite.any()
+    elif on_nonfinite == "error":
+        flags = walked.nonfinite.tolist()
+        if not any(flags):  # norms so large that only their sum overflows
+            return
+        holds = _hold_nonfinite(program.plan, measured.present).tolist()
+        raise _nonfinite_error(program.plan, flags, holds, tuple(measurement.raw), go_on)
+
+
+def _hold_nonfinite(plan: Plan, present: Sequence[Tensor | None]) -> Tensor:
+    """Bool ``(parameters,)``: whether any rank has a NaN or inf in it. One collective.
+
+    Not for a good step: a finite gradient whose norm float64 cannot hold looks like the others.
+    """
+    found = torch.zeros(len(plan.entries), dtype=torch.float64, device=plan.device)
+    for piece, gradient in zip(plan.pieces, present, strict=True):
+        if gradient is not None and not bool(torch.isfinite(gradient).all()):
+            found[piece.index] = 1.0
+    if plan.group is not None:
+        collectives.all_reduce_sum(found, plan.group)
+    return found > 0
+
+
+def _nonfinite_error(
+    plan: Plan, flags: Sequence[bool], holds: Sequence[bool], orders: Sequence[float], go_on: str
+) -> NonFiniteGradientError:
+    """Names the parameters with a norm that is not finite: by a NaN or inf in them, or by size."""
+    names = [entry.name for entry, bad in zip(plan.entries, flags, strict=True) if bad]
+    bad = [entry.name for entry, has in zip(plan.entries, holds, strict=True) if has]
+    large = [name for name in names if name not in bad]
+    causes = [f"NaN or inf in the gradient of {_listed(bad)}"] if bad else []
+    if large:
+        norms = " or ".join(f"{order:g}-norm" for order in orders)
+        causes.append(
+            f"the {norms} of the gradient of {_listed(large)} is larger than float64 holds "
+            f"(1.8e308), though every element is finite"
+        )
+    return NonFiniteGradientError(f"{'; '.join(causes)}; nothing was changed" + go_on, names)
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return ", ".join(repr(name) for name in names[:8]) + more
+
+
+def raise_together(mine: DistclipError | None, anybodys: float | None) -> None:
+    """After the all-reduce every rank knows that one of them could not measure: all raise.
+
+    Args:
+        mine: what went wrong on this rank.
+        anybodys: > 0 if something went wrong on any rank; None: not read on the host.
+    """
+    if mine is not None:
+        raise mine
+    if anybodys is not None and anybodys > 0:
+        raise UnsupportedGradientError(
+            "another rank cannot measure one of its gradients (its own error says which and why); "
+            "no gradient was changed on any rank"
+        )
+
+
+def decide_locally(program: Program, number: int, measured: LocalMeasurement) -> LocalDecision:
+    """Decide on the units that lie whole on this rank, so that their outcome travels along."""
+    plan, units = program.plan, measured.units
+    clipped, smallest = program.nothing_decided.clipped, program.nothing_decided.smallest
+    if not program.passes[number].local_units:
+        return program.nothing_decided
+    coefficients: dict[int, Tensor] = {}
+    after = dict(measured.norms)
+    for group in program.groups(number, units):
+        weights = units.weights[group.units]
+        norms = {order: values[group.units] for order, values in units.norms.items()}
+        total = weights.new_ones(()).expand_as(weights)
+        for policy in group.policies:
+            factors = policy.unit_coefficients(norms[2.0], weights)
+            total = total * factors
+            norms = {order: values * factors for order, values in norms.items()}
+        if plan.device.type == "cpu" and bool((total == 1.0).all()):
+            continue
+        smallest = torch.minimum(smallest, torch.nan_to_num(total, nan=1.0).min())
+        coefficients.update(zip(group.positions, torch.split(total, group.counts), strict=True))
+        share = 1.0 if plan.shares is None else plan.shares[group.where]
+        changed = sum_segments((total < 1.0).double(), group.lengths) * share
+        rows = group.where if plan.rows is None else plan.rows[group.where]
+        clipped = clipped.index_add(0, rows, changed)
+        for order, values in after.items():
+            whole = combine_segments(norms[order], group.lengths, order)
+            if plan.shares is not None:
+                whole = torch.where(plan.shares[group.where] > 0, whole, 0.0)
+            after[order] = values.index_copy(0, group.where, whole)
+    return LocalDecision(coefficients, after, clipped, smallest)
+
+
+@dataclass(frozen=True)
+class Acting:
+    """What one pass has decided, to be done to gradients.
+
+    Attributes:
+        program: the compiled policy.
+        decided: what this rank decided on whole units.
+        ledger: what was decided on all ranks.
+        skip: 0-dim bool: change nothing.
+        dropped: bool ``(parameters,)``: these gradients become 0.
+    """
+
+    program: Program
+    decided: LocalDecision
+    ledger: Ledger
+    skip: Tensor
+    dropped: Tensor | None
+
+    def is_idle(self) -> bool:
+        """Whether it is known, without waiting for a device, that nothing is to be done."""
+        if self.program.plan.device.type != "cpu":
+            return False
+        if self.skip is not self.program.no_skip and bool(self.skip):
+            return True
+        return self.ledger.is_idle() and _all_one(self.decided)
+
+    def factor(self) -> float | Tensor | None:
+        """The number, or 0-dim tensor, that everything is multiplied by; None: it is not so."""
+        if self.is_idle():
+            return 1.0
+        if self.dropped is not None or self.decided.coefficients or not self.ledger.is_uniform():
+            return None
+        coefficient = cast(Tensor, self.ledger.rounds[0].coefficients)
+        if self.program.plan.device.type == "cpu":
+            return coefficient.item()
+        return torch.where(self.skip, 1.0, coefficient)
+
+    def drop(self, present: Sequence[tuple[int, Tensor]]) -> None:
+        """Set the gradients of the dropped parameters to 0, unless the step is skipped."""
+        on_host = self.program.plan.device.type == "cpu"
+        if self.dropped is None or (on_host and bool(self.skip)):
+            return
+        changing.zero_([gradient for _, gradient in present], self.dropped[self._rows(present)])
+
+    def __call__(
+        self,
+        present: Sequence[tuple[int, Tensor]],
+        loss_scale: Tensor | None = None,
+        chosen: Chosen | None = None,
+    ) -> None:
+        """Change local gradients as the ledger says. Ask :meth:`is_idle` before.
+
+        Args:
+            present: ``(position of the piece in the plan, its gradient)``, of any pieces.
+            loss_scale: 0-dim; these gradients are this many times too large.
+            chosen: what the measuring found of just these gradients.
+        """
+        ledger, decided, skip = self.ledger, self.decided, self.skip
+        plan = self.program.plan
+        on_host = plan.device.type == "cpu"
+        if self.dropped is None and ledger.is_uniform() and not decided.coefficients:
+            coefficient = cast(Tensor, ledger.rounds[0].coefficients)
+            factors = self._unless_skipped(coefficient).expand(len(present))
+            tensors = [gradient for _, gradient in present]
+            changing.scale_(tensors, factors, chosen=chosen)
+            return
+        for number, turn in enumerate(ledger.rounds):
+            sure = on_host or skip is self.program.no_skip
+            _clamp(plan, present, turn, loss_scale, None if sure else skip)
+            units = dict(decided.coefficients) if number == 0 else {}
+            if turn.units is not None:
+                for position, _ in present:
+                    if plan.pieces[position].index in ledger.table.rows:
+                        units[position] = turn.units[ledger.table.place(position)]
+            self._scale_units([each for each in present if each[0] in units], units, turn)
+            if turn.coefficients is not None:
+                factors = self._unless_skipped(turn.coefficients).expand_as(ledger.ones)
+                whole = [each for each in present if each[0] not in units]
+                changing.scale_([gradient for _, gradient in whole], factors[self._rows(whole)])
+
+    def _unless_skipped(self, factors: Tensor) -> Tensor:
+        """On the host a skipped step does not come so far."""
+        if self.program.plan.device.type == "cpu" or self.skip is self.program.no_skip:
+            return factors
+        return torch.where(self.skip, 1.0, factors)
+
+    def _scale_units(
+        self, present: Sequence[tuple[int, Tensor]], units: Mapping[int, Tensor], turn: Round
+    ) -> None:
+        """Multiply the units of pieces by their factors, and by those of the whole parameters."""
+        rows = [self.program.plan.pieces[position].index for position, _ in present]
+        whole = turn.coefficients
+        if whole is not None and whole.dim():
+            whole = whole.expand_as(self.ledger.ones)
+        chosen = []
+        for row, (position, _) in zip(rows, present, strict=True):
+            factors = units[position]
+            if whole is not None:
+                factors = factors * (whole if whole.dim() == 0 else whole[row])
+            if self.dropped is not None:
+                factors = torch.where(self.dropped[row], 1.0, factors)
+            chosen.append(self._unless_skipped(factors))
+        pieces, dims = self.program.plan.pieces, self.ledger.one.request.unit_dims
+        spread = [
+            sparse.spread(pieces[position], gradient, factors, dims[row])
+            for row, (position, gradient), factors in zip(rows, present, chosen, strict=True)
+        ]
+        changing.scale_units_(
+            [gradient for _, gradient in present],
+            [factors for factors, _ in spread],
+            [where for _, where in spread],
+        )
+
+    def _rows(self, present: Sequence[tuple[int, Tensor]]) -> Tensor:
+        plan = self.program.plan
+        rows = [plan.pieces[position].index for position, _ in present]
+        return to_device(rows, plan.device)
+
+
+def _all_one(decided: LocalDecision) -> bool:
+    return all(bool((factors == 1.0).all()) for factors in decided.coefficients.values())
+
+
+def _clamp(
+    plan: Plan,
+    present: Sequence[tuple[int, Tensor]],
+    turn: Round,
+    loss_scale: Tensor | None,
+    skip: Tensor | None,
+) -> None:
+    clamped = [
+        (gradient, turn.bounds[plan.pieces[position].index])
+        for position, gradient in present
+        if plan.pieces[position].index in turn.bounds
+    ]
+    if not clamped:
+        return
+    bounds: list[float | Tensor] = [bound for _, bound in clamped]
+    if loss_scale is not None:
+        bounds = [bound * loss_scale for bound in bounds]
+    if skip is not None:
+        bounds = [torch.where(skip, math.inf, bound) for bound in bounds]
+    changing.clamp_([gradient for gradient, _ in clamped], bounds)

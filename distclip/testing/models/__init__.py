@@ -1,0 +1,1 @@
+"""Models cut in every way, with gradients that the oracle knows whole."""

@@ -1,0 +1,91 @@
+"""The cases of the matrix: every layout, policy and dtype that is held against the oracle.
+
+Policies are in the words of a configuration, which the oracle and the library both read.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from distclip.testing.models.sharded import LAYOUTS
+
+__all__ = ["DTYPES", "LAYOUTS", "POLICIES", "ROUNDINGS"]
+
+DTYPES = ("float32", "bfloat16", "float16", "mixed")
+"""``mixed``: the three others in turn, one a parameter."""
+
+POLICIES: dict[str, Any] = {
+    "measure": {"name": "measure"},
+    "global": {"name": "global_norm", "max_norm": 1.0},
+    "global loose": {"name": "global_norm", "max_norm": 1e4},
+    "global p=0.5": {"name": "global_norm", "max_norm": 1.0, "norm_type": 0.5},
+    "global p=1": {"name": "global_norm", "max_norm": 1.0, "norm_type": 1.0},
+    "global p=3": {"name": "global_norm", "max_norm": 1.0, "norm_type": 3.0},
+    "global p=12": {"name": "global_norm", "max_norm": 1.0, "norm_type": 12.0},
+    "global p=inf": {"name": "global_norm", "max_norm": 1.0, "norm_type": math.inf},
+    "value": {"name": "value", "clip_value": 0.5},
+    "parameter": {"name": "parameter_norm", "max_norm": 1.0},
+    "parameter p=inf": {"name": "parameter_norm", "max_norm": 0.5, "norm_type": math.inf},
+    "block rms": {"name": "block_rms", "threshold": 0.5},
+    "agc": {"name": "agc", "clip_factor": 0.1},
+    "agc strict": {"name": "agc", "clip_factor": 0.001},
+    "agc tensor": {"name": "agc", "clip_factor": 0.1, "unit": "tensor"},
+    "agc experts": {"name": "agc", "clip_factor": 0.1, "unit_dims": {"experts.*": [0, 1]}},
+    "agc columns": {"name": "agc", "clip_factor": 0.1, "unit_dims": {"*.weight": [1]}},
+    "dreamer": {"name": "dreamer_agc"},
+    # A step of each here; their trajectories are in tests/engine/test_trajectory.py.
+    "autoclip": {"name": "autoclip", "window": 100},
+    "zclip": {"name": "zclip"},
+    "adagc": {"name": "adagc"},
+    "skip spikes": {"name": "skip_spikes"},
+    "chain scales": [
+        {"name": "global_norm", "max_norm": 5.0},
+        {"name": "parameter_norm", "max_norm": 1.0},
+        {"name": "block_rms", "threshold": 0.1},
+        {"name": "global_norm", "max_norm": 0.5, "norm_type": 1.0},
+    ],
+    "chain agc, global": [
+        {"name": "agc", "clip_factor": 0.1},
+        {"name": "global_norm", "max_norm": 0.5},
+    ],
+    "chain global, agc": [
+        {"name": "global_norm", "max_norm": 5.0, "norm_type": math.inf},
+        {"name": "agc", "clip_factor": 0.01},
+        {"name": "dreamer_agc", "clip": 0.005},
+    ],
+    "chain agc twice": [
+        {"name": "agc", "clip_factor": 0.1},
+        {"name": "agc", "clip_factor": 0.05, "unit_dims": {"experts.*": [0, 1]}},
+        {"name": "global_norm", "max_norm": 0.1},
+    ],
+    "chain value first": [
+        {"name": "value", "clip_value": 0.5},
+        {"name": "agc", "clip_factor": 0.1},
+        {"name": "global_norm", "max_norm": 0.5},
+    ],
+    "chain value between": [
+        {"name": "global_norm", "max_norm": 5.0},
+        {"name": "value", "clip_value": 0.05},
+        {"name": "parameter_norm", "max_norm": 0.1},
+    ],
+    "by name": {
+        "by_name": {
+            "*.bias": None,
+            "embed*": {"name": "value", "clip_value": 0.1},
+            "conv*": [
+                {"name": "global_norm", "max_norm": 0.5},
+                {"name": "value", "clip_value": 0.1},
+            ],
+        },
+        "default": {"name": "agc", "clip_factor": 0.1},
+    },
+    "by name in a chain": [
+        {"by_name": {"fc*": {"name": "agc", "clip_factor": 0.05}}, "default": None},
+        {"name": "global_norm", "max_norm": 1.0},
+    ],
+}
+
+ROUNDINGS = {"chain value first": 2, "by name": 2, "chain value between": 3, "chain agc twice": 3}
+"""How often an element is rounded: once, but a clamp rounds its bound to the dtype, and a second
+pass scales (by norms of rounded elements) what the first one has rounded."""

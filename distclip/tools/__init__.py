@@ -1,0 +1,1 @@
+"""Programs around clipping, behind the command line: launch, simulate, verify, measure."""

@@ -1,0 +1,68 @@
+"""DeepSpeed's step with its own clipping and with distclip's, for ``distclip bench zero``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import deepspeed
+import torch
+from torch import nn
+
+from distclip import policies
+from distclip.integrations import deepspeed as integration
+from distclip.tools.bench.cases import TIGHT
+from distclip.tools.bench.timing import Ways
+
+LAYERS, WIDTH = 8, 256
+
+
+class Step:
+    """``engine.step()`` of one engine; the backward before it is not measured."""
+
+    def __init__(self, stage: int, clipping: float) -> None:
+        # Would be compiled in the first collective.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            *(
+                nn.TransformerEncoderLayer(WIDTH, 4, 4 * WIDTH, dropout=0.0, batch_first=True)
+                for _ in range(LAYERS)
+            )
+        )
+        self.engine: Any = deepspeed.initialize(
+            model=model,
+            # As cheap a step as there is, so that clipping shows.
+            optimizer=torch.optim.SGD(model.parameters(), lr=1e-6),
+            config={
+                "train_micro_batch_size_per_gpu": 1,
+                "zero_optimization": {"stage": stage},
+                "zero_allow_untested_optimizer": True,
+                "gradient_clipping": clipping,
+                "steps_per_print": 10**9,
+            },
+            dist_init_required=False,
+        )[0]
+        self.batch = torch.randn(1, 4, WIDTH)
+
+    def before(self) -> None:
+        """Leave gradients."""
+        self.engine.backward(self.engine(self.batch).square().mean())
+
+    def __call__(self) -> None:
+        """What is measured."""
+        self.engine.step()
+
+
+def ways(stage: int) -> Ways:
+    """The same model and optimizer twice, with one threshold that always clips, and without any."""
+    ours, theirs = Step(stage, 0.0), Step(stage, TIGHT)
+    integration.attach(ours.engine, policies.global_norm(TIGHT))
+    found: Ways = {
+        "DeepSpeed's own clipping": theirs,
+        "distclip global_norm": ours,
+    }
+    adaptive = Step(stage, 0.0)
+    integration.attach(adaptive.engine, policies.agc(0.01))
+    found["distclip agc"] = adaptive
+    found["no clipping, DeepSpeed measures"] = Step(stage, 0.0)
+    return found

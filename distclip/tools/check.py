@@ -1,0 +1,321 @@
+"""``distclip run --check``: the first steps of the user's own run against gathered tensors.
+
+Before and after clipping every gradient is gathered whole (``DTensor.full_tensor``, FSDP1's
+``summon_full_params``, plain tensors as they are), and what distclip did is held against the
+float64 reference of :mod:`distclip.testing`, which shares no code with it. Costs memory for whole
+gradients and weights on every rank, in those steps only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import math
+import os
+import sys
+import weakref
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+
+from distclip import clipper as clippers
+from distclip._foreign import clean_lines
+from distclip.clipper import GradClipper, Watcher
+from distclip.engine.passes import report_order
+from distclip.errors import DistclipError
+from distclip.integrations import hooks
+from distclip.layouts import fsdp1
+from distclip.policies import ByName, Chain, Policy
+from distclip.report import ClipReport
+from distclip.testing import Expected, expected
+from distclip.tools.verify.cells import judge, together
+
+REFERENCE = ("measure", "global_norm", "value", "parameter_norm", "group_norm", "block_rms", "agc",
+             "dreamer_agc")  # fmt: skip
+"""Policies without a memory, whose every step the reference can repeat."""
+
+Whole = dict[str, tuple["Tensor | None", Tensor]]
+"""Name -> whole gradient (None: there is none) and whole weights, on the CPU."""
+
+
+class StepCheck(Watcher):
+    """Checks the first steps of every GradClipper of this process.
+
+    Args:
+        steps: how many, of each GradClipper.
+    """
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+        self.checked = 0
+        self._done: weakref.WeakKeyDictionary[GradClipper, int] = weakref.WeakKeyDictionary()
+        self._before: tuple[Whole, Tensor | None] | None = None
+
+    def install(self) -> StepCheck:
+        """Watch from now on."""
+        clippers.watchers.append(self)
+        return self
+
+    def before(self, clipper: GradClipper, loss_scale: Tensor | None) -> None:
+        self._before = None
+        if self._done.get(clipper, 0) < self.steps:
+            self._before = gathered(clipper, loss_scale), loss_scale
+
+    def after(self, clipper: GradClipper, report: ClipReport) -> None:
+        if self._before is None:
+            return
+        (before, loss_scale), self._before = self._before, None
+        step = self._done.get(clipper, 0)
+        self._done[clipper] = step + 1
+        after = gathered(clipper, loss_scale)
+        faults, exact = faults_of(clipper, report, before, after)
+        if faults:
+            shown = "\n".join(f"  {line}" for line in faults[:12])
+            raise DistclipError(
+                f"check: in step {step} of {clipper.policy!r} distclip did not do what it does to "
+                f"the gathered gradients:\n{shown}\nPlease report it, with these lines and the "
+                f"output of `distclip doctor`"
+            )
+        self.checked += 1
+        words = "the float64 reference" if exact else "their norms and coefficients"
+        say(
+            f"step {step}: {len(before)} parameters, norm {report.total_norm.item():.7g}, "
+            f"coefficient {report.coefficient.item():.7g}: as {words} of the gathered gradients"
+        )
+
+    def conclude(self) -> None:
+        """At the end of the script: say so if there was nothing to check."""
+        if not self.checked:
+            say("warning: nothing was clipped, so nothing was checked")
+
+
+def say(text: str) -> None:
+    """A line on stderr, from the main rank."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"distclip check: {clean_lines(text)}", file=sys.stderr, flush=True)
+
+
+# ---- gathering ---------------------------------------------------------------------------------
+
+
+def gathered(clipper: GradClipper, loss_scale: Tensor | None = None) -> Whole:
+    """Whole gradients, unscaled, and weights of all parameters of all ranks; on every rank.
+
+    Raises:
+        DistclipError: parameters that cannot be gathered independently of distclip; on all ranks.
+    """
+    problem = ""
+    mine: Whole = {}
+    try:
+        _refuse(clipper)
+    except DistclipError as error:
+        problem = str(error)
+    present = {n: p.grad is not None for n, p in clipper.here.items() if not fsdp1.is_flattened(p)}
+    _agree(problem, present)
+    flattened = {n: p for n, p in clipper.here.items() if fsdp1.is_flattened(p)}
+    if flattened:
+        mine |= _summoned(flattened)
+    for name, parameter in clipper.here.items():
+        if name not in flattened:
+            gradient = None if parameter.grad is None else _full(parameter.grad)
+            mine[name] = gradient, _full(parameter.detach())
+    whole = _exchanged(mine, clipper)
+    scale = 1.0 if loss_scale is None else float(loss_scale)
+    return {
+        name: (None if gradient is None else gradient / scale, weights)
+        for name, (gradient, weights) in whole.items()
+    }
+
+
+def _refuse(clipper: GradClipper) -> None:
+    if "deepspeed" in hooks.activated:
+        raise DistclipError(
+            "check: DeepSpeed keeps its gradients to itself until it steps, so they cannot be "
+            "gathered; leave --check away, and compare layouts with `distclip simulate` instead"
+        )
+    for name, parameter in clipper.here.items():
+        info = next(i for i in clipper.parameters if i.name == name)
+        plain = not isinstance(parameter, DTensor) and not fsdp1.is_flattened(parameter)
+        if plain and tuple(parameter.shape) != tuple(info.shape):
+            raise DistclipError(
+                f"check: {name!r} is a declared slice of a tensor, which only distclip could put "
+                f"together again; leave --check away"
+            )
+
+
+def _agree(problem: str, present: Mapping[str, bool]) -> None:
+    """All ranks refuse together, and none gathers what another does not.
+
+    Args:
+        problem: of this rank.
+        present: whether there is a gradient, of each parameter that has one on all ranks or none.
+    """
+    told = _told((problem, dict(present)))
+    for text, _ in told:
+        if text:
+            raise DistclipError(text)
+    seen: dict[str, bool] = {}
+    for rank, (_, theirs) in enumerate(told):
+        for name, there in theirs.items():
+            if seen.setdefault(name, there) != there:
+                raise DistclipError(
+                    f"check: rank {rank} has {'a' if there else 'no'} gradient of {name!r}, unlike "
+                    f"a rank before it: were gradients synchronised?"
+                )
+
+
+def _summoned(flattened: Mapping[str, Tensor]) -> Whole:
+    """Through FSDP1 itself, which is asked for by every module that holds one of these."""
+    found: Whole = {}
+    wanted = {id(parameter): name for name, parameter in flattened.items()}
+    for module in _roots():
+        if wanted.keys().isdisjoint(map(id, module.parameters())):
+            continue  # another model's
+        try:
+            summoned = FullyShardedDataParallel.summon_full_params(
+                module, writeback=False, with_grads=True
+            )
+            with summoned:
+                for parameter in module.parameters():
+                    if name := wanted.get(id(parameter)):
+                        gradient = parameter.grad
+                        kept = None if gradient is None else gradient.detach().cpu().clone()
+                        found[name] = kept, parameter.detach().cpu().clone()
+        except (NotImplementedError, AssertionError, ValueError) as error:
+            raise DistclipError(
+                f"check: FSDP1 cannot gather gradients here ({error}); wrap with "
+                f"use_orig_params=True, or leave --check away"
+            ) from None
+    if lacking := [name for name in flattened if name not in found]:
+        raise DistclipError(
+            f"check: no FullyShardedDataParallel in this process has a parameter called "
+            f"{lacking[0]!r}; leave --check away"
+        )
+    return found
+
+
+def _roots() -> list[FullyShardedDataParallel]:
+    modules = [m for m in gc.get_objects() if type(m) is FullyShardedDataParallel]
+    inner = {id(part) for module in modules for part in module.modules() if part is not module}
+    return [module for module in modules if id(module) not in inner]
+
+
+def _full(tensor: Tensor) -> Tensor:
+    whole: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return whole.detach().cpu().clone()
+
+
+def _exchanged(mine: Whole, clipper: GradClipper) -> Whole:
+    """With those that only other ranks have (pipeline stages, experts)."""
+    lacking = any(info.name not in mine for info in clipper.parameters)
+    if not any(_told(lacking)):
+        return mine
+    whole: Whole = {}
+    for theirs in _told(mine):
+        whole = theirs | whole
+    return whole
+
+
+def _told(value: Any) -> list[Any]:
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+# ---- comparing ---------------------------------------------------------------------------------
+
+
+def faults_of(
+    clipper: GradClipper, report: ClipReport, before: Whole, after: Whole
+) -> tuple[list[str], bool]:
+    """What is wrong, on every rank alike, and whether the policy is one that the reference knows.
+
+    Of another policy (one of your own, one with a memory) norms before and after and the
+    coefficients between them are compared, not the decision itself.
+    """
+    gradients = {n: None if g is None else g.double().numpy() for n, (g, _) in before.items()}
+    words = in_words(clipper.policy)
+    if words is None or bool(report.skipped) or not _measured(report):
+        order = report_order(clipper.policy, clipper.parameters)
+        return together(_consistency(report, order, before, after)), False
+    groups = {info.name: info.group for info in clipper.parameters if info.group is not None}
+    want = expected(
+        words,
+        gradients,
+        {name: weights.double().numpy() for name, (_, weights) in before.items()},
+        groups=groups or None,
+        on_nonfinite="pass" if clipper.on_nonfinite == "error" else clipper.on_nonfinite,
+    )
+    kinds = {g.dtype for g, _ in before.values() if g is not None}
+    roundings = 3 if isinstance(clipper.policy, (Chain, ByName)) else 1
+    exact = kinds <= {torch.float32, torch.float64}
+    parts = _parts(after, want)
+    return judge(words, report, want, parts, exact=exact, roundings=roundings), True
+
+
+def _parts(after: Whole, want: Expected) -> Iterator[Any]:
+    for name, (gradient, _) in after.items():
+        yield name, gradient, want.gradients[name]
+
+
+def _measured(report: ClipReport) -> bool:
+    return not math.isnan(report.total_norm.item()) or bool(report.nonfinite)
+
+
+def _consistency(report: ClipReport, order: float, before: Whole, after: Whole) -> list[str]:
+    faults = []
+    for name, (gradient, _) in before.items():
+        clipped = after[name][0]
+        if gradient is None or clipped is None or name in report.nonfinite:
+            continue
+        if bool(report.skipped):
+            if not torch.equal(gradient, clipped):
+                faults.append(f"{name!r} was changed though the step is to be skipped")
+            continue
+        norm, now = (
+            float(torch.linalg.vector_norm(g.double(), ord=order)) for g in (gradient, clipped)
+        )
+        known = report.parameter_norms[name]
+        if not math.isnan(known) and not math.isclose(known, norm, rel_tol=1e-6, abs_tol=1e-30):
+            faults.append(f"norm of {name!r} is {known!r}, should be {norm!r}")
+        coefficient = report.parameter_coefficients[name]
+        within = 1e-6 if gradient.dtype in (torch.float32, torch.float64) else 4e-3
+        if not math.isnan(coefficient) and not math.isclose(
+            now, coefficient * norm, rel_tol=within, abs_tol=1e-30
+        ):
+            faults.append(
+                f"{name!r} has norm {now!r} after clipping; its coefficient {coefficient!r} makes "
+                f"that {coefficient * norm!r}"
+            )
+    return faults
+
+
+def in_words(policy: Policy) -> Any:
+    """The policy in the words of a configuration; None if the reference does not know it."""
+    with contextlib.suppress(KeyError):
+        return _words(policy)
+    return None
+
+
+def _words(policy: Policy) -> Any:
+    if isinstance(policy, Chain):
+        return [_words(each) for each in policy.policies]
+    if isinstance(policy, ByName):
+        mapping = {key: None if p is None else _words(p) for key, p in policy.mapping}
+        return {
+            "by_name": mapping,
+            "default": None if policy.default is None else _words(policy.default),
+        }
+    if policy.name not in REFERENCE:
+        raise KeyError(policy.name)
+    fields = {f.name: getattr(policy, f.name) for f in dataclasses.fields(policy)}  # type: ignore[arg-type]
+    dims = fields.pop("unit_dims_by_name", ())
+    return {"name": policy.name, **fields, **({"unit_dims": dict(dims)} if dims else {})}

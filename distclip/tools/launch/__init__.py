@@ -1,0 +1,1 @@
+"""Running a script in this process as ``python`` would, and leaving it cleanly."""

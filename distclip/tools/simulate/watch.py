@@ -1,0 +1,277 @@
+"""Follow a launch to its end: it comes through, or a rank fails, or nobody moves any more."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from distclip.testing.ranks.stuck import is_stopped, limit_within
+from distclip.tools.simulate import nodes
+from distclip.tools.simulate.layouts import Launch, inherited
+from distclip.tools.simulate.rank import STACK_SIGNAL, stacks_of
+from distclip.tools.simulate.records import Rank, Reader
+
+STUCK_AFTER = "DISTCLIP_STUCK_AFTER"
+"""See :mod:`distclip.statistics.waiting`."""
+
+GRACE = 2.0
+"""Seconds that the other ranks get to say something after one has failed."""
+
+STACK_LIMIT = 3.0
+START_LIMIT = 180.0
+"""Seconds until ranks that have not started count as lost."""
+
+END_LIMIT = 30.0
+"""Seconds that launchers get to end after their ranks."""
+
+LAST_LIMIT = 5.0
+"""Seconds that a killed process gets to be gone."""
+
+POLL = 0.1
+
+MOST_GAP = 0.5
+"""Seconds between two looks that count."""
+
+PATIENCE = 10
+"""Limits that ranks which compute get, though nothing is heard of them."""
+
+BUSY = 0.02
+"""Of one core, from which on a rank counts as computing; one that waits takes next to nothing."""
+
+How = Literal["ended", "failed", "hung", "not started"]
+
+
+@dataclass
+class Ending:
+    """What became of a launch.
+
+    Attributes:
+        how: ``"ended"`` (every script came to its end), ``"failed"`` (one raised or died),
+            ``"hung"``, ``"not started"``.
+        ranks: what each wrote.
+        stacks: of those that had to be stopped, by rank.
+        died: ranks whose process went without a word.
+        seconds: it took.
+        log: what the launchers printed.
+        isolated: whether each node had a network namespace; None: there is one node only.
+    """
+
+    how: How
+    ranks: list[Rank]
+    stacks: dict[int, str] = field(default_factory=dict)
+    died: list[int] = field(default_factory=list)
+    seconds: float = 0.0
+    log: str = ""
+    isolated: bool | None = None
+
+
+def run(
+    launch: Launch,
+    folder: Path,
+    limit: float,
+    progress: Callable[[str], object] = lambda text: None,
+    *,
+    isolate: bool = True,
+) -> Ending:
+    """Start it, follow it, and leave nothing behind.
+
+    Args:
+        launch: what to start.
+        folder: where its ranks write.
+        limit: seconds in which no rank says or computes anything until it counts as hung; ten
+            times as long if one only computes.
+        progress: told how far the ranks are.
+        isolate: give each of several nodes a network namespace, if the system allows.
+    """
+    start = time.monotonic()
+    reader = Reader(folder, launch.world)
+    logs = [str(folder / f"node{node}.log") for node in range(len(launch.commands))]
+    isolated = isolate and len(launch.commands) > 1 and not nodes.why_not()
+    agents: list[subprocess.Popen[bytes]] = []
+    try:
+        agents += _start(launch, logs, isolated, limit)
+        how = _follow(reader, agents, limit, progress)
+        reader.read()
+        stacks = {} if how == "ended" else _stacks(reader, folder)
+        died = [r.number for r in reader.ranks if r.pid and r.code is None and not _runs(r)]
+    finally:
+        _stop(reader, agents)
+    reader.read()
+    reader.read_output()
+    return Ending(
+        how,
+        reader.ranks,
+        stacks | {rank: text for rank in died if (text := _read(stacks_of(folder, rank)))},
+        [rank for rank in died if not reader.ranks[rank].error],
+        time.monotonic() - start,
+        "".join(_read(Path(log)) for log in logs),
+        isolated if len(launch.commands) > 1 else None,
+    )
+
+
+def _start(
+    launch: Launch, logs: list[str], isolated: bool, limit: float
+) -> list[subprocess.Popen[bytes]]:
+    interface = nodes.INTERFACE if isolated else _loopback()
+    environment = inherited() | launch.environment
+    # Before the launch counts as hung, so that the ranks that wait can say for whom.
+    wanted = os.environ.get(STUCK_AFTER)
+    environment[STUCK_AFTER] = f"{limit_within(limit):g}" if wanted is None else wanted
+    if interface:
+        environment["GLOO_SOCKET_IFNAME"] = interface
+    else:
+        del environment["GLOO_SOCKET_IFNAME"]
+    commands = [nodes.filled(command, None) for command in launch.commands]
+    if isolated:
+        commands, logs = [nodes.enclosed(launch.commands, logs)], logs[:1]
+    agents = []
+    for command, log in zip(commands, logs, strict=True):
+        with open(log, "ab") as file:
+            agents.append(
+                subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=file,
+                    stderr=file,
+                    env=environment,
+                    start_new_session=True,
+                )
+            )
+    return agents
+
+
+def _loopback() -> str:
+    import socket
+
+    found = {name for _, name in socket.if_nameindex()} & {"lo", "lo0"}
+    return found.pop() if found else ""
+
+
+def _follow(
+    reader: Reader,
+    agents: list[subprocess.Popen[bytes]],
+    limit: float,
+    progress: Callable[[str], object],
+) -> How:
+    started = moved = busy = looked = now = 0.0
+    failed: float | None = None
+    spent, last = 0.0, time.monotonic()
+    while True:
+        # While this process does not get to run (a laptop sleeps), the ranks do not either.
+        now, last = now + min(time.monotonic() - last, MOST_GAP), time.monotonic()
+        if now - looked > min(1.0, limit / 4):
+            before, spent = spent, sum(map(_seconds, reader.ranks))
+            busy = now if spent - before > BUSY * (now - looked) else busy
+            looked = now
+        if reader.read():
+            moved = now
+            progress(_progress(reader.ranks))
+        ranks = reader.ranks
+        if all(rank.code == 0 for rank in ranks):
+            return "ended"
+        if failed is None and (_some_failed(ranks) or _agents_failed(agents)):
+            failed = now
+        if failed is not None and now - failed > GRACE:
+            return "failed" if any(rank.pid for rank in ranks) else "not started"
+        if any(rank.pid is None for rank in ranks) and now - started > max(limit, START_LIMIT):
+            return "not started"
+        quiet = now - max(moved, busy) > limit or now - moved > PATIENCE * limit
+        if quiet and all(rank.pid for rank in ranks):
+            return "hung"
+        time.sleep(POLL)
+
+
+def _seconds(rank: Rank) -> float:
+    """Processor time that a rank has taken; 0 where that cannot be known."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        fields = Path(f"/proc/{rank.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return 0.0
+
+
+def _some_failed(ranks: list[Rank]) -> bool:
+    return any(
+        rank.error or rank.code or (rank.pid and rank.code is None and not _runs(rank))
+        for rank in ranks
+    )
+
+
+def _agents_failed(agents: list[subprocess.Popen[bytes]]) -> bool:
+    return any(agent.poll() is not None for agent in agents)
+
+
+def _progress(ranks: list[Rank]) -> str:
+    if not all(rank.pid for rank in ranks):
+        return f"starting, {sum(rank.pid is not None for rank in ranks)} of {len(ranks)} ranks"
+    slowest, fastest = min(rank.done for rank in ranks), max(rank.done for rank in ranks)
+    return f"step {slowest}" if slowest == fastest else f"steps {slowest} to {fastest}"
+
+
+def _runs(rank: Rank) -> bool:
+    """Whether the process of a rank is there and no zombie."""
+    if rank.pid is None:
+        return False
+    with contextlib.suppress(OSError):
+        text = Path(f"/proc/{rank.pid}/stat").read_text()
+        return text.rpartition(")")[2].split()[0] not in ("Z", "X")
+    if os.path.isdir("/proc/self"):
+        return False
+    try:
+        os.kill(rank.pid, 0)
+    except OSError:
+        return False
+    return True
+
+
+def _stacks(reader: Reader, folder: Path) -> dict[int, str]:
+    """The stacks of all threads of the ranks that still run, taken without their cooperation."""
+    asked = [rank for rank in reader.ranks if rank.code is None and not rank.error and _runs(rank)]
+    for rank in asked:
+        assert rank.pid is not None
+        rank.stopped = is_stopped(rank.pid)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(rank.pid, STACK_SIGNAL)
+    asked = [rank for rank in asked if not rank.stopped]
+    deadline = time.monotonic() + STACK_LIMIT
+    sizes: list[int] = [0] * len(asked)
+    while asked and time.monotonic() < deadline:
+        time.sleep(POLL)
+        before, sizes = sizes, [stacks_of(folder, r.number).stat().st_size for r in asked]
+        if before == sizes and all(sizes):
+            break
+    return {rank.number: _read(stacks_of(folder, rank.number)) for rank in asked}
+
+
+def _stop(reader: Reader, agents: list[subprocess.Popen[bytes]]) -> None:
+    """End everything that still runs; launchers whose ranks have all ended may do so themselves."""
+    reader.read()
+    deadline = time.monotonic() + (END_LIMIT if all(r.code == 0 for r in reader.ranks) else 0)
+    for agent in agents:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            agent.wait(max(0.0, deadline - time.monotonic()))
+    for rank in reader.ranks:
+        if rank.pid is not None and _runs(rank):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(rank.pid, signal.SIGKILL)
+    deadline = time.monotonic() + LAST_LIMIT
+    while any(map(_runs, reader.ranks)) and time.monotonic() < deadline:
+        time.sleep(POLL / 10)
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        for agent in agents:
+            if agent.poll() is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(agent.pid, number)
+        for agent in agents:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                agent.wait(2.0)
+
+
+def _read(file: Path | IO[Any]) -> str:
+    return file.read_text(errors="replace") if isinstance(file, Path) and file.exists() else ""

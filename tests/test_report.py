@@ -1,0 +1,263 @@
+"""The report: its fields, its mappings, and that it says the same under every sharding."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import pickle
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from distclip import ClipReport, GradClipper, policies
+from distclip.testing import expected
+from tests.engine.test_matrix import POLICIES, build
+from tests.sharded import shard, whole
+
+SCALARS = [
+    "total_norm",
+    "clipped_norm",
+    "coefficient",
+    "threshold",
+    "skipped",
+    "clipped_fraction",
+]
+
+
+def model() -> list[tuple[str, Tensor]]:
+    """Norms 5, 13 and no gradient."""
+    gradients = {"a": torch.tensor([3.0, 4.0]), "b": torch.tensor([[5.0], [12.0]]), "c": None}
+    named: list[tuple[str, Tensor]] = []
+    for name, gradient in gradients.items():
+        shape = (2,) if gradient is None else gradient.shape
+        parameter = nn.Parameter(torch.ones(shape))
+        parameter.grad = gradient
+        named.append((name, parameter))
+    return named
+
+
+TOTAL = math.hypot(5.0, 13.0)
+
+
+def test_the_fields_of_a_global_clip() -> None:
+    report = GradClipper(model(), policies.global_norm(1.0)).clip_()
+    assert report.total_norm.item() == pytest.approx(TOTAL)
+    assert report.clipped_norm.item() == pytest.approx(1.0)
+    assert report.coefficient.item() == pytest.approx(1 / TOTAL)
+    assert report.threshold.item() == 1.0
+    assert not bool(report.skipped)
+    assert report.clipped_fraction.item() == 1.0
+    assert report.parameter_norms == pytest.approx({"a": 5.0, "b": 13.0, "c": 0.0})
+    assert report.parameter_coefficients == pytest.approx(dict.fromkeys("abc", 1 / TOTAL))
+    assert report.nonfinite == ()
+    assert list(report.names) == ["a", "b", "c"]
+    assert str(report) == "norm 13.93 -> 1 (coefficient 0.0718, threshold 1)"
+
+
+def test_the_fields_of_a_clip_per_parameter() -> None:
+    report = GradClipper(model(), policies.parameter_norm(10.0)).clip_()
+    assert report.clipped_norm.item() == pytest.approx(math.hypot(5.0, 10.0))
+    assert report.coefficient.item() == pytest.approx(10 / 13)
+    assert report.clipped_fraction.item() == pytest.approx(1 / 3)
+    assert report.parameter_coefficients == pytest.approx({"a": 1.0, "b": 10 / 13, "c": 1.0})
+
+
+def test_the_fields_of_a_clip_per_unit() -> None:
+    # Rows of b: norms 5 and 12, limits 0.5 * 1 * 16 = 8. The vector a is one unit: limit 11.3.
+    report = GradClipper(model(), policies.agc(8.0)).clip_()
+    assert report.clipped_norm.item() == pytest.approx(math.sqrt(25 + 25 + 64))
+    assert report.coefficient.item() == pytest.approx(8 / 12)
+    assert report.threshold.item() == 8.0
+    assert report.clipped_fraction.item() == pytest.approx((0 + 1 / 2 + 0) / 3)
+    # Where units differ: the norm after by the norm before.
+    ratio = math.sqrt(25 + 64) / 13
+    assert report.parameter_coefficients == pytest.approx({"a": 1.0, "b": ratio, "c": 1.0})
+
+
+def test_the_fields_of_a_clamp() -> None:
+    report = GradClipper(model(), policies.value(4.5)).clip_()
+    assert report.total_norm.item() == pytest.approx(TOTAL)  # as they were
+    assert report.clipped_norm.item() == pytest.approx(math.sqrt(9 + 16 + 2 * 4.5**2))
+    assert report.coefficient.item() == 1.0  # nothing was scaled
+    assert report.threshold.item() == 4.5
+    assert report.clipped_fraction.item() == pytest.approx(1 / 3)
+
+
+def test_the_fields_where_nothing_is_clipped() -> None:
+    for policy in (policies.measure(), policies.global_norm(math.inf), policies.global_norm(1e3)):
+        report = GradClipper(model(), policy).clip_()
+        assert report.clipped_norm.item() == report.total_norm.item() == pytest.approx(TOTAL)
+        assert report.coefficient.item() == 1.0
+        assert report.clipped_fraction.item() == 0.0
+    assert math.isnan(GradClipper(model(), policies.measure()).clip_().threshold.item())
+    assert "threshold" not in str(GradClipper(model(), policies.measure()).clip_())
+
+
+def test_norms_are_of_the_policys_order() -> None:
+    report = GradClipper(model(), policies.global_norm(100.0, 1.0)).clip_()
+    assert report.total_norm.item() == pytest.approx(24.0)
+    assert report.parameter_norms == pytest.approx({"a": 7.0, "b": 17.0, "c": 0.0})
+    report = GradClipper(model(), policies.measure(math.inf)).clip_()
+    assert report.total_norm.item() == 12.0
+
+
+def test_the_norm_after_a_clamp_in_the_middle_is_not_invented() -> None:
+    policy = policies.chain(policies.global_norm(10.0), policies.value(1.0))
+    report = GradClipper(model(), policy).clip_()
+    assert math.isnan(report.clipped_norm.item())
+    assert report.total_norm.item() == pytest.approx(TOTAL)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_scalars_are_plain_and_0_dim(dtype: torch.dtype) -> None:
+    parameter = nn.Parameter(torch.ones(3, dtype=dtype))
+    parameter.grad = torch.ones(3, dtype=dtype)
+    report = GradClipper([("w", parameter)], policies.global_norm(1.0)).clip_()
+    want = torch.float64 if dtype is torch.float64 else torch.float32
+    for name in SCALARS:
+        value = getattr(report, name)
+        assert type(value) is Tensor
+        assert value.shape == ()
+        assert value.dtype is (torch.bool if name == "skipped" else want), name
+        assert not value.requires_grad
+
+
+def test_to_dict_is_json() -> None:
+    report = GradClipper(model(), policies.global_norm(1.0)).clip_()
+    shown = report.to_dict()
+    assert json.loads(json.dumps(shown)) == shown
+    assert set(shown) == {*SCALARS, "nonfinite", "parameters"}
+    assert shown["total_norm"] == report.total_norm.item()
+    assert shown["skipped"] is False
+    assert shown["parameters"]["b"] == {
+        "norm": report.parameter_norms["b"],
+        "coefficient": report.parameter_coefficients["b"],
+    }
+    assert "parameters" not in report.to_dict(per_parameter=False)
+
+
+def test_a_skipped_report() -> None:
+    named = model()
+    assert named[0][1].grad is not None
+    named[0][1].grad[0] = math.nan
+    report = GradClipper(named, policies.global_norm(1.0), on_nonfinite="skip").clip_()
+    assert report.to_dict()["skipped"] is True
+    assert report.nonfinite == ("a",)
+    assert set(report.parameter_coefficients.values()) == {1.0}
+    assert str(report) == "norm nan, skipped"
+
+
+def test_without_norms_the_report_has_what_the_policy_needed_anyway() -> None:
+    report = GradClipper(model(), policies.global_norm(1.0), norms=False).clip_()
+    assert report.total_norm.item() == pytest.approx(TOTAL)
+    assert report.coefficient.item() == pytest.approx(1 / TOTAL)
+    named = model()
+    silent = GradClipper(named, policies.value(4.5), norms=False, on_nonfinite="pass")
+    report = silent.clip_()
+    assert math.isnan(report.total_norm.item())
+    assert report.nonfinite == ()
+    assert named[1][1].grad is not None
+    assert named[1][1].grad.flatten().tolist() == [4.5, 4.5]
+
+
+def test_a_report_stays_what_it_was() -> None:
+    named = model()
+    clipper = GradClipper(named, policies.global_norm(1.0))
+    first = clipper.clip_()
+    shown = dict(first.to_dict())
+    for _, parameter in named:
+        parameter.grad = None
+    clipper.clip_()
+    assert ClipReport.to_dict(first) == shown
+
+
+@pytest.mark.parametrize("label", list(POLICIES))
+def test_a_report_may_be_read_late_copied_and_pickled(label: str) -> None:
+    """What is read is computed from the books, which later steps must not write into."""
+    values = whole()
+    model_ = shard("plain", values)
+    clipper = GradClipper(model_.named(), build(POLICIES[label]))
+    reports = []
+    for scale in (1.0, 3.0):
+        scaled = whole(scale=scale)
+        for read in (False, True):
+            model_.set_gradients(scaled.gradients)
+            report = clipper.clip_()
+            if read:
+                report.to_dict()
+            reports.append(report)
+    for late, early in ((reports[0], reports[1]), (reports[2], reports[3])):
+        copied = pickle.loads(pickle.dumps(late))
+        assert "_program" not in repr(copied.__dict__)
+        assert json.dumps(late.to_dict()) == json.dumps(early.to_dict())
+        assert json.dumps(copied.to_dict()) == json.dumps(early.to_dict())
+        assert json.dumps(copy.deepcopy(early).to_dict()) == json.dumps(early.to_dict())
+
+
+def test_sinks_get_every_step() -> None:
+    seen: list[tuple[int, ClipReport]] = []
+    clipper = GradClipper(
+        model(), policies.measure(), sinks=[lambda step, report: seen.append((step, report))]
+    )
+    reports = [clipper.clip_() for _ in range(3)]
+    assert [step for step, _ in seen] == [0, 1, 2]
+    assert all(one is other for (_, one), other in zip(seen, reports, strict=True))
+
+
+LOWER_BOUND = "chain agc twice"
+"""Units of two kinds for one parameter: no coefficient is tracked element by element."""
+
+
+@pytest.mark.ranks(2, 3, 4)
+@pytest.mark.parametrize("layout", ["fsdp2", "hsdp", "tp", "fsdp2_tp", "mixed"])
+def test_the_report_says_the_same_under_every_sharding(layout: str) -> None:
+    same_reports(layout, norms=True)
+
+
+@pytest.mark.ranks(3)
+def test_without_norms_it_does_too() -> None:
+    for layout in ("fsdp2", "mixed"):
+        same_reports(layout, norms=False)
+
+
+def same_reports(layout: str, *, norms: bool) -> None:
+    values = whole(seed=2)
+    sharded, alone = shard(layout, values), shard("plain", values)
+    options: dict[str, Any] = {"norms": norms, "on_nonfinite": "skip"}
+    for label, configuration in POLICIES.items():
+        reports = []
+        for model in (sharded, alone):
+            model.set_gradients(values.gradients)
+            reports.append(GradClipper(model.named(), build(configuration), **options).clip_())
+        have, want = (report.to_dict() for report in reports)
+        parameters = have.pop("parameters"), want.pop("parameters")
+        for key in SCALARS:
+            if key == "coefficient" and label == LOWER_BOUND:
+                continue
+            expect = pytest.approx(want[key], rel=2e-6, nan_ok=True)
+            assert have[key] == expect, (label, key)
+        for name, shown in parameters[1].items():
+            for key, value in shown.items():
+                expect = pytest.approx(value, rel=2e-6, nan_ok=True)
+                assert parameters[0][name][key] == expect, (label, name, key)
+
+
+@pytest.mark.ranks(1, 3)
+def test_parameter_coefficients_are_the_ratio_of_norms() -> None:
+    values = whole(seed=4)
+    layout = "plain" if dist.get_world_size() == 1 else "fsdp2"
+    for label in ("global", "parameter", "block rms", "agc", "chain agc, global", "chain scales"):
+        model = shard(layout, values)
+        model.set_gradients(values.gradients)
+        want = expected(POLICIES[label], *values.arrays())
+        report = GradClipper(model.named(), build(POLICIES[label])).clip_()
+        for name, gradient in want.gradients.items():
+            before = want.parameter_norms[name]
+            if gradient is None or before == 0.0:
+                continue
+            ratio = float((gradient**2).sum() ** 0.5) / before
+            assert report.parameter_coefficients[name] == pytest.approx(ratio, rel=2e-6)
