@@ -50,7 +50,7 @@ def test_fixtures_made_on_the_rank(pytester: pytest.Pytester) -> None:
         import pytest, torch
         import torch.distributed as dist
         from torch.distributed.tensor import DTensor
-        from distclip.testing.ranks import on_rank
+        from distclip.testing import on_rank
 
         def build():
             return torch.nn.Linear(5, 3)
