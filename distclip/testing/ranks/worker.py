@@ -32,7 +32,7 @@ COLLECTIVE_LIMIT = datetime.timedelta(minutes=30)
 in_rank = False  # True in the process of a rank
 
 
-_KIT = os.path.dirname(os.path.dirname(__file__))
+_KIT = os.path.dirname(os.path.dirname(__file__)) + os.sep
 _OUTCOMES: dict[str, Kind] = {"Skipped": "skipped", "SkipTest": "skipped", "XFailed": "xfailed"}
 
 
@@ -147,7 +147,7 @@ def _failure(error: BaseException) -> Reply:
     # By name: pytest need not be there.
     kind = _OUTCOMES.get(type(error).__name__, "raised")
     frames = error.__traceback__
-    while frames is not None and os.path.dirname(frames.tb_frame.f_code.co_filename) == _KIT:
+    while frames is not None and frames.tb_frame.f_code.co_filename.startswith(_KIT):
         frames = frames.tb_next  # above the function there is only the harness
     trace = "".join(traceback.format_exception(type(error), error, frames or error.__traceback__))
     text = str(error) if kind != "raised" else _one_line(error)
