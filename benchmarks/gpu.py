@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from distclip import GradClipper, __version__, policies
-from distclip.kernels import multi_tensor
+from distclip.kernels.device import multi_tensor
 
 Contestant = Callable[[], Any]
 GIB = 1 << 30

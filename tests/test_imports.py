@@ -35,7 +35,7 @@ IMPORTERS: dict[str, set[str]] = {
     "pytorch_lightning": set(),
     "transformers": {"integrations/transformers.py"},
     "tensorboard": set(),
-    "triton": {"kernels/_triton.py", "kernels/multi_tensor.py"},
+    "triton": {"kernels/device/_triton.py", "kernels/device/multi_tensor.py"},
     "llvmlite": {"kernels/host/compiler.py", "kernels/host/loops.py"},
     "matplotlib": {"monitor/plots.py"},
     "psutil": {"integrations/accelerate_cpu.py"},

@@ -2,7 +2,6 @@
 
 ``measuring`` (norms of tensors and of their units) and ``changing`` (multiply, clamp, drop) are
 what the rest of the library calls. Behind them: ``host`` (compiled loops over host memory),
-``accelerator`` and ``multi_tensor`` (one Triton launch for many tensors, whose places ``tables``
-describes and whose kernels are in ``_triton``), and ``plain`` (torch's own operations, for all the
-rest). ``transfer`` brings numbers from the host to a device without waiting for it.
+``device`` (one Triton launch for many accelerator tensors), and ``plain`` (torch's own operations,
+for all the rest). ``transfer`` brings numbers from the host to a device without waiting for it.
 """

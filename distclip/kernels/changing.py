@@ -10,30 +10,24 @@ there a coefficient that is no normal number of it is multiplied in several step
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from distclip.kernels import multi_tensor
 from distclip.kernels.bounds import held
+from distclip.kernels.device import changes as device_changes
+from distclip.kernels.device.changes import EXACT, selected, shaped
 from distclip.kernels.host import kernels as host
 from distclip.kernels.host.kernels import Chosen
-from distclip.kernels.transfer import to_device
 
 _is_cpu = operator.attrgetter("is_cpu")
 
-LOW_PRECISION = frozenset((torch.bfloat16, torch.float16))
-EXACT = frozenset((torch.float64, torch.complex128))
-"""These are multiplied in float64, all others in float32."""
 TINY = torch.finfo(torch.float32).tiny
 STEP = 2.0**-64
 """A coefficient below ``TINY`` is multiplied as ``STEP * (coefficient / STEP)``. The first product
 is exact, or so small that the whole one is 0."""
-CHUNK = 1 << 20
-"""Elements of a low-precision accelerator tensor converted at a time."""
 
 
 def scale_(
@@ -55,11 +49,11 @@ def scale_(
         _changed(chosen)
         return
     for device, numbers in _by_device(tensors).items():
-        some, factors = _chosen(tensors, coefficients, numbers)
+        some, factors = selected(tensors, coefficients, numbers)
         if device.type == "cpu":
             _scale_on_host(some, factors)
         else:
-            _scale_on_device(some, factors.to(device))
+            device_changes.scale_(some, factors.to(device))
 
 
 def _by_device(tensors: Sequence[Tensor]) -> dict[torch.device, Sequence[int]]:
@@ -71,18 +65,6 @@ def _by_device(tensors: Sequence[Tensor]) -> dict[torch.device, Sequence[int]]:
         if tensor.numel():
             found.setdefault(tensor.device, []).append(number)
     return dict(found)
-
-
-def _chosen(
-    tensors: Sequence[Tensor], values: Tensor, numbers: Sequence[int]
-) -> tuple[Sequence[Tensor], Tensor]:
-    """Some of the tensors, and of the values that are theirs."""
-    if len(numbers) == len(tensors):
-        return tensors, values
-    some = [tensors[number] for number in numbers]
-    if values.stride(0) == 0:
-        return some, values[: len(some)]
-    return some, values.index_select(0, to_device(numbers, values.device))
 
 
 def _scale_on_host(tensors: Sequence[Tensor], coefficients: Tensor) -> None:
@@ -129,45 +111,6 @@ def _steps(coefficients: Tensor) -> Iterator[Tensor]:
     yield coefficients
 
 
-def _scale_on_device(tensors: Sequence[Tensor], coefficients: Tensor) -> None:
-    by_kernel, others = _by_way(tensors)
-    if by_kernel:
-        multi_tensor.scale_(*_chosen(tensors, coefficients, by_kernel))
-    if not others:
-        return
-    rest, factors = _chosen(tensors, coefficients, others)
-    if factors.stride(0) == 0:
-        for dtype in (torch.float32, torch.float64):
-            alike = [tensor for tensor in rest if tensor.dtype is dtype]
-            if alike:
-                torch._foreach_mul_(alike, factors[0].to(dtype))
-        rest = [tensor for tensor in rest if tensor.dtype not in (torch.float32, torch.float64)]
-    for tensor, factor in zip(rest, factors.unbind(), strict=False):
-        if tensor.dtype in LOW_PRECISION:
-            for part in _parts(tensor):
-                part.copy_(part.float() * factor.float())
-        else:
-            tensor.mul_(factor.to(tensor.real.dtype))
-
-
-def _by_way(tensors: Sequence[Tensor]) -> tuple[list[int], list[int]]:
-    """Those that the Triton kernels take, and the others."""
-    usable = multi_tensor.is_usable(tensors[0].device)
-    ways: tuple[list[int], list[int]] = [], []
-    for number, tensor in enumerate(tensors):
-        takes = usable and tensor.dtype in multi_tensor.SCALED and multi_tensor.is_dense(tensor)
-        ways[0 if takes else 1].append(number)
-    return ways
-
-
-def _parts(tensor: Tensor) -> Sequence[Tensor]:
-    return torch.split(tensor, _rows_per_part(tensor, CHUNK)) if tensor.dim() else (tensor,)
-
-
-def _rows_per_part(tensor: Tensor, chunk: int) -> int:
-    return max(1, chunk // max(1, math.prod(tensor.shape[1:])))
-
-
 def scale_units_(
     tensors: Sequence[Tensor], coefficients: Sequence[Tensor], unit_dims: Sequence[Sequence[int]]
 ) -> None:
@@ -184,14 +127,8 @@ def scale_units_(
         dims = [tuple(unit_dims[number]) for number in numbers]
         if device.type == "cpu":
             _scale_units_on_host(chosen, factors, dims)
-            continue
-        by_kernel, others = _by_way(chosen)
-        rows = [n for n in by_kernel if dims[n] == (0,) and chosen[n].is_contiguous()]
-        if rows:
-            matrices = [chosen[number].view(len(chosen[number]), -1) for number in rows]
-            multi_tensor.scale_rows_(matrices, torch.cat([factors[number] for number in rows]))
-        for number in sorted({*by_kernel, *others} - {*rows}):
-            chosen[number].mul_(_shaped(factors[number], chosen[number], dims[number]))
+        else:
+            device_changes.scale_units_(chosen, factors, dims)
 
 
 def _scale_units_on_host(
@@ -203,19 +140,12 @@ def _scale_units_on_host(
         tensor, factors = tensors[number], coefficients[number]
         if tensor.numel() and bool((factors != 1.0).any()):
             for step in _steps_for(tensor, factors):
-                tensor.mul_(_shaped(step, tensor, unit_dims[number]))
+                tensor.mul_(shaped(step, tensor, unit_dims[number]))
     if chosen is not None:
         positions = range(len(tensors)) if chosen.positions is None else chosen.positions
         rows = torch.cat([coefficients[number] for number in positions])
         host.scale_(chosen, rows.double().numpy())
         _changed(chosen)
-
-
-def _shaped(coefficients: Tensor, tensor: Tensor, unit_dims: Sequence[int]) -> Tensor:
-    """In the dtype to multiply in, and broadcast against ``tensor``."""
-    factors = coefficients.to(torch.float64 if tensor.dtype in EXACT else torch.float32)
-    shape = [extent if dim in unit_dims else 1 for dim, extent in enumerate(tensor.shape)]
-    return factors.view(shape)
 
 
 def clamp_(tensors: Sequence[Tensor], bounds: Sequence[float | Tensor]) -> None:
@@ -248,15 +178,10 @@ def clamp_(tensors: Sequence[Tensor], bounds: Sequence[float | Tensor]) -> None:
 def zero_(tensors: Sequence[Tensor], flags: Tensor) -> None:
     """Set ``tensors[i]`` to 0 where ``flags[i]`` is true; never through ``0 * nan``."""
     for device, numbers in _by_device(tensors).items():
-        chosen, wanted = _chosen(tensors, flags, numbers)
+        chosen, wanted = selected(tensors, flags, numbers)
         if device.type == "cpu":
             for tensor, flag in zip(chosen, wanted.tolist(), strict=True):
                 if flag:
                     tensor.zero_()
-            continue
-        wanted = wanted.to(device)
-        by_kernel, others = _by_way(chosen)
-        if by_kernel:
-            multi_tensor.zero_(*_chosen(chosen, wanted, by_kernel))
-        for number in others:
-            chosen[number].masked_fill_(wanted[number], 0)
+        else:
+            device_changes.zero_(chosen, wanted.to(device))

@@ -2,7 +2,7 @@
 
 Which of three ways a tensor takes, nobody else has to know: host tensors are measured by compiled
 loops (:mod:`distclip.kernels.host`), accelerator tensors by Triton kernels or torch's multi-tensor
-operations (:mod:`distclip.kernels.accelerator`), and whatever neither takes (complex numbers, other
+operations (:mod:`distclip.kernels.device`), and whatever neither takes (complex numbers, other
 orders, strange strides, hosts without a compiler) by plain torch operations
 (:mod:`distclip.kernels.plain`). All of them add in float64. Nothing reads a value of an accelerator
 tensor on the host.
@@ -16,8 +16,9 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from distclip.kernels import accelerator, plain
+from distclip.kernels import plain
 from distclip.kernels.bounds import held
+from distclip.kernels.device import norms as device_norms
 from distclip.kernels.host import kernels as host
 from distclip.kernels.host.kernels import Chosen as Chosen
 from distclip.kernels.host.kernels import Tables as Tables
@@ -69,12 +70,12 @@ def norms(
     done: Sequence[int] = ()
     if chosen is not None and chosen.positions is not None and values is not None:
         done = chosen.positions
-        result = accelerator.placed(result, done, values)
+        result = device_norms.placed(result, done, values)
     for positions in _others(tensors, done):
         there = [cast(Tensor, tensors[position]) for position in positions]
         limits = None if bounds is None else [bounds[position] for position in positions]
-        measure = plain.norms if there[0].is_cpu else accelerator.norms
-        result = accelerator.placed(result, positions, measure(there, norm_type, limits))
+        measure = plain.norms if there[0].is_cpu else device_norms.norms
+        result = device_norms.placed(result, positions, measure(there, norm_type, limits))
     return result
 
 
@@ -129,7 +130,7 @@ def unit_norms(
             for each in positions
         ]
         limits = None if bounds is None else [bounds[position] for position in positions]
-        measure = plain.row_norms if rows[0].is_cpu else accelerator.row_norms
+        measure = plain.row_norms if rows[0].is_cpu else device_norms.row_norms
         split = torch.split(measure(rows, norm_type, limits), [len(each) for each in rows])
         parts.update(zip(positions, split, strict=True))
     every = [

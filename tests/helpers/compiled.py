@@ -14,7 +14,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from distclip.kernels import _triton, multi_tensor, tables
+from distclip.kernels.device import _triton, multi_tensor, tables
 
 H100 = GPUTarget("cuda", 90, 32)
 TABLE = ["pointers", "numels", "heights", "widths", "firsts", "outputs", "owners"]

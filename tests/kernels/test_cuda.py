@@ -19,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 
 from distclip import ClipReport, GradClipper, policies
 from distclip.kernels import changing as inplace
-from distclip.kernels import multi_tensor
+from distclip.kernels.device import multi_tensor
 from tests.engine.test_matrix import POLICIES, build
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -20,10 +20,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from distclip.kernels import accelerator as accelerated
 from distclip.kernels import changing as inplace
 from distclip.kernels import measuring as local
-from distclip.kernels import multi_tensor, tables
+from distclip.kernels.device import multi_tensor, tables
+from distclip.kernels.device import norms as accelerated
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton"),

@@ -12,7 +12,8 @@ from typing import Literal, TypeAlias, cast
 import torch
 from torch import Tensor
 
-from distclip.kernels import multi_tensor, plain
+from distclip.kernels import plain
+from distclip.kernels.device import multi_tensor
 from distclip.kernels.plain import FAST_DTYPES, is_wide
 from distclip.kernels.transfer import to_device
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distclip.kernels import tables
+from distclip.kernels.device import tables
 from distclip.kernels.transfer import to_device
 
 MEASURED = frozenset((torch.float32, torch.bfloat16, torch.float16))
@@ -250,7 +250,7 @@ def scale_rows_(matrices: Sequence[Tensor], coefficients: Tensor) -> None:
 
 @functools.cache
 def _kernels() -> ModuleType:
-    from distclip.kernels import _triton
+    from distclip.kernels.device import _triton
 
     return _triton
 
