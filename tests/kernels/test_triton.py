@@ -20,9 +20,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from distclip.kernels import changing as inplace
 from distclip.kernels import measuring as local
-from distclip.kernels.device import multi_tensor, tables
+from distclip.kernels.device import changes, multi_tensor, tables
 from distclip.kernels.device import norms as accelerated
 
 pytestmark = [
@@ -325,10 +324,10 @@ def test_scaling_picks_a_way_for_each_tensor() -> None:
     tensors = [drawn(40, dtype=torch.float32), gaps, drawn(7, dtype=torch.complex64)]
     kept = [tensor.clone() for tensor in tensors]
     factors = torch.tensor([0.5, 0.25, 0.125], dtype=torch.float64, device=DEVICE)
-    inplace._scale_on_device(tensors, factors)
+    changes.scale_(tensors, factors)
     for one, before, factor in zip(tensors, kept, (0.5, 0.25, 0.125), strict=True):
         assert_same(one, before * factor)
-    inplace._scale_on_device(tensors, factors[:1].expand(3))
+    changes.scale_(tensors, factors[:1].expand(3))
     for one, before, factor in zip(tensors, kept, (0.25, 0.125, 0.0625), strict=True):
         assert_same(one, before * factor)
 
