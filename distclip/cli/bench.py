@@ -39,7 +39,7 @@ def bench(
     rounds: Annotated[int, typer.Option(min=1, help="Measured rounds of each way.")] = 30,
     budget: Annotated[
         float, typer.Option(min=1.0, help="Seconds after which a case begins no new round.")
-    ] = 120.0,
+    ] = 8.0,
     output: Annotated[Path | None, typer.Option(help="Write every round as JSON.")] = None,
     source: Annotated[
         Path | None, typer.Option("--from", help="Show a run that was kept, and measure nothing.")
@@ -104,17 +104,18 @@ def _measured(
     for name in chosen:
         case = CASES[name]
         taken = run_on_ranks(
-            bench_cases.run_case, ranks, name, rounds, budget, timeout=budget + LIMIT
+            bench_cases.run_case, case.ranks or ranks, name, rounds, budget, timeout=budget + LIMIT
         )
-        found[name] = bench_record.combine(case.title, case.peer, taken)
+        found[name] = bench_record.combine(case.title, case.peer, taken, case.ranks)
         _show(console, found[name], ranks)
     return Record(bench_record.with_load(machine), ranks, found)
 
 
 def _show(console: Console, case: CaseRecord, ranks: int) -> None:
+    ranks = case.ranks or ranks
     rounds = len(next(iter(case.ways.values())).wall_ms)
     table = Table(
-        title=Text(clean(f"{case.title}, {ranks} ranks, {rounds} rounds")),
+        title=Text(clean(f"{case.title}, {ranks} rank{'s' if ranks > 1 else ''}, {rounds} rounds")),
         caption=f"faster: times faster than {escape(clean(case.peer))}; extra: held at once, "
         f"at most {case.allowed_bytes / 1024:.0f} KiB allowed",
     )
@@ -132,6 +133,8 @@ def _show(console: Console, case: CaseRecord, ranks: int) -> None:
             f"{row.extra_bytes / 1024:.0f}",
         )
     console.print(table)
+    for name, number in case.numbers.items():
+        console.print(clean(f"{name}: {number:.2g}"), markup=False)
     for name, why in sorted(case.missing.items()):  # a long reason would take a column's width
         console.print(clean(f"{name}: {why}"), markup=False)
 

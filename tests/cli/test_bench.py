@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import sys
@@ -13,16 +14,19 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-from benchmarks import targets
+from benchmarks import profile, targets
 from distclip import GradClipper, policies
 from distclip.cli.app import app
 from distclip.kernels.changing import scale_units_
 from distclip.tools.bench import cases as bench_cases
 from distclip.tools.bench import peers as bench_peers
 from distclip.tools.bench import record as bench_record
-from distclip.tools.bench.cases import CASES, OURS, READ, REDUCE, TIGHT, TORCH
+from distclip.tools.bench import ways as bench_ways
+from distclip.tools.bench.cases import CASES, GROUPS
+from distclip.tools.bench.models import SMALL, exact_norm, fsdp2
 from distclip.tools.bench.record import CaseRecord, Record, WayRecord
 from distclip.tools.bench.timing import Bench, drawn, extra_bytes, measure
+from distclip.tools.bench.ways import NORM_ERROR, OURS, READ, REDUCE, TIGHT, TORCH
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -107,7 +111,7 @@ def coefficients_seen() -> list[float]:
         seen.append(float(clipper.clip_().coefficient))
 
     ways = {OURS: clip, TORCH: bench_peers.torch_clip(made, TIGHT)}
-    measure(bench_cases.bench_of(made, ways, clipping=True), 5, 60.0)
+    measure(bench_ways.bench_of(made, ways, clipping=True), 5, 60.0)
     return seen
 
 
@@ -181,7 +185,7 @@ def test_a_peer_that_is_not_there_is_named(tmp_path: Path) -> None:
     def absent() -> Any:
         raise ImportError("No module named 'peer'")
 
-    found = bench_cases.bench_of(parameters(), {}, clipping=False, optional={"peer": absent})
+    found = bench_ways.bench_of(parameters(), {}, clipping=False, optional={"peer": absent})
     assert found.missing == {"peer": "not measured: No module named 'peer'"}
     case = CaseRecord(
         "title", READ, 4, {"peer": "not measured"}, {READ: WayRecord([1.0], [1.0], 0)}
@@ -192,24 +196,124 @@ def test_a_peer_that_is_not_there_is_named(tmp_path: Path) -> None:
     assert "not measured" in shown.output
 
 
-def written(path: Path, ours: float, extra: int) -> Path:
-    ways = {TORCH: WayRecord([8.0, 10.0, 12.0], [1.0] * 3, 0),
-            OURS: WayRecord([ours] * 3, [1.0] * 3, extra)}  # fmt: skip
-    case = CaseRecord("small", TORCH, 0, {}, ways)
-    Record({}, 2, {"small": case}).write(path)
-    return path
+def case_of(peer: str, extra: int = 0, **ways: float) -> CaseRecord:
+    """Three rounds in which each way, by the name of its constant, takes the same time."""
+    found = {getattr(bench_ways, name): WayRecord([spent] * 3, [1.0] * 3, extra)
+             for name, spent in ways.items()}  # fmt: skip
+    return CaseRecord("title", peer, 0, {}, found)
 
 
-def test_targets_are_judged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert targets.main([str(written(tmp_path / "good.json", 1.0, 2**20))]) == 0
+def judged(
+    path: Path, capsys: pytest.CaptureFixture[str], **cases: CaseRecord
+) -> tuple[int, dict[str, str]]:
+    """Exit code of the judgement of a record, and what is printed of each target."""
+    Record({}, 2, {name.replace("_", "-"): case for name, case in cases.items()}).write(path)
+    code = targets.main([str(path)])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1].startswith("reached          10.00 >= 6")
-    assert sum(line.startswith("not measured") for line in lines) == len(lines) - 3
-    assert targets.main([str(written(tmp_path / "slow.json", 2.5, 2**20 + 1))]) == 1
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines if "small" in line] == [
-        "reached", "MISSED", "not", "MISSED",
+    assert lines[-1].endswith(" not measured")
+    return code, {line.split(maxsplit=4)[-1]: line for line in lines[:-1]}
+
+
+def test_targets_are_judged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(targets, "_lines", lambda: 0)
+    path = tmp_path / "run.json"
+    ours = {OURS: WayRecord([1.0] * 3, [1.0] * 3, 2**20)}
+    good = CaseRecord("small", TORCH, 0, {}, {TORCH: WayRecord([8.0, 10.0, 12.0], [1.0] * 3, 0),
+                                              **ours})  # fmt: skip
+    code, told = judged(path, capsys, small=good)
+    assert code == 0
+    assert told["small: times torch"].startswith("reached          10.00 >= 6")
+    assert told[f"small: {OURS}, times {TORCH}"].startswith("reached          10.00 >= 1")
+    assert sum(not line.startswith("not measured") for line in told.values()) == 4
+
+    slow = case_of(TORCH, 2**20 + 1, TORCH=2.0, OURS=2.5)
+    code, told = judged(path, capsys, small=slow)
+    assert code == 1
+    assert [line.split()[0] for what, line in told.items() if what.startswith("small:")] == [
+        "MISSED", "MISSED", "MISSED",
     ]  # fmt: skip
+
+
+def test_floors_are_added_up_round_by_round(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, told = judged(
+        tmp_path / "run.json",
+        capsys,
+        large=case_of(TORCH, OURS=3.3, READ=2.0, REDUCE=1.0),
+        large_clipped=case_of(TORCH, OURS=3.3, READ_MULTIPLY=3.0),
+        agc_plain_many=case_of(READ, AGC=7.0, OURS=2.0, READ_WEIGHTS=3.0),
+    )
+    assert told["large: of one read + one all-reduce"].split()[:2] == ["reached", "1.10"]
+    assert told["large-clipped: of one read + one multiply"].split()[:2] == ["reached", "1.10"]
+    of_two = told["agc-plain-many: row AGC, of 2 global_norm + one read of the weights"]
+    assert of_two.split()[:2] == ["reached", "1.00"]
+
+
+def test_threads_are_held_against_what_a_sum_gains(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def case(ours: float) -> CaseRecord:
+        spent = {(READ, 1): 4.0, (READ, 2): 2.0, (OURS, 1): 4.0, (OURS, 2): ours,
+                 (TORCH, 1): 8.0, (TORCH, 2): 3.0}  # fmt: skip
+        ways = {
+            bench_ways.on_threads(way, threads): WayRecord([ms] * 3, [1.0] * 3, 0)
+            for (way, threads), ms in spent.items()
+        }
+        return CaseRecord("title", bench_ways.on_threads(READ, 1), 0, {}, ways, ranks=1)
+
+    _, told = judged(tmp_path / "run.json", capsys, threads_large=case(2.5),
+                     threads_small=case(4.0))  # fmt: skip
+    large = told["threads-large: GradClipper, gain of two threads, of that of sum()"]
+    assert large.split()[:2] == ["MISSED", "0.80"]
+    small = told["threads-small: GradClipper, gain of two threads"]
+    assert small.split()[:2] == ["reached", "1.00"]
+    two = f"threads-large: {OURS}, 2 threads, times {TORCH}, 2 threads"
+    assert told[two].split()[:2] == ["reached", "1.20"]
+
+
+def test_a_way_is_held_against_the_fastest_peer_that_does_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spent = {"timm's formula": 9.0, "Composer's formula": 4.0, bench_ways.AGC: 5.0, OURS: 20.0}
+    ways = {name: WayRecord([ms] * 3, [1.0] * 3, 0) for name, ms in spent.items()}
+    own = {name: WayRecord([ms] * 3, [1.0] * 3, 0)
+           for name, ms in (("DeepSpeed's own clipping", 1.0), ("distclip agc", 2.0))}  # fmt: skip
+    _, told = judged(
+        tmp_path / "run.json",
+        capsys,
+        agc_plain_small=CaseRecord("title", "timm's formula", 0, {}, ways),
+        zero_1=CaseRecord("title", "DeepSpeed's own clipping", 0, {}, own),
+    )
+    line = told[f"agc-plain-small: {bench_ways.AGC}, times Composer's formula"]
+    assert line.split()[:2] == ["MISSED", "0.80"]
+    assert not [what for what in told if what.startswith((f"agc-plain-small: {OURS}", "zero-1"))]
+
+
+def test_the_norms_error_is_judged_where_gradients_are_fp32(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def case(error: float) -> CaseRecord:
+        ways = {OURS: WayRecord([1.0], [1.0], 0)}
+        return CaseRecord("title", TORCH, 0, {}, ways, numbers={NORM_ERROR: error})
+
+    what = "fp32 gradients: relative error of the norm"
+    _, told = judged(tmp_path / "run.json", capsys, small=case(1e-10), plain_bf16=case(1e-3))
+    assert told[what].split()[:2] == ["reached", "1e-10"]
+    _, told = judged(tmp_path / "run.json", capsys, small=case(1e-10), large=case(1e-8))
+    assert told[what].split()[:2] == ["MISSED", "1e-08"]
+
+
+@pytest.mark.ranks(2)
+def test_the_norms_error_is_measured_in_float64() -> None:
+    for made in (fsdp2(SMALL).parameters, parameters()):
+        assert bench_ways.norm_error(made) < 1e-12
+        with pytest.MonkeyPatch.context() as patch:  # a difference in the ninth digit is seen
+            exact = exact_norm(made)
+            patch.setattr(bench_ways, "exact_norm", lambda _, exact=exact: exact * (1 + 2e-9))
+            assert bench_ways.norm_error(made) > 1e-9
 
 
 def test_rows_are_taken_round_by_round() -> None:
@@ -221,10 +325,17 @@ def test_rows_are_taken_round_by_round() -> None:
     assert math.isnan(alone.ratio)
 
 
+RUN = (
+    "small-clipped", "agc-small", "agc-fsdp1", "fsdp1-small", "fsdp1-views-clipped", "ddp-small",
+    "plain-small-clipped", "agc-plain-small-clipped", "agc-plain-many", "policies",
+    "function-value-fsdp2-small", "function-total-fsdp2-small", "function-norms-plain-small",
+    "threads-small",
+)  # fmt: skip
+"""One case of every kind, the small one."""
+
+
 @pytest.mark.ranks(2, timeout=120)
-@pytest.mark.parametrize(
-    "name", ["bf16", "agc-small", "fsdp1", "policies", "agc-plain", "plain-small"]
-)
+@pytest.mark.parametrize("name", RUN)
 def test_a_case_runs(name: str) -> None:
     bench = CASES[name].build()
     assert CASES[name].peer in bench.ways
@@ -232,7 +343,51 @@ def test_a_case_runs(name: str) -> None:
     assert not all(map(bench_record.is_ours, bench.ways))
     for way in bench.ways.values():
         bench.before()
+        getattr(way, "before", lambda: None)()
         way()
+
+
+@pytest.mark.ranks(2)
+def test_half_precision_is_held_against_norms_in_float32() -> None:
+    build = functools.partial(fsdp2, SMALL, torch.bfloat16)
+    bench = bench_ways.clip_norm(build, TIGHT, rows=True)
+    exact = exact_norm(build().parameters)
+    bench.before()
+    norms: Any = bench.ways[bench_ways.TORCH_ROWS]()
+    squares = sum(float(norm) ** 2 for norm in norms)
+    total = torch.tensor(squares, dtype=torch.float64)
+    torch.distributed.all_reduce(total)
+    assert float(total) ** 0.5 == pytest.approx(exact, rel=1e-5)
+
+
+def test_every_layout_and_dtype_is_a_case() -> None:
+    for group in ("plain", "ddp", "fsdp1", "fsdp2"):
+        names = GROUPS[group]
+        for kind in ("small", "large", "bf16", "fp16"):
+            prefix = "" if group == "fsdp2" else f"{group}-"
+            assert {f"{prefix}{kind}", f"{prefix}{kind}-clipped"} <= set(names)
+    assert {"threads", "zero", "agc", "function", "count"} <= set(GROUPS)
+
+
+@pytest.mark.ranks(2)
+def test_gradients_that_nothing_clips_count_as_changed_before_every_way() -> None:
+    for name in ("small", "plain-small"):
+        bench = CASES[name].build()
+        owner: GradClipper = bench.ways[OURS].__self__  # type: ignore[attr-defined]
+        bench.ways[OURS]()
+        assert owner._last.is_repeated()
+        bench.before()
+        assert not owner._last.is_repeated()
+
+
+@pytest.mark.ranks(2)
+def test_a_profile_names_the_functions_of_a_step() -> None:
+    plain, profiled, lines = profile.take("small", OURS, 3)
+    assert plain > 0.0
+    assert profiled > 0.0
+    assert sum("distclip/clipper.py" in where for where, *_ in lines) > 2
+    alone = sum(own for _, _, own, _ in lines)
+    assert alone / 1e3 < 3 * profiled + 50.0  # of one step, not of all
 
 
 @pytest.mark.parametrize("clipped", [10, 2000, 4096])

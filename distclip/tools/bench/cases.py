@@ -1,371 +1,190 @@
-"""What ``distclip bench`` measures: on every rank, ways to clip the same gradients.
+"""The cases of ``distclip bench``: each is one model, and ways to clip it, measured in turn.
 
-Each case builds a model with gradients and gives named functions. The peers that the ratios are
-against are measured in the same run. A new case is one line in ``CASES``: its name, its title, a
-function that every rank calls for its :class:`Bench`, and the way that ratios are against.
+The peers that ratios are against are measured in the same run. A new case is one line below: its
+name, its title, a function that every rank calls for its :class:`Bench`, and the way that ratios
+are against.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import gc
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.distributed.fsdp.wrap import ModuleWrapPolicy
-from torch.distributed.tensor import DTensor, Shard
 
-from distclip import GradClipper, clip_grad_norm_, policies
-from distclip.tools.bench import peers
-from distclip.tools.bench.timing import Bench, Taken, Ways, measure
+from distclip.tools.bench import models, ways
+from distclip.tools.bench.models import LARGE, SMALL
+from distclip.tools.bench.timing import Bench, Taken, measure
 
-LOOSE, TIGHT = 1e9, 1e-3
-"""Thresholds that never and always clip."""
-TORCH = "torch clip_grad_norm_"
-READ = "one read of the gradients: sum()"
-READ_BOTH = "one read of gradients and weights: sum()"
-REDUCE = "one all-reduce of as many numbers"
-OURS = "GradClipper(global_norm)"
-TORCH_ROWS = "torch vector_norm(dtype=float32)"
-FOLD_PEER = "step + one read: sum()"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PLAIN: Mapping[str, tuple[int, tuple[int, ...], str]] = {
+    "small": (288, (64, 64), "fp32"),
+    "many": (2000, (1024,), "fp32"),
+    "large": (144, (512, 512), "fp32"),
+    "bf16": (144, (512, 512), "bf16"),
+    "fp16": (144, (512, 512), "fp16"),
+}
+"""Number, shape and dtype of plain parameters."""
+ENCODERS = {
+    "small": (SMALL, "fp32"),
+    "large": (LARGE, "fp32"),
+    "bf16": (LARGE, "bf16"),
+    "fp16": (LARGE, "fp16"),
+}
+"""Size and dtype of encoders that are wrapped."""
+_ELEMENTS = {SMALL: "288 parameters, 1.2 M elements", LARGE: "144 parameters, 38 M elements"}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One table: a model, and the ways measured on it. ``peer`` is the one ratios are against."""
+    """One table.
+
+    Attributes:
+        name: as the command line takes it.
+        title: of the table.
+        build: makes the model and the ways, on every rank.
+        peer: the way that ratios are against.
+        ranks: how many, where the case does not leave it to the command line.
+    """
 
     name: str
     title: str
     build: Callable[[], Bench]
     peer: str
+    ranks: int | None = None
 
 
-def transformer(layers: int, width: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """Parameters of an FSDP2-sharded encoder, with the gradients of a real backward."""
-    blocks = _blocks(layers, width).to(dtype)
-    for block in blocks:
-        fully_shard(block)
-        _backward(block, width, dtype)
-    return list(blocks.parameters())
+CASES: dict[str, Case] = {}
 
 
-def _blocks(layers: int, width: int) -> nn.ModuleList:
-    torch.manual_seed(0)
-    return nn.ModuleList(
-        nn.TransformerEncoderLayer(width, 4, 4 * width, batch_first=True) for _ in range(layers)
-    )
+def _add(
+    name: str,
+    title: str,
+    build: Callable[..., Bench],
+    *args: Any,
+    peer: str,
+    ranks: int | None = None,
+    **more: Any,
+) -> None:
+    CASES[name] = Case(name, title, functools.partial(build, *args, **more), peer, ranks)
 
 
-def _backward(block: nn.Module, width: int, dtype: torch.dtype = torch.float32) -> None:
-    """Of a random projection of the output, on 64 tokens.
-
-    The square of what a LayerNorm gives is a constant: its gradients would be rounding errors. And
-    with few tokens some units are never active, so that their rows are zero.
-    """
-    given = block(torch.randn(4, 16, width, dtype=dtype)).float()
-    given.backward(torch.randn_like(given))
+def _plain(kind: str) -> tuple[str, Callable[[], models.Model]]:
+    """Title and maker of plain parameters."""
+    count, shape, dtype = PLAIN[kind]
+    what = " x ".join(f"{extent:,}" for extent in shape)
+    title = f"{count:,} plain parameters of {what}, {dtype}"
+    return title, functools.partial(models.plain, count, shape, DTYPES[dtype])
 
 
-def bench_of(
-    parameters: Sequence[Tensor],
-    ways: Mapping[str, Callable[[], object]],
-    *,
-    clipping: bool,
-    optional: Mapping[str, Callable[[], Callable[[], object]]] | None = None,
-) -> Bench:
-    """Ways beside the floor: one read of the local gradients, and one all-reduce.
-
-    Args:
-        parameters: with gradients.
-        ways: that act on them.
-        clipping: put the gradients back before each way, since the one before has clipped them.
-        optional: makers of further ways, which may find that their package is not there.
-    """
-    gradients = local_gradients(parameters)
-    found: Ways = {**ways}
-    missing: dict[str, str] = {}
-    for name, make in (optional or {}).items():
-        try:
-            found[name] = make()
-        except ImportError as error:
-            missing[name] = f"not measured: {error}"
-    found[REDUCE] = _all_reduce(len(parameters))
-    found[READ] = lambda: [gradient.sum() for gradient in gradients]
-    before: Callable[[], object] = lambda: None  # noqa: E731
-    if clipping:
-        originals = [gradient.clone() for gradient in gradients]
-        before = functools.partial(torch._foreach_copy_, gradients, originals)
-    size = sum(gradient.numel() * gradient.element_size() for gradient in gradients)
-    return Bench(found, before, size, missing)
+def _encoder(
+    layout: str, make: Callable[..., models.Model], kind: str, **more: Any
+) -> tuple[str, Callable[[], models.Model]]:
+    """Title and maker of an encoder under a sharding."""
+    size, dtype = ENCODERS[kind]
+    title = f"{layout}, {_ELEMENTS[size]}, {dtype}"
+    return title, functools.partial(make, size, DTYPES[dtype], **more)
 
 
-def against_torch(parameters: Sequence[Tensor], threshold: float) -> Bench:
-    """Clipping by the global norm: distclip, and who else does it."""
-    listed = list(parameters)
-    policy = policies.global_norm(threshold)
-    return bench_of(
-        listed,
-        {
-            TORCH: peers.torch_clip(listed, threshold),
-            "torchtitan's algorithm": peers.titan_clip(listed, threshold),
-            "distclip clip_grad_norm_": lambda: clip_grad_norm_(listed, threshold),
-            OURS: GradClipper(listed, policy).clip_,
-            'GradClipper(global_norm, on_nonfinite="pass")': GradClipper(
-                listed, policy, on_nonfinite="pass"
-            ).clip_,
-        },
-        clipping=threshold == TIGHT,
-        optional={"Accelerate clip_grad_norm_": lambda: peers.accelerate_clip(listed, threshold)},
-    )
+def _add_norms(
+    name: str, model: tuple[str, Callable[[], models.Model]], peer: str = ways.TORCH, **more: Any
+) -> None:
+    """By the global norm, with a threshold that never clips, and one that always does."""
+    title, make = model
+    for ending, told, threshold in (("", "not clipping", ways.LOOSE),
+                                    ("-clipped", "clipping", ways.TIGHT)):  # fmt: skip
+        _add(name + ending, f"{title}, {told}", ways.clip_norm, make, threshold, peer=peer, **more)
 
 
-def model(layers: int, width: int, threshold: float) -> Bench:
-    """Of an encoder under FSDP2."""
-    return against_torch(transformer(layers, width), threshold)
+def _zero(stage: int, dtype: str) -> Bench:
+    from distclip.tools.bench import zero
+
+    return Bench(zero.ways(stage, dtype))
 
 
-def plain(count: int, numel: int, dtype: torch.dtype = torch.float32) -> Bench:
-    """Parameters that are whole on each rank, each in memory of its own: one process, or DDP."""
-    parameters: list[Tensor] = []
-    for _ in range(count):
-        parameter = nn.Parameter(torch.randn(numel, dtype=dtype))
-        parameter.grad = torch.randn(numel, dtype=dtype)
-        parameters.append(parameter)
-    return against_torch(parameters, LOOSE)
+def _fold() -> Bench:
+    from distclip.tools.bench import fold
+
+    return Bench(fold.ways())
 
 
-def embedding() -> list[Tensor]:
-    """An FSDP2-sharded bf16 table of a vocabulary, with the gradient of a real backward."""
-    torch.manual_seed(0)
-    table = nn.Embedding(32_000, 1024, dtype=torch.bfloat16)
-    fully_shard(table)
-    table(torch.arange(32_000)).float().square().sum().backward()
-    return list(table.parameters())
+def _count(parameters: int) -> Bench:
+    return ways.count(models.dtensors(parameters, (64,)))
 
 
-def bf16(build: Callable[[], list[Tensor]]) -> Bench:
-    """Measuring bf16 gradients; torch's function in float32 sees local shards only."""
-    parameters = build()
-    gradients = local_gradients(parameters)
-
-    def rows() -> list[Tensor]:
-        return [torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]
-
-    return bench_of(
-        parameters,
-        {
-            TORCH_ROWS: rows,
-            TORCH: peers.torch_clip(parameters, LOOSE),
-            OURS: GradClipper(parameters, policies.global_norm(LOOSE)).clip_,
-        },
-        clipping=False,
-    )
-
-
-def adaptive(layers: int, width: int) -> Bench:
-    """The adaptive policies under FSDP2, where nobody else has them."""
-    parameters = transformer(layers, width)
-    both = [*local_gradients(parameters), *local_weights(parameters)]
-    ways: Ways = {READ_BOTH: lambda: [tensor.sum() for tensor in both]}
-    for policy in (
-        policies.agc(LOOSE), policies.agc(0.01), policies.dreamer_agc(LOOSE),
-        policies.dreamer_agc(0.01),
-    ):  # fmt: skip
-        ways[repr(policy)] = GradClipper(parameters, policy).clip_
-    return bench_of(parameters, ways, clipping=True)
-
-
-def adaptive_plain() -> Bench:
-    """Row AGC where its peers work: on tensors that are whole on every rank."""
-    parameters = list(_blocks(12, 512).parameters())
-    for parameter in parameters:
-        parameter.grad = torch.randn_like(parameter)
-    ways: Ways = {
-        "timm's formula": peers.agc_where(parameters, 0.01),
-        "Composer's formula": peers.agc_coefficient(parameters, 0.01),
-        repr(policies.agc(0.01)): GradClipper(parameters, policies.agc(0.01)).clip_,
-    }
-    return bench_of(parameters, ways, clipping=True)
-
-
-def fsdp1() -> Bench:
-    """A model under FSDP1, one flat parameter a layer."""
-    blocks = _blocks(24, 64)
-    wrapped = FullyShardedDataParallel(
-        nn.Sequential(*blocks),
-        auto_wrap_policy=ModuleWrapPolicy({nn.TransformerEncoderLayer}),
-        device_id=torch.device("cpu"),
-    )
-    _backward(wrapped, 64)
-    parameters = list(wrapped.parameters())
-    clipper = GradClipper(wrapped, policies.global_norm(TIGHT))
-    return bench_of(
-        parameters,
-        {"FSDP1's clip_grad_norm_": peers.fsdp1_clip(wrapped, TIGHT), OURS: clipper.clip_},
-        clipping=True,
-    )
-
-
-def gigabyte() -> Bench:
-    """One gibibyte of gradients in all."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    rows = 2048 // dist.get_world_size()
-    parameters = [
-        nn.Parameter(_dtensor(torch.ones(rows, 2048), mesh), requires_grad=True) for _ in range(64)
-    ]
-    for parameter in parameters:
-        parameter.grad = _dtensor(torch.randn(rows, 2048), mesh)
-    return against_torch(parameters, LOOSE)
-
-
-def every_policy() -> Bench:
-    """What one policy costs beside another."""
-    parameters = transformer(24, 64)
-    chosen: dict[str, Any] = {
-        "measure": policies.measure(),
-        "global_norm": policies.global_norm(TIGHT),
-        "value": policies.value(TIGHT),
-        "parameter_norm": policies.parameter_norm(TIGHT),
-        "group_norm": policies.group_norm(TIGHT),
-        "block_rms": policies.block_rms(TIGHT),
-        "agc, rows": policies.agc(0.01),
-        "agc, tensors": policies.agc(0.01, unit="tensor"),
-        "dreamer_agc": policies.dreamer_agc(0.01),
-        "autoclip": policies.autoclip(),
-        "zclip": policies.zclip(),
-        "adagc": policies.adagc(),
-    }
-    optimizer = torch.optim.SGD(parameters)  # whose parameter groups group_norm means
-    ways = {
-        name: GradClipper(parameters, policy, optimizer=optimizer).clip_
-        for name, policy in chosen.items()
-    }
-    return bench_of(parameters, ways, clipping=True)
-
-
-def count(parameters: int) -> Bench:
-    """Many DTensor parameters of 64 elements: what one parameter costs."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    ones = torch.ones(64 // dist.get_world_size())
-    made = [nn.Parameter(_dtensor(ones, mesh)) for _ in range(parameters)]
-    for parameter in made:
-        parameter.grad = _dtensor(ones, mesh)
-    ways: Ways = {OURS: GradClipper(made, policies.global_norm(LOOSE)).clip_}
-    missing = {}
-    if parameters <= 1000:
-        ways[TORCH] = peers.torch_clip(made, LOOSE)
-    else:  # torch stacks K DTensors at a cost of K * K (pytorch#169445)
-        missing[TORCH] = "not measured: its time grows as the square of the number of parameters"
-    return Bench(ways, gradient_bytes=4 * len(ones) * parameters, missing=missing)
-
-
-def zero(stage: int) -> Bench:
-    """Steps of DeepSpeed engines of a stage, one of which clips by itself."""
-    from distclip.tools.bench import zero as bench_zero
-
-    return Bench(bench_zero.ways(stage))
-
-
-def fold() -> Bench:
-    """A fused optimizer's step, with the clipping before it or folded into it."""
-    from distclip.tools.bench import fold as bench_fold
-
-    return Bench(bench_fold.ways())
-
-
-def _dtensor(local: Tensor, mesh: object) -> DTensor:
-    return DTensor.from_local(local.clone(), mesh, [Shard(0)], run_check=False)  # type: ignore[arg-type]
-
-
-def local_gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
-    """This rank's parts, without what makes a DTensor of them; fetched once, not in a round."""
-    return [_local(p.grad) for p in parameters if p.grad is not None]
-
-
-def local_weights(parameters: Sequence[Tensor]) -> list[Tensor]:
-    """See :func:`local_gradients`."""
-    return [_local(parameter.detach()) for parameter in parameters]
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _all_reduce(size: int) -> Callable[[], object]:
-    numbers = torch.zeros(size, dtype=torch.float64)
-    return lambda: dist.all_reduce(numbers)
-
-
-_SMALL = "FSDP2, 288 parameters, 1.2 M elements"
-_LARGE = "FSDP2, 144 parameters, 38 M elements"
-
-CASES = {
-    case.name: case
-    for case in (
-        Case("small", f"{_SMALL}, not clipping", functools.partial(model, 24, 64, LOOSE), TORCH),
-        Case("small-clipped", f"{_SMALL}, clipping", functools.partial(model, 24, 64, TIGHT),
-             TORCH),
-        Case("large", f"{_LARGE}, not clipping", functools.partial(model, 12, 512, LOOSE), TORCH),
-        Case("large-clipped", f"{_LARGE}, clipping", functools.partial(model, 12, 512, TIGHT),
-             TORCH),
-        Case("bf16", f"{_LARGE} in bf16, not clipping",
-             functools.partial(bf16, functools.partial(transformer, 12, 512, torch.bfloat16)),
-             TORCH_ROWS),
-        Case("bf16-embedding", "FSDP2, one embedding of 32,000 x 1,024 in bf16, not clipping",
-             functools.partial(bf16, embedding), TORCH_ROWS),
-        Case("agc-small", f"{_SMALL}, adaptive policies", functools.partial(adaptive, 24, 64),
-             READ),
-        Case("agc-large", f"{_LARGE}, adaptive policies", functools.partial(adaptive, 12, 512),
-             READ),
-        Case("agc-plain", "144 plain parameters, 38 M elements on each rank, clipping rows",
-             adaptive_plain, "timm's formula"),
-        Case("fsdp1", "FSDP1, 24 flat parameters of 288, 1.2 M elements, clipping", fsdp1,
-             "FSDP1's clip_grad_norm_"),
-        Case("gigabyte", "64 DTensors, 1 GiB of gradients, not clipping", gigabyte, TORCH),
-        Case("policies", f"{_SMALL}, each policy, clipping", every_policy, "global_norm"),
-        Case("fold", "fused AdamW, 82 parameters, 33.6 M elements: optimizer.step(), clipping",
-             fold, FOLD_PEER),
-    )
-}  # fmt: skip
-for _name, _count, _numel, _dtype in (
-    ("small", 288, 4096, torch.float32),
-    ("many", 2000, 1024, torch.float32),
-    ("large", 144, 262_144, torch.float32),
-    ("bf16", 144, 262_144, torch.bfloat16),
-    ("fp16", 144, 262_144, torch.float16),
-):
-    CASES[f"plain-{_name}"] = Case(
-        f"plain-{_name}",
-        f"{_count:,} plain parameters of {_numel:,} elements, {str(_dtype)[6:]}, not clipping",
-        functools.partial(plain, _count, _numel, _dtype),
-        TORCH,
-    )
-for _stage in (1, 2, 3):
-    CASES[f"zero-{_stage}"] = Case(
-        f"zero-{_stage}",
-        f"DeepSpeed ZeRO-{_stage}, 96 parameters, 6.3 M elements: engine.step(), clipping",
-        functools.partial(zero, _stage),
-        "DeepSpeed's own clipping",
-    )
+for _kind in ENCODERS:
+    _add_norms(_kind, _encoder("FSDP2", models.fsdp2, _kind), rows=_kind in ("bf16", "fp16"))
+_add("bf16-embedding", "FSDP2, one embedding of 32,000 x 1,024 in bf16, not clipping",
+     ways.clip_norm, models.embedding, ways.LOOSE, rows=True, peer=ways.TORCH_ROWS)  # fmt: skip
+_add("gigabyte", "64 DTensors, 1 GiB of gradients, not clipping",
+     ways.clip_norm, functools.partial(models.dtensors, 64, (2048, 2048)), ways.LOOSE,
+     peer=ways.TORCH)  # fmt: skip
+for _kind in PLAIN:
+    _add_norms(f"plain-{_kind}", _plain(_kind))
+for _kind in ENCODERS:
+    _add_norms(f"ddp-{_kind}", _encoder("DDP", models.ddp, _kind))
+for _kind in ENCODERS:
+    _add_norms(f"fsdp1-{_kind}", _encoder("FSDP1", models.fsdp1, _kind), ways.FSDP1)
+_add_norms("fsdp1-views", _encoder("FSDP1 with use_orig_params", models.fsdp1, "small",
+                                   original=True), ways.FSDP1)  # fmt: skip
+for _kind in ("small", "large", "bf16"):
+    _title, _make = _encoder("FSDP2", models.fsdp2, _kind)
+    _add(f"agc-{_kind}", f"{_title}, adaptive policies", ways.adaptive, _make, peer=ways.READ)
+_title, _make = _encoder("FSDP1", models.fsdp1, "small")
+_add("agc-fsdp1", f"{_title}, adaptive policies", ways.adaptive, _make, peer=ways.READ)
+_TIMM = "timm's formula"
+_add("agc-encoder-clipped", f"an encoder on each rank, {_ELEMENTS[LARGE]}, clipping rows",
+     ways.adaptive_plain, functools.partial(models.encoder, LARGE), ways.AGC_FACTOR,
+     peer=_TIMM)  # fmt: skip
+for _kind in PLAIN:
+    _title, _make = _plain(_kind)
+    for _ending, _told, _factor in (("", "not clipping", ways.LOOSE),
+                                    ("-clipped", "clipping", ways.AGC_FACTOR)):  # fmt: skip
+        _add(f"agc-plain-{_kind}{_ending}", f"{_title}, {_told} rows", ways.adaptive_plain, _make,
+             _factor, peer=_TIMM)  # fmt: skip
+for _name, (_title, _make) in {
+    "plain-small": _plain("small"),
+    "plain-large": _plain("large"),
+    "fsdp2-small": _encoder("FSDP2", models.fsdp2, "small"),
+    "fsdp2-large": _encoder("FSDP2", models.fsdp2, "large"),
+}.items():
+    for _function, _build, _peer in (
+        ("value", ways.clip_value, "torch clip_grad_value_"),
+        ("total", ways.total_norm, "torch get_total_norm"),
+    ):
+        _add(f"function-{_function}-{_name}", f"{_title}: {_peer[6:]}", _build, _make, peer=_peer)
+for _kind in ("small", "large"):
+    _title, _make = _plain(_kind)
+    _add(f"function-norms-plain-{_kind}", f"{_title}: grad_norms", ways.each_norm, _make,
+         peer="torch _foreach_norm")  # fmt: skip
+for _kind in PLAIN:
+    _count_, _shape, _dtype = PLAIN[_kind]
+    _add(f"threads-{_kind}", f"{_plain(_kind)[0]}, on one and two threads", ways.threaded, _count_,
+         _shape, DTYPES[_dtype], peer=ways.on_threads(ways.READ, 1), ranks=1)  # fmt: skip
+_add("policies", f"FSDP2, {_ELEMENTS[SMALL]}, each policy, clipping", ways.every_policy,
+     peer="global_norm")  # fmt: skip
+_add("fold", "fused AdamW, 82 parameters, 33.6 M elements: optimizer.step(), clipping", _fold,
+     peer=ways.FOLD_PEER)  # fmt: skip
+for _stage, _dtype in ((0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (2, "bf16"),
+                       (3, "bf16")):  # fmt: skip  # DeepSpeed has no fp16 on CPUs without it
+    _add(f"zero-{_stage}" + ("" if _dtype == "fp32" else f"-{_dtype}"),
+         f"DeepSpeed ZeRO-{_stage}, 96 parameters, 6.3 M elements, {_dtype}: engine.step(), "
+         "clipping", _zero, _stage, _dtype, peer="DeepSpeed's own clipping")  # fmt: skip
 for _number in (1_000, 5_000, 20_000):
-    CASES[f"count-{_number}"] = Case(
-        f"count-{_number}",
-        f"{_number:,} DTensor parameters of 64 elements, not clipping",
-        functools.partial(count, _number),
-        TORCH,
-    )
+    _add(f"count-{_number}", f"{_number:,} DTensor parameters of 64 elements, not clipping", _count,
+         _number, peer=ways.TORCH)  # fmt: skip
+
 GROUPS = {
     group: tuple(name for name in CASES if name.startswith(f"{group}-"))
-    for group in ("plain", "zero", "count")
-}
-"""What stands for several cases."""
+    for group in ("plain", "ddp", "fsdp1", "agc", "function", "threads", "zero", "count")
+} | {"fsdp2": tuple(f"{kind}{ending}" for kind in ENCODERS for ending in ("", "-clipped"))}
+"""Names that stand for several cases."""
 
 
 def run_case(name: str, rounds: int, budget: float) -> Taken:
-    """On one rank: all ways of a case, measured."""
+    """All ways of a case, measured on this rank."""
+    gc.collect()  # the models of the case before
     return measure(CASES[name].build(), rounds, budget)

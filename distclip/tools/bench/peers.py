@@ -31,6 +31,22 @@ def titan_clip(parameters: Sequence[Tensor], max_norm: float) -> Callable[[], ob
     return torch.no_grad()(act)
 
 
+def total_norm(gradients: Sequence[Tensor]) -> Callable[[], object]:
+    """``torch.nn.utils.get_total_norm``, made whole where it is one of DTensors."""
+    listed = list(gradients)
+
+    def act() -> Tensor:
+        total: Tensor = torch.nn.utils.get_total_norm(listed)
+        return total.full_tensor() if isinstance(total, DTensor) else total
+
+    return torch.no_grad()(act)
+
+
+def norms_in_float32(tensors: Sequence[Tensor]) -> Callable[[], object]:
+    """The norm of each local tensor, summed in float32 whatever its dtype."""
+    return lambda: [torch.linalg.vector_norm(x, dtype=torch.float32) for x in tensors]
+
+
 def accelerate_clip(parameters: Sequence[Tensor], max_norm: float) -> Callable[[], object]:
     """``Accelerator.clip_grad_norm_``, of an Accelerator that prepared nothing.
 

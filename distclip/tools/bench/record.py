@@ -9,7 +9,7 @@ import os
 import platform
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -46,13 +46,25 @@ class WayRecord:
 
 @dataclass(frozen=True)
 class CaseRecord:
-    """One case in one run; ``peer`` is the way that ratios are against."""
+    """One case in one run.
+
+    Attributes:
+        title: of its table.
+        peer: the way that ratios are against.
+        gradient_bytes: of the rank that has most.
+        missing: name of a peer that was not measured -> why.
+        ways: name -> what was measured.
+        ranks: how many, where that is not the run's number.
+        numbers: what was found out beside times.
+    """
 
     title: str
     peer: str
     gradient_bytes: int
     missing: dict[str, str]
     ways: dict[str, WayRecord]
+    ranks: int | None = None
+    numbers: dict[str, float] = field(default_factory=dict)
 
     @property
     def allowed_bytes(self) -> float:
@@ -113,8 +125,10 @@ def read(path: Path) -> Record:
         ) from None
 
 
-def combine(title: str, peer: str, ranks: Sequence[Taken]) -> CaseRecord:
-    """One case as all ranks saw it."""
+def combine(
+    title: str, peer: str, ranks: Sequence[Taken], own_ranks: int | None = None
+) -> CaseRecord:
+    """One case as all ranks saw it; ``own_ranks``: see :class:`CaseRecord`."""
     first = ranks[0]
     ways = {
         name: WayRecord(
@@ -124,7 +138,8 @@ def combine(title: str, peer: str, ranks: Sequence[Taken]) -> CaseRecord:
         )
         for name in first.wall
     }
-    return CaseRecord(title, peer, max(rank.gradient_bytes for rank in ranks), first.missing, ways)
+    size = max(rank.gradient_bytes for rank in ranks)
+    return CaseRecord(title, peer, size, first.missing, ways, own_ranks, first.numbers)
 
 
 def _rounded(

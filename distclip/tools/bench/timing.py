@@ -17,6 +17,19 @@ import torch.distributed as dist
 
 Ways = dict[str, Callable[[], object]]
 
+
+@dataclass(frozen=True)
+class Way:
+    """A way with a preparation of its own, which is not timed."""
+
+    act: Callable[[], object]
+    before: Callable[[], object]
+
+    def __call__(self) -> None:
+        """What is timed."""
+        self.act()
+
+
 WARM = 2
 """Rounds before those that count: caches are cold there, and plans are made."""
 LEAST = 3
@@ -32,12 +45,14 @@ class Bench:
         before: called before every way, not timed: puts the gradients back.
         gradient_bytes: of the local gradients.
         missing: name of a peer that cannot be measured here -> why.
+        numbers: what is found out beside times, the same on every rank.
     """
 
     ways: Mapping[str, Callable[[], object]]
     before: Callable[[], object] = lambda: None
     gradient_bytes: int = 0
     missing: Mapping[str, str] = field(default_factory=dict)
+    numbers: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -51,6 +66,7 @@ class Taken:
         orders: of each round, the ways as they were taken.
         gradient_bytes: of the local gradients.
         missing: see :class:`Bench`.
+        numbers: see :class:`Bench`.
     """
 
     wall: dict[str, list[float]]
@@ -59,6 +75,7 @@ class Taken:
     orders: list[list[str]]
     gradient_bytes: int
     missing: dict[str, str]
+    numbers: dict[str, float] = field(default_factory=dict)
 
 
 def measure(bench: Bench, rounds: int, budget: float) -> Taken:
@@ -89,7 +106,8 @@ def measure(bench: Bench, rounds: int, budget: float) -> Taken:
     for name in names:
         _prepare(bench, name)
         extra[name] = extra_bytes(bench.ways[name])
-    return Taken(wall, cpu, extra, orders, bench.gradient_bytes, dict(bench.missing))
+    size, missing, numbers = bench.gradient_bytes, dict(bench.missing), dict(bench.numbers)
+    return Taken(wall, cpu, extra, orders, size, missing, numbers)
 
 
 def drawn(names: list[str], number: int) -> list[str]:

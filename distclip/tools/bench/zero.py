@@ -10,16 +10,21 @@ from torch import nn
 
 from distclip import policies
 from distclip.integrations import deepspeed as integration
-from distclip.tools.bench.cases import TIGHT
 from distclip.tools.bench.timing import Ways
+from distclip.tools.bench.ways import AGC_FACTOR, TIGHT
 
 LAYERS, WIDTH = 8, 256
+PRECISION: dict[str, dict[str, Any]] = {
+    "fp32": {},
+    "bf16": {"bf16": {"enabled": True}},
+}
+"""Name of a dtype -> its part of DeepSpeed's JSON."""
 
 
 class Step:
     """``engine.step()`` of one engine; the backward before it is not measured."""
 
-    def __init__(self, stage: int, clipping: float) -> None:
+    def __init__(self, stage: int, dtype: str, clipping: float) -> None:
         # Would be compiled in the first collective.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         torch.manual_seed(0)
@@ -39,30 +44,31 @@ class Step:
                 "zero_allow_untested_optimizer": True,
                 "gradient_clipping": clipping,
                 "steps_per_print": 10**9,
+                **PRECISION[dtype],
             },
             dist_init_required=False,
         )[0]
-        self.batch = torch.randn(1, 4, WIDTH)
+        self.batch = torch.randn(1, 4, WIDTH, dtype=next(model.parameters()).dtype)
+        self.project = torch.randn(1, 4, WIDTH)
 
     def before(self) -> None:
         """Leave gradients."""
-        self.engine.backward(self.engine(self.batch).square().mean())
+        self.engine.backward((self.engine(self.batch).float() * self.project).mean())
 
     def __call__(self) -> None:
         """What is measured."""
         self.engine.step()
 
 
-def ways(stage: int) -> Ways:
-    """The same model and optimizer twice, with one threshold that always clips, and without any."""
-    ours, theirs = Step(stage, 0.0), Step(stage, TIGHT)
+def ways(stage: int, dtype: str) -> Ways:
+    """The same model and optimizer, with one threshold that always clips, and without any."""
+    ours = Step(stage, dtype, 0.0)
     integration.attach(ours.engine, policies.global_norm(TIGHT))
-    found: Ways = {
-        "DeepSpeed's own clipping": theirs,
+    adaptive = Step(stage, dtype, 0.0)
+    integration.attach(adaptive.engine, policies.agc(AGC_FACTOR))
+    return {
+        "DeepSpeed's own clipping": Step(stage, dtype, TIGHT),
         "distclip global_norm": ours,
+        "distclip agc": adaptive,
+        "no clipping, DeepSpeed measures": Step(stage, dtype, 0.0),
     }
-    adaptive = Step(stage, 0.0)
-    integration.attach(adaptive.engine, policies.agc(0.01))
-    found["distclip agc"] = adaptive
-    found["no clipping, DeepSpeed measures"] = Step(stage, 0.0)
-    return found
