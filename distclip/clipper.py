@@ -21,12 +21,15 @@ from distclip.application.eager import eagerly
 from distclip.application.folded import FusedStep, Scope
 from distclip.application.joint import AttachHandle, GradientsSeen
 from distclip.application.notices import Absence, earlier_clip, note_clip, sample, warn
+from distclip.application.stepping import skips_by_found_inf
 from distclip.engine import agreement, checkpoint, handshake
+from distclip.engine.late import LateError
 from distclip.engine.ledger import Apply, Program, States
 from distclip.engine.passes import check_weights, compile_passes, report_order
 from distclip.engine.replicas import ReplicaCheck
 from distclip.engine.walk import Fold, walk
 from distclip.errors import ConfigurationError, DistclipError
+from distclip.kernels import transfer
 from distclip.layouts import fsdp2, slices
 from distclip.layouts import names as naming
 from distclip.layouts import plan as plans
@@ -98,8 +101,10 @@ class GradClipper:
         optimizer: for policies that need its parameter groups; ``attach`` gives it too. Several in
             a list: their groups are numbered through.
         on_nonfinite: ``"error"`` (raise on all ranks, gradients untouched; reads one flag on the
-            host per step), ``"skip"`` (the whole update is dropped), ``"zero"`` (the non-finite
-            parameters' gradients become 0), ``"pass"`` (as torch).
+            host per step), ``"error_late"`` (drop the update, and raise on all ranks in the next
+            step; reads no flag on the host; see :meth:`raise_late`), ``"skip"`` (the whole update
+            is dropped), ``"zero"`` (the non-finite parameters' gradients become 0), ``"pass"`` (as
+            torch).
         process_group: the ranks that hold this model together; all ranks by default.
         sinks: called after every clip as ``sink(step, report)``, with steps counted from 0. What
             one of them raises is raised when all have been called: the clip is then done and
@@ -195,6 +200,7 @@ class GradClipper:
         """Whether a step in which no rank has a gradient is worth a warning."""
         self._states: States = {}
         self._loss: Tensor | None = None
+        self._late = LateError(self.names)
         self._apply: Apply | None = None
         self._early = Overlap(self._plan) if overlap else None
         if self._early is not None and not self._early.active:
@@ -345,7 +351,9 @@ class GradClipper:
         for name, parameter in self._named:
             refuse_stepped_in_backward(name, parameter)
         self._mention_others(optimizers)
-        handle = AttachHandle(optimizers, self._clip_attached, self._anywhere, self._follow)
+        handle = AttachHandle(
+            optimizers, self._clip_attached, self._anywhere, self._follow, self.raise_late
+        )
         try:
             self._program = self._compile(optimizers)
         except Exception:
@@ -481,11 +489,31 @@ class GradClipper:
                 says, since the scaler sees only the gradients of one optimizer of several.
         """
         mode: OnNonfinite = "skip" if overflow_drops else self.on_nonfinite
-        if found_inf is not None and mode == "error":
+        if found_inf is not None and mode in ("error", "error_late"):
             mode = "skip"
         # Watchers are shown what has been clipped.
         folds = coming is not None and self.fold and not watchers and coming.suits(self._scope)
-        return self._clip(mode, loss_scale, fold=coming.multiply if coming and folds else None)
+        multiply = coming.multiply if coming and folds else None
+        return self._clip(mode, loss_scale, fold=multiply, leaves_out=self._leaves_out(coming))
+
+    def _leaves_out(self, coming: FusedStep | None) -> bool:
+        """Whether the steps to come leave an update out, without a read of a device."""
+        if coming is None or self._plan.device.type == "cpu":
+            return coming is not None
+        optimizers = [each for reference, _ in self._optimizers if (each := reference())]
+        return all(map(skips_by_found_inf, optimizers or [coming.optimizer]))
+
+    @eagerly
+    def raise_late(self) -> None:
+        """Raise now what the next step would, under ``on_nonfinite="error_late"``; else nothing.
+
+        For the end of a training loop, and after replays of a CUDA graph, which run no Python.
+        ``state_dict()`` and ``handle.remove()`` call it. Reads the host. Each error is raised once.
+
+        Raises:
+            NonFiniteGradientError: a step so far had a gradient that is not finite.
+        """
+        self._late.raise_now()
 
     @eagerly
     def decide(
@@ -533,7 +561,11 @@ class GradClipper:
         The same on every rank, whatever the sharding; saving that of one rank is enough. It goes
         through ``torch.save`` and ``torch.load(weights_only=True)``, and through
         ``torch.distributed.checkpoint`` (a ``GradClipper`` is ``Stateful``).
+
+        Raises:
+            NonFiniteGradientError: as :meth:`raise_late`.
         """
+        self.raise_late()
         return checkpoint.dump(self._owner(), self._step, self._states)
 
     @eagerly
@@ -566,6 +598,7 @@ class GradClipper:
         restored = checkpoint.restore(self._owner(), state, self._states, source)
 
         def load() -> None:
+            self._late.forget()  # of steps that are taken back
             if restored is not None:
                 self._step = restored.step
                 self._states = {**self._states, **restored.states}
@@ -639,11 +672,15 @@ class GradClipper:
         *,
         later: bool = False,
         fold: Fold | None = None,
+        leaves_out: bool = False,
     ) -> ClipReport:
         global in_use
         in_use = True
         if self._plan.group is not None:
             collectives.check_open(self._plan.group)
+        late = mode == "error_late"
+        if late and not transfer.is_capturing(self._plan.device):
+            self._late.raise_earlier()
         for watcher in watchers:
             watcher.before(self, loss_scale)
         self._mention_repetition()
@@ -656,7 +693,7 @@ class GradClipper:
                 walked = walk(
                     self._program,
                     self._states,
-                    on_nonfinite=mode,
+                    on_nonfinite="skip" if late else mode,
                     loss_scale=loss_scale,
                     replicas=self._replicas if self._compares_now() else None,
                     trouble=self._trouble(),
@@ -664,6 +701,7 @@ class GradClipper:
                     loss=loss,
                     later=later,
                     fold=fold,
+                    harmless=late and not leaves_out,
                     go_on=_GO_ON,
                 )
         finally:
@@ -672,12 +710,17 @@ class GradClipper:
         with torch.no_grad():
             self._walks += 1
             self._states, self._apply = walked.states, walked.apply
+            if late:
+                self._late.note(walked.nonfinite, self._step)
+            asks = leaves_out or walked.may_skip or not late
+            never = walked.skipped is self._program.no_skip or not asks
             report = ClipReport(
                 names=self.names,
                 skipped=walked.skipped,
                 _norm_type=self._program.shown,
                 _dtype=self._dtype,
                 _walked=walked,
+                leave_out=None if never else walked.skipped,
             )
             if self.expects_gradients and self._absence.is_here():
                 speaks = self._parts or collectives.is_first(self._plan.group)

@@ -94,6 +94,8 @@ class StateError(DistclipError, ValueError):
 class NonFiniteGradientError(DistclipError, FloatingPointError, RuntimeError):
     """NaN or inf gradients, or norms, under ``on_nonfinite="error"``; gradients stay as they were.
 
+    Under ``"error_late"`` those of the step before, whose update was dropped.
+
     ``parameters`` holds the names of the parameters concerned, the same on every rank.
     Also a ``RuntimeError``, as ``torch.nn.utils.clip_grad_norm_(error_if_nonfinite=True)`` raises.
     """

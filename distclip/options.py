@@ -11,7 +11,7 @@ from typing import Any, Generic, Literal, NoReturn, Protocol, TypeAlias, TypeVar
 from distclip.errors import ConfigurationError
 from distclip.policies import Policy
 
-OnNonfinite: TypeAlias = Literal["error", "skip", "zero", "pass"]
+OnNonfinite: TypeAlias = Literal["error", "error_late", "skip", "zero", "pass"]
 VerifyReplicas: TypeAlias = Literal["first", "never"] | int
 
 Value = TypeVar("Value")
@@ -64,6 +64,15 @@ class Options:
 
 
 NAMES = tuple(each.name for each in dataclasses.fields(Options))
+
+
+def refuse_late(value: object, where: str) -> None:
+    """Raise a ConfigurationError where the caller reads a flag on the host at every step."""
+    if value == "error_late":
+        raise ConfigurationError(
+            f"on_nonfinite='error_late' has no use under {where}, which reads the host at every "
+            f"step: use 'error', which raises in the step itself"
+        )
 
 
 def check_on_nonfinite(value: object) -> None:

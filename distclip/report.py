@@ -34,6 +34,8 @@ class ClipReport:
         threshold: the policy's threshold in its own measure (``max_norm``, ``clip_factor``, ...);
             of a composed policy the first one's; NaN where there is none.
         skipped: bool; this update is to be skipped (``attach`` does it).
+        leave_out: for what makes the step: ``skipped``, or None where the step is to be made in any
+            case, so that nobody has to read a flag of the device.
         clipped_fraction: mean over parameters of the share of their units that were clipped; a
             parameter clipped as a whole counts 1.
     """
@@ -43,6 +45,7 @@ class ClipReport:
     _norm_type: float
     _dtype: torch.dtype
     _walked: Walked
+    leave_out: Tensor | None = None
 
     @cached_property
     def total_norm(self) -> Tensor:

@@ -106,6 +106,11 @@ class FusedStep:
         self.told = False
         """Whether the optimizer has been told to multiply; to be taken back after the step."""
 
+    @property
+    def optimizer(self) -> Optimizer:
+        """The one that steps."""
+        return self._optimizer
+
     def suits(self, scope: Scope) -> bool:
         """Whether :meth:`multiply` may be called for a clipper of these parameters."""
         return not self._watched and scope.suits(self._optimizer)

@@ -51,6 +51,7 @@ class AttachHandle:
         agree: called where an optimizer's gradients may have changed on some ranks only, with
             whether they did here; whether they did anywhere.
         follow: called when one of the optimizers has been deep-copied, with the memo of that.
+        finish: called when the hooks are off; may raise for a step that is over.
 
     Raises:
         ConfigurationError: an optimizer that runs no step hooks.
@@ -62,10 +63,12 @@ class AttachHandle:
         clip: Clip,
         agree: Callable[[bool], bool],
         follow: Callable[[dict[int, Any]], None],
+        finish: Callable[[], None] = lambda: None,
     ) -> None:
         self._optimizers = [weakref.ref(optimizer) for optimizer in optimizers]
         self._clip = clip
         self._agree = agree
+        self._finish = finish
         self._decision: Decision | None = None
         self._stepped: set[int] = set()
         self._left: dict[int, GradientsSeen] = {}
@@ -94,6 +97,7 @@ class AttachHandle:
         for copied in self._copies:
             copied.remove()
         self._forget()
+        self._finish()
 
     def _forget(self) -> None:
         self._decision = None

@@ -26,7 +26,7 @@ class Decision(Protocol):
     """What the clipping before a step says about the step."""
 
     @property
-    def skipped(self) -> Tensor: ...
+    def leave_out(self) -> Tensor | None: ...
 
 
 class StepHandle:
@@ -134,15 +134,16 @@ class StepHandle:
             raise
         self._asked = coming.told
         self._skipped = False if found_inf is None else _lazy((found_inf > 0).any())
-        if decision is None:
+        skips = None if decision is None else decision.leave_out
+        if skips is None:
             return
-        if skips_by_found_inf(optimizer) and not reads_on_host(decision.skipped):
-            flag = decision.skipped.float()
+        if skips_by_found_inf(optimizer) and not reads_on_host(skips):
+            flag = skips.float()
             merged = flag if found_inf is None else torch.maximum(found_inf, flag.to(found_inf))
             tell(optimizer, "found_inf", merged)
             self._asked = True
             self._skipped = (merged > 0).any()
-        elif bool(decision.skipped):
+        elif bool(skips):
             self._skipped = True
             self._hide(optimizer)
 

@@ -7,7 +7,7 @@
     by_name:                                 # optional: other policies for some parameters, the
       "*.bias": null                         # first match wins, null leaves alone;
       "embed*": {name: value, clip_value: 0.1}   # `policy` is then for all the others
-    on_nonfinite: skip                       # error (default) | skip | zero | pass
+    on_nonfinite: skip                       # error (default) | error_late | skip | zero | pass
     log: {jsonl: runs/clip.jsonl, every: 10, per_parameter: true}
     norms: true                              # false: do not measure what only a report would show
     verify_replicas: first                   # compare replicas: first (default) | never | every n
@@ -88,7 +88,8 @@ class _Document(BaseModel):
     )
     on_nonfinite: OnNonfinite = Field(
         default="error",
-        description="What to do about NaN and inf gradients: error raises on all ranks; skip "
+        description="What to do about NaN and inf gradients: error raises on all ranks; error_late "
+        "drops the update and raises in the next step, so that no step waits for its device; skip "
         "leaves parameters and optimizer as they are; zero zeroes the gradients concerned; pass "
         "does as torch does.",
     )

@@ -452,6 +452,11 @@ class Walked:
         for flag in ledger.asked.values():
             self.skipped = self.skipped | flag
 
+    @property
+    def may_skip(self) -> bool:
+        """Whether a policy has a say in whether the step is skipped."""
+        return any(ledger.asked for ledger in self._ledgers)
+
     def undo(self, before: States, *, dropped: bool) -> None:
         """Let a skipped step leave no trace in any state but that of the stage that asked for it.
 

@@ -42,6 +42,7 @@ def walk(
     loss: Tensor | None = None,
     later: bool = False,
     fold: Fold | None = None,
+    harmless: bool = False,
     go_on: str = "",
 ) -> Walked:
     """Measure, decide and act once over all the gradients of a plan.
@@ -58,6 +59,8 @@ def walk(
             reads the loss.
         fold: asked to multiply everything by one number in place of the last pass; says whether it
             does. Given None where there is no such number.
+        harmless: under ``"skip"``, set all gradients to 0 where one is not finite, for a caller who
+            steps without having read whether to.
         later: leave what the last pass decides to ``Walked.apply``, for engines that step with
             other tensors than the measured ones. Dropping and earlier passes act here.
         go_on: how the caller's user may go on without an error where a gradient is not finite.
@@ -121,6 +124,9 @@ def walk(
             acting(_pairs(measured), loss_scale, measured.chosen)
     found = walked.nonfinite is not program.all_finite
     walked.undo(states, dropped=found and on_nonfinite == "skip")
+    if found and harmless:
+        gradients = [gradient for _, gradient in _pairs(measured)]
+        changing.zero_(gradients, walked.nonfinite.any().expand(len(gradients)))
     return walked
 
 

@@ -178,9 +178,15 @@ class Attachment:
             self._adopt(optimizer)
 
     def remove(self) -> None:
-        """Give the ``Accelerator`` its own clipping back; a second call does nothing."""
+        """Give the ``Accelerator`` its own clipping back; a second call does nothing.
+
+        Raises:
+            NonFiniteGradientError: under ``on_nonfinite="error_late"``, when all is undone: the
+                last step had a gradient that is not finite.
+        """
         if self.accelerator._distclip is not self:
             return
+        clippers = list(self._clippers.known.values())
         for name, (_, before) in self._originals.items():
             if before is None:
                 del self.accelerator.__dict__[name]
@@ -196,6 +202,8 @@ class Attachment:
                     accelerated._is_overflow = False
         self._handles.clear()
         self._forget_models()
+        for clipper in clippers:
+            clipper.raise_late()
 
     def state_dict(self) -> dict[str, Any]:
         """The memory of all clippers, for checkpoints that ``save_state`` does not make.

@@ -50,4 +50,5 @@ class Together:
     """Several reports about the parameters of one optimizer: skipped if any of them says so."""
 
     def __init__(self, reports: Iterable[ClipReport]) -> None:
-        self.skipped = torch.stack([report.skipped for report in reports]).any()
+        flags = [report.leave_out for report in reports if report.leave_out is not None]
+        self.leave_out = torch.stack(flags).any() if flags else None

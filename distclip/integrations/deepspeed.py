@@ -40,7 +40,7 @@ from distclip.integrations.deepspeed_json import (
     resolve_auto,
 )
 from distclip.layouts import zero
-from distclip.options import OnNonfinite
+from distclip.options import OnNonfinite, refuse_late
 from distclip.report import ClipReport
 
 _logger = logging.getLogger("distclip.deepspeed")
@@ -151,6 +151,7 @@ class Attachment:
     def __init__(self, engine: Any, config: Config) -> None:
         deepspeed_engines.warn_untested()
         deepspeed_engines.refuse(engine)
+        refuse_late(config.on_nonfinite, "DeepSpeed")
         self.engine, self.config = engine, config
         self.outer = outer = engine.optimizer
         self.last_report: ClipReport | None = None

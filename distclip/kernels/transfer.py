@@ -36,3 +36,38 @@ def to_device(numbers: Sequence[int] | npt.NDArray[np.int64], device: torch.devi
     if is_capturing(device):
         _captured.append(pinned)
     return pinned.to(device, non_blocking=True)
+
+
+class HostCopy:
+    """Numbers of a device on their way to the host. Nothing waits until they are read.
+
+    Args:
+        numbers: as they are when what is launched so far is done.
+        previous: of an earlier copy of as many numbers, which has been read: its memory is used.
+    """
+
+    def __init__(self, numbers: Tensor, previous: HostCopy | None = None) -> None:
+        if previous is None:
+            pinned = numbers.device.type == "cuda"
+            self._there = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=pinned)
+        else:
+            self._there = previous._there
+        self._there.copy_(numbers, non_blocking=has_events(numbers.device))
+        self._event = record_event(numbers.device) if has_events(numbers.device) else None
+
+    def read(self) -> Tensor:
+        """The numbers, on the host. Waits for what was launched before the copy, and no more."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._there
+
+
+def has_events(device: torch.device) -> bool:
+    """Whether a copy from the device may go on while the host does; elsewhere the copy waits."""
+    return device.type == "cuda"
+
+
+def record_event(device: torch.device) -> torch.Event:
+    """An event on the device's current stream, after all that is launched so far."""
+    event: torch.Event = torch.cuda.current_stream(device).record_event()
+    return event

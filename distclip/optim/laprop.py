@@ -21,7 +21,7 @@ from distclip.optim import options as opts
 from distclip.optim.clipping import Clipping
 from distclip.optim.schedule import Schedule, learning_rate
 from distclip.optim.update import Four, update_, update_captured_
-from distclip.options import OnNonfinite, check_on_nonfinite
+from distclip.options import OnNonfinite, check_on_nonfinite, refuse_late
 from distclip.report import ClipReport
 
 FIRST, SECOND = AVERAGES = ("exp_avg", "exp_avg_sq")
@@ -104,6 +104,7 @@ class LaProp(Optimizer):
         process_group: ProcessGroup | None = None,
     ) -> None:
         check_on_nonfinite(on_nonfinite)
+        refuse_late(on_nonfinite, "LaProp")
         opts.check_mask(decay_mask)
         self._clipping = Clipping(on_nonfinite, process_group)
         self._decay_mask = decay_mask

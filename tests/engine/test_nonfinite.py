@@ -305,7 +305,7 @@ def test_the_fused_kernel_is_told_by_found_inf(
     skip = torch.tensor(False)
 
     class Decision:
-        skipped = skip
+        leave_out = skip
 
     told: list[bool | Tensor] = []
     stepping.StepHandle(optimizer, lambda scale, found, coming: Decision, told.append)

@@ -31,6 +31,8 @@ class Pretended(torch.Tensor):
 def pretended(raw: Tensor) -> Pretended:
     made: Any = torch._C._acc.create_empty_tensor(raw.shape, raw.dtype)  # type: ignore[attr-defined]
     made.__class__ = Pretended
+    if 0 in raw.stride():  # torch takes views by the strides of `made`, which has its own
+        raw = raw.contiguous()
     made.raw = raw
     return made
 
@@ -56,7 +58,9 @@ def compute(op: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def copy_from(source: Tensor, target: Tensor, non_blocking: bool = False) -> Tensor:
-    """Between devices, and within this one."""
+    """Between devices, and within this one. A copy to the host reads it, if the host waits."""
+    if isinstance(source, Pretended) and not isinstance(target, Pretended) and not non_blocking:
+        note_read()
     raw = [t.raw if isinstance(t, Pretended) else t for t in (source, target)]
     raw[1].copy_(raw[0])
     return target
@@ -66,8 +70,12 @@ reads: list[str] = []
 """Where a value of the device has been read on the host."""
 
 
+def note_read() -> None:
+    reads.append("".join(traceback.format_stack(limit=12)))
+
+
 def read_on_host(tensor: Tensor) -> Any:
-    reads.append("".join(traceback.format_stack(limit=8)))
+    note_read()
     return tensor.raw.item()
 
 
@@ -152,6 +160,9 @@ def main() -> None:
     for mode in ("pass", "zero", "skip"):
         for label, policy in chosen.items():
             check(label, policy, mode, generator)
+    with torch.inference_mode(False), torch.no_grad():
+        for fused in (True, False):
+            check_late(fused)
     del kept
     print("all equal")
 
@@ -191,6 +202,55 @@ def check(label: str, policy: Any, mode: str, generator: torch.Generator) -> Non
         assert torch.allclose(want.double(), have.double(), rtol=1e-6, atol=0, equal_nan=True), (
             label, mode, number, want, have,
         )  # fmt: skip
+
+
+class Event:
+    """Of a device that has done everything at once."""
+
+    waited = 0
+
+    def synchronize(self) -> None:
+        Event.waited += 1
+
+
+def check_late(fused: bool) -> None:
+    """Attached steps under ``"error_late"`` read nothing, bad steps and good ones alike."""
+    from distclip import GradClipper, NonFiniteGradientError, policies
+    from distclip.kernels import transfer
+
+    transfer.has_events = lambda device: True
+    transfer.record_event = lambda device: Event()  # type: ignore[assignment, return-value]
+    parameters = [torch.ones(shape).to(torch.device(NAME)) for shape in ((6, 9), (64,))]
+    optimizer = torch.optim.AdamW(parameters, lr=0.1, weight_decay=0.0, fused=fused)
+    named = [(f"p{number}", parameter) for number, parameter in enumerate(parameters)]
+    clipper = GradClipper(named, policies.global_norm(1.0), on_nonfinite="error_late")
+    clipper.attach(optimizer)
+
+    def step(bad: bool) -> list[Tensor]:
+        for number, parameter in enumerate(parameters):
+            raw = torch.full(parameter.shape, math.nan if bad and number else 1.0)
+            parameter.grad = raw.to(torch.device(NAME))
+        reads.clear()
+        optimizer.step()
+        assert not reads, (fused, bad, reads[0])
+        return [read(parameter).clone() for parameter in parameters]
+
+    step(False)
+    before = step(False)
+    after = step(True)
+    assert all(torch.isfinite(each).all() for each in after)
+    assert all(map(torch.equal, before, after)) == fused
+    waited = Event.waited
+    with pytest.raises(NonFiniteGradientError, match=r"step 2 .* of 'p1', or"):
+        step(False)
+    assert all(torch.equal(read(p), one) for p, one in zip(parameters, after, strict=True))
+    assert Event.waited == waited + 1  # for the step before
+    after = step(False)
+    assert not all(torch.equal(read(p), one) for p, one in zip(parameters, before, strict=True))
+    reading = GradClipper(named, policies.global_norm(1.0), on_nonfinite="error")
+    reads.clear()
+    reading.clip_()
+    assert reads  # the mode that this one is for: it is noticed
 
 
 def compiled(

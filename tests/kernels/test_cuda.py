@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from distclip import ClipReport, GradClipper, policies
+from distclip import ClipReport, GradClipper, NonFiniteGradientError, policies
 from distclip.kernels import changing as inplace
 from distclip.kernels.device import multi_tensor
 from tests.engine.test_matrix import POLICIES, build
@@ -142,7 +142,7 @@ def silently(run: Any) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("mode", ["pass", "zero", "skip"])
+@pytest.mark.parametrize("mode", ["pass", "zero", "skip", "error_late"])
 @pytest.mark.parametrize("label", POLICIES)
 def test_nothing_waits(label: str, mode: str) -> None:
     _, model = pair()
@@ -160,7 +160,7 @@ def test_waiting_is_noticed() -> None:
 
 
 @pytest.mark.parametrize("kind", ["adamw", "adam"])
-@pytest.mark.parametrize("mode", ["pass", "skip"])
+@pytest.mark.parametrize("mode", ["pass", "skip", "error_late"])
 def test_a_fused_step_waits_for_nothing(kind: str, mode: str) -> None:
     here, there = pair()
     optimizers = []
@@ -229,6 +229,36 @@ def test_captured_in_a_graph(label: str) -> None:
         graph.replay()
         assert report.total_norm.item() == pytest.approx(want.total_norm.item(), rel=1e-6)
         assert_alike(here, there)
+
+
+def test_a_late_error_in_a_graph() -> None:
+    """Captured with the step: a replay with a NaN changes nothing, and is raised when asked for."""
+    _, model = pair()
+    give(model, 0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True, capturable=True)
+    clipper = GradClipper(model, policies.global_norm(0.5), on_nonfinite="error_late")
+    clipper.attach(optimizer)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        optimizer.step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    graph.replay()
+    clipper.raise_late()
+    kept = [parameter.detach().clone() for parameter in model.parameters()]
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    gradients[0].view(-1)[0] = math.nan
+    graph.replay()
+    gradients[0].view(-1)[0] = 0.0
+    with pytest.raises(NonFiniteGradientError):
+        clipper.raise_late()
+    assert all(map(torch.equal, model.parameters(), kept))
+    graph.replay()
+    assert not all(map(torch.equal, model.parameters(), kept))
+    clipper.raise_late()
 
 
 def test_the_same_bits_every_time() -> None:
