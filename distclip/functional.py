@@ -16,7 +16,7 @@ import operator
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parameter import UninitializedParameter
 
 from distclip.application.eager import eagerly
-from distclip.application.notices import note_clip, warn
+from distclip.application.notices import note_clip, sample, warn
 from distclip.engine import handshake
 from distclip.engine.ledger import Program, Walked
 from distclip.engine.passes import check_weights, compile_passes, report_order
@@ -47,8 +47,8 @@ from distclip.layouts.names import Named
 from distclip.layouts.piece import Box, Described, Entry, Piece
 from distclip.policies import AGC, GlobalNorm, Measure, ParameterInfo, Policy, Value
 from distclip.policies._norm_threshold import norm_coefficient
-from distclip.policies._protocol import combine_norms
 from distclip.statistics import collectives
+from distclip.statistics.measurement import Fetched
 from distclip.statistics.packing import Packet
 
 Parameters: TypeAlias = Tensor | Iterable[Tensor]
@@ -93,22 +93,22 @@ def clip_grad_norm_(
         NonFiniteGradientError: (a RuntimeError) under ``error_if_nonfinite``.
         UnsupportedGradientError: a sparse shard, or a ``Partial`` that cannot be reduced.
     """
-    named = _named(parameters)
+    given = _given(parameters)
     policy = GlobalNorm(max_norm, norm_type)
     if process_group is None:
-        walked, plan = _walk(named, policy, "error" if error_if_nonfinite else "pass")
+        walked, plan = _walk(given, policy, "error" if error_if_nonfinite else "pass")
         if policy.max_norm < math.inf:
-            _note(named, "distclip.clip_grad_norm_")
-        return combine_norms(walked.raw, policy.norm_type).to(_norm_dtype(plan.dtypes))
-    find = functools.partial(_programs.get, named, Measure(policy.norm_type), norms=True)
+            _note(given, "distclip.clip_grad_norm_")
+        return walked.total_norm.to(_norm_dtype(plan.dtypes))
+    find = functools.partial(_programs.get, given, Measure(policy.norm_type), norms=True)
     with torch.no_grad():
         total = _joint_norm(find, policy.norm_type, process_group, error_if_nonfinite)
         plan = find().plan
-        gradients, _ = soundness.inspect(plan, [p.gradient() for p in plan.pieces], first=False)
+        gradients, *_ = soundness.inspect(plan, [p.gradient() for p in plan.pieces], first=False)
         present = [gradient for gradient in gradients if gradient is not None]
         coefficient = norm_coefficient(total, policy.max_norm)
         changing.scale_(present, coefficient.expand(len(present)))
-    _note(named, "distclip.clip_grad_norm_")
+    _note(given, "distclip.clip_grad_norm_")
     return total.to(_norm_dtype(plan.dtypes))
 
 
@@ -131,9 +131,9 @@ def clip_grad_value_(
         ConfigurationError: a negative or NaN threshold.
         UnsupportedGradientError: a sparse shard, or a ``Partial`` that cannot be reduced.
     """
-    named = _named(parameters)
-    _walk(named, Value(clip_value), "pass", norms=False)
-    _note(named, "distclip.clip_grad_value_")
+    given = _given(parameters)
+    _walk(given, Value(clip_value), "pass", norms=False)
+    _note(given, "distclip.clip_grad_value_")
 
 
 @eagerly
@@ -160,18 +160,18 @@ def clip_grad_agc_(
     Returns:
         The joint 2-norm of all gradients before clipping, as :func:`clip_grad_norm_`.
     """
-    named = _named(parameters)
+    given = _given(parameters)
     policy = AGC(clip_factor, eps, unit)
     if process_group is None:
-        walked, plan = _walk(named, policy, "pass")
-        _note(named, "distclip.clip_grad_agc_")
-        return combine_norms(walked.raw, 2.0).to(_norm_dtype(plan.dtypes))
+        walked, plan = _walk(given, policy, "pass")
+        _note(given, "distclip.clip_grad_agc_")
+        return walked.total_norm.to(_norm_dtype(plan.dtypes))
     # A unit lies on one member, or on its mesh: only the joint norm concerns the other members.
     with torch.no_grad():
-        find = functools.partial(_programs.get, named, Measure(), norms=True)
+        find = functools.partial(_programs.get, given, Measure(), norms=True)
         total = _joint_norm(find, 2.0, process_group, False)
-    _, plan = _walk(named, policy, "pass", norms=False)
-    _note(named, "distclip.clip_grad_agc_")
+    _, plan = _walk(given, policy, "pass", norms=False)
+    _note(given, "distclip.clip_grad_agc_")
     return total.to(_norm_dtype(plan.dtypes))
 
 
@@ -211,8 +211,7 @@ def get_total_norm(
             total = _joint_norm(compiled, policy.norm_type, process_group, error_if_nonfinite)
         else:
             mode = "error" if error_if_nonfinite else "pass"
-            walked = walk(compiled(), {}, on_nonfinite=mode, go_on=_GO_ON)
-            total = combine_norms(walked.raw, policy.norm_type)
+            total = walk(compiled(), {}, on_nonfinite=mode, go_on=_GO_ON).total_norm
     return total.to(_norm_dtype(str(tensor.dtype).removeprefix("torch.") for tensor in listed))
 
 
@@ -238,20 +237,37 @@ def grad_norms(
     target = module_or_named_parameters
     if isinstance(target, Iterable) and not isinstance(target, (nn.Module, Mapping)):
         target = _listed(target)  # type: ignore[arg-type, assignment]
-    named = naming.named_parameters(target)
+    given = Given.of(naming.named_parameters(target))
     if process_group is not None:
         # Other members have other parameters, whose norms nothing here is added to: each DTensor
         # is reduced over its own mesh.
         collectives.check_open(process_group)
     policy = Measure(norm_type)
-    walked, plan = _walk(named, policy, "pass")
+    walked, plan = _walk(given, policy, "pass")
     return {
         entry.name: norm.to(torch.float64 if entry.dtype in DOUBLE else torch.float32)
         for entry, norm in zip(plan.entries, walked.raw.unbind(), strict=True)
     }
 
 
-def _named(parameters: Parameters) -> Named:
+class Given(NamedTuple):
+    """Parameters that a caller gave, each once, and their names; None: their positions."""
+
+    parameters: Sequence[Tensor]
+    names: Sequence[str] | None = None
+
+    @classmethod
+    def of(cls, named: Named) -> Given:
+        """From (name, parameter) pairs."""
+        return cls([parameter for _, parameter in named], [name for name, _ in named])
+
+    def named(self) -> Named:
+        """The pairs."""
+        names = map(str, range(len(self.parameters))) if self.names is None else self.names
+        return list(zip(names, self.parameters, strict=True))
+
+
+def _given(parameters: Parameters) -> Given:
     if isinstance(parameters, (nn.ParameterList, nn.ParameterDict)):
         parameters = parameters.parameters()
     if isinstance(parameters, nn.Module):
@@ -261,21 +277,22 @@ def _named(parameters: Parameters) -> Named:
     alone = not (dist.is_initialized() and dist.get_world_size() > 1)
     named = isinstance(parameters, Mapping) or not isinstance(parameters, Iterable)
     if named or (isinstance(parameters, (set, frozenset)) and not alone):
-        return naming.named_parameters(parameters)
+        return Given.of(naming.named_parameters(parameters))
     listed = _listed(parameters)
-    if not all(issubclass(kind, Tensor) for kind in set(map(type, listed))):
-        if any(issubclass(kind, dict) for kind in set(map(type, listed))):
+    kinds = set(map(type, listed))
+    if not all(issubclass(kind, Tensor) for kind in kinds):
+        if any(issubclass(kind, dict) for kind in kinds):
             raise ConfigurationError(
                 "expected parameters, got optimizer parameter groups; pass "
                 '[p for group in optimizer.param_groups for p in group["params"]]'
             )
-        return naming.named_parameters(listed)
+        return Given.of(naming.named_parameters(listed))
     if len(set(map(id, listed))) == len(listed):
-        return list(zip(map(str, range(len(listed))), listed, strict=True))
+        return Given(listed)
     positions: dict[int, tuple[str, Tensor]] = {}
     for position, parameter in enumerate(listed):
         positions.setdefault(id(parameter), (str(position), parameter))
-    return list(positions.values())
+    return Given.of(list(positions.values()))
 
 
 def _listed(tensors: Tensors) -> list[Tensor]:
@@ -292,11 +309,9 @@ def _listed(tensors: Tensors) -> list[Tensor]:
     return listed
 
 
-def _note(named: Named, by: str) -> None:
-    """See :func:`note_clip`; of the first, the middle and the last parameter."""
-    if named:
-        chosen = (named[0][1], named[len(named) // 2][1], named[-1][1])
-        note_clip(chosen, by)
+def _note(given: Given, by: str) -> None:
+    """See :func:`note_clip`."""
+    note_clip(sample(given.parameters), by)
 
 
 def _device(tensors: Sequence[Tensor]) -> torch.device:
@@ -364,13 +379,14 @@ def _joint_norm(
 
 
 def _walk(
-    named: Named, policy: Policy, on_nonfinite: str, *, norms: bool = True
+    given: Given, policy: Policy, on_nonfinite: str, *, norms: bool = True
 ) -> tuple[Walked, plans.Plan]:
-    program = _programs.get(named, policy, norms=norms)
+    program, fetched = _programs.find(given, policy, norms=norms)
     if program.plan.group is not None:
         collectives.check_open(program.plan.group)
     with torch.no_grad():
-        return walk(program, {}, on_nonfinite=on_nonfinite, go_on=_GO_ON), program.plan
+        walked = walk(program, {}, on_nonfinite=on_nonfinite, fetched=fetched, go_on=_GO_ON)
+    return walked, program.plan
 
 
 def _program(
@@ -485,6 +501,13 @@ def _tell(error: DistclipError, named: Named, policy: Policy, *, norms: bool) ->
             _agreements.tell(plan.group, error)
 
 
+class Found(NamedTuple):
+    """A program, and the gradients where looking for it has fetched them."""
+
+    program: Program
+    fetched: Fetched | None
+
+
 class _Programs:
     """Recently compiled programs, so that a call a step does not describe the model anew."""
 
@@ -492,15 +515,23 @@ class _Programs:
         self._size = size
         self._known: OrderedDict[object, tuple[_Fingerprint, Program]] = OrderedDict()
 
-    def get(self, named: Named, policy: Policy, *, norms: bool) -> Program:
-        parameters = [parameter for _, parameter in named]
+    def get(self, given: Given, policy: Policy, *, norms: bool) -> Program:
+        """The program for these parameters."""
+        return self.find(given, policy, norms=norms).program
+
+    def find(self, given: Given, policy: Policy, *, norms: bool) -> Found:
+        """The program for these parameters; with their gradients where it had to look at them."""
+        parameters = given.parameters
         world = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
-        key = (tuple(map(id, parameters)), policy, norms, id(world))
+        names = None if given.names is None else tuple(given.names)
+        key = (tuple(map(id, parameters)), names, policy, norms, id(world))
         found = self._known.get(key)
-        if found is not None and found[0].fits(parameters):
-            self._known.move_to_end(key)
-            return found[1]
-        named = naming.meant(named)
+        if found is not None and found[0].is_of(parameters):
+            fetched = found[0].gradients(found[1])
+            if fetched is not None or found[0].fits(parameters):
+                self._known.move_to_end(key)
+                return Found(found[1], fetched)
+        named = naming.meant(given.named())
         meant = [parameter for _, parameter in named]
         try:
             _, described = describe(named)
@@ -514,7 +545,7 @@ class _Programs:
         self._known[key] = (_Fingerprint(parameters, meant), program)
         if len(self._known) > self._size:
             self._known.popitem(last=False)
-        return program
+        return Found(program, None)
 
 
 class _Fingerprint:
@@ -530,13 +561,23 @@ class _Fingerprint:
         self._facts = [(fact, list(map(fact, meant))) for fact in _FACTS]
         self._sharding = self._shardings(meant)
 
+    def is_of(self, parameters: Sequence[Tensor]) -> bool:
+        """Whether these are the parameters."""
+        return _are_same([alive() for alive in self._references], parameters)
+
+    def gradients(self, program: Program) -> Fetched | None:
+        """The gradients, where they tell that nothing has changed: as one is, its parameter is."""
+        if self._meant is not None or program.has_units or declared.is_in_use():
+            return None
+        if any(map(_attributes, [alive() for alive in self._references])):
+            return None
+        return program.memory.find(program.plan)
+
     def fits(self, parameters: Sequence[Tensor]) -> bool:
-        """Whether these are the same parameters, unchanged, and so are those that they stand for.
+        """Whether the parameters are unchanged, and so are those that they stand for.
 
         FSDP2 never makes a gathered parameter of one that was none.
         """
-        if not _are_same([alive() for alive in self._references], parameters):
-            return False
         if self._meant is not None:
             unique = {id(each): each for each in fsdp2.sharded(parameters)}
             parameters = list(unique.values())

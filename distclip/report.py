@@ -50,7 +50,7 @@ class ClipReport:
     @cached_property
     def total_norm(self) -> Tensor:
         """Norm of all gradients before clipping."""
-        return combine_norms(self._walked.raw, self._norm_type).to(self._dtype)
+        return self._walked.total_norm.to(self._dtype)
 
     @cached_property
     def clipped_norm(self) -> Tensor:

@@ -29,6 +29,7 @@ from distclip.policies import (
 )
 from distclip.policies._compose import Stage
 from distclip.policies._decide import actions_of, bound_of
+from distclip.policies._protocol import combine_norms
 from distclip.statistics.measurement import Memory
 from distclip.statistics.overlap import Overlap
 from distclip.statistics.packing import LocalDecision, Measurement
@@ -61,6 +62,11 @@ class Program:
             found = grouped(self.plan, local, units.positions, units.counts)
             known = self._grouped[number] = units.positions, found
         return known[1]
+
+    @cached_property
+    def has_units(self) -> bool:
+        """Whether any parameter is measured per unit."""
+        return any(one.request.unit_dims for one in self.passes)
 
     @cached_property
     def ones(self) -> Tensor:
@@ -431,6 +437,7 @@ class Walked:
 
     Attributes:
         raw: float64 ``(parameters,)`` norms before, NaN where not known.
+        in_range: whether powers of these stay in float64's range.
         skipped: 0-dim bool.
         nonfinite: bool ``(parameters,)``.
         states: the new state of every stage.
@@ -439,6 +446,7 @@ class Walked:
 
     def __init__(self, program: Program, states: States) -> None:
         self.raw = program.unknown
+        self.in_range = False
         self.skipped = program.no_skip
         self.nonfinite = program.all_finite
         self.states = dict(states)
@@ -482,6 +490,11 @@ class Walked:
             }
 
     @cached_property
+    def total_norm(self) -> Tensor:
+        """0-dim float64, the joint norm before; NaN where it is not known."""
+        return combine_norms(self.raw, self._compiled.shown, in_range=self.in_range)
+
+    @cached_property
     def after(self) -> Tensor:
         """float64 ``(parameters,)`` norms after, NaN where not known."""
         program = self._compiled
@@ -517,7 +530,7 @@ class Walked:
 
     def __getstate__(self) -> dict[str, object]:
         """With everything computed, and without the model and the books behind it."""
-        for name in ("after", "coefficients", "smallest", "clipped", "threshold"):
+        for name in ("total_norm", "after", "coefficients", "smallest", "clipped", "threshold"):
             getattr(self, name)
         return {**self.__dict__, "apply": None, "_program": None, "_ledgers": []}
 

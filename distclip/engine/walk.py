@@ -15,14 +15,14 @@ from distclip.engine.ledger import Ledger, Program, Round, States, Walked
 from distclip.engine.replicas import ReplicaCheck
 from distclip.errors import DistclipError, NonFiniteGradientError, UnsupportedGradientError
 from distclip.kernels import changing
-from distclip.kernels.measuring import Chosen
+from distclip.kernels.measuring import Look
 from distclip.kernels.transfer import to_device
 from distclip.layouts import sparse
 from distclip.layouts.plan import Plan
 from distclip.policies._decide import rehearse
 from distclip.statistics import collectives
 from distclip.statistics.alignment import align_alone, align_together, cannot_move
-from distclip.statistics.measurement import LocalMeasurement, measure
+from distclip.statistics.measurement import Fetched, LocalMeasurement, measure
 from distclip.statistics.packing import LocalDecision, Measurement, Stamp, reduce
 from distclip.statistics.request import Request
 from distclip.statistics.units import combine_segments, sum_segments
@@ -43,6 +43,7 @@ def walk(
     later: bool = False,
     fold: Fold | None = None,
     harmless: bool = False,
+    fetched: Fetched | None = None,
     go_on: str = "",
 ) -> Walked:
     """Measure, decide and act once over all the gradients of a plan.
@@ -63,6 +64,7 @@ def walk(
             steps without having read whether to.
         later: leave what the last pass decides to ``Walked.apply``, for engines that step with
             other tensors than the measured ones. Dropping and earlier passes act here.
+        fetched: the gradients, where they have been fetched already.
         go_on: how the caller's user may go on without an error where a gradient is not finite.
 
     Raises:
@@ -97,6 +99,7 @@ def walk(
             together=together,
             trouble=trouble,
             loss=loss,
+            fetched=None if number else fetched,
         )
         if comparing is not None and packed is not None:
             measurement = _compare_replicas(comparing, packed, stamp, measured, measurement)
@@ -121,7 +124,7 @@ def walk(
         if later and last:
             walked.apply = acting
         elif not acting.is_idle() and not (fold and last and fold(acting.factor())):
-            acting(_pairs(measured), loss_scale, measured.chosen)
+            acting(_pairs(measured), loss_scale, measured.seen)
     found = walked.nonfinite is not program.all_finite
     walked.undo(states, dropped=found and on_nonfinite == "skip")
     if found and harmless:
@@ -154,15 +157,17 @@ def _measured(
     together: bool,
     trouble: DistclipError | None,
     loss: Tensor | None,
+    fetched: Fetched | None,
 ) -> tuple[LocalMeasurement, LocalDecision, Measurement, Tensor | None]:
     """Measure and reduce; a second time where gradients had to be brought into place first."""
     plan, table, habits = program.plan, program.tables[number], program.memory.habits
     if number == 0 and "misplaced" in habits and together:
         align_together(plan)  # as at the steps before: then once is enough
+        fetched = None
     overlap = program.memory.overlap if number == 0 else None
     while True:
         early = None if overlap is None else overlap.take()
-        measured = measure(plan, request, table, program.memory, early)
+        measured = measure(plan, request, table, program.memory, early, fetched)
         if measured.misplaced and not together:
             if plan.group is None:
                 align_alone(plan)
@@ -182,6 +187,7 @@ def _measured(
         if not together or not 0.0 < measurement.read_flags[0] < 1.0:
             return measured, decided, measurement, packed
         align_together(plan)
+        fetched = None
         habits.add("misplaced")
 
 
@@ -211,7 +217,10 @@ def _look_for_nonfinite(
     go_on: str,
 ) -> None:
     """Note which gradients have a norm that is not finite, and do what the mode says about it."""
-    walked.raw = measurement.raw.get(program.shown, walked.raw)
+    walked.raw, walked.in_range = (
+        measurement.raw.get(program.shown, walked.raw),
+        measurement.in_range,
+    )
     if program.plan.device.type == "cpu" or on_nonfinite == "error":
         # One read of the host. Norms are not negative: their sum is finite if all of them are.
         sums = [norms.sum() for norms in measurement.raw.values()]
@@ -363,14 +372,14 @@ class Acting:
         self,
         present: Sequence[tuple[int, Tensor]],
         loss_scale: Tensor | None = None,
-        chosen: Chosen | None = None,
+        seen: Look | None = None,
     ) -> None:
         """Change local gradients as the ledger says. Ask :meth:`is_idle` before.
 
         Args:
             present: ``(position of the piece in the plan, its gradient)``, of any pieces.
             loss_scale: 0-dim; these gradients are this many times too large.
-            chosen: what the measuring found of just these gradients.
+            seen: what a look at just these gradients has found.
         """
         ledger, decided, skip = self.ledger, self.decided, self.skip
         plan = self.program.plan
@@ -379,7 +388,7 @@ class Acting:
             coefficient = cast(Tensor, ledger.rounds[0].coefficients)
             factors = self._unless_skipped(coefficient).expand(len(present))
             tensors = [gradient for _, gradient in present]
-            changing.scale_(tensors, factors, chosen=chosen)
+            changing.scale_(tensors, factors, seen=seen, tables=self.program.memory.tables)
             return
         for number, turn in enumerate(ledger.rounds):
             sure = on_host or skip is self.program.no_skip

@@ -20,7 +20,8 @@ from distclip.kernels.bounds import held
 from distclip.kernels.device import changes as device_changes
 from distclip.kernels.device.changes import EXACT, selected, shaped
 from distclip.kernels.host import kernels as host
-from distclip.kernels.host.kernels import Chosen
+from distclip.kernels.host.kernels import Chosen, Tables
+from distclip.kernels.look import Look
 
 _is_cpu = operator.attrgetter("is_cpu")
 
@@ -34,7 +35,8 @@ def scale_(
     tensors: Sequence[Tensor],
     coefficients: Tensor,
     *,
-    chosen: Chosen | None = None,
+    seen: Look | None = None,
+    tables: Tables | None = None,
 ) -> None:
     """``tensors[i] *= coefficients[i]``.
 
@@ -42,11 +44,11 @@ def scale_(
         tensors: local gradients, any dtype and device.
         coefficients: float64 ``(len(tensors),)``, or one number expanded to that. Tensors whose
             coefficient is 1 cost nothing on the CPU, and are not read by the Triton kernels.
-        chosen: what the measuring found of just these tensors.
+        seen: what a look at just these tensors has found.
+        tables: what is remembered of them from step to step.
     """
-    if chosen is not None and chosen.positions is None:
-        host.scale_whole_(chosen, coefficients.double().cpu().numpy())
-        _changed(chosen)
+    if seen is not None and seen.on_host:
+        _scale_on_host(tensors, coefficients, seen, tables)
         return
     for device, numbers in _by_device(tensors).items():
         some, factors = selected(tensors, coefficients, numbers)
@@ -67,8 +69,13 @@ def _by_device(tensors: Sequence[Tensor]) -> dict[torch.device, Sequence[int]]:
     return dict(found)
 
 
-def _scale_on_host(tensors: Sequence[Tensor], coefficients: Tensor) -> None:
-    chosen = host.choose(tensors)
+def _scale_on_host(
+    tensors: Sequence[Tensor],
+    coefficients: Tensor,
+    seen: Look | None = None,
+    tables: Tables | None = None,
+) -> None:
+    chosen = host.choose(tensors, "gradients", tables=tables, seen=seen)
     factors = coefficients.double().cpu().numpy()
     for number in _left(chosen, len(tensors)):
         if factors[number] != 1.0 and tensors[number].numel():

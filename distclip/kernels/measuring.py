@@ -20,8 +20,10 @@ from distclip.kernels import plain
 from distclip.kernels.bounds import held
 from distclip.kernels.device import norms as device_norms
 from distclip.kernels.host import kernels as host
-from distclip.kernels.host.kernels import Chosen as Chosen
 from distclip.kernels.host.kernels import Tables as Tables
+from distclip.kernels.look import Look as Look
+from distclip.kernels.look import look as look
+from distclip.kernels.look import there as there
 
 
 def norms(
@@ -32,8 +34,7 @@ def norms(
     device: torch.device,
     tables: Tables | None = None,
     what: str = "",
-    contiguous: bool = False,
-    keep: bool = False,
+    seen: Look | None = None,
 ) -> Tensor:
     """p-norm of each tensor, as if clamped to its bound first.
 
@@ -44,8 +45,7 @@ def norms(
         device: where the result goes.
         tables: what is remembered of the tensors from step to step.
         what: which of the sets of tensors in ``tables`` these are.
-        contiguous: whether they are known to be contiguous strided tensors.
-        keep: keep what was found of them in ``tables``, to be taken at once.
+        seen: what a look at those that are there has found.
 
     Returns:
         float64 tensor of shape ``(len(tensors),)``. NaN and inf elements give NaN and inf.
@@ -53,9 +53,7 @@ def norms(
     bounds = _held(tensors, bounds)
     chosen = None
     if host.measures(norm_type):
-        chosen = host.choose(
-            tensors, what, bounds=bounds, tables=tables, contiguous=contiguous, keep=keep
-        )
+        chosen = host.choose(tensors, what, bounds=bounds, tables=tables, seen=seen)
     values = None
     if chosen is not None:
         found, doubtful = host.norms(chosen, norm_type)
@@ -72,10 +70,10 @@ def norms(
         done = chosen.positions
         result = device_norms.placed(result, done, values)
     for positions in _others(tensors, done):
-        there = [cast(Tensor, tensors[position]) for position in positions]
+        some = [cast(Tensor, tensors[position]) for position in positions]
         limits = None if bounds is None else [bounds[position] for position in positions]
-        measure = plain.norms if there[0].is_cpu else device_norms.norms
-        result = device_norms.placed(result, positions, measure(there, norm_type, limits))
+        measure = plain.norms if some[0].is_cpu else device_norms.norms
+        result = device_norms.placed(result, positions, measure(some, norm_type, limits))
     return result
 
 

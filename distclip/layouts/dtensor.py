@@ -7,6 +7,7 @@ import operator
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from types import NoneType
 from typing import Any, TypeAlias, cast
 from weakref import WeakKeyDictionary
 
@@ -260,10 +261,8 @@ def local_part(tensor: DTensor) -> Tensor:
     return cast(Tensor, wait()) if wait is not None else local
 
 
-TENSOR, STRIDED = {Tensor}, {torch.strided}
-_grad, _spec, _shard, _layout = map(
-    operator.attrgetter, ("grad", "_spec", "_local_tensor", "layout")
-)
+TENSOR = {Tensor}
+_grad, _spec, _shard = map(operator.attrgetter, ("grad", "_spec", "_local_tensor"))
 
 
 def specs_of(holds: Sequence[Holder]) -> list[object]:
@@ -274,21 +273,34 @@ def specs_of(holds: Sequence[Holder]) -> list[object]:
 def quick_gradients(holds: Sequence[Holder], specs: list[object]) -> list[Tensor | None] | None:
     """All local gradients at once, where each lies as its parameter does.
 
-    Asked at every step, so without a Python loop over what is there.
+    Asked at every step, so without a Python loop where none is missing.
 
     Returns:
-        None where any of them is missing or needs a closer look: then ask one by one.
+        None where any of them needs a closer look: then ask one by one.
     """
+    with torch._C.DisableTorchFunctionSubclass():  # nothing to look up: twice as fast
+        gradients = list(map(_grad, [hold() for hold in holds]))
+    if NoneType not in set(map(type, gradients)):
+        return _shards(gradients, specs)
+    places = [place for place, gradient in enumerate(gradients) if gradient is not None]
+    shards = _shards([gradients[each] for each in places], [specs[each] for each in places])
+    if not shards:
+        return None
+    found: list[Tensor | None] = [None] * len(gradients)
+    for place, shard in zip(places, shards, strict=True):
+        found[place] = shard
+    return found
+
+
+def _shards(gradients: Sequence[Any], specs: list[object]) -> list[Tensor | None] | None:
+    """The local tensors of gradients that have these specs; None where any is unusual."""
     try:
-        with torch._C.DisableTorchFunctionSubclass():  # nothing to look up: twice as fast
-            gradients = list(map(_grad, [hold() for hold in holds]))
         # FSDP2 gives the gradient the parameter's own spec object: then this is quick too.
         same = list(map(_spec, gradients)) == specs
         shards: list[Tensor | None] = list(map(_shard, gradients))
-    except AttributeError:  # none, or a plain tensor
+    except AttributeError:  # a plain tensor
         return None
-    usual = same and set(map(type, shards)) == TENSOR and set(map(_layout, shards)) == STRIDED
-    return shards if usual else None
+    return shards if same and set(map(type, shards)) == TENSOR else None
 
 
 def quick_weights(holds: Sequence[Holder]) -> list[Tensor] | None:

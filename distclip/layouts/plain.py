@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from functools import partial
+from types import NoneType
 from typing import cast
 
 import torch
@@ -15,8 +16,8 @@ from torch.distributed.tensor import DTensor
 from distclip.errors import UnsupportedGradientError
 from distclip.layouts.piece import Box, Described, Entry, Holder, Piece, held
 
-TENSOR, STRIDED = {Tensor}, {torch.strided}
-_grad, _layout = map(operator.attrgetter, ("grad", "layout"))
+TENSOR = {Tensor}
+_grad = operator.attrgetter("grad")
 
 
 def describe(name: str, parameter: Tensor) -> Described:
@@ -98,15 +99,21 @@ def holder_of(piece: Piece) -> Holder | None:
     return None
 
 
-def quick_gradients(holds: Sequence[Holder]) -> list[Tensor] | None:
-    """All gradients at once, without a Python loop over the parameters.
+def quick_gradients(holds: Sequence[Holder]) -> list[Tensor | None] | None:
+    """All gradients at once, without a Python loop where none is missing.
 
     Returns:
-        None where any of them is missing, or is no plain strided tensor: then ask one by one.
+        None where any is no plain tensor: then ask one by one.
     """
     gradients = list(map(_grad, [hold() for hold in holds]))
-    usual = set(map(type, gradients)) == TENSOR and set(map(_layout, gradients)) == STRIDED
-    return gradients if usual else None
+    kinds = set(map(type, gradients))
+    if NoneType in kinds:
+        gradients = [
+            getattr(hold(), "main_grad", None) if gradient is None else gradient
+            for hold, gradient in zip(holds, gradients, strict=True)
+        ]
+        kinds = set(map(type, gradients)) - {NoneType}
+    return gradients if kinds == TENSOR else None
 
 
 def check_dense(name: str, tensor: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ looked at more closely.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -15,42 +14,42 @@ import torch
 from torch import Tensor, nn
 
 from distclip.errors import DistclipError, UnsupportedGradientError
+from distclip.kernels.look import Look, look, there
 from distclip.layouts import plain, sparse, zero
 from distclip.layouts.piece import Piece
 from distclip.layouts.plan import Plan
 
 REAL = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 COMPLEX = frozenset((torch.complex64, torch.complex128))
-TENSOR, STRIDED = {Tensor}, {torch.strided}
-_dtype, _layout = map(operator.attrgetter, ("dtype", "layout"))
 
 
 def inspect(
     plan: Plan,
     present: Sequence[Tensor | None],
+    seen: Look | None = None,
     *,
     first: bool,
     changed: bool = True,
-    strided: bool = False,
-) -> tuple[Sequence[Tensor | None], DistclipError | None]:
+) -> tuple[Sequence[Tensor | None], DistclipError | None, Look | None]:
     """Look at the local gradients of a plan before anything is done to them.
 
     Args:
         plan: whose pieces these are.
         present: the gradient of each piece, or None.
+        seen: what a look at those that are there has found, where that was done.
         first: whether to compare shapes, and look for shared memory, too.
         changed: whether they are to be changed, and not only measured.
-        strided: whether all are there and known to be plain strided tensors.
 
     Returns:
         What to measure and to act on: the same memory without conjugate and negative bits (neither
         matters to norms, scaling and clamping), and the values of what is sparse; None in place of
-        what is refused. And the first refusal, if any.
+        what is refused. The first refusal, if any. And a look at those that are there, where none
+        is unusual.
     """
     if not first:
-        there = [gradient for gradient in present if gradient is not None]
-        if (strided or _are_strided(there)) and _are_usual(there):
-            return present, None
+        seen = look(there(present)) if seen is None else seen
+        if seen is not None and _are_usual(seen):
+            return present, None, seen
     looked: list[Tensor | None] = []
     trouble = None
     for piece, gradient in zip(plan.pieces, present, strict=True):
@@ -63,34 +62,16 @@ def inspect(
             except DistclipError as error:
                 gradient, trouble = None, trouble or error
         looked.append(gradient)
-    return looked, trouble or (_shared(plan, looked) if changed else None)
+    return looked, trouble or (_shared(plan, looked) if changed else None), None
 
 
-def _are_strided(there: Sequence[Tensor]) -> bool:
-    return set(map(type, there)) <= TENSOR and set(map(_layout, there)) <= STRIDED
-
-
-def _are_usual(there: Sequence[Tensor]) -> bool:
-    dtypes = set(map(_dtype, there))
-    if not dtypes <= REAL and (not dtypes <= REAL | COMPLEX or any(map(Tensor.is_conj, there))):
+def _are_usual(seen: Look) -> bool:
+    dtypes = set(seen.dtypes)
+    if not dtypes <= REAL and (
+        not dtypes <= REAL | COMPLEX or any(map(Tensor.is_conj, seen.tensors))
+    ):
         return False
-    return (
-        all(map(Tensor.is_contiguous, there))
-        and not any(map(Tensor.is_neg, there))
-        and not any(map(Tensor.is_inference, there))
-        and _have_memory_of_their_own(there)
-    )
-
-
-def _have_memory_of_their_own(tensors: Sequence[Tensor]) -> bool:
-    """Whether no two start at the same address, and only empty ones at none."""
-    addresses = list(map(Tensor.data_ptr, tensors))
-    different = set(addresses)
-    if 0 in different:
-        if any(tensor.numel() for tensor, at in zip(tensors, addresses, strict=True) if not at):
-            return False
-        return len(different) - 1 == len(addresses) - addresses.count(0)
-    return len(different) == len(addresses)
+    return not any(map(Tensor.is_inference, seen.tensors)) and seen.have_memory_of_their_own()
 
 
 def weight_if_any(piece: Piece) -> Tensor | None:

@@ -108,18 +108,19 @@ def is_mixed(group: ProcessGroup) -> bool:
     return len({pair.partition(":")[2] for pair in pairs}) > 1
 
 
-def all_reduce_sum(values: Tensor, group: ProcessGroup) -> None:
+def all_reduce_sum(values: Tensor, group: ProcessGroup) -> Tensor:
     """Sum float64 ``values`` over the group, in place; bitwise the same on every rank."""
     with waiting.named(group):
         everyones = _everyones(values, group)
         if everyones is None:
             _all_reduce(values, dist.ReduceOp.SUM, group)
-            return
+            return values
     # One after another: the order in which torch.sum adds depends on the processor.
     first, *rest = everyones.unbind()
     values.copy_(first)
     for other in rest:
         values.add_(other)
+    return values
 
 
 def all_reduce_max(values: Tensor, group: ProcessGroup) -> Tensor:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from distclip.errors import DistclipError
 from distclip.kernels import measuring
-from distclip.kernels.measuring import Chosen, Tables
+from distclip.kernels.measuring import Look, Tables, look, there
 from distclip.kernels.transfer import to_device
 from distclip.layouts import dtensor, plain, soundness, sparse
 from distclip.layouts.piece import MisplacedError
@@ -32,7 +33,7 @@ class LocalMeasurement:
         units: the units on this rank, of the pieces that are measured so.
         trouble: what went wrong here; every rank has to learn of it before anybody raises.
         present: pieces that have a gradient, with it.
-        chosen: what the kernels found of ``present``, where they took all of it.
+        seen: what a look at ``present`` has found, where nothing in it is unusual.
         misplaced: whether a gradient here has to be redistributed, by all ranks of its mesh.
         loss: float64 ``(2,)``, the sum of the losses given on this rank, and how many those are.
         sparse: whether any gradient is, so that ``present`` has its values in its place.
@@ -44,7 +45,7 @@ class LocalMeasurement:
     units: LocalUnits = field(default_factory=lambda: LocalUnits())
     trouble: DistclipError | None = None
     present: Sequence[Tensor | None] = ()
-    chosen: Chosen | None = None
+    seen: Look | None = None
     misplaced: bool = False
     loss: Tensor | None = None
     sparse: bool = False
@@ -63,7 +64,7 @@ class LocalMeasurement:
                 by_order[order] = by_order[order] / scale
 
 
-@dataclass(frozen=True)
+@dataclass
 class Memory:
     """What is remembered from step to step.
 
@@ -74,22 +75,50 @@ class Memory:
         overlap: what measures during backward for the first pass.
         inspected: ``"memory"`` once it was looked at whose memory gradients share, ``"unchanged"``
             where they are only measured.
+        kinds: of what kinds the gradients were when every piece had one.
     """
 
     tables: Tables = field(default_factory=Tables)
     habits: set[str] = field(default_factory=set)
     overlap: Overlap | None = None
     inspected: set[str] = field(default_factory=set)
+    kinds: Kinds | None = None
+
+    def find(self, plan: Plan) -> Fetched | None:
+        """The gradients, where every piece has one and each is of the kind that it was before."""
+        found = None if self.kinds is None else _fetched_at_once(plan)
+        seen = None if found is None else found.seen
+        return found if seen is not None and _kinds_of(seen) == self.kinds else None
+
+
+class Fetched(NamedTuple):
+    """The gradient of every piece; and what a look at them has found."""
+
+    gradients: Sequence[Tensor | None]
+    seen: Look | None
+
+
+Kinds: TypeAlias = tuple[list[torch.dtype], list[int], bool]
+"""Dtypes and numbers of elements of all pieces, and whether they are on the host."""
+
+
+def _kinds_of(seen: Look) -> Kinds:
+    return seen.dtypes, seen.numels, seen.on_host
 
 
 def measure(
-    plan: Plan, request: Request, table: UnitTable, memory: Memory, early: Early | None = None
+    plan: Plan,
+    request: Request,
+    table: UnitTable,
+    memory: Memory,
+    early: Early | None = None,
+    fetched: Fetched | None = None,
 ) -> LocalMeasurement:
     """Measure this rank's pieces, but for what came ``early``. Issues no collective."""
     result = LocalMeasurement()
-    quick = _fetched_at_once(plan)
-    fetched = _fetched(plan, result) if quick is None else quick
-    present = _inspected(plan, fetched, result, memory, strided=quick is not None)
+    if fetched is None:
+        fetched = _fetched_at_once(plan) or Fetched(_fetched(plan, result), None)
+    present = _inspected(plan, fetched, result, memory)
     counted = _counted(plan, request, present)
     bounds = [request.bounds.get(piece.index) for piece in plan.pieces] if request.bounds else None
     weights: Sequence[Tensor | None] = [None] * len(plan.pieces)  # the step is lost with trouble
@@ -110,10 +139,8 @@ def measure(
                 device=plan.device,
                 tables=memory.tables,
                 what="gradients",
-                contiguous=present is fetched,  # nothing unusual was found
-                keep=counted is present,
+                seen=result.seen if counted is present else None,
             )
-            result.chosen = memory.tables.take()
             if early is not None:
                 early.insert(norms, order)
         _insert_units(plan, norms, result.units, order)
@@ -154,11 +181,15 @@ def _weights(plan: Plan, request: Request, result: LocalMeasurement) -> Sequence
     return weights
 
 
-def _fetched_at_once(plan: Plan) -> Sequence[Tensor | None] | None:
+def _fetched_at_once(plan: Plan) -> Fetched | None:
     """The gradient of every piece, in the usual case; None where they must be asked one by one."""
+    quick: Sequence[Tensor | None] | None = None
     if plan.holds is not None:
-        return dtensor.quick_gradients(plan.holds, plan.specs)
-    return None if plan.plain_holds is None else plain.quick_gradients(plan.plain_holds)
+        quick = dtensor.quick_gradients(plan.holds, plan.specs)
+    elif plan.plain_holds is not None:
+        quick = plain.quick_gradients(plan.plain_holds)
+    seen = None if quick is None else look(there(quick))
+    return None if quick is None or seen is None else Fetched(quick, seen)
 
 
 def _fetched(plan: Plan, result: LocalMeasurement) -> list[Tensor | None]:
@@ -178,23 +209,25 @@ def _fetched(plan: Plan, result: LocalMeasurement) -> list[Tensor | None]:
 
 def _inspected(
     plan: Plan,
-    fetched: Sequence[Tensor | None],
+    fetched: Fetched,
     result: LocalMeasurement,
     memory: Memory,
-    *,
-    strided: bool,
 ) -> Sequence[Tensor | None]:
     """What of the fetched gradients is measured and acted on; what is wrong is noted."""
     first = "memory" not in memory.inspected
     changed = "unchanged" not in memory.inspected
-    present, trouble = soundness.inspect(
-        plan, fetched, first=first, changed=changed, strided=strided
+    gradients, seen = fetched
+    present, trouble, result.seen = soundness.inspect(
+        plan, gradients, seen, first=first, changed=changed
     )
+    if memory.kinds is None and result.seen is not None:
+        everywhere = len(result.seen.tensors) == len(plan.pieces)
+        memory.kinds = _kinds_of(result.seen) if everywhere else None
     if trouble is None and any(gradient is not None for gradient in present):
         memory.inspected.add("memory")
     result.present, result.trouble = present, result.trouble or trouble
-    if present is not fetched:  # something unusual was found, or looked for
-        result.sparse = any(each is not None and sparse.is_sparse(each) for each in fetched)
+    if present is not gradients:  # something unusual was found, or looked for
+        result.sparse = any(each is not None and sparse.is_sparse(each) for each in gradients)
     return present
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -177,27 +177,31 @@ class Packet:
 
     def exchange(self) -> dict[object, Tensor]:
         """Reduce over the group; every tensor under its key, norms as norms again."""
-        result = self._exchange_maxima()
+        largest = self._reduced(list(self._maxima.values()), collectives.all_reduce_max)
+        result: dict[object, Tensor] = dict(zip(self._maxima, largest, strict=True))
         for key, far in self._far.items():
             self._sums[key] = (far.relative_to(result["largest", key]), None)
-        summed = _joined([summands for summands, _ in self._sums.values()])
-        if summed is not None and self._group is not None:
-            collectives.all_reduce_sum(summed, self._group)
-        for (key, (summands, encoding)), part in zip(
-            self._sums.items(), _parted(summed, [s for s, _ in self._sums.values()]), strict=True
-        ):
-            shaped = part if summands.dim() == 1 else part.view(summands.shape)
-            result[key] = shaped if encoding is None else encoding.decode(shaped)
+        summands = [each for each, _ in self._sums.values()]
+        sums = self._reduced(summands, collectives.all_reduce_sum)
+        for (key, (_, encoding)), part in zip(self._sums.items(), sums, strict=True):
+            result[key] = part if encoding is None else encoding.decode(part)
         for key, far in self._far.items():
             result[key] = far.norms_of(result[key], result["largest", key])
         return result
 
-    def _exchange_maxima(self) -> dict[object, Tensor]:
-        largest = _joined(list(self._maxima.values()))
-        if largest is not None and self._group is not None:
-            largest = collectives.all_reduce_max(largest, self._group)
-        parts = _parted(largest, list(self._maxima.values()))
-        return dict(zip(self._maxima, parts, strict=True))
+    def _reduced(
+        self, tensors: list[Tensor], reduce: Callable[[Tensor, ProcessGroup], Tensor]
+    ) -> Sequence[Tensor]:
+        """Each as it is over the group, by one collective for all of them."""
+        if self._group is None or not tensors:
+            return tensors
+        flat = [each if each.dim() == 1 else each.reshape(-1) for each in tensors]
+        joined = reduce(torch.cat(flat), self._group)
+        parts = torch.split(joined, [each.numel() for each in flat])
+        return [
+            part if each.dim() == 1 else part.view(each.shape)
+            for each, part in zip(tensors, parts, strict=True)
+        ]
 
 
 @dataclass(frozen=True)
@@ -234,19 +238,6 @@ class _Far:
         if self.rows is None:
             return values
         return values.new_zeros(self.size).scatter_reduce_(0, self.rows, values, how)
-
-
-def _joined(tensors: list[Tensor]) -> Tensor | None:
-    if not tensors:
-        return None
-    return torch.cat([tensor if tensor.dim() == 1 else tensor.reshape(-1) for tensor in tensors])
-
-
-def _parted(joined: Tensor | None, tensors: list[Tensor]) -> Sequence[Tensor]:
-    """The flat parts of what :func:`_joined` joined."""
-    if joined is None:
-        return ()
-    return torch.split(joined, [tensor.numel() for tensor in tensors])
 
 
 def reduce(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Request:
     reduced: bool = True
     loss: bool = False
 
-    @property
+    @cached_property
     def unit_orders(self) -> tuple[float, ...]:
         """Orders measured per unit: 2 for the decision, and what is asked of the parameters."""
         return tuple(dict.fromkeys((2.0, *self.orders)))

@@ -62,8 +62,6 @@ class Column(enum.IntEnum):
 
 COLUMNS = len(Column)
 
-_address = Tensor.data_ptr
-
 
 @dataclass(frozen=True, eq=False)
 class Table:
@@ -92,9 +90,8 @@ class Table:
     has_float64: bool
     _shares: dict[int, list[int]] = field(default_factory=dict)
 
-    def placed(self, tensors: Sequence[Tensor]) -> Integers:
+    def placed(self, addresses: Integers) -> Integers:
         """The blocks, with the addresses that the tensors have now."""
-        addresses = np.fromiter(map(_address, tensors), np.int64, len(tensors))
         if self.simple:
             self.blocks[:, Column.ADDRESS] = addresses
         else:

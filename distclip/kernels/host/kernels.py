@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias, cast
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +15,7 @@ from torch import Tensor
 from distclip.kernels.host import compiler, threads
 from distclip.kernels.host.blocks import (
     KINDS,
+    Integers,
     Kind,
     Shape,
     Table,
@@ -24,18 +24,14 @@ from distclip.kernels.host.blocks import (
     table_of,
     table_of_contiguous,
 )
+from distclip.kernels.look import PLAIN, Look, look, there
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 
 LOOPS = {1.0: "magnitudes", 2.0: "squares", math.inf: "largest"}
 """Orders of norms, and the loops that measure them."""
-PLAIN = frozenset((Tensor, torch.nn.Parameter))
-"""Types whose elements lie where their address says."""
 LEAST, MOST = 1e-280, 1e300
 """Sums of squares of float64 numbers between these have lost nothing to underflow or overflow."""
-
-_numel, _is_contiguous = Tensor.numel, Tensor.is_contiguous
-_dtype, _is_cpu = operator.attrgetter("dtype"), operator.attrgetter("is_cpu")
 
 
 @dataclass(frozen=True)
@@ -46,11 +42,13 @@ class Chosen:
         tensors: the tensors.
         positions: which of the tensors asked for these are; None where they are all.
         table: with the tensors, or their units, as rows.
+        addresses: of the tensors, int64.
     """
 
     tensors: Sequence[Tensor]
     positions: Sequence[int] | None
     table: Table
+    addresses: Integers
 
 
 @dataclass
@@ -58,12 +56,6 @@ class Tables:
     """The tables of the tensors of one plan, kept from step to step while nothing changes."""
 
     _known: dict[str, tuple[object, Table]] = field(default_factory=dict)
-    _kept: Chosen | None = None
-
-    def take(self) -> Chosen | None:
-        """What :func:`choose` was asked to keep, if it took all the tensors; it is let go of."""
-        kept, self._kept = self._kept, None
-        return kept
 
     def contiguous(
         self,
@@ -90,8 +82,7 @@ def choose(
     counts: Sequence[int] | None = None,
     bounds: Sequence[float | None] | None = None,
     tables: Tables | None = None,
-    contiguous: bool = False,
-    keep: bool = False,
+    seen: Look | None = None,
 ) -> Chosen | None:
     """Those of the tensors that the loops take; None where there are none.
 
@@ -102,24 +93,21 @@ def choose(
         counts: per tensor, how many units it has; with ``unit_dims``.
         bounds: per tensor, what its elements are clamped to when they are read.
         tables: remembered tables.
-        contiguous: whether they are known to be contiguous strided tensors.
-        keep: keep what was found in ``tables``, to be taken at once: it holds the tensors.
+        seen: what a look at those that are there has found.
     """
     kinds = compiler.kinds()
     if not kinds or not tensors:
         return None
     tables = Tables() if tables is None else tables
-    if set(map(type, tensors)) <= PLAIN and (unit_dims is None or _are_first(unit_dims)):
-        everything = cast(Sequence[Tensor], tensors)
-        dtypes = list(map(_dtype, everything))
-        simple = all(map(_is_cpu, everything)) if contiguous else _are_simple(everything)
-        if simple and all(KINDS.get(each) in kinds for each in set(dtypes)):
-            numels = list(map(_numel, everything))
-            table = tables.contiguous(what, numels, dtypes, counts, bounds)
-            chosen = Chosen(everything, None, table)
-            if keep:
-                tables._kept = chosen
-            return chosen
+    seen = look(there(tensors)) if seen is None else seen
+    if seen is not None and _takes(seen, kinds, unit_dims):
+        positions = None
+        if len(seen.tensors) < len(tensors):
+            positions = [number for number, each in enumerate(tensors) if each is not None]
+            counts = None if counts is None else [counts[number] for number in positions]
+            bounds = None if bounds is None else [bounds[number] for number in positions]
+        table = tables.contiguous(what, seen.numels, seen.dtypes, counts, bounds)
+        return Chosen(seen.tensors, positions, table, seen.addresses)
     found: list[tuple[int, Tensor, Kind, Shape]] = []
     for number, tensor in enumerate(tensors):
         shape = None
@@ -130,10 +118,20 @@ def choose(
             found.append((number, tensor, KINDS[tensor.dtype], shape))
     if not found:
         return None
-    positions, some, of_kinds, shapes = zip(*found, strict=True)
-    limits = None if bounds is None else [bounds[number] for number in positions]
+    where, some, of_kinds, shapes = zip(*found, strict=True)
+    limits = None if bounds is None else [bounds[number] for number in where]
     table = table_of(of_kinds, shapes, limits, units=unit_dims is not None)
-    return Chosen(some, positions if len(positions) < len(tensors) else None, table)
+    addresses = np.array([tensor.data_ptr() for tensor in some], np.int64)
+    return Chosen(some, where if len(where) < len(tensors) else None, table, addresses)
+
+
+def _takes(seen: Look, kinds: frozenset[Kind], unit_dims: Sequence[Sequence[int]] | None) -> bool:
+    """Whether the loops take all of them, their units as rows one after another in memory."""
+    return (
+        seen.on_host
+        and all(KINDS.get(each) in kinds for each in set(seen.dtypes))
+        and (unit_dims is None or (seen.row_major and _are_first(unit_dims)))
+    )
 
 
 def is_readable(tensor: Tensor, kinds: frozenset[Kind]) -> bool:
@@ -146,17 +144,11 @@ def is_readable(tensor: Tensor, kinds: frozenset[Kind]) -> bool:
     )
 
 
-def _are_simple(tensors: Sequence[Tensor]) -> bool:
-    """Whether all are contiguous host tensors. Asked at every step, so without a Python loop."""
-    try:
-        return all(map(_is_cpu, tensors)) and all(map(_is_contiguous, tensors))
-    except RuntimeError:  # a sparse tensor has no memory of that kind
-        return False
-
-
-def _are_first(unit_dims: Sequence[Sequence[int]]) -> bool:
+def _are_first(unit_dims: Sequence[Sequence[int]] | None) -> bool:
     """Whether units are indexed by the first dims everywhere, so that they are rows in memory."""
-    return all(dims == tuple(range(len(dims))) for dims in set(map(tuple, unit_dims)))
+    return unit_dims is None or all(
+        dims == tuple(range(len(dims))) for dims in set(map(tuple, unit_dims))
+    )
 
 
 def measures(norm_type: float) -> bool:
@@ -171,7 +163,7 @@ def norms(chosen: Chosen, norm_type: float) -> tuple[Floats, list[int]]:
         Float64 ``(len(chosen.tensors),)``; and which of them, counted from 0, are float64 tensors
         whose squares have left the range of float64.
     """
-    rows = _measured(chosen.table, chosen.tensors, norm_type)
+    rows = _measured(chosen, norm_type)
     table = chosen.table
     if len(rows) != len(table.counts):
         combine = np.maximum if math.isinf(norm_type) else np.add
@@ -181,20 +173,21 @@ def norms(chosen: Chosen, norm_type: float) -> tuple[Floats, list[int]]:
 
 def unit_norms(chosen: Chosen, norm_type: float) -> tuple[Floats, list[int]]:
     """The p-norm of each row, p = 1, 2 or inf; as :func:`norms`, with a number for each row."""
-    return _rooted(_measured(chosen.table, chosen.tensors, norm_type), norm_type, chosen)
+    return _rooted(_measured(chosen, norm_type), norm_type, chosen)
 
 
-def _measured(table: Table, tensors: Sequence[Tensor], norm_type: float) -> Floats:
-    rows = np.zeros(table.rows)
-    _run(LOOPS[norm_type], table, tensors, rows)
+def _measured(chosen: Chosen, norm_type: float) -> Floats:
+    rows = np.zeros(chosen.table.rows)
+    _run(LOOPS[norm_type], chosen, rows)
     return rows
 
 
-def _run(name: str, table: Table, tensors: Sequence[Tensor], rows: Floats) -> None:
+def _run(name: str, chosen: Chosen, rows: Floats) -> None:
     loop = compiler.function(name)
     if loop is None:  # `choose` chose nothing then
         raise AssertionError(f"there is no compiled loop {name!r}")
-    threads.run(loop, table, table.placed(tensors), rows.ctypes.data)
+    table = chosen.table
+    threads.run(loop, table, table.placed(chosen.addresses), rows.ctypes.data)
 
 
 def _rooted(sums: Floats, norm_type: float, chosen: Chosen) -> tuple[Floats, list[int]]:
@@ -218,7 +211,7 @@ def scale_(chosen: Chosen, coefficients: Floats) -> None:
         chosen: what is multiplied.
         coefficients: float64 ``(rows,)``. Rows whose coefficient is 1 are not touched.
     """
-    _run("scale", chosen.table, chosen.tensors, np.ascontiguousarray(coefficients))
+    _run("scale", chosen, np.ascontiguousarray(coefficients))
 
 
 def scale_whole_(chosen: Chosen, coefficients: Floats) -> None:
@@ -230,4 +223,4 @@ def scale_whole_(chosen: Chosen, coefficients: Floats) -> None:
 
 def clamp_(chosen: Chosen) -> None:
     """Clamp each tensor to the bound that it was chosen with, rounded to its dtype; keeps NaN."""
-    _run("clamp", chosen.table, chosen.tensors, np.zeros(0))
+    _run("clamp", chosen, np.zeros(0))

@@ -1,0 +1,90 @@
+"""One look at the tensors of a step: all that their kinds, sizes and places say, asked once."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import NoneType
+from typing import cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+PLAIN = frozenset((Tensor, nn.Parameter))
+"""Types whose elements lie where their address says."""
+_dtype, _is_cpu = map(operator.attrgetter, ("dtype", "is_cpu"))
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+@dataclass(frozen=True, eq=False)
+class Look:
+    """What is to be known of tensors without gaps, each at the same place in the lists.
+
+    Attributes:
+        tensors: strided tensors, each of which fills a range of memory.
+        dtypes: of each.
+        numels: elements of each.
+        addresses: int64, of the first element of each.
+        on_host: whether all lie in host memory.
+        row_major: whether all are contiguous; else some have their channels last.
+    """
+
+    tensors: Sequence[Tensor]
+    dtypes: list[torch.dtype]
+    numels: list[int]
+    addresses: npt.NDArray[np.int64]
+    on_host: bool
+    row_major: bool
+
+    def have_memory_of_their_own(self) -> bool:
+        """Whether no two start at the same address, and only empty ones at none."""
+        ordered = np.sort(self.addresses)
+        if len(ordered) and ordered[0] == 0:
+            nowhere = np.flatnonzero(self.addresses == 0)
+            if any(self.numels[each] for each in nowhere.tolist()):
+                return False
+            ordered = ordered[len(nowhere) :]
+        return not bool((ordered[1:] == ordered[:-1]).any())
+
+
+def there(tensors: Sequence[Tensor | None]) -> Sequence[Tensor]:
+    """Those of the tensors that are not missing."""
+    if NoneType not in set(map(type, tensors)):
+        return cast(Sequence[Tensor], tensors)
+    return [tensor for tensor in tensors if tensor is not None]
+
+
+def look(tensors: Sequence[Tensor]) -> Look | None:
+    """Look at tensors; at every step, so without a Python loop.
+
+    Returns:
+        None where one is of a type of its own, has gaps, or has no memory; or there are none.
+    """
+    if not tensors or not set(map(type, tensors)) <= PLAIN:
+        return None
+    try:
+        row_major = all(map(Tensor.is_contiguous, tensors))
+        if not (row_major or all(map(_is_dense, tensors))):
+            return None
+        addresses = np.fromiter(map(Tensor.data_ptr, tensors), np.int64, len(tensors))
+    except RuntimeError:  # sparse, or without memory
+        return None
+    return Look(
+        tensors,
+        list(map(_dtype, tensors)),
+        list(map(Tensor.numel, tensors)),
+        addresses,
+        all(map(_is_cpu, tensors)),
+        row_major,
+    )
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor fills a range of memory in one of torch's memory formats."""
+    order = _CHANNELS_LAST.get(tensor.dim())
+    return tensor.is_contiguous() or (
+        order is not None and tensor.is_contiguous(memory_format=order)
+    )
