@@ -8,19 +8,19 @@
     clipper = distclip.GradClipper(model, policies.agc(0.01))
     clipper.attach(optimizer)  # or clipper.clip_() between backward and step
 
-This file is the whole public surface.
+This file is the whole public surface. What needs torch is imported when it is first used, so that
+the command line can show a help text or check a configuration without it.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 from distclip import errors as errors
 from distclip import policies as policies
 from distclip._version import __version__ as __version__
-from distclip.clipper import GradClipper as GradClipper
-from distclip.config.build import from_config as from_config
 from distclip.errors import CollectiveError as CollectiveError
 from distclip.errors import ConfigurationError as ConfigurationError
 from distclip.errors import DistclipError as DistclipError
@@ -30,27 +30,42 @@ from distclip.errors import RankMismatchError as RankMismatchError
 from distclip.errors import ReplicaDriftError as ReplicaDriftError
 from distclip.errors import StateError as StateError
 from distclip.errors import UnsupportedGradientError as UnsupportedGradientError
-from distclip.functional import clip_grad_agc_ as clip_grad_agc_
-from distclip.functional import clip_grad_norm_ as clip_grad_norm_
-from distclip.functional import clip_grad_value_ as clip_grad_value_
-from distclip.functional import get_total_norm as get_total_norm
-from distclip.functional import grad_norms as grad_norms
-from distclip.layouts.declared import declare_sharded as declare_sharded
-from distclip.report import ClipReport as ClipReport
 
 if TYPE_CHECKING:
     from distclip import optim as optim
+    from distclip.clipper import GradClipper as GradClipper
+    from distclip.config.build import from_config as from_config
+    from distclip.functional import clip_grad_agc_ as clip_grad_agc_
+    from distclip.functional import clip_grad_norm_ as clip_grad_norm_
+    from distclip.functional import clip_grad_value_ as clip_grad_value_
+    from distclip.functional import get_total_norm as get_total_norm
+    from distclip.functional import grad_norms as grad_norms
     from distclip.integrations import accelerate as accelerate
     from distclip.integrations import deepspeed as deepspeed
     from distclip.integrations import transformers as transformers
+    from distclip.layouts.declared import declare_sharded as declare_sharded
+    from distclip.report import ClipReport as ClipReport
 
-_LAZY = {
+_NAMES = {
+    "ClipReport": "distclip.report",
+    "GradClipper": "distclip.clipper",
+    "clip_grad_agc_": "distclip.functional",
+    "clip_grad_norm_": "distclip.functional",
+    "clip_grad_value_": "distclip.functional",
+    "declare_sharded": "distclip.layouts.declared",
+    "from_config": "distclip.config.build",
+    "get_total_norm": "distclip.functional",
+    "grad_norms": "distclip.functional",
+}
+"""Public name -> the module that is imported when the name is first used."""
+
+_NAMESPACES = {
     "accelerate": "distclip.integrations.accelerate",
     "deepspeed": "distclip.integrations.deepspeed",
     "optim": "distclip.optim",
     "transformers": "distclip.integrations.transformers",
 }
-"""Namespaces that are imported when they are used; some import a framework."""
+"""Namespace -> its module, imported when the namespace is first used; some import a framework."""
 
 __all__ = [
     "ClipReport",
@@ -78,16 +93,23 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY:
+    if name in _NAMES:
+        found = getattr(importlib.import_module(_NAMES[name]), name)
+    elif name in _NAMESPACES:
         try:
-            return importlib.import_module(_LAZY[name])
+            found = importlib.import_module(_NAMESPACES[name])
         except ModuleNotFoundError as error:
             raise ImportError(
                 f"distclip.{name} needs a package that is not installed ({error.name}); "
                 f"pip install 'distclip[{name}]'"
             ) from error
-    raise AttributeError(f"module 'distclip' has no attribute {name!r}")
+    elif not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}"):
+        found = importlib.import_module(f"{__name__}.{name}")  # a module such as distclip.config
+    else:
+        raise AttributeError(f"module 'distclip' has no attribute {name!r}")
+    globals()[name] = found
+    return found
 
 
 def __dir__() -> list[str]:
-    return sorted([*__all__, *_LAZY])
+    return sorted([*__all__, *_NAMESPACES])

@@ -5,22 +5,17 @@ from __future__ import annotations
 import os
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-from rich.text import Text
 
 from distclip._foreign import clean
 from distclip.errors import ConfigurationError
-from distclip.monitor import plots
-from distclip.tools.bench import cases as bench_cases
-from distclip.tools.bench import draw as bench_draw
-from distclip.tools.bench import record as bench_record
-from distclip.tools.bench.cases import CASES, GROUPS
-from distclip.tools.bench.record import CaseRecord, Record
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from distclip.tools.bench.record import CaseRecord, Record
 
 LIMIT = 600.0
 """Seconds beyond its budget until a case counts as hung."""
@@ -32,7 +27,7 @@ def bench(
     cases: Annotated[
         list[str] | None,
         typer.Argument(
-            help=f"Of: {', '.join([*CASES, *GROUPS])}. All by default.", show_default=False
+            help="Cases, or groups of cases; see --list. All by default.", show_default=False
         ),
     ] = None,
     ranks: Annotated[int, typer.Option(min=1, help="gloo ranks on this machine.")] = 2,
@@ -47,12 +42,23 @@ def bench(
     picture: Annotated[
         Path | None, typer.Option(help="Draw the run (png, svg, pdf). Needs matplotlib.")
     ] = None,
+    show_list: Annotated[
+        bool, typer.Option("--list", help="Show the cases and groups, and measure nothing.")
+    ] = False,
 ) -> None:
     """Measure clipping against its peers, on gloo ranks, one thread each.
 
     Only ratios mean something on a shared machine: every round takes all ways once, in an order
     drawn anew, and the ratio is taken round by round. Times are those of the slowest rank.
     """
+    from rich.console import Console
+
+    from distclip.monitor import plots
+    from distclip.tools.bench import record as bench_record
+
+    if show_list:
+        _list()
+        return
     if source is not None and (cases or output is not None):
         raise ConfigurationError(
             "bench: --from shows a kept run as it is; give it no cases and no --output"
@@ -74,11 +80,24 @@ def bench(
         record.write(output)
         console.print(f"written to {clean(output)}", markup=False)
     if picture is not None:
+        from distclip.tools.bench import draw as bench_draw
+
         bench_draw.save(record, picture)
         console.print(f"drawn in {clean(picture)}", markup=False)
 
 
+def _list() -> None:
+    from distclip.tools.bench.cases import CASES, GROUPS
+
+    for case in CASES.values():
+        typer.echo(f"{case.name}: {case.title}")
+    for group, names in GROUPS.items():
+        typer.echo(f"{group}: all of {', '.join(names)}")
+
+
 def _chosen(cases: list[str] | tuple[str, ...]) -> list[str]:
+    from distclip.tools.bench.cases import CASES, GROUPS
+
     if not cases:
         there = find_spec("deepspeed") is not None
         return [name for name in CASES if there or name not in GROUPS["zero"]]
@@ -97,6 +116,9 @@ def _measured(
     chosen: list[str], ranks: int, rounds: int, budget: float, console: Console
 ) -> Record:
     from distclip.testing import run_on_ranks
+    from distclip.tools.bench import cases as bench_cases
+    from distclip.tools.bench import record as bench_record
+    from distclip.tools.bench.cases import CASES
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     machine = bench_record.machine()
@@ -112,6 +134,12 @@ def _measured(
 
 
 def _show(console: Console, case: CaseRecord, ranks: int) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+    from rich.text import Text
+
+    from distclip.tools.bench import record as bench_record
+
     ranks = case.ranks or ranks
     rounds = len(next(iter(case.ways.values())).wall_ms)
     table = Table(

@@ -7,15 +7,15 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from distclip import config
 from distclip._foreign import clean
-from distclip.config.files import read
-from distclip.integrations.deepspeed_json import CLIPPING, SECTION, configured, examined
 from distclip.policies import ByName, Chain, Policy
+
+if TYPE_CHECKING:
+    from distclip.config import Examined
 
 app = typer.Typer(help="Check a configuration; show its schema.", no_args_is_help=True)
 
@@ -23,6 +23,8 @@ app = typer.Typer(help="Check a configuration; show its schema.", no_args_is_hel
 @app.command()
 def schema() -> None:
     """Print the JSON Schema of a configuration, for editors and other programs."""
+    from distclip import config
+
     typer.echo(json.dumps(config.json_schema(), indent=2))
 
 
@@ -38,6 +40,9 @@ def check(
     Of a DeepSpeed JSON the "distclip" section, or its gradient_clipping, is checked. Nothing that
     the file names is run without --run-imports.
     """
+    from distclip import config
+    from distclip.integrations.deepspeed_json import SECTION, configured, examined
+
     document = _deepspeed(file)
     found = config.examine(file) if document is None else examined(document)
     name = clean(file)
@@ -64,7 +69,7 @@ def check(
         typer.echo(f"imports: {clean(', '.join(found.imports))} (not run; see --run-imports)")
 
 
-def _tell_of_unknown(name: str, found: config.Examined) -> None:
+def _tell_of_unknown(name: str, found: Examined) -> None:
     modules = clean(", ".join(found.imports))
     one = len(found.imports) == 1
     whose = f"the module {modules}" if one else f"one of the modules {modules}"
@@ -77,6 +82,9 @@ def _tell_of_unknown(name: str, found: config.Examined) -> None:
 
 def _deepspeed(file: Path) -> Mapping[str, Any] | None:
     """The content of a DeepSpeed JSON; None where the file is none."""
+    from distclip.config.files import read
+    from distclip.integrations.deepspeed_json import CLIPPING, SECTION
+
     if file.suffix != ".json":
         return None
     found = read(file)

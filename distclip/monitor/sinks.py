@@ -18,7 +18,6 @@ from typing import Any, Protocol, TypeAlias
 from distclip._foreign import clean
 from distclip.errors import ConfigurationError
 from distclip.monitor.lines import LineFile
-from distclip.statistics import collectives
 
 
 class Report(Protocol):
@@ -74,6 +73,8 @@ class JsonlSink:
 
     def __call__(self, step: int, report: Report) -> None:
         """Write the report of a step, where it is this step's and this rank's turn."""
+        from distclip.statistics import collectives  # imports torch, which a report is read without
+
         if step % self.every or not collectives.is_first():
             return
         if self._closed:

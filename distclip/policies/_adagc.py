@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
 from distclip.errors import ConfigurationError
 from distclip.policies import _checks
 from distclip.policies._protocol import (
@@ -20,6 +18,7 @@ from distclip.policies._protocol import (
     State,
     Statistics,
 )
+from distclip.policies._torch import torch
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ class AdaGC(ScalingPolicy):
             "first": torch.where(counts & starts, new, first),
             "steps": steps + torch.isfinite(total).long(),
         }
-        shown = torch.where(warm, torch.nan, self.lambda_abs)
+        shown = torch.where(warm, math.nan, self.lambda_abs)
         return (Scale(torch.where(warm, alone, together), shown),), state
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from distclip.errors import ConfigurationError
 from distclip.policies import _checks
 from distclip.policies._protocol import ParameterInfo, UnitPolicy, matches
+from distclip.policies._torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 GRADIENT_FLOOR = 1e-6
 """Floor of the gradient norm in the division, as timm and the NFNet code have it."""

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
-
-import torch
 
 from distclip.errors import ConfigurationError
 from distclip.policies import _checks, _history
@@ -20,6 +19,7 @@ from distclip.policies._protocol import (
     State,
     Statistics,
 )
+from distclip.policies._torch import torch
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class AutoClip(ScalingPolicy):
             norms, seen = _history.put(state["norms"], state["seen"], total, wanted)
             state = {"norms": norms, "seen": seen}
             limit = _history.percentile(norms, seen, self.percentile)
-        shown = torch.where(torch.isinf(limit), torch.nan, limit)
+        shown = torch.where(torch.isinf(limit), math.nan, limit)
         return (Scale(coefficient_to(total, limit), shown),), state
 
 

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
 from distclip.policies import _checks
 from distclip.policies._protocol import Action, Needs, Scale, ScalingPolicy, State, Statistics
+from distclip.policies._torch import torch
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from distclip.errors import ConfigurationError
 from distclip.policies._norm_threshold import NormThreshold, joint_coefficient
@@ -19,6 +16,10 @@ from distclip.policies._protocol import (
     State,
     Statistics,
 )
+from distclip.policies._torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

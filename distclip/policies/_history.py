@@ -8,9 +8,12 @@ multiplied away, since ``0 * nan`` is NaN.
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from distclip.policies._torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PER_OCTAVE = 128
 """Bins between a norm and its double."""

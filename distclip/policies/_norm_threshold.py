@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from distclip.kernels.powers import scaled_norm
 from distclip.policies import _checks
 from distclip.policies._protocol import Needs, ScalingPolicy
+from distclip.policies._torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TORCH_EPS = 1e-6
 """Added to the norm before dividing, as ``torch.nn.utils.clip_grad_norm_`` does."""
 
-
-SMALLEST = torch.finfo(torch.float64).tiny
+SMALLEST = sys.float_info.min
 
 
 def norm_coefficient(norms: Tensor, max_norm: float) -> Tensor:
@@ -42,6 +43,8 @@ def joint_coefficient(norms: Tensor, norm_type: float, max_norm: float) -> Tenso
     """
     if math.isinf(max_norm):
         return norms.new_ones(())
+    from distclip.kernels.powers import scaled_norm  # which imports torch
+
     relative, scale = scaled_norm(norms, norm_type)
     relative = relative.clamp(min=SMALLEST)  # 0 for gradients of 0
     whole = TORCH_EPS / relative + (1.0 if scale is None else scale)

@@ -15,13 +15,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, TypeAlias
 
-import torch
-from torch import Tensor
-
 from distclip.errors import ConfigurationError
-from distclip.kernels.powers import p_norm
+from distclip.policies._torch import torch
 
-State: TypeAlias = dict[str, Tensor]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+State: TypeAlias = dict[str, "Tensor"]
 """A policy's memory: tensors of fixed size, independent of the number of ranks."""
 
 
@@ -93,6 +93,8 @@ def combine_norms(norms: Tensor, norm_type: float, *, in_range: bool = False) ->
     if in_range:
         whole: Tensor = torch.linalg.vector_norm(norms, norm_type)
         return whole
+    from distclip.kernels.powers import p_norm  # which imports torch
+
     return p_norm(norms, norm_type)
 
 

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from distclip.errors import ConfigurationError
 from distclip.policies import _checks, _history
@@ -20,6 +17,10 @@ from distclip.policies._protocol import (
     State,
     Statistics,
 )
+from distclip.policies._torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from distclip.policies import _checks, _history
 from distclip.policies._norm_threshold import coefficient_to
@@ -21,6 +18,10 @@ from distclip.policies._protocol import (
     State,
     Statistics,
 )
+from distclip.policies._torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 EPS = 1e-6
 """Added to the standard deviation in the z-score, as the authors' code does."""
@@ -96,7 +97,7 @@ class ZClip(ScalingPolicy):
             "seen": seen + wanted.long(),
         }
         limit = torch.clamp(limit, max=self.max_norm)
-        shown = torch.where(torch.isinf(limit), torch.nan, limit)
+        shown = torch.where(torch.isinf(limit), math.nan, limit)
         return (Scale(coefficient_to(total, limit), shown),), state
 
     def _later(self, mean: Tensor, deviation: Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,8 +14,8 @@ import typer.testing
 import yaml
 
 from distclip.cli import app as application
-from distclip.cli import doctor
 from distclip.testing import run_on_ranks
+from distclip.tools import doctor
 from distclip.tools.simulate.layouts import accelerate_config, inherited
 
 ROOT = Path(__file__).parents[2]

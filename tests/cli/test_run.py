@@ -19,6 +19,7 @@ from distclip.cli import run as command
 from distclip.errors import ConfigurationError
 from distclip.integrations import hooks
 from distclip.tools.check import StepCheck
+from distclip.tools.launch import running
 from distclip.tools.launch.script import Script
 
 ROOT = Path(__file__).parents[2]
@@ -146,7 +147,7 @@ def quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DISTCLIP_CONFIG", raising=False)
     monkeypatch.setattr(hooks, "install", lambda config: None)
-    monkeypatch.setattr(command, "_prepare_cpu", lambda cpu: None)
+    monkeypatch.setattr(running, "prepare_cpu", lambda cpu: None)
     monkeypatch.setattr(command, "pending", [])
     return tmp_path
 
@@ -206,11 +207,11 @@ def test_cpu_without_accelerate(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ModuleNotFoundError("No module named 'accelerate'")
 
     monkeypatch.setattr(accelerate_cpu, "install", install)
-    monkeypatch.setattr(command, "find_spec", lambda name: None)
+    monkeypatch.setattr(running, "find_spec", lambda name: None)
     with pytest.raises(Exception, match=r"pip install 'distclip\[accelerate\]'"):
-        command._prepare_cpu(True)
-    monkeypatch.setattr(command, "find_spec", lambda name: name == "deepspeed")
-    command._prepare_cpu(True)  # which has ranks of its own
+        running.prepare_cpu(True)
+    monkeypatch.setattr(running, "find_spec", lambda name: name == "deepspeed")
+    running.prepare_cpu(True)  # which has ranks of its own
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
@@ -220,10 +221,10 @@ def test_only_the_main_rank_warns(
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setattr(hooks, "activated", set())
     monkeypatch.setattr(clipper, "in_use", False)  # other tests clip in this process
-    command._warn_if_idle()
+    running.warn_if_idle()
     assert ("run clipped nothing" in capsys.readouterr().err) == (rank == "0")
     hooks.mark_active("accelerate")
-    command._warn_if_idle()
+    running.warn_if_idle()
     assert capsys.readouterr().err == ""
 
 

@@ -22,9 +22,9 @@ from torch.utils.data.distributed import DistributedSampler
 from distclip import GradClipper, policies
 from distclip.testing import run_on_ranks
 from distclip.tools.simulate import agreement, findings, stuck
-from distclip.tools.simulate.rank import journal_of
 from distclip.tools.simulate.recorder import Journal, Recorder, samples
 from distclip.tools.simulate.records import Rank, Reader, Step
+from distclip.tools.simulate.task import journal_of
 from distclip.tools.simulate.watch import Ending
 
 STEPS, BATCH = 4, 12

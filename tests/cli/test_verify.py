@@ -14,14 +14,14 @@ import torch
 import typer.testing
 
 from distclip._version import __version__
-from distclip.cli import verify
 from distclip.cli.app import app
 from distclip.errors import ConfigurationError
 from distclip.layouts import dtensor
 from distclip.policies import GlobalNorm
-from distclip.testing.models.cases import DTYPES, LAYOUTS, POLICIES, ROUNDINGS
+from distclip.testing.cases import DTYPES, LAYOUTS, POLICIES, ROUNDINGS
 from distclip.tools.verify import cells as verify_cells
 from distclip.tools.verify import model as verify_model
+from distclip.tools.verify import running
 from distclip.tools.verify.cells import Found
 
 ROOT = Path(__file__).parents[2]
@@ -37,7 +37,7 @@ def test_a_quick_run_and_its_outputs(tmp_path: Path) -> None:
     options = [text for name, path in files.items() for text in (f"--{name}", str(path))]
     result = invoke("--quick", "--layouts", "plain,fsdp2", *options)
     assert result.exit_code == 0, result.output
-    assert f"{2 * len(verify.QUICK) * 2} passed, 0 failed, 0 not run" in result.output
+    assert f"{2 * len(running.QUICK) * 2} passed, 0 failed, 0 not run" in result.output
     assert "not run: layouts not asked for: hsdp" in result.output
     document = json.loads(files["json"].read_text())
     assert document["passed"] == len(document["cells"]) == 28
@@ -106,7 +106,7 @@ def test_a_wrong_layout_adapter_is_caught(monkeypatch: pytest.MonkeyPatch, tmp_p
     cells = json.loads(out.read_text())["cells"]
     status = {(cell["layout"], cell["policy"]): cell["status"] for cell in cells}
     assert status["tp", "global"] == "failed"
-    assert {status["plain", policy] for policy in verify.QUICK} == {"passed"}
+    assert {status["plain", policy] for policy in running.QUICK} == {"passed"}
     assert "total_norm is" in next(c["detail"] for c in cells if c["status"] == "failed")
 
 
@@ -213,9 +213,9 @@ def test_what_cannot_be_meant(arguments: list[str], words: str) -> None:
 
 def test_names_with_a_comma_and_patterns() -> None:
     known = list(POLICIES)
-    chosen = verify._chosen("--policies", "chain agc, global,agc", known)
+    chosen = running._chosen("--policies", "chain agc, global,agc", known)
     assert chosen == ["chain agc, global", "agc"]
-    assert verify._chosen("--policies", "agc*, value", known) == [
+    assert running._chosen("--policies", "agc*, value", known) == [
         *(name for name in known if name.startswith("agc")),
         "value",
     ]
@@ -239,7 +239,7 @@ def test_loss_of_what_a_model_gives() -> None:
 
 def test_the_cases_fit_together() -> None:
     assert set(ROUNDINGS) <= set(POLICIES)
-    assert set(verify.QUICK) <= set(POLICIES)
+    assert set(running.QUICK) <= set(POLICIES)
 
 
 def test_the_committed_table_is_not_stale() -> None:
@@ -254,8 +254,8 @@ def test_the_committed_table_is_not_stale() -> None:
     assert [row[0] for row in rows[1:]] == list(POLICIES)
     assert {mark for row in rows[1:] for mark in row[1:]} == {"yes"}
     assert f"* dtypes: {', '.join(DTYPES)}\n" in text
-    assert f"* ranks: {', '.join(map(str, verify.RANKS))}\n" in text
+    assert f"* ranks: {', '.join(map(str, running.RANKS))}\n" in text
     assert f"distclip {__version__}," in text
-    cells = len(POLICIES) * len(LAYOUTS) * len(DTYPES) * len(verify.RANKS)
+    cells = len(POLICIES) * len(LAYOUTS) * len(DTYPES) * len(running.RANKS)
     assert f"* cells: {cells} passed, 0 failed, 0 not run" in text
     assert re.search(r"\d{4}-\d\d-\d\d", text)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from distclip.statistics import collectives
-from distclip.testing.models.cases import LAYOUTS, POLICIES, ROUNDINGS
+from distclip.testing.cases import LAYOUTS, POLICIES, ROUNDINGS
 from distclip.tools.verify.cells import build, faults_of
 
 __all__ = ["LAYOUTS", "POLICIES", "ROUNDINGS", "build", "check"]

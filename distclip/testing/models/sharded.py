@@ -128,22 +128,6 @@ def numbers(shape: tuple[int, ...]) -> Tensor:
     return torch.arange(math.prod(shape)).view(shape)
 
 
-LAYOUTS: dict[str, str] = {
-    "plain": "whole on every rank: one process, DDP",
-    "fsdp2": "fully_shard over all ranks",
-    "hsdp": "fully_shard over a 2-D mesh: sharded, and replicated",
-    "tp": "tensor parallel: cut by rows, by columns, replicated",
-    "replicate": "DTensors, whole on every rank",
-    "fsdp2_tp": "fully_shard over tensor parallel parameters (strided shards)",
-    "mixed": "plain tensors, all ranks and sub-meshes, in one model",
-    "experts": "fully_shard, experts on a mesh of their own, experts of each rank's own; some idle",
-    "fsdp1": "FullyShardedDataParallel, FULL_SHARD, the optimizer sees flat parameters",
-    "fsdp1_orig": "the same with use_orig_params=True",
-    "fsdp1_hybrid": "the same with HYBRID_SHARD: sharded, and replicated",
-    "fsdp1_mixed": "FULL_SHARD, SHARD_GRAD_OP and NO_SHARD in one model, nested",
-}
-"""Every layout that :func:`shard` makes, in words: what the matrix runs."""
-
 MAKERS: dict[str, Callable[[Whole], Sharded]] = {}
 """Layouts that are made by a function of their own, such as those of an engine."""
 

@@ -15,6 +15,9 @@ from typing import Any
 from distclip._foreign import clean
 from distclip.errors import ConfigurationError
 
+ENVIRONMENT = "DISTCLIP_CONFIG"
+"""Environment variable that names the configuration of a run, for the processes of it too."""
+
 
 class Script:
     """A program and its arguments.

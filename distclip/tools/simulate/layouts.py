@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from distclip.errors import ConfigurationError
-from distclip.tools.simulate.rank import TASK
+from distclip.tools.simulate.task import TASK
 
 LAYOUTS = {
     "single": "one process, the reference",

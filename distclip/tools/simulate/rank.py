@@ -9,13 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import faulthandler
-import json
 import os
-import signal
 import sys
 import time
 import traceback
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -25,66 +22,12 @@ from distclip.integrations import hooks
 from distclip.testing.ranks import loopback
 from distclip.testing.ranks.zygote import die_with_parent
 from distclip.tools.launch.leaving import let_gloo_finish
-from distclip.tools.launch.script import Script
+from distclip.tools.launch.script import ENVIRONMENT, Script
 from distclip.tools.simulate.recorder import Journal, Recorder
+from distclip.tools.simulate.task import STACK_SIGNAL, TASK, Task, journal_of, output_of, stacks_of
 
-TASK = "DISTCLIP_SIMULATE"
-"""Names the file with the task of a rank."""
-
-STACK_SIGNAL = signal.SIGUSR1
 LAST_WAIT = 20.0
 """Seconds that a rank which has taken all its steps waits for the others to take theirs."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """What the ranks of one launch are to do.
-
-    Attributes:
-        folder: where they write.
-        script: path, or module.
-        arguments: of the script.
-        module: whether ``script`` is a module.
-        config: policy to run under; None: none, and the script is only watched.
-        steps: end after so many optimizer steps; None: when the script ends.
-        accelerate: whether Accelerate is to be given gloo ranks on CPU.
-        log: name of the file in ``folder`` that the policy's log goes to, if it has one.
-    """
-
-    folder: str
-    script: str
-    arguments: list[str]
-    module: bool = False
-    config: str | None = None
-    steps: int | None = None
-    accelerate: bool = False
-    log: str | None = None
-
-    def save(self) -> Path:
-        """Write it into its folder."""
-        path = Path(self.folder) / "task.json"
-        path.write_text(json.dumps(dataclasses.asdict(self)))
-        return path
-
-    @classmethod
-    def load(cls, path: str) -> Task:
-        """Read it again."""
-        return cls(**json.loads(Path(path).read_text()))
-
-
-def journal_of(folder: Path, rank: int) -> Path:
-    """What a rank wrote down."""
-    return folder / f"rank{rank}.jsonl"
-
-
-def output_of(folder: Path, rank: int) -> Path:
-    """What it printed."""
-    return folder / f"rank{rank}.out"
-
-
-def stacks_of(folder: Path, rank: int) -> Path:
-    """Its stacks, when it was asked for them or died of a signal."""
-    return folder / f"rank{rank}.stacks"
 
 
 def main() -> None:
@@ -135,7 +78,7 @@ def _prepare(task: Task, recorder: Recorder) -> None:
         accelerate_cpu.install(cpu=True)
     if task.config is not None:
         loaded = configuration.load(task.config)
-        os.environ["DISTCLIP_CONFIG"] = task.config
+        os.environ[ENVIRONMENT] = task.config
         if loaded.log is not None and task.log is not None:  # not into the log of a real run
             log = loaded.log.model_copy(update={"jsonl": str(Path(task.folder) / task.log)})
             loaded = dataclasses.replace(loaded, log=log)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from distclip.tools.simulate.rank import journal_of, output_of
+from distclip.tools.simulate.task import journal_of, output_of
 
 
 class Box(NamedTuple):

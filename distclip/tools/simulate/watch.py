@@ -15,8 +15,8 @@ from typing import IO, Any, Literal
 from distclip.testing.ranks.stuck import is_stopped, limit_within
 from distclip.tools.simulate import nodes
 from distclip.tools.simulate.layouts import Launch, inherited
-from distclip.tools.simulate.rank import STACK_SIGNAL, stacks_of
 from distclip.tools.simulate.records import Rank, Reader
+from distclip.tools.simulate.task import STACK_SIGNAL, stacks_of
 
 STUCK_AFTER = "DISTCLIP_STUCK_AFTER"
 """See :mod:`distclip.statistics.waiting`."""

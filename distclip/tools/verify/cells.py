@@ -23,7 +23,7 @@ from distclip.config import load
 from distclip.layouts.declared import declare_sharded
 from distclip.report import ClipReport
 from distclip.testing import Expected, assert_rounded, expected
-from distclip.testing.models.cases import POLICIES, ROUNDINGS
+from distclip.testing.cases import POLICIES, ROUNDINGS
 from distclip.testing.models.sharded import shard, whole
 
 

@@ -24,7 +24,7 @@ from distclip.clipper import GradClipper
 from distclip.errors import ConfigurationError, DistclipError
 from distclip.layouts.names import clean
 from distclip.testing import expected
-from distclip.testing.models.cases import POLICIES, ROUNDINGS
+from distclip.testing.cases import POLICIES, ROUNDINGS
 from distclip.tools.verify.cells import Found, build, judge, together
 
 LAYOUTS: dict[str, str] = {

@@ -8,9 +8,21 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from distclip.testing.models.sharded import LAYOUTS
-
-__all__ = ["DTYPES", "LAYOUTS", "POLICIES", "ROUNDINGS"]
+LAYOUTS: dict[str, str] = {
+    "plain": "whole on every rank: one process, DDP",
+    "fsdp2": "fully_shard over all ranks",
+    "hsdp": "fully_shard over a 2-D mesh: sharded, and replicated",
+    "tp": "tensor parallel: cut by rows, by columns, replicated",
+    "replicate": "DTensors, whole on every rank",
+    "fsdp2_tp": "fully_shard over tensor parallel parameters (strided shards)",
+    "mixed": "plain tensors, all ranks and sub-meshes, in one model",
+    "experts": "fully_shard, experts on a mesh of their own, experts of each rank's own; some idle",
+    "fsdp1": "FullyShardedDataParallel, FULL_SHARD, the optimizer sees flat parameters",
+    "fsdp1_orig": "the same with use_orig_params=True",
+    "fsdp1_hybrid": "the same with HYBRID_SHARD: sharded, and replicated",
+    "fsdp1_mixed": "FULL_SHARD, SHARD_GRAD_OP and NO_SHARD in one model, nested",
+}
+"""Every layout that :func:`distclip.testing.models.sharded.shard` makes, in words."""
 
 DTYPES = ("float32", "bfloat16", "float16", "mixed")
 """``mixed``: the three others in turn, one a parameter."""

@@ -1,0 +1,271 @@
+"""What ``distclip doctor`` looks at: versions, the machine, layouts, and whether ranks are real."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import sys
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+
+from distclip._version import __version__
+from distclip.errors import DistclipError
+
+State = Literal["good", "note", "wrong"]
+
+PACKAGES = ("torch", "numpy", "pydantic", "accelerate", "deepspeed", "transformers", "lightning")
+NEEDED = ("torch", "numpy", "pydantic")
+LIMIT = 120.0
+
+
+@dataclass(frozen=True)
+class Line:
+    """One thing that was looked at.
+
+    Attributes:
+        topic: ``"versions"``, ``"layouts"``, ``"ranks"``, ``"machine"`` or ``"launch"``.
+        what: the thing.
+        state: ``"wrong"`` makes the exit code 1.
+        text: what was found, and the mend.
+    """
+
+    topic: str
+    what: str
+    state: State
+    text: str
+
+
+def look(launch_config: Path | None, ranks: int) -> list[Line]:
+    """Everything that can be looked at from here.
+
+    Args:
+        launch_config: YAML of ``accelerate launch``; None for the default one.
+        ranks: gloo ranks to start for the self-check. Neither is used inside a launch.
+    """
+    lines = [*versions(), *machine(), *layouts()]
+    if "RANK" in os.environ:
+        return [*lines, *launch()]
+    return [*lines, *launch_file(launch_config), *self_check(ranks)]
+
+
+def as_json(lines: list[Line]) -> str:
+    """For other programs."""
+    document = {
+        "distclip": __version__,
+        "sound": all(line.state != "wrong" for line in lines),
+        "lines": [asdict(line) for line in lines],
+    }
+    return json.dumps(document, indent=1) + "\n"
+
+
+# ---- versions ----------------------------------------------------------------------------------
+
+
+def versions() -> list[Line]:
+    """Of Python and of packages, beside the ranges that the tests were run with."""
+    tested = ranges()
+    python = platform.python_version()
+    inside = within(python, tested["python"])
+    lines = [
+        Line("versions", "distclip", "good", __version__),
+        Line("versions", "python", "good" if inside else "wrong",
+             f"{python}, needs {tested['python'] or 'nothing that is known'}"),
+    ]  # fmt: skip
+    return lines + [_package(name, tested.get(name, "")) for name in PACKAGES]
+
+
+def _package(name: str, tested: str) -> Line:
+    try:
+        found = metadata.version(name)
+    except metadata.PackageNotFoundError:
+        state: State = "wrong" if name in NEEDED else "note"
+        return Line(
+            "versions", name, state, f"not installed{f', supported {tested}' if tested else ''}"
+        )
+    if not tested:
+        return Line("versions", name, "note", f"{found}; nothing is said of it")
+    if within(found, tested):
+        return Line("versions", name, "good", f"{found}, supported {tested}")
+    return Line("versions", name, "note", f"{found} is outside of what is supported: {tested}")
+
+
+def ranges() -> dict[str, str]:
+    """Package -> the range that distclip states, which its tests were run within."""
+    try:
+        found = {"python": metadata.metadata("distclip")["Requires-Python"] or ""}
+        requirements = metadata.requires("distclip") or []
+    except metadata.PackageNotFoundError:  # run from a checkout that was never installed
+        return {"python": ""}
+    for requirement in requirements:
+        words = requirement.partition(";")[0].strip()
+        name = words
+        for position, character in enumerate(words):
+            if not (character.isalnum() or character in "-_."):
+                name = words[:position]
+                break
+        if "[" not in words:
+            found.setdefault(name.lower(), words[len(name) :].strip(" ()"))
+    return found
+
+
+def within(version: str, wanted: str) -> bool:
+    """Whether a version is in a range such as ``>=2.13,<2.14``; by its numbers alone."""
+    have = _numbers(version)
+    for part in filter(None, (part.strip() for part in wanted.split(","))):
+        sign = part.rstrip("0123456789.*+abcdefghijklmnopqrstuvwxyz")
+        bound = _numbers(part[len(sign) :])
+        padded = have + (0,) * (len(bound) - len(have))
+        bound = bound + (0,) * (len(padded) - len(bound))
+        holds = {
+            ">=": padded >= bound, "<=": padded <= bound, ">": padded > bound,
+            "<": padded < bound, "==": padded == bound, "!=": padded != bound,
+        }  # fmt: skip
+        if not holds.get(sign.strip(), True):
+            return False
+    return True
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    numbers = []
+    for part in version.partition("+")[0].split("."):
+        digits = part[: len(part) - len(part.lstrip("0123456789"))]
+        if not digits:
+            break
+        numbers.append(int(digits))
+    return tuple(numbers)
+
+
+# ---- what there is here ------------------------------------------------------------------------
+
+
+def machine() -> list[Line]:
+    """Devices and backends."""
+    from distclip.tools.simulate import nodes
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    backends = [
+        name
+        for name, there in (
+            ("gloo", dist.is_available() and dist.is_gloo_available()),
+            ("nccl", dist.is_available() and dist.is_nccl_available()),
+            ("mpi", dist.is_available() and dist.is_mpi_available()),
+        )
+        if there
+    ]
+    reason = nodes.why_not()
+    return [
+        Line("machine", "devices", "good", f"{count} CUDA, {os.cpu_count()} CPU cores"),
+        Line("machine", "backends", "good" if "gloo" in backends else "wrong",
+             ", ".join(backends) or "torch.distributed has none"),
+        Line("machine", "network namespaces", "note" if reason else "good",
+             f"none, `simulate --nodes` shares the loopback: {reason}" if reason
+             else "can be made, for `simulate --nodes`"),
+    ]  # fmt: skip
+
+
+def layouts() -> list[Line]:
+    """Which engines and layouts there are to clip under, and to simulate."""
+    from distclip.tools.simulate.layouts import LAYOUTS, check
+
+    plain = "DDP, FSDP1, FSDP2, HSDP, tensor parallelism of torch"
+    lines = [Line("layouts", "torch", "good", plain)]
+    for name in LAYOUTS:
+        try:
+            check(name)
+        except DistclipError as error:
+            lines.append(Line("layouts", name, "note", str(error).removeprefix("simulate: ")))
+        else:
+            lines.append(Line("layouts", name, "good", LAYOUTS[name]))
+    launchers = [name for name in ("torchrun", "accelerate", "deepspeed") if shutil.which(name)]
+    lines.append(Line("layouts", "launchers", "good", ", ".join(launchers) or "none on the PATH"))
+    return lines
+
+
+def launch_file(path: Path | None) -> list[Line]:
+    """Traps in a YAML of ``accelerate launch``, or in the default one."""
+    try:
+        from distclip.integrations import accelerate_cpu
+
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        faults = accelerate_cpu.faults_of_config(None if path is None else str(path), devices=count)
+    except ImportError:
+        return []
+    except DistclipError as error:
+        return [Line("launch", "accelerate", "wrong", str(error))]
+    if path is not None and not path.is_file():
+        return [Line("launch", "accelerate", "wrong", f"{path}: no such file")]
+    shown = "the default configuration" if path is None else str(path)
+    lines = [Line("launch", "accelerate", "wrong", fault) for fault in faults]
+    return lines or [Line("launch", "accelerate", "good", f"no trap in {shown}")]
+
+
+# ---- are ranks real ----------------------------------------------------------------------------
+
+
+def self_check(ranks: int) -> list[Line]:
+    """A few policies under FSDP2 on ranks of this machine, against the float64 reference."""
+    if ranks < 2:
+        return []
+    from distclip.testing import PoolError, RankError, run_on_ranks
+    from distclip.tools.verify.cells import run_group
+
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    labels = ["global", "agc", "chain agc, global"]
+    what = f"{ranks} gloo ranks of this machine"
+    try:
+        sums = run_on_ranks(_sum_of_ones, ranks, timeout=LIMIT)
+        if sums != [ranks] * ranks:
+            return [Line("ranks", what, "wrong", f"a sum over {ranks} ranks gave {sums}")]
+        found = run_on_ranks(run_group, ranks, "fsdp2", "float32", labels, timeout=LIMIT)
+    except (RankError, PoolError) as error:
+        return [Line("ranks", what, "wrong", str(error))]
+    faults = [cell.detail for cells in found for cell in cells if cell.status == "failed"]
+    if faults:
+        return [Line("ranks", what, "wrong", f"clipping is off: {faults[0]}")]
+    text = f"really distributed; {', '.join(labels)} under FSDP2 as the float64 reference"
+    return [Line("ranks", what, "good", text)]
+
+
+def _sum_of_ones() -> int:
+    one = torch.ones((), dtype=torch.int64)
+    dist.all_reduce(one)
+    return int(one)
+
+
+def launch() -> list[Line]:
+    """Inside a launch: are these ranks one world?"""
+    wanted = int(os.environ.get("WORLD_SIZE", "1"))
+    by = "accelerate launch" if "ACCELERATE_MIXED_PRECISION" in os.environ else "torchrun"
+    try:
+        text = f"{wanted} ranks"
+        if by == "accelerate launch":
+            from distclip.integrations import accelerate_cpu
+
+            text = accelerate_cpu.examine()
+        elif not dist.is_initialized():
+            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        if wanted > 1:
+            text += _summed(wanted)
+    except DistclipError as error:
+        return [Line("launch", by, "wrong", str(error))]
+    finally:
+        sys.stdout.flush()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return [Line("launch", by, "good", f"{text}; really distributed")]
+
+
+def _summed(wanted: int) -> str:
+    device = torch.cuda.current_device() if dist.get_backend() == "nccl" else "cpu"
+    one = torch.ones((), dtype=torch.int64, device=device)
+    dist.all_reduce(one)
+    if int(one) != wanted:
+        raise DistclipError(f"{wanted} ranks were launched, but a sum over them gave {int(one)}")
+    return f", their sum is {int(one)}"
