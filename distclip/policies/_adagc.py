@@ -18,9 +18,11 @@ from distclip.policies._protocol import (
     State,
     Statistics,
 )
+from distclip.policies._registry import register
 from distclip.policies._torch import torch
 
 
+@register
 @dataclass(frozen=True)
 class AdaGC(ScalingPolicy):
     """Scale each gradient to at most ``lambda_rel`` times a running norm of its own.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from distclip.errors import ConfigurationError
 from distclip.policies import _checks
 from distclip.policies._protocol import ParameterInfo, UnitPolicy, matches
+from distclip.policies._registry import register
 from distclip.policies._torch import torch
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ GRADIENT_FLOOR = 1e-6
 """Floor of the gradient norm in the division, as timm and the NFNet code have it."""
 
 
+@register
 @dataclass(frozen=True, repr=False)
 class AGC(UnitPolicy):
     """Adaptive gradient clipping: each unit's gradient against the same unit's weight.

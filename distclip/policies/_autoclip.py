@@ -19,9 +19,11 @@ from distclip.policies._protocol import (
     State,
     Statistics,
 )
+from distclip.policies._registry import register
 from distclip.policies._torch import torch
 
 
+@register
 @dataclass(frozen=True)
 class AutoClip(ScalingPolicy):
     """Global norm clipping at a percentile of the history of norms, the current one included.

@@ -8,9 +8,11 @@ from typing import ClassVar
 
 from distclip.policies import _checks
 from distclip.policies._protocol import Action, Needs, Scale, ScalingPolicy, State, Statistics
+from distclip.policies._registry import register
 from distclip.policies._torch import torch
 
 
+@register
 @dataclass(frozen=True)
 class BlockRMS(ScalingPolicy):
     """Divide each gradient by ``max(1, RMS(g) / threshold)``.

@@ -8,8 +8,10 @@ from typing import ClassVar
 
 from distclip.policies._norm_threshold import NormThreshold, joint_coefficient, norm_coefficient
 from distclip.policies._protocol import Action, Scale, State, Statistics
+from distclip.policies._registry import register
 
 
+@register
 @dataclass(frozen=True)
 class GlobalNorm(NormThreshold):
     """Scale all gradients so that their joint p-norm is at most ``max_norm``.

@@ -16,12 +16,14 @@ from distclip.policies._protocol import (
     State,
     Statistics,
 )
+from distclip.policies._registry import register
 from distclip.policies._torch import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
+@register
 @dataclass(frozen=True)
 class GroupNorm(NormThreshold):
     """Scale the gradients of each optimizer parameter group by the group's own p-norm.

@@ -8,8 +8,10 @@ from typing import ClassVar
 
 from distclip.policies import _checks
 from distclip.policies._protocol import Action, Needs, ScalingPolicy, State, Statistics
+from distclip.policies._registry import register
 
 
+@register
 @dataclass(frozen=True)
 class Measure(ScalingPolicy):
     """Measure every norm, change nothing.

@@ -8,8 +8,10 @@ from typing import ClassVar
 
 from distclip.policies._norm_threshold import NormThreshold, norm_coefficient
 from distclip.policies._protocol import Action, Scale, State, Statistics
+from distclip.policies._registry import register
 
 
+@register
 @dataclass(frozen=True)
 class ParameterNorm(NormThreshold):
     """Scale each gradient so that its own p-norm is at most ``max_norm``.

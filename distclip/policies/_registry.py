@@ -5,43 +5,15 @@ from __future__ import annotations
 from typing import TypeVar
 
 from distclip.errors import ConfigurationError
-from distclip.policies._adagc import AdaGC
-from distclip.policies._agc import AGC
-from distclip.policies._autoclip import AutoClip
-from distclip.policies._block_rms import BlockRMS
-from distclip.policies._dreamer_agc import DreamerAGC
-from distclip.policies._global_norm import GlobalNorm
-from distclip.policies._group_norm import GroupNorm
-from distclip.policies._measure import Measure
-from distclip.policies._parameter_norm import ParameterNorm
 from distclip.policies._protocol import Policy
-from distclip.policies._skip_spikes import SkipSpikes
-from distclip.policies._value import Value
-from distclip.policies._zclip import ZClip
 
 PolicyType = TypeVar("PolicyType", bound=type[Policy])
 
-_registered: dict[str, type[Policy]] = {
-    policy.name: policy
-    for policy in (
-        Measure,
-        GlobalNorm,
-        Value,
-        ParameterNorm,
-        GroupNorm,
-        BlockRMS,
-        AGC,
-        DreamerAGC,
-        AutoClip,
-        ZClip,
-        AdaGC,
-        SkipSpikes,
-    )
-}
+_registered: dict[str, type[Policy]] = {}
 
 
 def register(policy: PolicyType) -> PolicyType:
-    """Class decorator: make a policy of your own known to configurations by its ``name``.
+    """Class decorator: make a policy known to configurations by its ``name``, as the built-in ones.
 
     The same class defined anew (a notebook cell run again, a reloaded module) takes its own place.
 

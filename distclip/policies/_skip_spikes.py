@@ -17,12 +17,14 @@ from distclip.policies._protocol import (
     State,
     Statistics,
 )
+from distclip.policies._registry import register
 from distclip.policies._torch import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
+@register
 @dataclass(frozen=True)
 class SkipSpikes(ScalingPolicy):
     """Skip the whole update where its norm lies ``sigma`` deviations above those before it.

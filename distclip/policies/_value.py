@@ -7,8 +7,10 @@ from typing import ClassVar
 
 from distclip.policies import _checks
 from distclip.policies._protocol import ClampingPolicy
+from distclip.policies._registry import register
 
 
+@register
 @dataclass(frozen=True)
 class Value(ClampingPolicy):
     """Clamp every gradient element to ``[-clip_value, clip_value]``.

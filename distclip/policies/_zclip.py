@@ -18,6 +18,7 @@ from distclip.policies._protocol import (
     State,
     Statistics,
 )
+from distclip.policies._registry import register
 from distclip.policies._torch import torch
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ EPS = 1e-6
 """Added to the standard deviation in the z-score, as the authors' code does."""
 
 
+@register
 @dataclass(frozen=True)
 class ZClip(ScalingPolicy):
     """Global norm clipping of outliers, by running mean and deviation of the norm.

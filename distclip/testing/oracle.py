@@ -398,3 +398,6 @@ _POLICIES: dict[str, Callable[..., None]] = {
     "agc": _agc,
     "dreamer_agc": _dreamer_agc,
 }
+
+WITHOUT_MEMORY = frozenset(_POLICIES)
+"""Names of the policies of which one step can be repeated without those before it."""

@@ -34,11 +34,8 @@ from distclip.layouts import fsdp1
 from distclip.policies import ByName, Chain, Policy
 from distclip.report import ClipReport
 from distclip.testing import Expected, expected
+from distclip.testing.oracle import WITHOUT_MEMORY
 from distclip.tools.verify.cells import judge, together
-
-REFERENCE = ("measure", "global_norm", "value", "parameter_norm", "group_norm", "block_rms", "agc",
-             "dreamer_agc")  # fmt: skip
-"""Policies without a memory, whose every step the reference can repeat."""
 
 Whole = dict[str, tuple["Tensor | None", Tensor]]
 """Name -> whole gradient (None: there is none) and whole weights, on the CPU."""
@@ -315,7 +312,7 @@ def _words(policy: Policy) -> Any:
             "by_name": mapping,
             "default": None if policy.default is None else _words(policy.default),
         }
-    if policy.name not in REFERENCE:
+    if policy.name not in WITHOUT_MEMORY:
         raise KeyError(policy.name)
     fields = {f.name: getattr(policy, f.name) for f in dataclasses.fields(policy)}  # type: ignore[arg-type]
     dims = fields.pop("unit_dims_by_name", ())
