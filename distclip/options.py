@@ -6,13 +6,27 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, NoReturn, Protocol, TypeAlias, TypeVar, cast, get_args
+from typing import (
+    Annotated,
+    Any,
+    Generic,
+    Literal,
+    NoReturn,
+    Protocol,
+    TypeAlias,
+    TypeVar,
+    cast,
+    get_args,
+)
+
+from annotated_types import Ge
 
 from distclip.errors import ConfigurationError
 from distclip.policies import Policy
 
 OnNonfinite: TypeAlias = Literal["error", "error_late", "skip", "zero", "pass"]
-VerifyReplicas: TypeAlias = Literal["first", "never"] | int
+VerifyReplicas: TypeAlias = Literal["first", "never"] | Annotated[int, Ge(1)]
+"""When replicas are compared: in the first step, never, or in the first and every n-th step."""
 
 Value = TypeVar("Value")
 

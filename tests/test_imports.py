@@ -86,15 +86,9 @@ HARMLESS = {
 """What of ``torch.distributed`` talks to no other rank."""
 
 ALLOWED_TO_TALK = (
-<<<<<<< HEAD
     "statistics/collectives.py", "statistics/waiting.py", "testing/", "tools/bench/models.py",
     "tools/bench/ways.py", "tools/bench/peers.py", "tools/bench/timing.py", "tools/check.py",
-    "cli/doctor.py", "tools/verify/",
-=======
-    "statistics/collectives.py", "statistics/waiting.py", "testing/", "tools/bench/cases.py",
-    "tools/bench/peers.py", "tools/bench/timing.py", "tools/check.py", "tools/doctor.py",
-    "tools/verify/",
->>>>>>> 80eaafb (wip)
+    "tools/doctor.py", "tools/verify/",
 )  # fmt: skip
 """The one file that issues collectives, the one that waits for them and notes so in the store, and
 what is no part of a training run."""

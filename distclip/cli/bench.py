@@ -130,7 +130,7 @@ def _measured(
         )
         found[name] = bench_record.combine(case.title, case.peer, taken, case.ranks)
         _show(console, found[name], ranks)
-    return Record(bench_record.with_load(machine), ranks, found)
+    return bench_record.Record(bench_record.with_load(machine), ranks, found)
 
 
 def _show(console: Console, case: CaseRecord, ranks: int) -> None:

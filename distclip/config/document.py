@@ -29,7 +29,7 @@ import importlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -39,7 +39,7 @@ from distclip.config.files import read
 from distclip.config.policies import build
 from distclip.config.problems import Path, Problems, key_text, said, shown
 from distclip.errors import ConfigurationError
-from distclip.options import NAMES, OnNonfinite, Options
+from distclip.options import NAMES, OnNonfinite, Options, VerifyReplicas
 from distclip.policies import Policy
 
 HYPERPARAMETER = "gradient_clip_norm"
@@ -87,7 +87,7 @@ class _Document(BaseModel):
         "match alone. The first match wins.",
     )
     on_nonfinite: OnNonfinite = Field(
-        default="error",
+        default=Options.on_nonfinite,
         description="What to do about NaN and inf gradients: error raises on all ranks; error_late "
         "drops the update and raises in the next step, so that no step waits for its device; skip "
         "leaves parameters and optimizer as they are; zero zeroes the gradients concerned; pass "
@@ -95,25 +95,25 @@ class _Document(BaseModel):
     )
     log: LogConfig | None = None
     norms: bool = Field(
-        default=True, description="false: do not measure what only a report would show."
+        default=Options.norms, description="false: do not measure what only a report would show."
     )
-    verify_replicas: Literal["first", "never"] | Annotated[int, Field(ge=1)] = Field(
-        default="first",
+    verify_replicas: VerifyReplicas = Field(
+        default=Options.verify_replicas,
         description="When to compare the copies of tensors that lie on several ranks: in the first "
         "step, never, or in the first and every n-th step after it.",
     )
     fold: bool = Field(
-        default=True,
+        default=Options.fold,
         description="Let a fused optimizer multiply as it reads, where one coefficient is for "
         "everything that it steps; false: clip the gradients before the step.",
     )
     overlap: bool = Field(
-        default=False,
+        default=Options.overlap,
         description="Under FSDP2, measure gradients during backward, as soon as they are reduced; "
         "elsewhere without effect.",
     )
     stuck_after: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None = Field(
-        default=None,
+        default=Options.stuck_after,
         description="Seconds that a clip waits for other ranks until it raises and names those "
         "that are missing; null: no limit but that of the process group.",
     )

@@ -256,7 +256,7 @@ def faults_of(
     roundings = 3 if isinstance(clipper.policy, (Chain, ByName)) else 1
     exact = kinds <= {torch.float32, torch.float64}
     parts = _parts(after, want)
-    return judge(words, report, want, parts, exact=exact, roundings=roundings), True
+    return judge(clipper.policy, report, want, parts, exact=exact, roundings=roundings), True
 
 
 def _parts(after: Whole, want: Expected) -> Iterator[Any]:

@@ -14,6 +14,9 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.version import InvalidVersion, Version
 
 from distclip._version import __version__
 from distclip.errors import DistclipError
@@ -100,46 +103,21 @@ def ranges() -> dict[str, str]:
     """Package -> the range that distclip states, which its tests were run within."""
     try:
         found = {"python": metadata.metadata("distclip")["Requires-Python"] or ""}
-        requirements = metadata.requires("distclip") or []
+        requirements = [Requirement(each) for each in metadata.requires("distclip") or []]
     except metadata.PackageNotFoundError:  # run from a checkout that was never installed
         return {"python": ""}
-    for requirement in requirements:
-        words = requirement.partition(";")[0].strip()
-        name = words
-        for position, character in enumerate(words):
-            if not (character.isalnum() or character in "-_."):
-                name = words[:position]
-                break
-        if "[" not in words:
-            found.setdefault(name.lower(), words[len(name) :].strip(" ()"))
+    for each in requirements:
+        if not each.extras:
+            found.setdefault(each.name.lower(), str(each.specifier))
     return found
 
 
 def within(version: str, wanted: str) -> bool:
-    """Whether a version is in a range such as ``>=2.13,<2.14``; by its numbers alone."""
-    have = _numbers(version)
-    for part in filter(None, (part.strip() for part in wanted.split(","))):
-        sign = part.rstrip("0123456789.*+abcdefghijklmnopqrstuvwxyz")
-        bound = _numbers(part[len(sign) :])
-        padded = have + (0,) * (len(bound) - len(have))
-        bound = bound + (0,) * (len(padded) - len(bound))
-        holds = {
-            ">=": padded >= bound, "<=": padded <= bound, ">": padded > bound,
-            "<": padded < bound, "==": padded == bound, "!=": padded != bound,
-        }  # fmt: skip
-        if not holds.get(sign.strip(), True):
-            return False
-    return True
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    numbers = []
-    for part in version.partition("+")[0].split("."):
-        digits = part[: len(part) - len(part.lstrip("0123456789"))]
-        if not digits:
-            break
-        numbers.append(int(digits))
-    return tuple(numbers)
+    """Whether a version is in a range such as ``>=2.13,<2.14``, pre-releases too."""
+    try:
+        return SpecifierSet(wanted).contains(Version(version), prereleases=True)
+    except InvalidVersion:
+        return False
 
 
 # ---- what there is here ------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Sequence
@@ -9,16 +10,21 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 import torch
 import typer.testing
 
+from distclip import policies
 from distclip._version import __version__
 from distclip.cli.app import app
+from distclip.clipper import GradClipper
 from distclip.errors import ConfigurationError
 from distclip.layouts import dtensor
 from distclip.policies import GlobalNorm
+from distclip.testing import expected
 from distclip.testing.cases import DTYPES, LAYOUTS, POLICIES, ROUNDINGS
+from distclip.tools import check
 from distclip.tools.verify import cells as verify_cells
 from distclip.tools.verify import model as verify_model
 from distclip.tools.verify import running
@@ -235,6 +241,37 @@ def test_loss_of_what_a_model_gives() -> None:
     assert verify_model.loss_of(torch.full((2, 2), 3.0)).item() == 9.0
     with pytest.raises(ConfigurationError, match="gave a str"):
         verify_model.loss_of("x")
+
+
+@pytest.mark.parametrize(
+    ("policy", "wrong", "words"),
+    [
+        # What the parameters are called has nothing to do with it.
+        (policies.by_name({"value*": None}, policies.global_norm(1.0)), 2.0, "should be"),
+        (policies.by_name({"agc*": None}, policies.global_norm(1.0)), 2.0, "should be"),
+        (policies.value(0.1), 2.0, ""),
+        (policies.chain(policies.agc(0.1), policies.agc(0.01)), 0.5, "should be at most"),
+        (policies.chain(policies.agc(0.1), policies.agc(0.01)), 2.0, ""),
+        (policies.agc(0.1), 2.0, "should be"),
+    ],
+    ids=["named value", "named agc", "value", "agc twice", "agc twice, bound", "agc"],
+)
+def test_a_wrong_coefficient_is_seen_by_what_the_policy_is(
+    policy: policies.Policy, wrong: float, words: str
+) -> None:
+    parameters = {name: torch.nn.Parameter(torch.ones(2)) for name in ("value", "agc", "agc2", "w")}
+    for parameter in parameters.values():
+        parameter.grad = torch.full((2,), 3.0)
+    gradients = {name: np.full(2, 3.0) for name in parameters}
+    weights = {name: np.ones(2) for name in parameters}
+    want = expected(check.in_words(policy), gradients, weights)
+    report = GradClipper(list(parameters.items()), policy).clip_()
+    assert verify_cells.judge(policy, report, want, iter(()), exact=True, roundings=1) == []
+    want = dataclasses.replace(want, coefficient=want.coefficient * wrong)
+    faults = verify_cells.judge(policy, report, want, iter(()), exact=True, roundings=1)
+    assert ["coefficient is" in fault and words in fault for fault in faults] == [True] * bool(
+        words
+    )
 
 
 def test_the_cases_fit_together() -> None:

@@ -118,7 +118,8 @@ def _faults(
         {name: None if g is None else g.double().numpy() for name, g in gradients.items()},
         {name: w.double().numpy() for name, w in weights.items()},
     )
-    report = GradClipper(module, build(configuration)).clip_()
+    policy = build(configuration)
+    report = GradClipper(module, policy).clip_()
     clipped = _gathered(module)[1]
 
     def parts() -> Iterator[Any]:
@@ -126,7 +127,7 @@ def _faults(
             yield name, gradient, want.gradients[name]
 
     roundings = ROUNDINGS.get(label, 1)
-    return judge(configuration, report, want, parts(), exact=exact, roundings=roundings)
+    return judge(policy, report, want, parts(), exact=exact, roundings=roundings)
 
 
 def _made(model: str, dtype: torch.dtype) -> nn.Module:
