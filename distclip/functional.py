@@ -43,12 +43,12 @@ from distclip.layouts import declared, dtensor, fsdp1, fsdp2, plain, soundness, 
 from distclip.layouts import names as naming
 from distclip.layouts import plan as plans
 from distclip.layouts.detect import describe, detect
+from distclip.layouts.fetching import Fetched
 from distclip.layouts.names import Named
 from distclip.layouts.piece import Box, Described, Entry, Piece
 from distclip.policies import AGC, GlobalNorm, Measure, ParameterInfo, Policy, Value
 from distclip.policies._norm_threshold import norm_coefficient
 from distclip.statistics import collectives
-from distclip.statistics.measurement import Fetched
 from distclip.statistics.packing import Packet
 
 Parameters: TypeAlias = Tensor | Iterable[Tensor]

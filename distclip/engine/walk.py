@@ -15,14 +15,14 @@ from distclip.engine.ledger import Ledger, Program, Round, States, Walked
 from distclip.engine.replicas import ReplicaCheck
 from distclip.errors import DistclipError, NonFiniteGradientError, UnsupportedGradientError
 from distclip.kernels import changing
-from distclip.kernels.measuring import Look
 from distclip.kernels.transfer import to_device
 from distclip.layouts import sparse
+from distclip.layouts.fetching import Fetched
 from distclip.layouts.plan import Plan
 from distclip.policies._decide import rehearse
 from distclip.statistics import collectives
 from distclip.statistics.alignment import align_alone, align_together, cannot_move
-from distclip.statistics.measurement import Fetched, LocalMeasurement, measure
+from distclip.statistics.measurement import LocalMeasurement, measure
 from distclip.statistics.packing import LocalDecision, Measurement, Stamp, reduce
 from distclip.statistics.request import Request
 from distclip.statistics.units import combine_segments, sum_segments
@@ -124,7 +124,7 @@ def walk(
         if later and last:
             walked.apply = acting
         elif not acting.is_idle() and not (fold and last and fold(acting.factor())):
-            acting(_pairs(measured), loss_scale, measured.seen)
+            acting.on(measured, loss_scale)
     found = walked.nonfinite is not program.all_finite
     walked.undo(states, dropped=found and on_nonfinite == "skip")
     if found and harmless:
@@ -372,23 +372,19 @@ class Acting:
         self,
         present: Sequence[tuple[int, Tensor]],
         loss_scale: Tensor | None = None,
-        seen: Look | None = None,
     ) -> None:
         """Change local gradients as the ledger says. Ask :meth:`is_idle` before.
 
         Args:
             present: ``(position of the piece in the plan, its gradient)``, of any pieces.
             loss_scale: 0-dim; these gradients are this many times too large.
-            seen: what a look at just these gradients has found.
         """
         ledger, decided, skip = self.ledger, self.decided, self.skip
         plan = self.program.plan
         on_host = plan.device.type == "cpu"
-        if self.dropped is None and ledger.is_uniform() and not decided.coefficients:
-            coefficient = cast(Tensor, ledger.rounds[0].coefficients)
-            factors = self._unless_skipped(coefficient).expand(len(present))
+        if self._is_uniform():
             tensors = [gradient for _, gradient in present]
-            changing.scale_(tensors, factors, seen=seen, tables=self.program.memory.tables)
+            changing.scale_(tensors, self._common().expand(len(tensors)))
             return
         for number, turn in enumerate(ledger.rounds):
             sure = on_host or skip is self.program.no_skip
@@ -403,6 +399,22 @@ class Acting:
                 factors = self._unless_skipped(turn.coefficients).expand_as(ledger.ones)
                 whole = [each for each in present if each[0] not in units]
                 changing.scale_([gradient for _, gradient in whole], factors[self._rows(whole)])
+
+    def on(self, measured: LocalMeasurement, loss_scale: Tensor | None) -> None:
+        """Change the gradients that were measured."""
+        seen, tables = measured.seen, self.program.memory.tables
+        if seen is not None and self._is_uniform():
+            factors = self._common().expand(len(seen.numels))
+            changing.scale_(seen.tensors, factors, seen=seen, tables=tables)
+        else:
+            self(_pairs(measured), loss_scale)
+
+    def _is_uniform(self) -> bool:
+        uniform = self.dropped is None and not self.decided.coefficients
+        return uniform and self.ledger.is_uniform()
+
+    def _common(self) -> Tensor:
+        return self._unless_skipped(cast(Tensor, self.ledger.rounds[0].coefficients))
 
     def _unless_skipped(self, factors: Tensor) -> Tensor:
         """On the host a skipped step does not come so far."""

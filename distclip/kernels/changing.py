@@ -104,7 +104,7 @@ def _left(chosen: Chosen | None, count: int) -> Sequence[int]:
 
 def _changed(chosen: Chosen) -> None:
     """Tell autograd, which does not see what is written to memory."""
-    torch.autograd.graph.increment_version(chosen.tensors)
+    torch.autograd.graph.increment_version(chosen.owners)
 
 
 def _steps(coefficients: Tensor) -> Iterator[Tensor]:

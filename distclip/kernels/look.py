@@ -30,6 +30,7 @@ class Look:
         addresses: int64, of the first element of each.
         on_host: whether all lie in host memory.
         row_major: whether all are contiguous; else some have their channels last.
+        owners: the tensors that these are views of, where they are views; else these.
     """
 
     tensors: Sequence[Tensor]
@@ -38,6 +39,7 @@ class Look:
     addresses: npt.NDArray[np.int64]
     on_host: bool
     row_major: bool
+    owners: Sequence[Tensor]
 
     def have_memory_of_their_own(self) -> bool:
         """Whether no two start at the same address, and only empty ones at none."""
@@ -79,6 +81,7 @@ def look(tensors: Sequence[Tensor]) -> Look | None:
         addresses,
         all(map(_is_cpu, tensors)),
         row_major,
+        tensors,
     )
 
 

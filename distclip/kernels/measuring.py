@@ -22,8 +22,6 @@ from distclip.kernels.device import norms as device_norms
 from distclip.kernels.host import kernels as host
 from distclip.kernels.host.kernels import Tables as Tables
 from distclip.kernels.look import Look as Look
-from distclip.kernels.look import look as look
-from distclip.kernels.look import there as there
 
 
 def norms(

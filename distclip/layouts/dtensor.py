@@ -25,6 +25,7 @@ from distclip.errors import UnsupportedGradientError
 from distclip.layouts import plain
 from distclip.layouts.piece import (
     Box,
+    Claimed,
     Described,
     Entry,
     Holder,
@@ -265,23 +266,23 @@ TENSOR = {Tensor}
 _grad, _spec, _shard = map(operator.attrgetter, ("grad", "_spec", "_local_tensor"))
 
 
-def specs_of(holds: Sequence[Holder]) -> list[object]:
-    """The sharding of every parameter."""
-    return [_spec(hold()) for hold in holds]
+def at_once(pieces: Sequence[Piece]) -> Claimed | None:
+    """For :mod:`distclip.layouts.fetching`: DTensors whose piece is all of their shard."""
+    places = [place for place, piece in enumerate(pieces) if piece.hold is not None]
+    holds = [piece.hold for piece in pieces if piece.hold is not None]
+    specs = [_spec(hold()) for hold in holds]
+    return (places, partial(_gradients, holds, specs)) if holds else None
 
 
-def quick_gradients(holds: Sequence[Holder], specs: list[object]) -> list[Tensor | None] | None:
-    """All local gradients at once, where each lies as its parameter does.
-
-    Asked at every step, so without a Python loop where none is missing.
-
-    Returns:
-        None where any of them needs a closer look: then ask one by one.
-    """
+def _gradients(
+    holds: Sequence[Holder], specs: list[object]
+) -> tuple[list[Tensor | None], None] | None:
+    """All local gradients, where each lies as its parameter does."""
     with torch._C.DisableTorchFunctionSubclass():  # nothing to look up: twice as fast
         gradients = list(map(_grad, [hold() for hold in holds]))
     if NoneType not in set(map(type, gradients)):
-        return _shards(gradients, specs)
+        shards = _shards(gradients, specs)
+        return None if shards is None else (shards, None)
     places = [place for place, gradient in enumerate(gradients) if gradient is not None]
     shards = _shards([gradients[each] for each in places], [specs[each] for each in places])
     if not shards:
@@ -289,7 +290,7 @@ def quick_gradients(holds: Sequence[Holder], specs: list[object]) -> list[Tensor
     found: list[Tensor | None] = [None] * len(gradients)
     for place, shard in zip(places, shards, strict=True):
         found[place] = shard
-    return found
+    return found, None
 
 
 def _shards(gradients: Sequence[Any], specs: list[object]) -> list[Tensor | None] | None:

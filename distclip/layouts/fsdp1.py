@@ -12,7 +12,6 @@ import gc
 import math
 import weakref
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -20,9 +19,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distclip.errors import UnsupportedGradientError
-from distclip.layouts import dtensor, flat, plain
+from distclip.layouts import dtensor, flat, flat_views
+from distclip.layouts.flat_views import Cut, Source
+from distclip.layouts.flat_views import at_once as at_once
 from distclip.layouts.names import clean
-from distclip.layouts.piece import Box, Described, Entry, Holder, Piece, held, shared_ranks
+from distclip.layouts.piece import Box, Described, Entry, Piece, held, shared_ranks
 
 FLAT_NAME = "_flat_param"
 """What torch calls a ``FlatParameter`` within the module that it belongs to."""
@@ -53,7 +54,7 @@ def is_reduced(parameter: Tensor) -> bool:
     if not is_flattened(parameter):
         return True
     flattened: Any = owner_of_gradient(parameter)
-    return flattened.grad is None or _is_reduced(flattened)
+    return flattened.grad is None or flat_views.is_reduced(flattened)
 
 
 def describe(name: str, parameter: Tensor) -> list[Described]:
@@ -68,7 +69,7 @@ def describe(name: str, parameter: Tensor) -> list[Described]:
         UnsupportedGradientError: no ``FlatParamHandle`` knows it, or it is not sharded now.
     """
     handle, index = _locate(name, parameter)
-    _refuse_unsharded(name, handle.flat_param)
+    flat_views.refuse_unsharded(name, handle.flat_param)
     if index is not None:
         return [_describe(name, handle, index)]
     prefix = name.removesuffix(FLAT_NAME) if name.endswith(FLAT_NAME) else f"{name}."
@@ -182,7 +183,7 @@ def _describe(name: str, handle: Any, index: int) -> Described:
     low = max(borders[handle.rank - 1] if sharded and handle.rank else -start, 0)
     high = min(part * (handle.rank + 1 if sharded else 1) - start, numel)
     original = flattened._params is not None
-    source = _Source(
+    source = Source(
         name,
         held(flattened),
         index if original else None,
@@ -194,7 +195,7 @@ def _describe(name: str, handle: Any, index: int) -> Described:
     trainable = flattened._params[index].requires_grad if original else flattened.requires_grad
     pieces = []
     for box, place in found:
-        cut = _Cut.of(source, first + place, box.extents, memory)
+        cut = Cut.of(source, first + place, box.extents, memory)
         pieces.append(
             Piece(
                 0,
@@ -287,97 +288,3 @@ def _grid(mesh: Tensor, first: set[int], second: set[int]) -> list[int]:
         if not (line <= first or line <= second):
             chosen = chosen.select(dim, here[dim])
     return [int(rank) for rank in chosen.flatten().tolist()]
-
-
-# ---- fetching -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class _Source:
-    """The flat tensor that an optimizer steps: a ``FlatParameter`` or an original parameter."""
-
-    name: str
-    hold: Holder
-    """The ``FlatParameter``."""
-    index: int | None
-    """Which of its originals; None for itself."""
-    numel: int
-    spread: bool
-    """Whether it is the shard of a DTensor."""
-
-    def parameter(self) -> Tensor:
-        """The tensor, if it is sharded now.
-
-        Raises:
-            UnsupportedGradientError: it is gathered, or its gradient is not reduced.
-        """
-        flattened: Any = self.hold()
-        _refuse_unsharded(self.name, flattened)
-        found: Tensor = flattened if self.index is None else flattened._params[self.index]
-        return found
-
-    def gradient(self) -> Tensor | None:
-        """Its gradient, if it is reduced and sharded."""
-        parameter = self.parameter()
-        gradient = parameter.grad
-        if gradient is None:
-            return None
-        if gradient.numel() != self.numel or not _is_reduced(self.hold()):
-            raise UnsupportedGradientError(
-                f"the gradient of {self.name!r} is this rank's own and not reduced yet: the last "
-                f"backward ran under FSDP1's no_sync(). Clip after a backward outside of "
-                f"no_sync(), or drop the gradient with zero_grad()"
-            )
-        return plain.check_dense(self.name, gradient)
-
-
-@dataclass(frozen=True, slots=True)
-class _Cut:
-    """One box out of a flat tensor."""
-
-    source: _Source
-    first: int
-    shape: tuple[int, ...]
-    """Of the box, dims as the parameter has them."""
-    strides: tuple[int, ...]
-    """Elements from one to the next along each of these dims."""
-
-    @classmethod
-    def of(cls, source: _Source, first: int, extents: Sequence[int], memory: Sequence[int]) -> _Cut:
-        """From extents in memory order, and the dim that each of them belongs to."""
-        strides = [math.prod(extents[place + 1 :]) for place in range(len(extents))]
-        places = sorted(range(len(memory)), key=memory.__getitem__)
-        shape = tuple(extents[place] for place in places)
-        return cls(source, first, shape, tuple(strides[place] for place in places))
-
-    def gradient(self) -> Tensor | None:
-        """A view of the gradient, of the box's shape."""
-        gradient = self.source.gradient()
-        return None if gradient is None else self._view(gradient)
-
-    def weight(self) -> Tensor:
-        """A view of the weights, of the box's shape."""
-        return self._view(self.source.parameter().detach())
-
-    def _view(self, whole: Tensor) -> Tensor:
-        if whole.dim() != 1:  # unsharded, with the shape that it always had
-            return whole
-        step = whole.stride(0)
-        strides = self.strides if step == 1 else [step * stride for stride in self.strides]
-        return whole.as_strided(self.shape, strides, whole.storage_offset() + step * self.first)
-
-
-def _is_reduced(flattened: Any) -> bool:
-    # FSDP1 takes the mark off again when a backward ends, but for one under no_sync().
-    gradient = flattened.grad
-    sharded = gradient is None or gradient.size() == flattened._sharded_size
-    return sharded and not flattened._post_backward_called
-
-
-def _refuse_unsharded(name: str, flattened: Any) -> None:
-    if flattened.size() != flattened._sharded_size:
-        raise UnsupportedGradientError(
-            f"FSDP1 has gathered the parameter {name!r} (summon_full_params, or a forward or "
-            f"backward under way); build the clipper and clip outside of that, between backward "
-            f"and step"
-        )

@@ -10,6 +10,8 @@ from typing import TypeAlias, cast
 
 from torch import Tensor
 
+from distclip.kernels.look import Look
+
 Fetch: TypeAlias = Callable[[], Tensor | None]
 
 Holder: TypeAlias = Callable[[], Tensor]
@@ -120,3 +122,10 @@ class MisplacedError(Exception):
 
 Described: TypeAlias = tuple[Entry, Sequence[Piece]]
 """What a layout says of one parameter; the pieces' ``index`` is still 0."""
+
+Way: TypeAlias = Callable[[], "tuple[Sequence[Tensor | None], Look | None] | None"]
+"""Fetches the gradients of several pieces at once, with a look at them where that is cheap; gives
+None where one of them is unusual. See :mod:`distclip.layouts.fetching`."""
+
+Claimed: TypeAlias = tuple[Sequence[int], Way]
+"""The places of pieces that a layout knows how to fetch at once, and how."""

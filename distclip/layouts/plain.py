@@ -14,7 +14,7 @@ from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
 
 from distclip.errors import UnsupportedGradientError
-from distclip.layouts.piece import Box, Described, Entry, Holder, Piece, held
+from distclip.layouts.piece import Box, Claimed, Described, Entry, Holder, Piece, held
 
 TENSOR = {Tensor}
 _grad = operator.attrgetter("grad")
@@ -99,12 +99,15 @@ def holder_of(piece: Piece) -> Holder | None:
     return None
 
 
-def quick_gradients(holds: Sequence[Holder]) -> list[Tensor | None] | None:
-    """All gradients at once, without a Python loop where none is missing.
+def at_once(pieces: Sequence[Piece]) -> Claimed | None:
+    """For :mod:`distclip.layouts.fetching`: parameters whose gradient is in ``.grad``."""
+    found = [(place, holder_of(piece)) for place, piece in enumerate(pieces)]
+    holds = [hold for _, hold in found if hold is not None]
+    places = [place for place, hold in found if hold is not None]
+    return (places, partial(_gradients, holds)) if holds else None
 
-    Returns:
-        None where any is no plain tensor: then ask one by one.
-    """
+
+def _gradients(holds: Sequence[Holder]) -> tuple[list[Tensor | None], None] | None:
     gradients = list(map(_grad, [hold() for hold in holds]))
     kinds = set(map(type, gradients))
     if NoneType in kinds:
@@ -113,7 +116,7 @@ def quick_gradients(holds: Sequence[Holder]) -> list[Tensor | None] | None:
             for hold, gradient in zip(holds, gradients, strict=True)
         ]
         kinds = set(map(type, gradients)) - {NoneType}
-    return gradients if kinds == TENSOR else None
+    return (gradients, None) if kinds == TENSOR else None
 
 
 def check_dense(name: str, tensor: Tensor) -> Tensor:

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from distclip.errors import ProcessGroupError, RankMismatchError, UnsupportedGradientError
-from distclip.layouts import dtensor, plain
 from distclip.layouts.differences import listed, ranked, sides
+from distclip.layouts.fetching import Fetching
 from distclip.layouts.piece import Described, Entry, Holder, Piece
 
 
@@ -60,15 +60,9 @@ class Plan:
         return holds if holds and len(holds) == len(self.pieces) else None
 
     @cached_property
-    def plain_holds(self) -> tuple[Holder, ...] | None:
-        """The parameter of every piece, where all of them are whole tensors of the plain layout."""
-        holds = tuple(hold for piece in self.pieces if (hold := plain.holder_of(piece)) is not None)
-        return holds if holds and len(holds) == len(self.pieces) else None
-
-    @cached_property
-    def specs(self) -> list[object]:
-        """The sharding of each of :attr:`holds`."""
-        return dtensor.specs_of(self.holds or ())
+    def fetching(self) -> Fetching:
+        """Fetches the gradients of all pieces at once, in the usual case."""
+        return Fetching(self.pieces)
 
     @cached_property
     def rows(self) -> Tensor | None:

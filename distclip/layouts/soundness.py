@@ -68,10 +68,10 @@ def inspect(
 def _are_usual(seen: Look) -> bool:
     dtypes = set(seen.dtypes)
     if not dtypes <= REAL and (
-        not dtypes <= REAL | COMPLEX or any(map(Tensor.is_conj, seen.tensors))
+        not dtypes <= REAL | COMPLEX or any(map(Tensor.is_conj, seen.owners))
     ):
         return False
-    return not any(map(Tensor.is_inference, seen.tensors)) and seen.have_memory_of_their_own()
+    return not any(map(Tensor.is_inference, seen.owners)) and seen.have_memory_of_their_own()
 
 
 def weight_if_any(piece: Piece) -> Tensor | None:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from distclip.errors import DistclipError
 from distclip.kernels import measuring
-from distclip.kernels.measuring import Look, Tables, look, there
+from distclip.kernels.measuring import Look, Tables
 from distclip.kernels.transfer import to_device
-from distclip.layouts import dtensor, plain, soundness, sparse
+from distclip.layouts import dtensor, soundness, sparse
+from distclip.layouts.fetching import Fetched
 from distclip.layouts.piece import MisplacedError
 from distclip.layouts.plan import Plan
 from distclip.statistics.overlap import Early, Overlap
@@ -86,16 +87,9 @@ class Memory:
 
     def find(self, plan: Plan) -> Fetched | None:
         """The gradients, where every piece has one and each is of the kind that it was before."""
-        found = None if self.kinds is None else _fetched_at_once(plan)
+        found = None if self.kinds is None else plan.fetching()
         seen = None if found is None else found.seen
         return found if seen is not None and _kinds_of(seen) == self.kinds else None
-
-
-class Fetched(NamedTuple):
-    """The gradient of every piece; and what a look at them has found."""
-
-    gradients: Sequence[Tensor | None]
-    seen: Look | None
 
 
 Kinds: TypeAlias = tuple[list[torch.dtype], list[int], bool]
@@ -117,7 +111,7 @@ def measure(
     """Measure this rank's pieces, but for what came ``early``. Issues no collective."""
     result = LocalMeasurement()
     if fetched is None:
-        fetched = _fetched_at_once(plan) or Fetched(_fetched(plan, result), None)
+        fetched = plan.fetching() or Fetched(_fetched(plan, result), None)
     present = _inspected(plan, fetched, result, memory)
     counted = _counted(plan, request, present)
     bounds = [request.bounds.get(piece.index) for piece in plan.pieces] if request.bounds else None
@@ -179,17 +173,6 @@ def _weights(plan: Plan, request: Request, result: LocalMeasurement) -> Sequence
             weights.append(None)
             result.trouble = result.trouble or trouble
     return weights
-
-
-def _fetched_at_once(plan: Plan) -> Fetched | None:
-    """The gradient of every piece, in the usual case; None where they must be asked one by one."""
-    quick: Sequence[Tensor | None] | None = None
-    if plan.holds is not None:
-        quick = dtensor.quick_gradients(plan.holds, plan.specs)
-    elif plan.plain_holds is not None:
-        quick = plain.quick_gradients(plan.plain_holds)
-    seen = None if quick is None else look(there(quick))
-    return None if quick is None or seen is None else Fetched(quick, seen)
 
 
 def _fetched(plan: Plan, result: LocalMeasurement) -> list[Tensor | None]:

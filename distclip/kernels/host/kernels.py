@@ -43,12 +43,14 @@ class Chosen:
         positions: which of the tensors asked for these are; None where they are all.
         table: with the tensors, or their units, as rows.
         addresses: of the tensors, int64.
+        owners: the tensors that these are views of, where they are views; else these.
     """
 
     tensors: Sequence[Tensor]
     positions: Sequence[int] | None
     table: Table
     addresses: Integers
+    owners: Sequence[Tensor]
 
 
 @dataclass
@@ -107,7 +109,7 @@ def choose(
             counts = None if counts is None else [counts[number] for number in positions]
             bounds = None if bounds is None else [bounds[number] for number in positions]
         table = tables.contiguous(what, seen.numels, seen.dtypes, counts, bounds)
-        return Chosen(seen.tensors, positions, table, seen.addresses)
+        return Chosen(seen.tensors, positions, table, seen.addresses, seen.owners)
     found: list[tuple[int, Tensor, Kind, Shape]] = []
     for number, tensor in enumerate(tensors):
         shape = None
@@ -122,7 +124,7 @@ def choose(
     limits = None if bounds is None else [bounds[number] for number in where]
     table = table_of(of_kinds, shapes, limits, units=unit_dims is not None)
     addresses = np.array([tensor.data_ptr() for tensor in some], np.int64)
-    return Chosen(some, where if len(where) < len(tensors) else None, table, addresses)
+    return Chosen(some, where if len(where) < len(tensors) else None, table, addresses, some)
 
 
 def _takes(seen: Look, kinds: frozenset[Kind], unit_dims: Sequence[Sequence[int]] | None) -> bool:

@@ -1,0 +1,72 @@
+"""The gradients of all pieces at once, in the usual case: no Python loop, every check made once.
+
+A layout offers a way for its own pieces (:data:`CLAIMS`); whatever is unusual is left to the pieces
+themselves, one by one, which say by name what is wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeAlias
+
+from torch import Tensor
+
+from distclip.errors import DistclipError
+from distclip.kernels.look import Look, look, there
+from distclip.layouts import dtensor, fsdp1, plain
+from distclip.layouts.piece import Claimed, MisplacedError, Piece
+
+Gradients: TypeAlias = Sequence[Tensor | None]
+
+
+class Fetched(NamedTuple):
+    """The gradient of every piece; and what a look at those that are there has found."""
+
+    gradients: Gradients
+    seen: Look | None
+
+
+CLAIMS: Sequence[Callable[[Sequence[Piece]], Claimed | None]] = (
+    dtensor.at_once,
+    plain.at_once,
+    fsdp1.at_once,
+)
+"""Per layout: from all pieces to those that are its own."""
+
+
+class Fetching:
+    """How the gradients of these pieces are fetched."""
+
+    def __init__(self, pieces: Sequence[Piece]) -> None:
+        self._pieces = pieces
+        found = (claim(pieces) for claim in CLAIMS)
+        self._ways = [each for each in found if each is not None]
+        claimed = {place for places, _ in self._ways for place in places}
+        self._others = [place for place in range(len(pieces)) if place not in claimed]
+
+    def __call__(self) -> Fetched | None:
+        """All gradients; None where a piece has to be asked by itself."""
+        if len(self._ways) == 1 and not self._others:
+            found = self._ways[0][1]()
+            if found is None:
+                return None
+            gradients, seen = found
+            seen = look(there(gradients)) if seen is None else seen
+            return None if seen is None else Fetched(gradients, seen)
+        return self._mixed() if self._ways else None
+
+    def _mixed(self) -> Fetched | None:
+        gradients: list[Tensor | None] = [None] * len(self._pieces)
+        for places, way in self._ways:
+            found = way()
+            if found is None:
+                return None
+            for place, gradient in zip(places, found[0], strict=True):
+                gradients[place] = gradient
+        try:
+            for place in self._others:
+                gradients[place] = self._pieces[place].gradient()
+        except (DistclipError, MisplacedError):
+            return None
+        seen = look(there(gradients))
+        return None if seen is None else Fetched(gradients, seen)

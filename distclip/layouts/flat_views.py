@@ -1,0 +1,186 @@
+"""Views into FSDP1's flat tensors: the boxes that parameters are cut into, fetched one or all."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, overload
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distclip.errors import UnsupportedGradientError
+from distclip.kernels.look import Look, look
+from distclip.layouts import plain
+from distclip.layouts.piece import Claimed, Holder, Piece
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """The flat tensor that an optimizer steps: a ``FlatParameter`` or an original parameter."""
+
+    name: str
+    hold: Holder
+    """The ``FlatParameter``."""
+    index: int | None
+    """Which of its originals; None for itself."""
+    numel: int
+    spread: bool
+    """Whether it is the shard of a DTensor."""
+
+    def parameter(self) -> Tensor:
+        """The tensor, if it is sharded now.
+
+        Raises:
+            UnsupportedGradientError: it is gathered, or its gradient is not reduced.
+        """
+        flattened: Any = self.hold()
+        refuse_unsharded(self.name, flattened)
+        found: Tensor = flattened if self.index is None else flattened._params[self.index]
+        return found
+
+    def gradient(self) -> Tensor | None:
+        """Its gradient, if it is reduced and sharded."""
+        parameter = self.parameter()
+        gradient = parameter.grad
+        if gradient is None:
+            return None
+        if gradient.numel() != self.numel or not is_reduced(self.hold()):
+            raise UnsupportedGradientError(
+                f"the gradient of {self.name!r} is this rank's own and not reduced yet: the last "
+                f"backward ran under FSDP1's no_sync(). Clip after a backward outside of "
+                f"no_sync(), or drop the gradient with zero_grad()"
+            )
+        return plain.check_dense(self.name, gradient)
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """One box out of a flat tensor."""
+
+    source: Source
+    first: int
+    shape: tuple[int, ...]
+    """Of the box, dims as the parameter has them."""
+    strides: tuple[int, ...]
+    """Elements from one to the next along each of these dims."""
+
+    @classmethod
+    def of(cls, source: Source, first: int, extents: Sequence[int], memory: Sequence[int]) -> Cut:
+        """From extents in memory order, and the dim that each of them belongs to."""
+        strides = [math.prod(extents[place + 1 :]) for place in range(len(extents))]
+        places = sorted(range(len(memory)), key=memory.__getitem__)
+        shape = tuple(extents[place] for place in places)
+        return cls(source, first, shape, tuple(strides[place] for place in places))
+
+    def gradient(self) -> Tensor | None:
+        """A view of the gradient, of the box's shape."""
+        gradient = self.source.gradient()
+        return None if gradient is None else self.view_of(gradient)
+
+    def weight(self) -> Tensor:
+        """A view of the weights, of the box's shape."""
+        return self.view_of(self.source.parameter().detach())
+
+    def view_of(self, whole: Tensor) -> Tensor:
+        """The box out of the flat tensor, or that itself where it has kept its shape."""
+        if whole.dim() != 1:  # unsharded, with the shape that it always had
+            return whole
+        step = whole.stride(0)
+        strides = self.strides if step == 1 else [step * stride for stride in self.strides]
+        return whole.as_strided(self.shape, strides, whole.storage_offset() + step * self.first)
+
+
+def at_once(pieces: Sequence[Piece]) -> Claimed | None:
+    """For :mod:`distclip.layouts.fetching`: boxes out of flat tensors."""
+    cuts: list[Cut] = []
+    places = []
+    for place, piece in enumerate(pieces):
+        owner = getattr(piece.gradient, "__self__", None)
+        if isinstance(owner, Cut):
+            cuts.append(owner)
+            places.append(place)
+    return (places, _AtOnce(cuts)) if cuts else None
+
+
+class _AtOnce:
+    """Every check once for each flat tensor; of the boxes only the addresses are made."""
+
+    def __init__(self, cuts: Sequence[Cut]) -> None:
+        self._cuts = cuts
+        self._sources = list(dict.fromkeys(cut.source for cut in cuts))
+        self._flats = list({id(s.hold): s.hold for s in self._sources}.values())
+        number = {source: each for each, source in enumerate(self._sources)}
+        self._owner = np.array([number[cut.source] for cut in cuts], np.int64)
+        self._first = np.array([cut.first for cut in cuts], np.int64)
+        self._expected = [source.numel for source in self._sources]
+        self._numels = [math.prod(cut.shape) for cut in cuts]
+        self._dtypes: list[torch.dtype] = []
+
+    def __call__(self) -> tuple[_Views, Look] | None:
+        flats: list[Any] = [hold() for hold in self._flats]
+        if not all(f.size() == f._sharded_size and is_reduced(f) for f in flats):
+            return None
+        parameters: list[Any] = [
+            source.hold() if source.index is None else source.hold()._params[source.index]  # type: ignore[attr-defined]
+            for source in self._sources
+        ]
+        whole = [parameter.grad for parameter in parameters]
+        if set(map(type, whole)) != {Tensor} or any(each.dim() != 1 for each in whole):
+            return None
+        seen = look(whole)
+        if seen is None or seen.numels != self._expected:
+            return None
+        size = np.array([each.itemsize for each in whole], np.int64)[self._owner]
+        dtypes = [seen.dtypes[each] for each in self._owner.tolist()]
+        if dtypes == self._dtypes:
+            dtypes = self._dtypes  # one object: quick to compare with itself
+        self._dtypes = dtypes
+        views = _Views(whole, self._owner, self._cuts)
+        addresses = seen.addresses[self._owner] + self._first * size
+        return views, Look(views, dtypes, self._numels, addresses, seen.on_host, True, whole)
+
+
+class _Views(Sequence[Tensor]):
+    """Boxes out of flat tensors, each made when it is asked for."""
+
+    def __init__(self, whole: Sequence[Tensor], owner: Any, cuts: Sequence[Cut]) -> None:
+        self._whole, self._owner, self._cuts = whole, owner, cuts
+
+    def __len__(self) -> int:
+        return len(self._cuts)
+
+    @overload
+    def __getitem__(self, place: int) -> Tensor: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[Tensor]: ...
+
+    def __getitem__(self, place: int | slice) -> Tensor | Sequence[Tensor]:
+        if isinstance(place, slice):
+            return [self[each] for each in range(*place.indices(len(self)))]
+        return self._cuts[place].view_of(self._whole[self._owner[place]])
+
+
+def is_reduced(flattened: Any) -> bool:
+    """Whether a ``FlatParameter``'s gradient is not the one of a backward under ``no_sync()``."""
+    # FSDP1 takes the mark off again when a backward ends, but for one under no_sync().
+    gradient = flattened.grad
+    sharded = gradient is None or gradient.size() == flattened._sharded_size
+    return sharded and not flattened._post_backward_called
+
+
+def refuse_unsharded(name: str, flattened: Any) -> None:
+    """Refuse a ``FlatParameter`` that FSDP1 has gathered.
+
+    Raises:
+        UnsupportedGradientError: names the parameter.
+    """
+    if flattened.size() != flattened._sharded_size:
+        raise UnsupportedGradientError(
+            f"FSDP1 has gathered the parameter {name!r} (summon_full_params, or a forward or "
+            f"backward under way); build the clipper and clip outside of that, between backward "
+            f"and step"
+        )
