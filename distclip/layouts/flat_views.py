@@ -119,7 +119,7 @@ class _AtOnce:
         self._numels = [math.prod(cut.shape) for cut in cuts]
         self._dtypes: list[torch.dtype] = []
 
-    def __call__(self) -> tuple[_Views, Look] | None:
+    def __call__(self) -> tuple[Sequence[Tensor | None], Look] | None:
         flats: list[Any] = [hold() for hold in self._flats]
         if not all(f.size() == f._sharded_size and is_reduced(f) for f in flats):
             return None
@@ -128,8 +128,8 @@ class _AtOnce:
             for source in self._sources
         ]
         whole = [parameter.grad for parameter in parameters]
-        if set(map(type, whole)) != {Tensor} or any(each.dim() != 1 for each in whole):
-            return None
+        if set(map(type, whole)) != {Tensor}:
+            return self._of_some([gradient is None for gradient in whole])
         seen = look(whole)
         if seen is None or seen.numels != self._expected:
             return None
@@ -139,8 +139,21 @@ class _AtOnce:
             dtypes = self._dtypes  # one object: quick to compare with itself
         self._dtypes = dtypes
         views = _Views(whole, self._owner, self._cuts)
-        addresses = seen.addresses[self._owner] + self._first * size
-        return views, Look(views, dtypes, self._numels, addresses, seen.on_host, True, whole)
+        at = seen.addresses[self._owner] + self._first * size
+        return views, Look(views, dtypes, self._numels, at, seen.on_host, seen.row_major, whole)
+
+    def _of_some(self, missing: Sequence[bool]) -> tuple[Sequence[Tensor | None], Look] | None:
+        """Where some flat tensors have no gradient."""
+        places = [place for place, owner in enumerate(self._owner) if not missing[owner]]
+        if not places or not any(missing):
+            return None
+        found = _AtOnce([self._cuts[place] for place in places])()
+        if found is None:
+            return None
+        gradients: list[Tensor | None] = [None] * len(self._cuts)
+        for place, gradient in zip(places, found[0], strict=True):
+            gradients[place] = gradient
+        return gradients, found[1]
 
 
 class _Views(Sequence[Tensor]):

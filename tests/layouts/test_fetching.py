@@ -1,0 +1,126 @@
+"""All gradients at once are the gradients that the pieces give one by one; or nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+
+from distclip import GradClipper, policies
+from distclip.kernels.look import look, there
+from distclip.layouts.plan import Plan
+from distclip.testing.models.flattened import flatten
+from tests.layouts.test_fsdp1 import batch, loss_of, make, mine, wrapped
+from tests.sharded import mesh_of, whole
+
+
+def plan_of(model: nn.Module) -> Plan:
+    return GradClipper(model, policies.measure()).plan
+
+
+def compare(plan: Plan) -> int:
+    """How many gradients there are; all as the pieces have them, and as a look describes them."""
+    found = plan.fetching()
+    assert found is not None
+    alone = [piece.gradient() for piece in plan.pieces]
+    assert len(found.gradients) == len(alone)
+    for gradient, expected in zip(found.gradients, alone, strict=True):
+        assert (gradient is None) == (expected is None)
+        if gradient is not None and expected is not None:
+            assert gradient.shape == expected.shape
+            assert gradient.data_ptr() == expected.data_ptr()
+            assert torch.equal(gradient, expected)
+    seen, described = found.seen, look(there(alone))
+    assert seen is not None
+    assert described is not None
+    assert seen.addresses.tolist() == described.addresses.tolist()
+    assert (seen.numels, seen.dtypes, seen.on_host) == (
+        described.numels,
+        described.dtypes,
+        described.on_host,
+    )
+    assert all(map(torch.equal, seen.tensors, described.tensors))
+    return len(seen.tensors)
+
+
+def test_plain_parameters_some_without_gradient_some_with_channels_last() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 3), nn.Linear(2, 2).half())
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    model[1].weight.grad = model[1].weight.grad.to(memory_format=torch.channels_last)
+    plan = plan_of(model)
+    assert compare(plan) == 6
+    model[0].weight.grad = None
+    assert compare(plan) == 5
+
+
+def test_a_main_gradient_stands_for_one_that_is_missing() -> None:
+    parameters = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))]
+    plan = GradClipper(parameters, policies.measure()).plan
+    parameters[0].grad, parameters[1].main_grad = torch.randn(3), torch.randn(2)  # type: ignore[attr-defined]
+    assert compare(plan) == 2
+
+
+def test_what_has_gaps_or_no_memory_is_left_to_the_pieces() -> None:
+    parameter = nn.Parameter(torch.ones(4, 4))
+    plan = plan_of(nn.ParameterList([parameter]))
+    parameter.grad = torch.randn(4, 8)[:, ::2]
+    assert plan.fetching() is None
+    parameter.grad = torch.randn(4, 4).to_sparse()
+    assert plan.fetching() is None
+
+
+@pytest.mark.ranks(1, 2)
+@pytest.mark.parametrize("original", [False, True])
+def test_fsdp1(original: bool) -> None:
+    model = wrapped(original)
+    loss_of(model, mine(batch())).backward()
+    plan = plan_of(model)
+    assert compare(plan) == len(plan.pieces)
+    model.zero_grad()
+    assert plan.fetching() is None  # without a gradient the pieces are asked
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("layout", ["fsdp1", "fsdp1_orig"])
+def test_fsdp1_of_uneven_parts(layout: str) -> None:
+    values = whole()
+    flattened = flatten(layout, values)
+    flattened.set_gradients(values.gradients)
+    plan = GradClipper(list(flattened.parameters.items()), policies.measure()).plan
+    compare(plan)
+
+
+@pytest.mark.ranks(2)
+def test_fsdp1_under_no_sync_is_left_to_the_pieces() -> None:
+    model = wrapped(False, nested=False)
+    plan = plan_of(model)
+    with model.no_sync():
+        loss_of(model, mine(batch())).backward()
+    assert plan.fetching() is None
+
+
+@pytest.mark.ranks(1, 2, 3)
+def test_dtensors_beside_plain_tensors_some_without_gradient() -> None:
+    model = make()
+    fully_shard(model.middle, mesh=mesh_of((torch.distributed.get_world_size(),), ("dp",)))
+    loss_of(model, batch()).backward()
+    plan = plan_of(model)
+    assert compare(plan) == 6
+    model.middle.bias.grad = None
+    model.head.bias.grad = None
+    assert compare(plan) == 4
+
+
+@pytest.mark.ranks(2)
+def test_a_gradient_in_other_placements_is_left_to_the_pieces() -> None:
+    from torch.distributed.tensor import Replicate
+
+    model = make()
+    fully_shard(model, mesh=mesh_of((2,), ("dp",)))
+    loss_of(model, batch()).backward()
+    plan = plan_of(model)
+    gradient: Tensor = model.body.weight.grad
+    model.body.weight.grad = gradient.redistribute(placements=[Replicate()])  # type: ignore[attr-defined]
+    assert plan.fetching() is None
