@@ -11,20 +11,17 @@ every batch is drawn from --seed, and each rank takes its share of it.
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
+from training import Log, reporter
 
 VOCABULARY = 256  # bytes
 HELD_OUT = 0.1  # the last tenth of the text is never trained on
@@ -150,36 +147,6 @@ def make_optimizer(model: nn.Module, options: argparse.Namespace) -> torch.optim
     return torch.optim.AdamW(model.parameters(), **settings)
 
 
-class Reporter(Protocol):
-    """Shows how far the training is."""
-
-    def __call__(self, step: int, loss: float, tokens_per_s: float) -> None: ...
-
-
-@contextmanager
-def reporter(accelerator: Accelerator, steps: int) -> Iterator[Reporter]:
-    """A progress bar on a terminal, plain lines elsewhere, nothing on the other ranks."""
-    if not accelerator.is_main_process:
-        yield lambda step, loss, tokens_per_s: None
-    elif sys.stdout.isatty():
-        from rich.progress import Progress
-
-        with Progress() as progress:
-            task = progress.add_task("training", total=steps)
-
-            def show(step: int, loss: float, tokens_per_s: float) -> None:
-                text = f"loss {loss:.3f}  {tokens_per_s:,.0f} tokens/s"
-                progress.update(task, completed=step, description=text)
-
-            yield show
-    else:
-
-        def write(step: int, loss: float, tokens_per_s: float) -> None:
-            print(f"step {step:5d}  loss {loss:.4f}  {tokens_per_s:,.0f} tokens/s", flush=True)
-
-        yield write
-
-
 def train(
     accelerator: Accelerator,
     model: nn.Module,
@@ -193,7 +160,7 @@ def train(
     pending: list[Tensor] = []
     norms: list[Tensor] = []
     began = time.perf_counter()
-    with reporter(accelerator, options.steps) as report:
+    with reporter(accelerator.is_main_process, options.steps) as report:
         for step, windows in enumerate(batches, start=1):
             loss = model(windows)
             accelerator.backward(loss)
@@ -215,7 +182,7 @@ def train(
                 norm = {"norm": float(norms[number])} if norms else {}
                 at = step - len(losses) + 1 + number
                 log.write(step=at, loss=value, tokens_per_s=round(tokens_per_s), **norm)
-            report(step, losses[-1], tokens_per_s)
+            report(step, f"loss {losses[-1]:.4f}  {tokens_per_s:,.0f} tokens/s")
             pending, norms, began = [], [], now
             if not math.isfinite(losses[-1]):  # averaged, hence the same on every rank
                 return False
@@ -229,24 +196,6 @@ def held_out_loss(accelerator: Accelerator, model: nn.Module, batches: DataLoade
     losses = torch.stack([model(windows) for windows in batches])
     mean: float = accelerator.reduce(losses, "mean").mean().item()
     return mean
-
-
-class Log:
-    """JSON lines, written by the main rank; a value that is not a number is written as null."""
-
-    def __init__(self, path: Path | None, main: bool) -> None:
-        self.file = None
-        if path is not None and main:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = path.open("w", encoding="utf-8")
-
-    def write(self, **values: float | None) -> None:
-        if self.file is not None:
-            sound = {
-                k: v if v is not None and math.isfinite(v) else None for k, v in values.items()
-            }
-            self.file.write(json.dumps(sound) + "\n")
-            self.file.flush()
 
 
 def main() -> None:

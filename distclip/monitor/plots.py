@@ -41,13 +41,16 @@ STYLE: dict[str, Any] = {
 }
 
 
-def draw(runs: Sequence[Run], losses: Sequence[Curve] = (), *, title: str = "") -> Figure:
+def draw(
+    runs: Sequence[Run], losses: Sequence[Curve] = (), *, title: str = "", quantity: str = "Loss"
+) -> Figure:
     """Draw the picture; a ``matplotlib.figure.Figure``, not bound to any window.
 
     Args:
         runs: at least one.
         losses: of the same groups as the runs, or none.
         title: above everything; the names of the groups when empty.
+        quantity: what ``losses`` are, such as the return of a policy.
 
     Raises:
         DistclipError: matplotlib is not installed.
@@ -63,7 +66,7 @@ def draw(runs: Sequence[Run], losses: Sequence[Curve] = (), *, title: str = "") 
             title or "Gradient clipping: " + ", ".join(groups), x=0.01, ha="left", fontsize=13
         )
         if loss is not None:
-            _loss(loss, losses, colours)
+            _loss(loss, losses, colours, quantity)
         # A panel of norms for each group, on one scale: before and after of several groups on top
         # of each other cannot be told apart.
         for panel, (group, members) in zip(norms, _grouped(runs), strict=True):
@@ -158,11 +161,11 @@ def _keep_in_view(panels: Sequence[Axes], curves: Sequence[Floats]) -> None:
             )  # fmt: skip
 
 
-def _loss(axes: Axes, losses: Sequence[Curve], colours: dict[str, str]) -> None:
+def _loss(axes: Axes, losses: Sequence[Curve], colours: dict[str, str], quantity: str) -> None:
     for group, members in _grouped(losses):
         _curves(axes, members, colours.get(group, "#000000"), group)
-    axes.set_title("Loss")
-    axes.set_ylabel("loss")
+    axes.set_title(quantity)
+    axes.set_ylabel(quantity.lower())
     _keep_in_view([axes], [curve.values for curve in losses])
     _legend(axes)
 

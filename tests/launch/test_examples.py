@@ -1,0 +1,199 @@
+"""The examples of launch/, in a short form: same weights on two ranks as alone, one clip a step."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import yaml
+from torch import nn
+
+pytest.importorskip("gymnasium")
+pytest.importorskip("accelerate")
+
+ROOT = Path(__file__).resolve().parents[2]
+HYPERPARAMETERS = ROOT / "configs" / "hyperparams_config.json"
+SHORT_DQN = ["--steps", "1200", "--evaluate-every", "600"]  # 25 updates
+
+
+def module(name: str) -> Any:
+    """A file of launch/, whose scripts import each other by name."""
+    if str(ROOT / "launch") not in sys.path:
+        sys.path.insert(0, str(ROOT / "launch"))
+    return importlib.import_module(name)
+
+
+def options(script: Any, *arguments: str) -> argparse.Namespace:
+    before, sys.argv = sys.argv, ["script", *arguments]
+    try:
+        return script.parse_arguments()
+    finally:
+        sys.argv = before
+
+
+class Alone:
+    """One process with the whole batch and torch's own clipping."""
+
+    rank, world = 0, 1
+
+    def __init__(self, max_norm: float) -> None:
+        self.max_norm = max_norm
+        self.clipped = 0
+
+    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
+        def clip(*_: Any) -> None:
+            norm = nn.utils.clip_grad_norm_(model.parameters(), self.max_norm)
+            self.clipped += bool(norm > self.max_norm)
+
+        optimizer.register_step_pre_hook(clip)
+        return model, optimizer
+
+    def backward(self, loss: torch.Tensor) -> None:
+        loss.backward()
+
+
+def policy_file(folder: Path, max_norm: float) -> Path:
+    path = folder / "policy.yaml"
+    log = {"jsonl": str(folder / "clip.jsonl")}
+    text = {"policy": {"name": "global_norm", "max_norm": max_norm}, "log": log}
+    path.write_text(yaml.safe_dump(text))
+    return path
+
+
+def compare(got: nn.Module, want: nn.Module) -> None:
+    for (name, p), q in zip(got.named_parameters(), want.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6, msg=lambda text, n=name: n + text)
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.ranks(1, 2)
+def test_rnn_as_alone(tmp_path: Path) -> None:
+    training, train_rnn = module("training"), module("train_rnn")
+    if dist.get_rank() == 0:
+        policy_file(tmp_path, 0.5)
+    dist.barrier()
+    given = options(train_rnn, "--steps", "40", "--policy", str(tmp_path / "policy.yaml"))
+    network = train_rnn.train(training.start(given), given, training.Log(None, False))
+    alone = Alone(0.5)
+    torch.manual_seed(given.seed)
+    compare(network, train_rnn.train(alone, given, training.Log(None, False)))
+    assert alone.clipped > 10  # so that equal weights say something of the clipping
+    if dist.get_rank() == 0:
+        assert [line["step"] for line in lines(tmp_path / "clip.jsonl")] == list(range(40))
+
+
+@pytest.mark.ranks(1, 2)
+def test_dqn_as_alone(tmp_path: Path) -> None:
+    training, train_dqn = module("training"), module("train_dqn")
+    if dist.get_rank() == 0:
+        policy_file(tmp_path, 0.1)
+    dist.barrier()
+    given = options(train_dqn, "--seed", "0", "--policy", str(tmp_path / "policy.yaml"), *SHORT_DQN)
+    hyper = train_dqn.Hyperparameters(**json.loads(HYPERPARAMETERS.read_text()))
+    network, _ = train_dqn.train(training.start(given), hyper, given, training.Log(None, False))
+    alone = Alone(0.1)
+    torch.manual_seed(given.seed)
+    want, _ = train_dqn.train(alone, hyper, given, training.Log(None, False))
+    compare(network, want)
+    assert alone.clipped > 10
+    if dist.get_rank() == 0:
+        assert len(lines(tmp_path / "clip.jsonl")) == 26  # game steps 1000, 1008, ..., 1200
+
+
+def start(*command: str) -> str:
+    environ = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    environ |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=environ, capture_output=True, text=True,
+        timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_dqn_under_both_launchers(tmp_path: Path) -> None:
+    """The same run under `accelerate launch` and plain torchrun, by the file as it is."""
+    loopback = ("-m", "distclip.testing.ranks.loopback")
+    script, weights = str(ROOT / "launch" / "train_dqn.py"), "--weights"
+    start(
+        *loopback, "accelerate.commands.launch", "--config_file", "configs/accelerate/ddp_cpu.yaml",
+        "-m", "distclip", "run", "--config", str(HYPERPARAMETERS), script, *SHORT_DQN,
+        weights, str(tmp_path / "accelerate.pt"),
+    )  # fmt: skip
+    printed = start(
+        *loopback, "torch.distributed.run", "--nproc-per-node", "2", script, *SHORT_DQN,
+        "--policy", str(HYPERPARAMETERS), weights, str(tmp_path / "torchrun.pt"),
+    )  # fmt: skip
+    assert printed.count("mean return over 100 new episodes") == 1  # one of the ranks prints
+    one, other = (torch.load(tmp_path / f"{name}.pt") for name in ("accelerate", "torchrun"))
+    assert one.keys() == other.keys()
+    for name, weight in one.items():
+        assert torch.equal(weight, other[name]), name
+
+
+class InThisProcess:
+    """In place of a launched process: the script alone, here."""
+
+    def __init__(self, command: list[str], **_: Any) -> None:
+        at = next(i for i, word in enumerate(command) if "/launch/train_" in word)
+        config = command[command.index("--config") + 1]
+        before, sys.argv = sys.argv, [*command[at:], "--policy", config]
+        try:
+            runpy.run_path(command[at], run_name="__main__")
+        finally:
+            sys.argv = before
+        self.returncode = 0
+
+    def poll(self) -> int:
+        return self.returncode
+
+
+def test_choosing_a_threshold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    choose, study = module("choose_threshold"), module("study")
+    monkeypatch.setattr(study.subprocess, "Popen", InThisProcess)
+    monkeypatch.setattr(choose, "suggest", lambda runs: (f"{len(runs)} logs", 2.5))
+    command = ["x", "--output", str(tmp_path), "--seeds", "2", "--steps", "30"]
+    monkeypatch.setattr(sys, "argv", command)
+    choose.main()
+    shown = capsys.readouterr().out
+    assert "2 logs" in shown
+    for label in ("no clipping", "global norm 0.1", "global norm 2.5", "global norm 100"):
+        (row,) = (line for line in shown.splitlines() if line.startswith(f"│ {label} "))
+        cells = [cell.strip() for cell in row.strip("│").split("│")]
+        largest_after = float(cells[-2])
+        assert largest_after <= float(label.split()[-1]) * 1.001 if "norm" in label else True
+        assert (cells[-1] == "0 %") == (label in ("no clipping", "global norm 100"))
+    assert (tmp_path / "rnn" / "rnn.png").stat().st_size > 10_000
+
+
+def test_the_suggestion_is_that_of_the_command(tmp_path: Path) -> None:
+    choose, study = module("choose_threshold"), module("study")
+    log = tmp_path / "measured.jsonl"
+    records = [{"step": n, "total_norm": n / 10, "coefficient": 1.0} for n in range(1, 101)]
+    log.write_text("".join(json.dumps(record) + "\n" for record in records))
+    printed, threshold = choose.suggest([study.Outcome("no clipping", log, log)])
+    assert printed.startswith("# ")
+    assert threshold == pytest.approx(9.01)
+
+
+def test_a_run_that_fails_shows_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rnn = module("rnn")
+    command = ["x", "--output", str(tmp_path), "--batch-size", "21", "--torchrun", "--seeds", "1"]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit, match="a batch of 21 cannot be shared by 2 ranks"):
+        rnn.main()
