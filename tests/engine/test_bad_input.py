@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.optim import SGD
 
 import distclip
@@ -24,52 +21,11 @@ from distclip import (
     UnsupportedGradientError,
     policies,
 )
-from tests.helpers.watching import bits, same_bits
+from tests.engine.bad_input import plain, refused, sharded
 from tests.sharded import mesh_of
 
 SECONDS = 20
 """A hang is a failure, and not a long wait."""
-
-
-def refused(act: Callable[[], object], kind: type[DistclipError], *words: str) -> str:
-    """Every rank raises ``kind`` with ``words`` in the message. Returns this rank's message."""
-    with pytest.raises(kind) as caught:
-        act()
-    message = str(caught.value)
-    for word in words:
-        assert word in message, message
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.barrier()  # everybody got here, and the group still works
-    return message
-
-
-def sharded(*shape: int, gradient: bool = True) -> nn.Parameter:
-    """A parameter that is cut along dim 0 over all ranks."""
-    mesh = mesh_of((dist.get_world_size(),), ("x",))
-    cut = functools.partial(
-        distribute_tensor, device_mesh=mesh, placements=[Shard(0)], src_data_rank=None
-    )
-    result = nn.Parameter(cut(torch.ones(*shape)))
-    if gradient:
-        result.grad = cut(torch.full(shape, 9.0))
-    return result
-
-
-def plain(*shape: int, gradient: float | None = 9.0) -> nn.Parameter:
-    result = nn.Parameter(torch.ones(*shape))
-    result.grad = None if gradient is None else torch.full(shape, gradient)
-    return result
-
-
-def freed(*shape: int) -> nn.Parameter:
-    """With a gradient whose memory is gone."""
-    result = plain(*shape)
-    assert result.grad is not None
-    result.grad.untyped_storage().resize_(0)
-    return result
-
-
-# ---- arguments ----
 
 
 @pytest.mark.parametrize("bad", [-1.0, math.nan, -math.inf, "1.0", None, True])
@@ -185,22 +141,6 @@ def test_meta_tensors() -> None:
     refused(lambda: distclip.get_total_norm([gradient]), UnsupportedGradientError, "meta")
 
 
-def test_group_norm_without_an_optimizer() -> None:
-    model = nn.Linear(2, 2)
-    model.weight.grad = torch.full((2, 2), 9.0)
-    policy = policies.group_norm(1.0)
-    refused(
-        lambda: GradClipper(model, policy).clip_(), ConfigurationError, "group_norm", "'weight'"
-    )
-    assert (model.weight.grad == 9.0).all()
-    optimizer = SGD([{"params": [model.weight]}, {"params": [model.bias]}], lr=0.1)
-    report = GradClipper(model, policy, optimizer=optimizer).clip_()
-    assert report.clipped_norm.item() == pytest.approx(1.0)
-
-
-# ---- ranks that disagree ----
-
-
 @pytest.mark.ranks(2, 3, timeout=SECONDS)
 def test_other_parameters_on_another_rank() -> None:
     odd = dist.get_rank() == 1
@@ -266,210 +206,6 @@ def test_one_ranks_mistake_is_told_to_all(bad: Any, words: str) -> None:
     kind = ConfigurationError if dist.get_rank() == 1 else RankMismatchError
     message = refused(lambda: GradClipper(mine, policies.measure()), kind, words)
     assert ("rank 1" in message) == (dist.get_rank() != 1)
-
-
-# ---- gradients ----
-
-
-@pytest.mark.ranks(2, 3, timeout=SECONDS)
-@pytest.mark.parametrize("how", ["clipper", "norm", "agc", "group"])
-@pytest.mark.parametrize("kind", ["freed", "plain for a DTensor", "max", "DTensor for a plain"])
-def test_a_gradient_that_one_rank_cannot_measure(how: str, kind: str) -> None:
-    """All ranks raise, the one concerned by name, and no gradient has changed."""
-    mesh = mesh_of((dist.get_world_size(),), ("x",))
-    mine = dist.get_rank() == 1
-    good, bad = sharded(4, 3), plain(5, 3)
-    if kind == "freed":
-        bad = freed(5, 3) if mine else bad
-    elif kind == "DTensor for a plain":
-        if mine:
-            bad.grad = DTensor.from_local(torch.ones(5, 3), mesh, [Replicate()], run_check=False)
-    else:
-        bad = sharded(4, 3)
-        if mine and kind == "max":
-            local = torch.ones(4, 3)
-            bad.grad = DTensor.from_local(local, mesh, [Partial("max")], run_check=False)
-        elif mine:
-            bad.grad = torch.ones(4, 3)
-    before = [bits(p.grad) if p is not bad or not mine else None for p in (good, bad)]
-    if how == "clipper":
-        clipper = GradClipper([("good", good), ("bad", bad)], policies.global_norm(1.0))
-        act: Callable[[], object] = clipper.clip_
-    elif how == "norm":
-        act = lambda: distclip.clip_grad_norm_([good, bad], 1.0)  # noqa: E731
-    elif how == "agc":
-        act = lambda: distclip.clip_grad_agc_([good, bad], 0.01)  # noqa: E731
-    else:
-        group = dist.group.WORLD
-        act = lambda: distclip.clip_grad_norm_([good, bad], 1.0, process_group=group)  # noqa: E731
-    message = refused(act, UnsupportedGradientError)
-    word = "'bad'" if how == "clipper" else "'1'"
-    assert (word in message) if mine else ("another rank" in message), message
-    after = [bits(p.grad) if p is not bad or not mine else None for p in (good, bad)]
-    assert all(map(same_bits, before, after))
-
-
-@pytest.mark.ranks(2)
-def test_a_sparse_shard_is_named() -> None:
-    """Its sharding is the parameter's own, so only a look at the shard itself tells."""
-    mesh = mesh_of((2,), ("x",))
-    parameters = [
-        (name, nn.Parameter(distribute_tensor(torch.ones(8, 8), mesh, [Shard(0)])))
-        for name in ("first", "second")
-    ]
-    clipper = GradClipper(parameters, policies.global_norm(1.0))
-    for _, parameter in parameters:
-        parameter.grad = distribute_tensor(torch.ones(8, 8), mesh, [Shard(0)])
-    bad: Any = parameters[1][1].grad
-    owner: Any = parameters[1][1]
-    bad._spec = owner._spec
-    for layout in (torch.sparse_coo, torch.sparse_csr):
-        bad._local_tensor = torch.ones(4, 8).to_sparse(layout=layout)
-        refused(clipper.clip_, UnsupportedGradientError, "'second'", "sparse")
-
-
-@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
-def test_a_sparse_tensor_of_another_kind_is_named() -> None:
-    """Such a one cannot be a parameter's gradient."""
-    rows = torch.ones(5, 3).to_sparse(layout=torch.sparse_csr)
-    refused(lambda: distclip.get_total_norm([rows]), UnsupportedGradientError, "'0'", "sparse")
-
-
-@pytest.mark.ranks(2, 3, timeout=SECONDS)
-@pytest.mark.parametrize("op", ["sum", "avg"])
-@pytest.mark.parametrize("placement", [Replicate(), Shard(0), Shard(1)], ids=str)
-def test_partial_gradients_are_reduced_first(op: str, placement: Any) -> None:
-    world = dist.get_world_size()
-    mesh = mesh_of((world,), ("x",))
-    p = nn.Parameter(distribute_tensor(torch.ones(5, 4), mesh, [placement]))
-    terms = [
-        torch.randn(5, 4, generator=torch.Generator().manual_seed(rank)) for rank in range(world)
-    ]
-    p.grad = DTensor.from_local(terms[dist.get_rank()], mesh, [Partial(op)], run_check=False)
-    whole = torch.stack(terms).double().sum(0) / (world if op == "avg" else 1)
-    report = GradClipper([("w", p)], policies.global_norm(0.5)).clip_()
-    assert report.total_norm.item() == pytest.approx(whole.norm().item(), rel=1e-5)
-    assert isinstance(p.grad, DTensor)
-    assert p.grad.placements == p.placements
-    want = whole * 0.5 / (whole.norm() + 1e-6)
-    torch.testing.assert_close(p.grad.full_tensor().double(), want, rtol=1e-5, atol=1e-7)
-
-
-@pytest.mark.ranks(2, timeout=SECONDS)
-@pytest.mark.parametrize("op", ["max", "min", "product"])
-def test_partial_gradients_that_no_sum_completes_are_refused(op: str) -> None:
-    mesh = mesh_of((2,), ("x",))
-    p = nn.Parameter(distribute_tensor(torch.ones(4), mesh, [Replicate()]))
-    p.grad = DTensor.from_local(torch.ones(4), mesh, [Partial(op)], run_check=False)
-    clipper = GradClipper([("w", p)], policies.global_norm(0.5))
-    refused(clipper.clip_, UnsupportedGradientError, "'w'", "redistribute")
-    gradient = p.grad
-    refused(lambda: distclip.get_total_norm([gradient]), UnsupportedGradientError, "redistribute")
-
-
-@pytest.mark.ranks(2, timeout=SECONDS)
-def test_a_partial_parameter_is_refused() -> None:
-    mesh = mesh_of((2,), ("x",))
-    p = nn.Parameter(DTensor.from_local(torch.ones(4), mesh, [Partial()], run_check=False))
-    refused(
-        lambda: GradClipper([("w", p)], policies.measure()),
-        UnsupportedGradientError,
-        "'w'",
-        "Partial",
-    )
-
-
-# ---- process groups ----
-
-
-@pytest.mark.ranks(2, 3, timeout=SECONDS)
-def test_a_group_without_this_rank() -> None:
-    group: Any = dist.new_group([0])
-    if dist.get_rank() == 0:
-        GradClipper([("a", plain(2))], policies.measure(), process_group=group).clip_()
-        distclip.clip_grad_norm_([plain(2)], 1.0, process_group=group)
-    else:
-        for call in (
-            lambda: GradClipper([("a", plain(2))], policies.measure(), process_group=group),
-            lambda: distclip.clip_grad_norm_([plain(2)], 1.0, process_group=group),
-            lambda: distclip.get_total_norm([plain(2)], process_group=group),
-        ):
-            with pytest.raises(ProcessGroupError, match="not a member"):
-                call()
-    dist.barrier()
-
-
-@pytest.mark.ranks(2, timeout=SECONDS)
-def test_something_that_is_no_group() -> None:
-    mesh: Any = mesh_of((2,), ("x",))
-    p = plain(2)
-    refused(
-        lambda: GradClipper([("a", p)], policies.measure(), process_group=mesh),
-        ProcessGroupError,
-        "get_group",
-    )
-    refused(
-        lambda: distclip.clip_grad_norm_([p], 1.0, process_group=mesh),
-        ProcessGroupError,
-        "get_group",
-    )
-
-
-@pytest.mark.ranks(2, timeout=SECONDS)
-def test_a_closed_group() -> None:
-    group = dist.new_group([0, 1])
-    assert group is not None
-    p = sharded(4, 3)
-    clipper = GradClipper([("a", p)], policies.global_norm(1.0), process_group=group)
-    clipper.clip_()
-    before = bits(p.grad)
-    dist.destroy_process_group(group)
-    refused(clipper.clip_, ProcessGroupError, "destroyed")
-    refused(
-        lambda: GradClipper([("a", p)], policies.measure(), process_group=group),
-        ProcessGroupError,
-        "destroyed",
-    )
-    refused(
-        lambda: distclip.clip_grad_norm_([p], 1.0, process_group=group),
-        ProcessGroupError,
-        "destroyed",
-    )
-    assert same_bits(before, bits(p.grad))
-
-
-@pytest.mark.ranks(4, timeout=SECONDS)
-def test_a_group_that_does_not_hold_the_whole_model() -> None:
-    p = sharded(8, 3)
-    half = dist.new_group([0, 1]), dist.new_group([2, 3])
-    mine = half[dist.get_rank() // 2]
-    refused(
-        lambda: GradClipper([("w", p)], policies.measure(), process_group=mine),
-        ProcessGroupError,
-        "'w'",
-        "ranks 0, 1, 2, 3",
-    )
-
-
-@pytest.mark.ranks(4, timeout=SECONDS)
-def test_a_rank_outside_of_every_mesh_has_no_part_in_the_norm() -> None:
-    from torch.distributed.device_mesh import DeviceMesh
-
-    mesh = DeviceMesh("cpu", [0, 1])
-    local = torch.full((2, 3), 2.0) if dist.get_rank() < 2 else torch.empty(0)
-    p = nn.Parameter(
-        DTensor.from_local(
-            local, mesh, [Shard(0)], run_check=False, shape=torch.Size((4, 3)), stride=(3, 1)
-        )
-    )
-    p.grad = p.detach().clone() if dist.get_rank() < 2 else None
-    if dist.get_rank() < 2:
-        norm = distclip.clip_grad_norm_([p], 1.0)
-        assert norm.item() == pytest.approx(math.sqrt(48))
-    else:
-        with pytest.raises(ProcessGroupError, match="in no device mesh"):
-            distclip.clip_grad_norm_([p], 1.0)
-    dist.barrier()
 
 
 def test_the_exceptions_are_what_their_tree_says() -> None:

@@ -13,8 +13,7 @@ from torch import Tensor
 import distclip
 from distclip import ClipReport, ConfigurationError, GradClipper, policies
 from distclip.testing import expected
-from tests.engine.test_matrix import build
-from tests.engine.test_nonfinite import (
+from tests.engine.nonfinite import (
     BAD,
     OPTIMIZERS,
     CountingScale,
@@ -27,6 +26,7 @@ from tests.engine.test_nonfinite import (
     small,
     unchanged,
 )
+from tests.engine.test_matrix import build
 from tests.helpers.watching import same_bits
 from tests.sharded import shard, whole
 

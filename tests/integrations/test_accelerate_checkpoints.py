@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from distclip import StateError, policies
-from tests.integrations.test_accelerate import batch, loss_of, make, sgd, start
+from tests.integrations.accelerated import batch, loss_of, make, sgd, start
 
 pytest.importorskip("accelerate")
 POLICY = policies.chain(policies.adagc(warmup_steps=3), policies.autoclip(50, window=20))

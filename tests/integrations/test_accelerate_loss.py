@@ -11,7 +11,7 @@ import torch.distributed as dist
 import distclip
 from distclip import ConfigurationError, policies
 from tests.helpers.watching import REDUCTION, watch
-from tests.integrations.test_accelerate import LAYOUTS, batch, loss_of, make, sgd, start, whole
+from tests.integrations.accelerated import LAYOUTS, batch, loss_of, make, sgd, start, whole
 
 pytest.importorskip("accelerate")
 POLICY = policies.skip_spikes(window=8, min_history=4, sigma=6.0, loss=True)

@@ -14,7 +14,7 @@ pytest.importorskip("accelerate")
 import distclip
 from distclip import ConfigurationError, policies
 from distclip.config import Config
-from tests.integrations.test_accelerate import SkipAbove
+from tests.integrations.accelerated import SkipAbove
 
 POLICY = policies.agc(0.05)
 SPEC: list[dict[str, Any]] = [

@@ -3,38 +3,25 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import math
-import sys
-import types
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
 import distclip
 from distclip import GradClipper, policies
 from distclip.testing import assert_rounded, expected
 from tests.engine.test_matrix import POLICIES, ROUNDINGS, build
 from tests.helpers.watching import REDUCTION, watch
+from tests.layouts.declared import expert_mesh, randn
 from tests.sharded import mesh_of
 
 SECONDS = 60
-
-
-def expert_mesh() -> Any:
-    """Expert-data-parallel replicas outside, expert-parallel ranks inside; 2 of them, or 3."""
-    world = dist.get_world_size()
-    return mesh_of((world // 2, 2) if world % 2 == 0 else (1, world), ("edp", "ep"))
-
-
-def randn(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def values(places: int) -> dict[str, tuple[Tensor, Tensor]]:
@@ -209,255 +196,6 @@ def test_the_functions_know_declared_experts() -> None:
             coefficient_error=3e-7,
             name=name,
         )
-
-
-SIZES = {"even": None, "uneven": (7, 2, 9, 6), "one is empty": (24, 0, 0, 0)}
-
-
-def cut(whole: Tensor, dim: int, sizes: tuple[int, ...] | None) -> list[Tensor]:
-    """Slices of a tensor of 24 along ``dim``, one for each rank."""
-    world = dist.get_world_size()
-    if sizes is None:
-        return list(whole.chunk(world, dim))
-    return list(whole.split([*sizes[: world - 1], sum(sizes[world - 1 :])], dim))
-
-
-@pytest.mark.ranks(2, 3, 4, timeout=SECONDS)
-@pytest.mark.parametrize("dim", [0, 1])
-@pytest.mark.parametrize("kind", ["plain", "DTensor"])
-def test_slices_of_one_tensor(dim: int, kind: str) -> None:
-    """Megatron's tensor parallelism: one tensor, rows summed over ranks where they are cut.
-
-    And rows of an embedding that are assigned to ranks by hand.
-    """
-    world, rank = dist.get_world_size(), dist.get_rank()
-    weight, gradient = randn(24, 24, seed=1), randn(24, 24, seed=2)
-    mesh = mesh_of((world,), ("tp",))
-
-    def part(whole: Tensor, sizes: tuple[int, ...] | None) -> Tensor:
-        local = cut(whole, dim, sizes)[rank].clone()
-        if kind == "plain":
-            return local
-        size, stride = whole.shape, whole.stride()
-        return DTensor.from_local(local, mesh, [Shard(dim)], shape=size, stride=stride)
-
-    def local(tensor: Any) -> Tensor:
-        return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-    labels = ("global", "agc", "parameter", "value", "block rms", "zclip")
-    for label, sizes in itertools.product(labels, SIZES.values()):
-        p = nn.Parameter(part(weight, sizes))
-        p.grad = part(gradient, sizes)
-        q = nn.Parameter(torch.ones(3))
-        q.grad = torch.full((3,), 2.0)
-        if kind == "plain":
-            distclip.declare_sharded(p, dist.group.WORLD, dim=dim)
-        want = expected(
-            POLICIES[label],
-            {"w": gradient.double().numpy(), "q": q.grad.double().numpy()},
-            {"w": weight.double().numpy(), "q": q.detach().double().numpy()},
-        )
-        pairs = [("w", p), ("q", q)]
-        clipper = GradClipper(pairs, build(POLICIES[label]), verify_replicas=1)
-        assert clipper.parameters[0].shape == (24, 24)
-        report = clipper.clip_()
-        assert report.total_norm.item() == pytest.approx(want.total_norm, rel=1e-6)
-        full = cut(torch.from_numpy(want.gradients["w"]), dim, sizes)[rank].numpy()
-        assert_rounded(local(p.grad), full, ulps=1, coefficient_error=3e-7, name=label)
-        for function, again in (
-            (lambda ps: distclip.clip_grad_norm_(ps, 0.1), "global"),
-            (lambda ps: distclip.clip_grad_agc_(ps, 0.01), "agc"),
-            (lambda ps: distclip.clip_grad_agc_(ps, 0.01, unit="tensor"), "tensor"),
-        ):
-            document = {
-                "global": {"name": "global_norm", "max_norm": 0.1},
-                "agc": {"name": "agc", "clip_factor": 0.01},
-                "tensor": {"name": "agc", "clip_factor": 0.01, "unit": "tensor"},
-            }[again]
-            if label != "global":
-                continue
-            p.grad = part(gradient, sizes)
-            want = expected(
-                document, {"w": gradient.double().numpy()}, {"w": weight.double().numpy()}
-            )
-            assert function([p]).item() == pytest.approx(want.total_norm, rel=1e-6)
-            full = cut(torch.from_numpy(want.gradients["w"]), dim, sizes)[rank].numpy()
-            assert_rounded(local(p.grad), full, ulps=1, coefficient_error=3e-7, name=again)
-
-
-@pytest.mark.ranks(4, timeout=SECONDS)
-def test_replicas_of_uneven_slices_that_are_cut_differently() -> None:
-    """Two groups of two, each with the whole tensor: it counts once, and the copies compare."""
-    mesh = mesh_of((2, 2), ("dp", "tp"))
-    group, place = mesh["dp"].get_local_rank(), mesh["tp"].get_local_rank()
-    gradient = randn(5, 4, seed=2)
-    sizes = [[3, 2], [1, 4]][group]
-    p = nn.Parameter(torch.ones(sizes[place], 4))
-    p.grad = gradient.split(sizes)[place].clone()
-    distclip.declare_sharded(p, mesh["tp"].get_group(), dim=0)
-    clipper = GradClipper([("w", p)], policies.agc(0.01))
-    want = expected(
-        {"name": "agc", "clip_factor": 0.01},
-        {"w": gradient.double().numpy()},
-        {"w": np.ones((5, 4))},
-    )
-    assert clipper.clip_().total_norm.item() == pytest.approx(want.total_norm, rel=1e-6)
-    full = torch.from_numpy(want.gradients["w"]).split(sizes)[place].numpy()
-    assert_rounded(p.grad, full, ulps=1, coefficient_error=3e-7)
-
-
-@pytest.mark.ranks(2, timeout=SECONDS)
-def test_slices_that_do_not_make_up_a_tensor() -> None:
-    rank, mesh = dist.get_rank(), mesh_of((2,), ("tp",))
-    local = torch.ones([4, 2][rank], 4)
-    spread = DTensor.from_local(
-        local, mesh, [Shard(0)], run_check=False, shape=torch.Size((5, 4)), stride=(4, 1)
-    )
-    with pytest.raises(distclip.RankMismatchError, match=r"extent of 5 .* of 4, 2, make up 6"):
-        GradClipper([("w", nn.Parameter(spread))], policies.measure())
-    p = nn.Parameter(torch.ones([3, 2][rank], [4, 5][rank]))
-    distclip.declare_sharded(p, dist.group.WORLD, dim=0)
-    with pytest.raises(distclip.RankMismatchError, match=r"\[5, 5\] on rank 1 but .*\[5, 4\]"):
-        GradClipper([("w", p)], policies.measure())
-    p.grad = torch.ones_like(p)
-    with pytest.raises(distclip.RankMismatchError, match=r"'sliced', 5\].*'sliced', 4\]"):
-        distclip.clip_grad_norm_([p], 1.0)
-
-
-@pytest.mark.ranks(4, timeout=SECONDS)
-def test_experts_that_are_sliced_too() -> None:
-    mesh = mesh_of((2, 2), ("ep", "etp"))
-    place, part = (mesh[name].get_local_rank() for name in ("ep", "etp"))
-    full = [randn(4, 6, seed=expert) for expert in range(2)]
-    p = nn.Parameter(torch.ones(4, 3))
-    p.grad = full[place].chunk(2, 1)[part].clone()
-    distclip.declare_sharded(p, mesh["ep"].get_group())
-    distclip.declare_sharded(p, mesh["etp"].get_group(), dim=1)
-    truth = torch.stack(full).double().norm().item()
-    report = GradClipper([("e", p)], policies.measure()).clip_()
-    assert report.total_norm.item() == pytest.approx(truth, rel=1e-6)
-    for expert in range(2):
-        norm = full[expert].double().norm().item()
-        assert report.parameter_norms[f"e@{expert}"] == pytest.approx(norm, rel=1e-6)
-    assert distclip.clip_grad_norm_([p], 1e9).item() == pytest.approx(truth, rel=1e-6)
-
-
-@pytest.mark.ranks(2, 4, timeout=SECONDS)
-@pytest.mark.parametrize("framework", ["deepspeed", "megatron"])
-def test_marks_of_frameworks(framework: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Asked for where the framework is loaded (here: a stand-in for it), else refused by name."""
-    group = expert_mesh()["ep"].get_group()
-    rank = dist.get_rank(group)
-    p = nn.Parameter(torch.ones(3))
-    p.grad = torch.full((3,), float(rank + 1))
-    p.allreduce = False
-    if framework == "deepspeed":
-        p.group_name = "ep_size_2"
-    for call in (
-        lambda: GradClipper([("moe.w", p)], policies.measure()),
-        lambda: distclip.clip_grad_norm_([p], 1.0),
-    ):
-        with pytest.raises((distclip.UnsupportedGradientError, distclip.RankMismatchError)) as e:
-            call()
-        assert "declare_sharded(parameter, process_group)" in str(e.value)
-        dist.barrier()
-    stand_in: Any = types.ModuleType("stand_in")
-    if framework == "deepspeed":
-        stand_in._EXPERT_PARALLEL_GROUP = {"ep_size_2": group}
-        monkeypatch.setitem(sys.modules, "deepspeed.utils.groups", stand_in)
-    else:
-        stand_in.get_expert_model_parallel_group = lambda check_initialized=True: group
-        stand_in.get_tensor_model_parallel_group = lambda check_initialized=True: group
-        monkeypatch.setitem(sys.modules, "megatron.core.parallel_state", stand_in)
-    report = GradClipper([("moe.w", p)], policies.measure()).clip_()
-    assert report.total_norm.item() == pytest.approx(math.sqrt(3 * (1 + 4)))
-    assert set(report.parameter_norms) == {"moe.w@0", "moe.w@1"}
-    if framework == "megatron":
-        del p.allreduce
-        p.tensor_model_parallel, p.partition_dim = True, 0
-        report = GradClipper([("w", p)], policies.measure()).clip_()
-        assert report.parameter_norms == {"w": pytest.approx(math.sqrt(3 * (1 + 4)))}
-
-
-@pytest.mark.ranks(2, 3, timeout=SECONDS)
-@pytest.mark.parametrize("sequence_parallel", [True, False])
-def test_replicated_weights_that_are_marked_as_slices(
-    sequence_parallel: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """TransformerEngine marks all weights of its Linear, Megatron's "duplicated" ones too."""
-    stand_in: Any = types.ModuleType("stand_in")
-    stand_in.get_tensor_model_parallel_group = lambda check_initialized=True: dist.group.WORLD
-    monkeypatch.setitem(sys.modules, "megatron.core.parallel_state", stand_in)
-
-    def marked(value: float) -> Any:
-        made: Any = nn.Parameter(torch.ones(2, 3))
-        made.grad = torch.full((2, 3), value)
-        made.tensor_model_parallel, made.partition_dim, made.partition_stride = True, 0, 1
-        return made
-
-    sliced, copied = marked(1.0 + dist.get_rank()), marked(5.0)
-    copied.sequence_parallel = sequence_parallel
-    truth = math.sqrt(6 * (25 + sum((1 + rank) ** 2 for rank in range(dist.get_world_size()))))
-    report = GradClipper([("s", sliced), ("c", copied)], policies.measure()).clip_()
-    assert report.total_norm.item() == pytest.approx(truth, rel=1e-6)
-    assert report.parameter_norms["c"] == pytest.approx(5 * math.sqrt(6), rel=1e-6)
-    assert distclip.clip_grad_norm_([sliced, copied], 1e9).item() == pytest.approx(truth, rel=1e-6)
-    del copied.sequence_parallel  # now the marks say that it is a slice, and a call believes them
-    more = math.sqrt(truth**2 + 6 * 25 * (dist.get_world_size() - 1))
-    assert distclip.clip_grad_norm_([sliced, copied], 1e9).item() == pytest.approx(more, rel=1e-6)
-
-
-@pytest.mark.ranks(2, timeout=SECONDS)
-@pytest.mark.parametrize("mark", ["tensor_model_parallel", "model_parallel"])
-def test_a_slice_that_does_not_say_of_which_dim(mark: str) -> None:
-    """As DeepSpeed AutoTP marks them: it would be taken for a replica."""
-    p = nn.Parameter(torch.ones(2, 3))
-    p.grad = torch.full((2, 3), 2.0 + dist.get_rank())
-    setattr(p, mark, True)
-    for call in (
-        lambda: GradClipper([("w", p)], policies.measure()),
-        lambda: distclip.clip_grad_norm_([p], 1.0),
-    ):
-        with pytest.raises((distclip.UnsupportedGradientError, distclip.RankMismatchError)) as e:
-            call()
-        assert "dim=..." in str(e.value)
-        dist.barrier()
-    distclip.declare_sharded(p, dist.group.WORLD, dim=1)  # type: ignore[arg-type]
-    truth = math.sqrt(6 * (4 + 9))
-    report = GradClipper([("w", p)], policies.measure()).clip_()
-    assert report.parameter_norms == {"w": pytest.approx(truth, rel=1e-6)}
-    assert distclip.clip_grad_norm_([p], 1e9).item() == pytest.approx(truth, rel=1e-6)
-
-
-@pytest.mark.parametrize("marks", [{"allreduce": False}, {"tensor_model_parallel": True}])
-def test_marks_in_one_process_mean_nothing(marks: dict[str, Any]) -> None:
-    p = nn.Parameter(torch.ones(3))
-    p.grad = torch.full((3,), 2.0)
-    p.__dict__.update(marks)
-    assert distclip.clip_grad_norm_([p], 1e9).item() == pytest.approx(math.sqrt(12))
-    GradClipper([("w", p)], policies.global_norm(1.0)).clip_()
-
-
-@pytest.mark.ranks(4, timeout=SECONDS)
-def test_slices_of_experts_lie_in_a_group_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Megatron: `expert_tp` says so even where there is no expert parallelism."""
-    grid = mesh_of((2, 2), ("ep", "etp"))
-    stand_in: Any = types.ModuleType("stand_in")
-    stand_in.get_tensor_model_parallel_group = lambda check_initialized=True: dist.group.WORLD
-    stand_in.get_expert_tensor_parallel_group = lambda check_initialized=True: grid[
-        "etp"
-    ].get_group()
-    monkeypatch.setitem(sys.modules, "megatron.core.parallel_state", stand_in)
-    p, q = (nn.Parameter(torch.ones(2, 3)) for _ in range(2))
-    for each in (p, q):
-        each.tensor_model_parallel, each.partition_dim = True, 0
-        each.grad = torch.full((2, 3), 2.0)
-    q.expert_tp = True
-    report = GradClipper([("w", p), ("e", q)], policies.measure()).clip_()
-    assert report.parameter_norms == {
-        "w": pytest.approx(math.sqrt(4 * 6 * 4)),
-        "e": pytest.approx(math.sqrt(2 * 6 * 4)),
-    }
 
 
 @pytest.mark.ranks(2, 3, timeout=SECONDS)

@@ -132,7 +132,7 @@ def test_a_lazy_parameter_of_one_rank_is_an_error_on_all() -> None:
 
 
 def test_an_optimizer_that_only_stands_for_layerwise_ones() -> None:
-    """That of transformers; tests/integrations/test_accelerate.py has the real one."""
+    """That of transformers; tests/integrations/test_accelerate_attaching.py has the real one."""
 
     class LayerWiseDummyOptimizer(torch.optim.Optimizer):
         def __init__(self) -> None:

@@ -1,0 +1,128 @@
+"""Faults of configurations: each with its path, value and mend, all at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distclip import config
+from distclip.errors import ConfigurationError
+from tests.config.writing import Write, fault
+
+
+@pytest.mark.parametrize(
+    ("raw", "expected"),
+    [
+        ({"polcy": "agc"}, ["polcy: unknown key (value 'agc'), did you mean 'policy'?"]),
+        ({}, ["policy: missing"]),
+        ({"policy": None}, ["policy: missing"]),
+        ({"by_name": {}}, ["policy: missing"]),
+        ({"policy": []}, ["policy: an empty list"]),
+        ({"policy": 1.0}, ["policy: expected a policy", "got 1.0"]),
+        ({"policy": "agcc"}, ["policy.name: no policy is called 'agcc'", "mean 'agc'?"]),
+        ({"policy": {"agc": {}}}, ["policy.name: missing", "write {name: agc, ...}"]),
+        ({"policy": "global_norm"}, ["policy.max_norm: missing; global_norm needs it"]),
+        (
+            {"policy": ["measure", {"name": "agc", "clip_factr": 0.5}]},
+            ["policy[1].clip_factr: unknown key (value 0.5), did you mean 'clip_factor'?"],
+        ),
+        ({"policy": {"name": "agc", "eps": True}}, ["policy.eps: ", "valid number, got True"]),
+        ({"policy": {"name": "agc", "eps": "1e-3"}}, ["policy.eps: ", "number, got '1e-3'"]),
+        ({"policy": {"name": "agc", "eps": 0}}, ["policy.eps: must be finite and > 0, got 0"]),
+        ({"policy": {"name": "agc", "eps": "inf"}}, ["policy.eps: must be finite"]),
+        ({"policy": {"name": "agc", "unit": "rw"}}, ["policy.unit: ", "did you mean 'row'?"]),
+        (
+            {"policy": {"name": "agc", "unit_dims": {"*.w": [0, True]}}},
+            ['policy.unit_dims["*.w"][1]: ', "got True"],
+        ),
+        ({"policy": {"name": "agc", "unit_dims": {"w": 0}}}, ["unit_dims.w: should be a list"]),
+        ({"policy": {"name": "value", "clip_value": -1}}, ["policy.clip_value: must be >= 0"]),
+        ({"policy": {"name": "value", "clip_value": math.nan}}, ["policy.clip_value: is NaN"]),
+        ({"by_name": {"*.bias": {"name": "agc", "a": 1}}}, ['by_name["*.bias"].a: unknown key']),
+        ({"by_name": {3: None}}, ["by_name[3]: keys must be strings"]),
+        ({"by_name": []}, ["by_name: ", "got []"]),
+        ({"policy": "agc", "on_nonfinite": "skp"}, ["on_nonfinite: ", "did you mean 'skip'?"]),
+        ({"policy": "agc", "norms": 1}, ["norms: ", "got 1"]),
+        ({"policy": "agc", "norms": "yes"}, ["norms: ", "got 'yes'"]),
+        ({"policy": "agc", "log": "run.jsonl"}, ["log: should be a mapping"]),
+        ({"policy": "agc", "log": {}}, ["log.jsonl: missing"]),
+        ({"policy": "agc", "log": {"jsonl": ""}}, ["log.jsonl: ", "got ''"]),
+        ({"policy": "agc", "log": {"jsonl": "r", "every": 0}}, ["log.every: ", "got 0"]),
+        ({"policy": "agc", "log": {"jsonl": "r", "evry": 2}}, ["log.evry: ", "mean 'every'?"]),
+        ({"policy": "agc", 1: 2}, ['["1"]: unknown key']),
+    ],
+)
+def test_faults_name_path_value_and_mend(raw: Mapping[Any, Any], expected: list[str]) -> None:
+    message = fault(raw)
+    for part in expected:
+        assert part in message
+
+
+def test_all_faults_at_once_a_line_each(write: Write) -> None:
+    path = write(
+        """
+        policy: [{name: agc, clip_factr: 1, unit: rw}, nothing]
+        by_name: {embed: value}
+        on_nonfinite: explode
+        nroms: true
+        """
+    )
+    first, *lines = fault(path).splitlines()
+    assert first == f"{path}: 6 problems"
+    assert {line.split(":")[0].strip() for line in lines} == {
+        "policy[0].clip_factr", "policy[0].unit", "policy[1].name", "by_name.embed.clip_value",
+        "on_nonfinite", "nroms",
+    }  # fmt: skip
+
+
+def test_a_mapping_is_called_by_the_given_name() -> None:
+    with pytest.raises(ConfigurationError, match=r"^ds\.json: distclip: policy: missing"):
+        config.load({}, name="ds.json: distclip")
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "expected"),
+    [
+        ("", "p.yaml", "the file is empty"),
+        ("# only this\n", "p.yaml", "nothing but comments"),
+        ("- agc\n", "p.yaml", "at the top level, got a list"),
+        ("agc", "p.yaml", "at the top level, got a str"),
+        ("policy: [agc\n", "p.yaml", "line 2, column 1: not valid YAML"),
+        ("policy: agc\npolicy: measure\n", "p.yaml", "line 2: key 'policy' appears twice"),
+        ("policy: {name: agc, eps: 1, eps: 2}", "p.yaml", "key 'eps' appears twice"),
+        ("by_name: {*.bias: null}", "p.yaml", 'quote a name pattern that starts with "*"'),
+        ("policy:\n\t- agc", "p.yaml", "indent with spaces"),
+        ("policy: agc\n---\npolicy: agc\n", "p.yaml", "another document"),
+        ("policy: !!python/name:os.system", "p.yaml", "python/name:os.system' makes no value"),
+        ('{"policy": "agc",}', "p.json", "line 1, column 18: not valid JSON"),
+        ('{"policy": "agc", "policy": "measure"}', "p.json", "'policy' appears twice"),
+        ("policy: " + "[" * 3000, "p.yaml", "nested too deeply"),
+        ('{"policy": ' + "[" * 200_000, "p.json", "nested too deeply"),
+        ("policy: \x00", "p.yaml", "not valid YAML"),
+    ],
+)
+def test_unreadable_files(write: Write, text: str, name: str, expected: str) -> None:
+    path = write(text, name)
+    message = fault(path)
+    assert message.startswith(f"{path}: ")
+    assert expected in message
+
+
+def test_missing_file_directory_and_binary(tmp_path: Path) -> None:
+    assert "no such configuration file (looked in " in fault("nowhere.yaml")
+    assert "no such configuration file" in fault(tmp_path / "nowhere.yaml")
+    assert "cannot be read: it is a folder" in fault(tmp_path)
+    (tmp_path / "p.yaml").write_bytes(b"\xff\xfe\x00\x01")
+    assert "it is not UTF-8 text" in fault(tmp_path / "p.yaml")
+
+
+def test_the_rules_of_yaml_are_changed_for_us_only(write: Write) -> None:
+    import yaml
+
+    assert fault(write("policy: agc\nnorms: on")).endswith("got 'on'")
+    assert yaml.safe_load("on") is True
+    assert yaml.safe_load("1e-3") == "1e-3"

@@ -1,0 +1,23 @@
+"""Outputs of the reference codes, loaded once."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.policies import driving
+from tests.policies import golden as clipped
+
+
+@pytest.fixture(scope="module")
+def golden() -> dict[str, np.ndarray]:
+    """Of policies without a memory."""
+    with np.load(clipped.GOLDEN, allow_pickle=False) as file:
+        return dict(file)
+
+
+@pytest.fixture(scope="module")
+def published() -> dict[str, np.ndarray]:
+    """Of policies with a memory, run by run."""
+    with np.load(driving.GOLDEN, allow_pickle=False) as file:
+        return dict(file)
