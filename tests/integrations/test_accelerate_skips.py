@@ -121,7 +121,8 @@ def stepping(skips: Iterable[bool] | None = None) -> Callable[..., Any]:
     def clip(optimizer: torch.optim.Optimizer) -> Any:
         def decide(loss_scale: Tensor | None, found_inf: Tensor | None, coming: Any) -> Any:
             if plan is not None:
-                return SimpleNamespace(skipped=torch.tensor(next(plan)))
+                flag = torch.tensor(next(plan))
+                return SimpleNamespace(skipped=flag, leave_out=flag)
             for group in optimizer.param_groups:
                 for p in group["params"]:
                     if p.grad is not None:
