@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,13 @@ class Own(policies.Policy):
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder for modules; the policies that they register are gone after the test."""
     monkeypatch.syspath_prepend(str(tmp_path))
-    return tmp_path
+    before = dict(_registry._registered)
+    yield tmp_path
+    _registry._registered.clear()
+    _registry._registered.update(before)
 
 
 def test_a_policy_of_ones_own_is_named_after_its_module(folder: Path) -> None:
