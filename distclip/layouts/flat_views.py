@@ -117,6 +117,8 @@ class _AtOnce:
         self._first = np.array([cut.first for cut in cuts], np.int64)
         self._expected = [source.numel for source in self._sources]
         self._numels = [math.prod(cut.shape) for cut in cuts]
+        self._offset = self._first
+        self._known: list[torch.dtype] = []
         self._dtypes: list[torch.dtype] = []
 
     def __call__(self) -> tuple[Sequence[Tensor | None], Look] | None:
@@ -133,14 +135,16 @@ class _AtOnce:
         seen = look(whole)
         if seen is None or seen.numels != self._expected:
             return None
-        size = np.array([each.itemsize for each in whole], np.int64)[self._owner]
-        dtypes = [seen.dtypes[each] for each in self._owner.tolist()]
-        if dtypes == self._dtypes:
-            dtypes = self._dtypes  # one object: quick to compare with itself
-        self._dtypes = dtypes
+        if seen.dtypes != self._known:
+            sizes = np.array([each.itemsize for each in seen.dtypes], np.int64)
+            self._offset = self._first * sizes[self._owner]
+            self._dtypes = [seen.dtypes[each] for each in self._owner.tolist()]
+            self._known = seen.dtypes
         views = _Views(whole, self._owner, self._cuts)
-        at = seen.addresses[self._owner] + self._first * size
-        return views, Look(views, dtypes, self._numels, at, seen.on_host, seen.row_major, whole)
+        at = seen.addresses[self._owner] + self._offset
+        return views, Look(
+            views, self._dtypes, self._numels, at, seen.on_host, seen.row_major, whole
+        )
 
     def _of_some(self, missing: Sequence[bool]) -> tuple[Sequence[Tensor | None], Look] | None:
         """Where some flat tensors have no gradient."""

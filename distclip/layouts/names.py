@@ -217,10 +217,12 @@ class Watched:
 
     def _look(self) -> None:
         modules = [each for module in self._modules for each in module.modules()]
-        self._places: list[dict[str, Any]] = [
+        places: list[dict[str, Any]] = [
             *(m._parameters for m in modules),
             *(m._modules for m in modules),
         ]
+        self._places = [place for place in places if place]
+        self._empty = [place for place in places if not place]
         self._seen = self._contents()
 
     def _contents(self) -> list[object]:
@@ -229,7 +231,8 @@ class Watched:
     def newcomers(self, known: Container[int]) -> list[str]:
         """Names of the parameters whose ``id`` is not in ``known``; cheap if nothing changed."""
         now = self._contents()
-        if len(now) == len(self._seen) and all(map(operator.is_, now, self._seen)):
+        same = len(now) == len(self._seen) and all(map(operator.is_, now, self._seen))
+        if same and not any(self._empty):
             return []
         unknown: Named = [
             (clean(name), parameter)
