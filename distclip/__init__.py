@@ -62,10 +62,12 @@ _NAMES = {
 _NAMESPACES = {
     "accelerate": "distclip.integrations.accelerate",
     "deepspeed": "distclip.integrations.deepspeed",
-    "optim": "distclip.optim",
     "transformers": "distclip.integrations.transformers",
 }
-"""Namespace -> its module, imported when the namespace is first used; some import a framework."""
+"""Framework -> the module that works with it, imported when the namespace is first used."""
+
+_BESIDES = {"transformers": ("accelerate",)}
+"""Framework -> packages that its namespace needs besides."""
 
 __all__ = [
     "ClipReport",
@@ -104,7 +106,7 @@ def __getattr__(name: str) -> Any:
                 f"pip install 'distclip[{name}]'"
             ) from error
     elif not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}"):
-        found = importlib.import_module(f"{__name__}.{name}")  # a module such as distclip.config
+        found = importlib.import_module(f"{__name__}.{name}")  # a module such as distclip.optim
     else:
         raise AttributeError(f"module 'distclip' has no attribute {name!r}")
     globals()[name] = found
@@ -112,4 +114,10 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*__all__, *_NAMESPACES])
+    # help() and completion get every name, which must not fail for want of a framework.
+    usable = [
+        name
+        for name in _NAMESPACES
+        if all(map(importlib.util.find_spec, (name, *_BESIDES.get(name, ()))))
+    ]
+    return sorted([*__all__, "optim", *usable])
