@@ -40,7 +40,7 @@ from distclip.options import NAMES, Fixed, OnNonfinite, Options, VerifyReplicas
 from distclip.policies import Measure, ParameterInfo, Policy
 from distclip.policies._compose import reads_loss, stages, unmatched
 from distclip.report import ClipReport
-from distclip.statistics import collectives, waiting
+from distclip.statistics import buckets, collectives, waiting
 from distclip.statistics.overlap import Overlap
 
 Sink: TypeAlias = Callable[[int, ClipReport], None]
@@ -119,10 +119,10 @@ class GradClipper:
             parameters, and one coefficient is for all of them, let the optimizer's kernel multiply
             as it reads, in place of a pass over the gradients before it. ``.grad`` is then clipped
             after the step. False: always before it.
-        overlap: under FSDP2, measure each gradient during backward, as soon as it is reduced, so
-            that the clip only has to reduce and decide. What does not come so is measured at the
-            clip, and so is what was changed in between, as far as that can be seen: read
-            docs/overlap.md before you change gradients by hand. Holds until :meth:`close`.
+        overlap: under FSDP2 and DDP, measure each gradient during backward, as soon as it is
+            reduced, so that the clip only has to reduce and decide. What does not come so is
+            measured at the clip, and so is what was changed in between, as far as that can be seen:
+            read docs/overlap.md before you change gradients by hand. Holds until :meth:`close`.
         stuck_after: seconds that a clip waits for other ranks until it raises a CollectiveError
             that names those that are missing (on an accelerator: until it logs so and ends the
             process). None: what the environment variable DISTCLIP_STUCK_AFTER says, or without it
@@ -202,7 +202,9 @@ class GradClipper:
         self._loss: Tensor | None = None
         self._late = LateError(self.names)
         self._apply: Apply | None = None
-        self._early = Overlap(self._plan) if overlap else None
+        self._early = None
+        if overlap:
+            self._early = Overlap(self._plan, buckets.modules_of(self._watched.modules))
         if self._early is not None and not self._early.active:
             self._warn_of_no_overlap()
         self._program = self._compile(_listed(optimizer))
@@ -760,9 +762,14 @@ class GradClipper:
             self._warn_of_no_overlap()
 
     def _warn_of_no_overlap(self) -> None:
+        reasons = [] if self._early is None else self._early.refused
         warn(
-            "overlap=True has no effect here: no gradient comes from FSDP2 (fully_shard) to the "
-            "device of the statistics, so all are measured at the clip, as without it",
+            reasons[0] + ". Until then overlap=True has no effect, and all gradients are measured "
+            "at the clip"
+            if reasons
+            else "overlap=True has no effect here: no gradient comes from FSDP2 (fully_shard), nor "
+            "from a DistributedDataParallel module given as target, to the device of the "
+            "statistics, so all are measured at the clip, as without it",
         )
 
     def _compares_now(self) -> bool:

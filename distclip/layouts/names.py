@@ -210,6 +210,11 @@ class Watched:
             self._modules = list(cast(Sequence[nn.Module], target))
         self._look()
 
+    @property
+    def modules(self) -> list[nn.Module]:
+        """Those that the target is, or lists; none where it lists parameters."""
+        return self._modules
+
     def copied(self, memo: dict[int, Any]) -> list[nn.Module]:
         """The copies of all the modules, by the memo of a deep copy; none if one is not in it."""
         copies = [memo[id(module)] for module in self._modules if id(module) in memo]

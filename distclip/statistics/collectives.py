@@ -227,3 +227,20 @@ def group_of_ranks(ranks: tuple[int, ...]) -> ProcessGroup:
             made = dist.new_group(list(ranks), use_local_synchronization=True)
         known = _mesh_groups[ranks] = (world, made)
     return known[1]
+
+
+def average_later(buffer: Tensor, group: ProcessGroup, *, multiply: bool) -> Any:
+    """The future of ``buffer`` averaged over the ranks, in place.
+
+    Args:
+        buffer: any dtype and device.
+        group: its ranks.
+        multiply: by ``1 / ranks``, and not divide by ``ranks``: the last bit may differ.
+    """
+    ranks = dist.get_world_size(group)
+    if multiply:
+        buffer.mul_(1.0 / ranks)
+    else:
+        buffer.div_(ranks)
+    work = dist.all_reduce(buffer, group=group, async_op=True)
+    return cast(Any, work).get_future().then(lambda future: future.value()[0])

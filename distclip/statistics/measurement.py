@@ -18,7 +18,8 @@ from distclip.layouts import dtensor, soundness, sparse
 from distclip.layouts.fetching import Fetched
 from distclip.layouts.piece import MisplacedError
 from distclip.layouts.plan import Plan
-from distclip.statistics.overlap import Early, Overlap
+from distclip.statistics.early import Early
+from distclip.statistics.overlap import Overlap
 from distclip.statistics.request import Request
 from distclip.statistics.units import LocalPlaces, LocalUnits, UnitTable, combine_segments
 

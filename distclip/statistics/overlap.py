@@ -1,17 +1,10 @@
-"""Gradients measured during backward, as FSDP2 finishes them, and used at the clip if untouched.
+"""Gradients measured during backward, as they are reduced, and used at the clip if untouched.
 
 FSDP2 calls the ``register_post_accumulate_grad_hook``s of its sharded parameters when a gradient is
 reduced over the ranks, on the stream of that reduction. The gradients of one ``fully_shard`` are
 then measured together, when as many of them are there as the last time. What does not come so
-(other parameters, gradients without a call, the first step) is measured at the clip as ever.
-
-A norm counts at the clip only if its gradient is still what was measured. Three things say so:
-
-* identity: the same ``.grad``, the same local tensor, at the same address;
-* versions: torch counts in-place operations, on the DTensor and on its local tensor apart;
-* samples: some elements of each gradient, bit by bit. Operations on lists of DTensors
-  (``torch._foreach_*``, and so ``GradScaler.unscale_`` and ``torch.nn.utils.clip_grad_norm_``),
-  collectives, ``.data`` and numpy leave no version behind, but they change elements.
+(other parameters, gradients without a call, the first step) is measured at the clip as ever. Of
+DDP whole buckets are measured, see ``buckets``.
 """
 
 from __future__ import annotations
@@ -19,160 +12,31 @@ from __future__ import annotations
 import operator
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
-from distclip.kernels import measuring
-from distclip.kernels.measuring import Tables
+from distclip.layouts import plain
 from distclip.layouts.piece import Holder, Piece
 from distclip.layouts.plan import Plan
+from distclip.statistics import buckets
+from distclip.statistics.early import Batch, Early, Pattern, batch_of
 from distclip.statistics.request import Request
 from distclip.statistics.units import UnitTable
 
 CALLER = "torch.distributed.fsdp._fully_shard."
 """Modules of FSDP2, which calls the hooks itself. A call by autograd comes before any reduction."""
-SAMPLES = 8
-"""Elements compared of each gradient, at least, where it has so many."""
-SPACING = 4093
-"""Elements from one sample to the next, at most; prime, to come through all columns."""
 PATTERNS = 512
 """Sets of parameters that are remembered; routing may call other ones at every step."""
 
-_version, _shard, _grad = map(operator.attrgetter, ("_version", "_local_tensor", "grad"))
-_address = Tensor.data_ptr
+_shard, _grad = map(operator.attrgetter, ("_local_tensor", "grad"))
 
 _running = 0
 """Hooks that run now, in any thread: meanwhile torch walks over the hooks of a parameter."""
-
-
-@dataclass(eq=False)
-class Pattern:
-    """Parameters that are measured together, and what is the same of them at every step.
-
-    Attributes:
-        positions: of their pieces in the plan.
-        index: int64, ``positions`` on the plan's device.
-        plain: whether each is measured as a whole.
-        numbers, dims, counts: those that are measured per unit: their places in ``positions``, the
-            dims that index their units, how many units each has.
-        tables: of their gradients, for the kernels.
-    """
-
-    positions: tuple[int, ...]
-    index: Tensor
-    plain: list[bool]
-    numbers: list[int]
-    dims: list[tuple[int, ...]]
-    counts: list[int]
-    tables: Tables = field(default_factory=Tables)
-    _offsets: list[int] = field(default_factory=list)
-    _places: Tensor | None = None
-
-    def sampled(self, shards: Sequence[Tensor]) -> Tensor:
-        """Some elements of each of these contiguous tensors, which share a storage; a copy."""
-        offsets = [int(shard.storage_offset()) for shard in shards]
-        if self._places is None or offsets != self._offsets:
-            self._places = _places(offsets, [shard.numel() for shard in shards], shards[0].device)
-            self._offsets = offsets
-        ends = (offset + shard.numel() for offset, shard in zip(offsets, shards, strict=True))
-        start, stop = min(offsets), max(ends)
-        flat = shards[0].as_strided((stop - start,), (1,), start)
-        return flat.index_select(0, self._places)
-
-
-def _places(offsets: Sequence[int], numels: Sequence[int], device: torch.device) -> Tensor:
-    """Where the samples lie, counted from the first gradient; int32, half of what int64 takes."""
-    start = min(offsets)
-    parts = [
-        torch.arange(offset - start, offset - start + numel, max(1, min(SPACING, numel // SAMPLES)))
-        for offset, numel in zip(offsets, numels, strict=True)
-        if numel
-    ]
-    places = torch.cat(parts) if parts else torch.zeros(0)
-    return places.to(device, torch.int32 if not parts or places[-1] < 2**31 else torch.int64)
-
-
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """What was measured of some gradients, and how they were then.
-
-    Attributes:
-        pattern: whose they are.
-        norms: order -> float64 ``(pieces,)``, 0 for those that are measured per unit.
-        units: order -> float64, the units of the others one after another.
-        samples: some elements.
-        telling: 0-dim bool, whether any of the samples would change if all were multiplied.
-    """
-
-    # On CUDA all of these were made on FSDP2's stream. At the end of backward FSDP2 makes the main
-    # stream wait for that stream (`finalize_backward`), so the main stream may read them. Their
-    # memory goes back to that stream's pool when the clip has let go of them, and is written next
-    # by the next backward, before whose reductions FSDP2 makes that stream wait for the main one.
-    # FSDP2 keeps the gradients themselves by the same two rules.
-    pattern: Pattern
-    gradients: list[weakref.ref[Tensor]]
-    shards: list[weakref.ref[Tensor]]
-    footprint: tuple[list[int], list[int], list[int]]
-    norms: Mapping[float, Tensor]
-    units: Mapping[float, Tensor]
-    samples: Tensor
-    telling: Tensor
-
-    def untouched(self, gradients: Sequence[Any]) -> list[Tensor] | None:
-        """The local gradients, if they are the ones that were measured, as far as torch counts."""
-        known = [ref() for ref in self.gradients]
-        if any(map(operator.is_not, gradients, known)) or any(ref is None for ref in known):
-            return None
-        shards: list[Tensor] = list(map(_shard, gradients))
-        if any(map(operator.is_not, shards, [ref() for ref in self.shards])):
-            return None
-        return shards if footprint(gradients, shards) == self.footprint else None
-
-
-def footprint(
-    gradients: Sequence[Tensor], shards: Sequence[Tensor]
-) -> tuple[list[int], list[int], list[int]]:
-    """What changes with most changes: versions of both, and where the local tensors lie."""
-    return list(map(_version, gradients)), list(map(_version, shards)), list(map(_address, shards))
-
-
-@dataclass(frozen=True)
-class Early:
-    """Norms that came during backward, and that the clip may use."""
-
-    batches: Sequence[Batch]
-
-    @cached_property
-    def positions(self) -> frozenset[int]:
-        """The pieces that they are of."""
-        return frozenset(each for batch in self.batches for each in batch.pattern.positions)
-
-    def rest(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Those that are left to be measured."""
-        known = self.positions
-        return [None if each in known else tensor for each, tensor in enumerate(tensors)]
-
-    def insert(self, norms: Tensor, order: float) -> None:
-        """Write the norms to the places of their pieces, ``(pieces,)``."""
-        for batch in self.batches:
-            if order in batch.norms:
-                norms.index_copy_(0, batch.pattern.index, batch.norms[order])
-
-    def units(self, order: float) -> dict[int, Tensor]:
-        """Position -> norms of its units."""
-        found: dict[int, Tensor] = {}
-        for batch in self.batches:
-            pattern = batch.pattern
-            if pattern.numbers:
-                parts = torch.split(batch.units[order], pattern.counts)
-                found.update(zip((pattern.positions[n] for n in pattern.numbers), parts))  # noqa: B905
-        return found
 
 
 class Overlap:
@@ -183,9 +47,10 @@ class Overlap:
     Args:
         plan: whose pieces to measure. Hooks go on the parameters that FSDP2 may manage; whether it
             does, its call says.
+        modules: DDP modules, whose buckets are measured.
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, modules: Sequence[DistributedDataParallel] = ()) -> None:
         self._plan = plan
         self._holds: dict[int, Holder] = {}
         self._handles: list[RemovableHandle] = []
@@ -213,16 +78,53 @@ class Overlap:
                 parameter: Any = piece.hold()
                 self._handles.append(parameter.register_post_accumulate_grad_hook(hook))
         weakref.finalize(self, _remove, self._handles).atexit = False
+        self.refused = [why for module in modules if (why := buckets.refusal(module))]
+        """Why some of the modules are measured at the clip."""
+        self._followed = [module for module in modules if not buckets.refusal(module)]
+        positions: dict[int, int] = {}
+        for position, piece in enumerate(plan.pieces):
+            hold = plain.holder_of(piece)
+            if hold is not None and hold().requires_grad and hold().device == plan.device:
+                positions[id(hold())] = position
+                if self._followed:
+                    self._holds[position] = hold
+        for module in self._followed:
+            buckets.follow(module, self, positions)
 
     @property
     def active(self) -> bool:
         """Whether there is a parameter to wait for."""
-        return bool(self._handles) and self.error is None
+        return bool(self._handles or self._followed) and self.error is None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the statistics go."""
+        return self._plan.device
+
+    @property
+    def wanted(self) -> frozenset[int]:
+        """Positions of the pieces that may come early."""
+        return self._wanted
+
+    @property
+    def expects_buckets(self) -> bool:
+        """Whether there is anything to measure of a bucket."""
+        return bool(self._followed and self._wanted) and self.error is None
+
+    def asked_of(self, positions: tuple[int, ...]) -> tuple[Pattern, Request]:
+        """What is measured of these pieces together."""
+        assert self._request is not None
+        return self._pattern(positions), self._request
+
+    def keep(self, batch: Batch) -> None:
+        """Take what was measured of gradients that are finished."""
+        self._done.update(dict.fromkeys(batch.pattern.positions, batch))
 
     def close(self) -> None:
         """Take the hooks off."""
         self._drop()
         self._wanted = frozenset()
+        self._followed = []
         _remove(self._handles)
         self._handles.clear()
 
@@ -324,40 +226,13 @@ class Overlap:
         shards: list[Tensor] = list(map(_shard, gradients))
         if not _are_alike(shards, storage, self._plan.device):
             return
-        pattern, request, device = self._pattern(positions), self._request, self._plan.device
+        pattern, request = self._pattern(positions), self._request
         assert request is not None
-        units = {
-            order: measuring.unit_norms(
-                [shards[number] for number in pattern.numbers],
-                pattern.dims,
-                pattern.counts,
-                order,
-                device=device,
-                tables=pattern.tables,
-                what="units",
-            )
-            for order in (request.unit_orders if pattern.numbers else ())
-        }
-        whole = [s if plain else None for s, plain in zip(shards, pattern.plain, strict=True)]
-        norms = {
-            order: measuring.norms(whole, order, device=device, tables=pattern.tables)
-            for order in (request.orders if any(pattern.plain) else ())
-        }
-        samples = pattern.sampled(shards)
-        telling = ((samples != 0) & torch.isfinite(samples)).any()
-        batch = Batch(
-            pattern,
-            [weakref.ref(gradient) for gradient in gradients],
-            [weakref.ref(shard) for shard in shards],
-            # Now, and not when each was called: neighbours are views of one tensor and share its
-            # version, which counts up as FSDP2 adds to one after the other.
-            footprint(gradients, shards),
-            norms,
-            units,
-            samples,
-            telling if len(samples) else torch.ones_like(telling),
-        )
-        self._done.update(dict.fromkeys(positions, batch))
+        norms, units = pattern.measured(shards, request, self._plan.device)
+        # Versions of now, and not of when each was called: neighbours are views of one tensor and
+        # share its version, which counts up as FSDP2 adds to one after the other.
+        batch = batch_of(pattern, gradients, norms, units)
+        self.keep(batch)
 
     def _pattern(self, positions: tuple[int, ...]) -> Pattern:
         known = self._patterns.get(positions)

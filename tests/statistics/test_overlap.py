@@ -18,7 +18,7 @@ from torch.distributed.tensor.parallel import (
 
 from distclip import GradClipper, policies
 from distclip.kernels import measuring
-from distclip.statistics import overlap as overlapping
+from distclip.statistics import early
 from distclip.testing import expected
 from tests.engine.test_matrix import POLICIES, build
 from tests.helpers.watching import watch
@@ -130,7 +130,7 @@ def test_one_measurement_for_each_group(monkeypatch: pytest.MonkeyPatch) -> None
         calls.append(sum(each is not None for each in tensors))
         return norms(tensors, *args, **options)
 
-    monkeypatch.setattr(overlapping.measuring, "norms", counted)
+    monkeypatch.setattr(early.measuring, "norms", counted)
     backward(model, 1)
     assert sorted(calls) == [2, 2, 3]  # body, middle, and the root's embed and head
     clip_and_check(clipper, model, early=7)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from distclip import ClipReport, GradClipper
-from distclip.statistics import overlap as overlapping
+from distclip.statistics import early
 from tests.engine.test_matrix import build
 from tests.statistics.overlapping import (
     LOOSE,
@@ -181,7 +181,7 @@ def test_what_cannot_be_seen() -> None:
 
 def unsampled(shard: Tensor) -> Tensor:
     """The second of the elements of a contiguous tensor; the first is a sample."""
-    assert shard.numel() >= 2 * overlapping.SAMPLES
+    assert shard.numel() >= 2 * early.SAMPLES
     return shard.view(-1)[1:2]
 
 

@@ -20,7 +20,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from distclip import ConfigurationError, GradClipper, NonFiniteGradientError, policies
-from distclip.statistics import overlap as overlapping
+from distclip.statistics import early
 from tests.engine.test_matrix import build
 from tests.sharded import mesh_of
 from tests.statistics.overlapping import (
@@ -240,10 +240,10 @@ def test_samples(numels: list[int]) -> None:
     offsets = [0]
     for numel in numels[:-1]:
         offsets.append(offsets[-1] + numel + 5)
-    places = overlapping._places(offsets, numels, torch.device("cpu")).tolist()
+    places = early._places(offsets, numels, torch.device("cpu")).tolist()
     for offset, numel in zip(offsets, numels, strict=True):
         mine = [each for each in places if offset <= each < offset + numel]
-        assert len(mine) >= min(numel, overlapping.SAMPLES)
-        assert len(mine) <= numel / overlapping.SPACING + 2 * overlapping.SAMPLES
+        assert len(mine) >= min(numel, early.SAMPLES)
+        assert len(mine) <= numel / early.SPACING + 2 * early.SAMPLES
     assert len(places) == len({*places})
     assert all(any(o <= e < o + n for o, n in zip(offsets, numels, strict=True)) for e in places)
