@@ -127,7 +127,11 @@ def _registered_on_copy(state: object, hook: CommHook) -> None:
 
 
 def _average(reference: weakref.ref[DistributedDataParallel], bucket: Any) -> Any:
-    """What DDP does without a hook, to the bit."""
+    """What DDP does without a hook.
+
+    To the bit, but for gradients that are views of the bucket and stay from step to step: DDP
+    divides those where it multiplies others, which differ in the last bit on three ranks, say.
+    """
     module = reference()
     assert module is not None  # its backward is running
     if not getattr(module, "_divide_by_initial_world_size", True):
@@ -136,9 +140,7 @@ def _average(reference: weakref.ref[DistributedDataParallel], bucket: Any) -> An
             "which a communication hook is not told: leave overlap=True out of the GradClipper, or "
             "use divide_by_initial_world_size=True"
         )
-    return collectives.average_later(
-        bucket.buffer(), module.process_group, multiply=not module.gradient_as_bucket_view
-    )
+    return collectives.average_later(bucket.buffer(), module.process_group)
 
 
 class Bucket:

@@ -229,18 +229,15 @@ def group_of_ranks(ranks: tuple[int, ...]) -> ProcessGroup:
     return known[1]
 
 
-def average_later(buffer: Tensor, group: ProcessGroup, *, multiply: bool) -> Any:
+def average_later(buffer: Tensor, group: ProcessGroup) -> Any:
     """The future of ``buffer`` averaged over the ranks, in place.
+
+    Multiplied by ``1 / ranks`` before it is reduced, as DDP does while it fills a bucket.
 
     Args:
         buffer: any dtype and device.
         group: its ranks.
-        multiply: by ``1 / ranks``, and not divide by ``ranks``: the last bit may differ.
     """
-    ranks = dist.get_world_size(group)
-    if multiply:
-        buffer.mul_(1.0 / ranks)
-    else:
-        buffer.div_(ranks)
+    buffer.mul_(1.0 / dist.get_world_size(group))
     work = dist.all_reduce(buffer, group=group, async_op=True)
     return cast(Any, work).get_future().then(lambda future: future.value()[0])
