@@ -12,6 +12,8 @@ import json
 import platform
 import random
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,8 +28,30 @@ from torch.distributed.fsdp import fully_shard
 from distclip import GradClipper, __version__, policies
 from distclip.kernels.device import multi_tensor
 
+try:
+    from transformer_engine.pytorch import optimizers as transformer_engine
+except ImportError:
+    transformer_engine = None
+
 Contestant = Callable[[], Any]
 GIB = 1 << 30
+
+
+FIELD: dict[str, dict[str, Any]] = {
+    "500 matrices, 225 M elements, float32": {
+        "shapes": [(600, 750)] * 500,
+        "dtype": torch.float32,
+        "published_ms": {"Transformer Engine": 3.93, "Triton": 3.73},
+        "aim_ms": 1.5,
+    },
+    "one tensor, 1.536 G elements, bfloat16": {
+        "shapes": [(1_536_000_000,)],
+        "dtype": torch.bfloat16,
+        "published_ms": {"Transformer Engine": 7.89, "Triton": 7.32},
+        "aim_ms": 4.0,
+    },
+}
+"""Norm and clip, as others publish it for one H100: NVIDIA-NeMo/Automodel, pull request 3685."""
 
 
 def mixed_sizes(total: int) -> list[int]:
@@ -61,7 +85,12 @@ def gradients(model: nn.ParameterList) -> list[Tensor]:
 def timed(
     contestants: dict[str, Contestant], rounds: int, before: Contestant | None = None
 ) -> dict[str, dict[str, float]]:
-    """Median milliseconds of each: of the device, and of the host until the work was done."""
+    """Median milliseconds of each: of the device, and of the host until the work was done.
+
+    Without a GPU, for the tests, the host's stand for both.
+    """
+    if not torch.cuda.is_available():
+        return _timed_on_host(contestants, rounds, before)
     for run in contestants.values():
         for _ in range(3):
             run()
@@ -90,6 +119,97 @@ def timed(
         }
         for name in contestants
     }
+
+
+def _timed_on_host(
+    contestants: dict[str, Contestant], rounds: int, before: Contestant | None
+) -> dict[str, dict[str, float]]:
+    found: dict[str, dict[str, float]] = {}
+    for name, run in contestants.items():
+        times = []
+        for _ in range(rounds):
+            if before is not None:
+                before()
+            began = time.perf_counter()
+            run()
+            times.append(1e3 * (time.perf_counter() - began))
+        both = statistics.median(times)
+        found[name] = {
+            "device_ms": both,
+            "host_ms": both,
+            "device_low_ms": min(times),
+            "device_high_ms": max(times),
+        }
+    return found
+
+
+def apex_like(tensors: list[Tensor], limit: float) -> None:
+    """What multi-tensor code does: one norm of all, and one multiplication, no read of the host."""
+    norm = torch.linalg.vector_norm(foreach_norm(tensors))
+    torch._foreach_mul_(tensors, (limit / (norm + 1e-6)).clamp(max=1.0).to(tensors[0].dtype))
+
+
+def by_transformer_engine(tensors: list[Tensor], limit: float) -> None:
+    """As Megatron-Core clips: the norm is read on the host, for the coefficient is a number."""
+    overflow = torch.zeros(1, dtype=torch.int, device=tensors[0].device)
+    applied = transformer_engine.multi_tensor_applier
+    norm, _ = applied(transformer_engine.multi_tensor_l2norm, overflow, [tensors], False)
+    coefficient = limit / (norm.item() + 1e-6)
+    if coefficient < 1.0:
+        applied(transformer_engine.multi_tensor_scale, overflow, [tensors, tensors], coefficient)
+
+
+def of_the_field(
+    shapes: list[tuple[int, ...]],
+    dtype: torch.dtype,
+    rounds: int,
+    device: str = "cuda",
+    **published: Any,
+) -> dict[str, Any]:
+    """Norm and clip of a workload that others have published times for."""
+    listed = nn.ParameterList(
+        nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) for shape in shapes
+    )
+    torch.manual_seed(0)
+    for parameter in listed:
+        parameter.grad = torch.randn_like(parameter)
+    tensors = gradients(listed)
+    kept = [tensor.clone() for tensor in tensors]
+    contestants: dict[str, Contestant] = {
+        f"distclip, {mode}": GradClipper(
+            listed, policies.global_norm(1.0), on_nonfinite=mode, verify_replicas="never"
+        ).clip_
+        for mode in ("pass", "skip", "error_late", "error")
+    }
+    contestants["torch clip_grad_norm_"] = lambda: nn.utils.clip_grad_norm_(list(listed), 1.0)
+    contestants["apex-like"] = lambda: apex_like(tensors, 1.0)
+    if transformer_engine is not None:
+        contestants["Transformer Engine"] = lambda: by_transformer_engine(tensors, 1.0)
+    found = timed(contestants, rounds, lambda: torch._foreach_copy_(tensors, kept))
+    before, after = (multi_norm(each) for each in (kept, tensors))
+    return {
+        "tensors": len(tensors),
+        "bytes": sum(tensor.nbytes for tensor in tensors),
+        "norm_before": before,
+        "norm_after_the_last": after,
+        "times": found,
+        **published,
+    }
+
+
+def multi_norm(tensors: list[Tensor]) -> float:
+    """Of all together, accumulated in float64."""
+    parts = [torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensor in tensors]
+    return float(torch.linalg.vector_norm(torch.stack(parts)))
+
+
+def sync_and_graph_tests() -> str:
+    """The last line of the tests that look for host reads and capture a clip in a graph."""
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "tests/kernels/test_cuda.py"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    return run.stdout.strip().splitlines()[-1] if run.stdout.strip() else run.stderr[-500:]
 
 
 def foreach_norm(tensors: list[Tensor]) -> Tensor:
@@ -241,6 +361,10 @@ def main() -> None:
         "host": platform.processor() or platform.machine(),
         "triton_kernels": multi_tensor.is_usable(torch.device("cuda", 0)),
         "rounds": rounds,
+        "date": time.strftime("%Y-%m-%d"),
+        "transformer_engine": transformer_engine is not None,
+        "tests": sync_and_graph_tests(),
+        "field": {name: of_the_field(rounds=rounds, **each) for name, each in FIELD.items()},
         "measuring": {
             "1 GiB, float32": measuring(large, torch.float32, rounds),
             "512 MiB, bfloat16": measuring(large, torch.bfloat16, rounds),

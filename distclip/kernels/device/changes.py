@@ -49,9 +49,11 @@ def scale_(tensors: Sequence[Tensor], coefficients: Tensor) -> None:
             tensor.mul_(factor.to(tensor.real.dtype))
 
 
-def _by_way(tensors: Sequence[Tensor]) -> tuple[list[int], list[int]]:
+def _by_way(tensors: Sequence[Tensor]) -> tuple[Sequence[int], Sequence[int]]:
     """Those that the Triton kernels take, and the others."""
     usable = multi_tensor.is_usable(tensors[0].device)
+    if usable and multi_tensor.scales_all(tensors):
+        return range(len(tensors)), ()
     ways: tuple[list[int], list[int]] = [], []
     for number, tensor in enumerate(tensors):
         takes = usable and tensor.dtype in multi_tensor.SCALED and multi_tensor.is_dense(tensor)
@@ -77,12 +79,14 @@ def scale_units_(
         coefficients: per tensor, float64 ``(units,)`` there, row-major in its ``unit_dims``.
         unit_dims: per tensor, its dims that index the units.
     """
-    by_kernel, others = _by_way(tensors)
+    by_kernel, _ = _by_way(tensors)
     rows = [n for n in by_kernel if unit_dims[n] == (0,) and tensors[n].is_contiguous()]
     if rows:
-        matrices = [tensors[number].view(len(tensors[number]), -1) for number in rows]
+        chosen = [tensors[number] for number in rows]
+        matrices = [t if t.dim() == 2 else t.view(t.size(0), -1) for t in chosen]
         multi_tensor.scale_rows_(matrices, torch.cat([coefficients[number] for number in rows]))
-    for number in sorted({*by_kernel, *others} - {*rows}):
+    left = () if len(rows) == len(tensors) else sorted({*range(len(tensors))} - {*rows})
+    for number in left:
         tensors[number].mul_(shaped(coefficients[number], tensors[number], unit_dims[number]))
 
 

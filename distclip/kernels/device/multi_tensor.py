@@ -10,6 +10,7 @@ import contextlib
 import functools
 import importlib.util
 import math
+import operator
 import os
 import warnings
 from collections.abc import Sequence
@@ -34,6 +35,8 @@ LEAST = {
 }
 """Float32 sums of a chunk below this may have lost much to underflow."""
 SWITCH = "DISTCLIP_TRITON"
+
+_dtype = operator.attrgetter("dtype")
 
 
 @functools.cache
@@ -75,6 +78,20 @@ def is_dense(tensor: Tensor) -> bool:
 def measures(tensor: Tensor, norm_type: float) -> bool:
     """Whether :func:`norms` takes this tensor."""
     return tensor.dtype in MEASURED and norm_type in ORDERS and is_dense(tensor)
+
+
+def measures_all(tensors: Sequence[Tensor], norm_type: float) -> bool:
+    """Whether :func:`norms` takes all of these, contiguous ones; without a loop in Python."""
+    return norm_type in ORDERS and _are_plain(tensors, MEASURED)
+
+
+def scales_all(tensors: Sequence[Tensor]) -> bool:
+    """Whether :func:`scale_` takes all of these, contiguous ones; without a loop in Python."""
+    return _are_plain(tensors, SCALED)
+
+
+def _are_plain(tensors: Sequence[Tensor], dtypes: frozenset[torch.dtype]) -> bool:
+    return dtypes.issuperset(map(_dtype, tensors)) and all(map(Tensor.is_contiguous, tensors))
 
 
 def norms(
@@ -135,7 +152,7 @@ def row_norms(matrices: Sequence[Tensor], norm_type: float) -> Tensor:
     Returns:
         float64 ``(all rows,)`` on their device, the matrices one after another.
     """
-    if any(matrix.shape[1] > tables.WIDEST_ROW for matrix in matrices):
+    if max([matrix.size(1) for matrix in matrices]) > tables.WIDEST_ROW:
         return _row_norms_of_wide(matrices, norm_type)
     kernels, table = _kernels(), tables.rows(matrices)
     device, kind = matrices[0].device, ORDERS[norm_type]

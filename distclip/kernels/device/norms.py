@@ -33,6 +33,8 @@ def norms(tensors: Sequence[Tensor], norm_type: float, bounds: Bounds | None = N
         float64 ``(len(tensors),)`` on their device.
     """
     kernels = multi_tensor.is_usable(tensors[0].device)
+    if kernels and multi_tensor.measures_all(tensors, norm_type):
+        return multi_tensor.norms(tensors, norm_type, bounds)
 
     def way(number: int) -> Way:
         tensor = tensors[number]
@@ -66,6 +68,8 @@ def row_norms(matrices: Sequence[Tensor], norm_type: float, bounds: Bounds | Non
         float64 ``(all rows,)`` on their device, the matrices one after another.
     """
     kernels = multi_tensor.is_usable(matrices[0].device)
+    if kernels and bounds is None and multi_tensor.measures_all(matrices, norm_type):
+        return multi_tensor.row_norms(matrices, norm_type)
 
     def way(number: int) -> Way:
         matrix = matrices[number]

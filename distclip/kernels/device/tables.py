@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import collections
 import itertools
+import operator
 from collections.abc import Callable, Hashable, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +27,7 @@ WIDEST_ROW = 1 << 16
 """Longer rows are measured as tensors of their own, by many programs each."""
 REMEMBERED = 32
 
+Numbers: TypeAlias = npt.NDArray[np.int64]
 Table = TypeVar("Table", bound="Flat | Rows")
 
 
@@ -69,6 +71,8 @@ class Rows(NamedTuple):
     rows: int
 
 
+_dtype = operator.attrgetter("dtype")
+
 _known: collections.OrderedDict[Hashable, Flat | Rows] = collections.OrderedDict()
 _captured: list[Flat | Rows] = []
 """Those that a CUDA graph reads again at every replay."""
@@ -81,7 +85,7 @@ def flat(tensors: Sequence[Tensor]) -> Flat:
 
 def rows(matrices: Sequence[Tensor]) -> Rows:
     """The table of contiguous matrices of one device, each with at least one element."""
-    heights = tuple([len(matrix) for matrix in matrices])
+    heights = tuple([matrix.size(0) for matrix in matrices])
     return _remembered("rows", matrices, heights, _rows)
 
 
@@ -102,9 +106,9 @@ def _remembered(
         kind,
         device,
         stream,
-        tuple([tensor.data_ptr() for tensor in tensors]),
-        tuple([tensor.numel() for tensor in tensors]),
-        tuple([tensor.dtype for tensor in tensors]),
+        tuple(map(Tensor.data_ptr, tensors)),
+        tuple(map(Tensor.numel, tensors)),
+        tuple(map(_dtype, tensors)),
         more,
     )
     found = _known.get(key)
@@ -118,51 +122,52 @@ def _remembered(
 
 
 def _flat(tensors: Sequence[Tensor]) -> Flat:
-    order = sorted(range(len(tensors)), key=lambda each: str(tensors[each].dtype))
-    ordered = [tensors[each] for each in order]
-    heads = [tensor.data_ptr() % 16 // tensor.element_size() for tensor in ordered]
-    chunk = BLOCK * TURNS
-    counts = [-(-(head + t.numel()) // chunk) for head, t in zip(heads, ordered, strict=True)]
-    (pointers, numels, firsts, outputs, owners), total = _packed(
-        ordered[0].device, ordered, counts, [[tensor.numel() for tensor in ordered]], order
+    dtypes = list(map(_dtype, tensors))
+    order = _sorted(dtypes, str)
+    ordered = tensors if order == range(len(tensors)) else [tensors[each] for each in order]
+    dtypes = [dtypes[each] for each in order]
+    pointers, numels = (
+        np.array(list(map(read, ordered)), dtype=np.int64)
+        for read in (Tensor.data_ptr, Tensor.numel)
     )
-    return Flat(
-        pointers,
-        numels,
-        firsts,
-        outputs,
-        owners,
-        launches=_launches([(t.dtype,) for t in ordered], counts),
-        segments=len(tensors),
-        chunks=total,
-    )
+    heads = pointers % 16 // np.array([dtype.itemsize for dtype in dtypes])
+    counts = -(-(heads + numels) // (BLOCK * TURNS))
+    views, total = _packed(ordered[0].device, pointers, counts, [numels], order)
+    launches = _launches([(dtype,) for dtype in dtypes], counts)
+    where, numbers, firsts, outputs, owners = views
+    return Flat(where, numbers, firsts, outputs, owners, launches, len(tensors), total)
 
 
 def _rows(matrices: Sequence[Tensor]) -> Rows:
-    starts = np.cumsum([0, *(len(matrix) for matrix in matrices)])
     kinds = [_kind(matrix) for matrix in matrices]
-    order = sorted(range(len(matrices)), key=lambda each: (str(kinds[each][0]), *kinds[each][1:]))
+    order = _sorted(kinds, lambda kind: (str(kind[0]), *kind[1:]))
     ordered = [matrices[each] for each in order]
-    counts = [-(-len(matrices[each]) // max(1, BLOCK // kinds[each][1])) for each in order]
-    sizes = [[len(matrix) for matrix in ordered], [matrix.shape[1] for matrix in ordered]]
-    (pointers, heights, widths, firsts, outputs, owners), _ = _packed(
-        ordered[0].device, ordered, counts, sizes, starts[order]
-    )
-    return Rows(
-        pointers,
-        heights,
-        widths,
-        firsts,
-        outputs,
-        owners,
-        launches=_launches([kinds[each] for each in order], counts),
-        rows=int(starts[-1]),
-    )
+    kinds = [kinds[each] for each in order]
+    pointers = np.array(list(map(Tensor.data_ptr, ordered)), dtype=np.int64)
+    heights, widths = (np.array([m.size(dim) for m in ordered], dtype=np.int64) for dim in (0, 1))
+    starts = np.cumsum([0, *(matrix.size(0) for matrix in matrices)])
+    counts = -(-heights // np.array([max(1, BLOCK // columns) for _, columns, _ in kinds]))
+    sizes = [heights, widths]
+    views, _ = _packed(ordered[0].device, pointers, counts, sizes, starts[:-1][order])
+    where, tall, wide, firsts, outputs, owners = views
+    launches = _launches(kinds, counts)
+    return Rows(where, tall, wide, firsts, outputs, owners, launches, int(starts[-1]))
+
+
+Kind = TypeVar("Kind", bound=Hashable)
+
+
+def _sorted(kinds: Sequence[Kind], key: Callable[[Kind], Any]) -> Sequence[int]:
+    """Positions, those of one kind beside each other."""
+    if len(set(kinds)) == 1:
+        return range(len(kinds))
+    keys = {kind: key(kind) for kind in set(kinds)}
+    return sorted(range(len(kinds)), key=lambda each: keys[kinds[each]])
 
 
 def _kind(matrix: Tensor) -> tuple[torch.dtype, int, int]:
     """Dtype, columns of a tile, elements in 16 bytes if all its rows are aligned to them."""
-    width, size = matrix.shape[1], matrix.element_size()
+    width, size = matrix.size(1), matrix.element_size()
     columns = next((each for each in (16, 128) if width <= each), 1024)
     aligned = matrix.data_ptr() % 16 == 0 and width * size % 16 == 0
     return matrix.dtype, columns, 16 // size if aligned else 1
@@ -170,20 +175,15 @@ def _kind(matrix: Tensor) -> tuple[torch.dtype, int, int]:
 
 def _packed(
     device: torch.device,
-    tensors: Sequence[Tensor],
-    counts: Sequence[int],
-    sizes: Sequence[Sequence[int]],
-    outputs: Sequence[int] | npt.NDArray[np.int64],
+    pointers: Numbers,
+    counts: Numbers,
+    sizes: Sequence[Numbers],
+    outputs: Sequence[int] | Numbers,
 ) -> tuple[list[Tensor], int]:
     """Addresses, sizes, first programs, outputs and owners in one transfer, as views of it."""
-    firsts = np.concatenate([[0], np.cumsum(counts)])
-    parts = [
-        np.array([tensor.data_ptr() for tensor in tensors], dtype=np.int64),
-        *(np.array(each, dtype=np.int64) for each in sizes),
-        firsts.astype(np.int64),
-        np.asarray(outputs, dtype=np.int64),
-        np.repeat(np.arange(len(tensors), dtype=np.int64), counts),
-    ]
+    firsts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    owners = np.repeat(np.arange(len(pointers), dtype=np.int64), counts)
+    parts = [pointers, *sizes, firsts, np.asarray(outputs, dtype=np.int64), owners]
     # Each at a multiple of 16 bytes: Triton compiles another kernel for every other alignment.
     stops = list(itertools.accumulate(len(part) + len(part) % 2 for part in parts))
     numbers = np.zeros(stops[-1], dtype=np.int64)
@@ -197,13 +197,14 @@ def _packed(
     ], int(firsts[-1])
 
 
-def _launches(
-    kinds: Sequence[tuple[torch.dtype] | tuple[torch.dtype, int, int]], counts: Sequence[int]
-) -> tuple[Launch, ...]:
-    """One for all neighbours of a kind."""
+def _launches(kinds: Sequence[tuple[Any, ...]], counts: Numbers) -> tuple[Launch, ...]:
+    """One for all neighbours of a kind: a dtype, and of rows columns and vector."""
+    if len(set(kinds)) == 1:
+        return (Launch(kinds[0][0], 0, int(counts.sum()), *kinds[0][1:]),)
     launches: list[Launch] = []
     offset = 0
-    for kind, members in itertools.groupby(zip(kinds, counts, strict=True), lambda each: each[0]):
+    pairs = zip(kinds, counts.tolist(), strict=True)
+    for kind, members in itertools.groupby(pairs, lambda each: each[0]):
         programs = sum(count for _, count in members)
         launches.append(Launch(kind[0], offset, programs, *kind[1:]))
         offset += programs
