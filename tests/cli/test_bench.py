@@ -45,11 +45,11 @@ def parameters(count: int = 3) -> list[Tensor]:
 
 def test_a_run_is_shown_kept_and_drawn(tmp_path: Path) -> None:
     kept, picture = tmp_path / "run.json", tmp_path / "new" / "run.png"
-    done = command("small-clipped", "count-1000", "--rounds", "3", "--output", str(kept),
+    done = command("small-clipped", "fsdp1-small", "--rounds", "3", "--output", str(kept),
                    "--picture", str(picture))  # fmt: skip
     assert done.exit_code == 0, done.output
     record = bench_record.read(kept)
-    assert set(record.cases) == {"small-clipped", "count-1000"}
+    assert set(record.cases) == {"small-clipped", "fsdp1-small"}
     assert record.ranks == 2
     assert {"date", "processor", "load before", "load after", "torch"} <= set(record.machine)
     case = record.cases["small-clipped"]

@@ -1,4 +1,4 @@
-"""Accelerate: scripts under ``accelerate launch``, each launch some seconds."""
+"""Accelerate: scripts under ``accelerate launch``, each layout once."""
 
 from __future__ import annotations
 
@@ -75,13 +75,11 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str,
 
 
 @pytest.mark.parametrize(
-    ("config", "ranks", "policy", "kind"),
+    ("config", "ranks", "policy", "kind", "model"),
     [
-        ("ddp_cpu", 2, "agc", "MULTI_CPU"),
-        ("fsdp2_cpu", 3, "agc", "FSDP"),
-        ("fsdp2_cpu", 2, "global_norm", "FSDP"),
-        ("fsdp1_cpu", 2, "agc", "FSDP"),
-        ("fsdp1_cpu", 3, "global_norm", "FSDP"),
+        ("ddp_cpu", 2, "agc", "MULTI_CPU", "DistributedDataParallel"),
+        ("fsdp2_cpu", 3, "agc", "FSDP", "FSDPModel"),
+        ("fsdp1_cpu", 3, "global_norm", "FSDP", "FullyShardedDataParallel"),
     ],
 )
 def test_a_launch_trains_as_one_process(
@@ -91,11 +89,14 @@ def test_a_launch_trains_as_one_process(
     ranks: int,
     policy: str,
     kind: str,
+    model: str,
 ) -> None:
+    """Each layout once; each policy under each layout is tested on warm ranks."""
     path = ROOT / "configs" / "accelerate" / f"{config}.yaml"
     result, stderr = run(tmp_path, launch(path, ranks, policy))
     assert result, stderr
     assert (result.pop("ranks"), result.pop("kind")) == (ranks, kind)
+    assert result.pop("models") == [model]
     assert stderr.count("the script calls clip_grad_norm_(max_norm=1e-09)") == 1
     reference = alone(policy)
     for variant, weights in result.items():

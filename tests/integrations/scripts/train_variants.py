@@ -15,6 +15,7 @@ STEPS, BATCH = 20, 24
 VARIANTS = ("norm", "value", "never", "accumulate", "parts", "fused", "bf16")
 
 accelerator = Accelerator()
+kinds = set()  # of what prepare made of the model
 
 
 class Model(torch.nn.Module):
@@ -63,6 +64,7 @@ def train(variant):
     else:
         parameters = [p.detach() for p in model.parameters()]
         whole = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in parameters]
+    kinds.add(type(model).__name__)
     accelerator.free_memory()
     return torch.cat([p.flatten() for p in whole]).tolist()
 
@@ -71,6 +73,7 @@ result = {variant: train(variant) for variant in VARIANTS[:-1]}
 AcceleratorState._reset_state(reset_partial_state=True)  # or it refuses another precision
 accelerator = Accelerator(mixed_precision="bf16")
 result["bf16"] = train("bf16")
+result["models"] = sorted(kinds)
 result["ranks"] = accelerator.num_processes
 result["kind"] = accelerator.distributed_type.value
 if accelerator.is_main_process:
