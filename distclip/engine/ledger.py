@@ -15,7 +15,9 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
-from distclip.engine.passes import Group, Pass, grouped
+from distclip.engine.passes import Pass
+from distclip.engine.units import decide
+from distclip.kernels import plain
 from distclip.kernels.transfer import to_device
 from distclip.layouts.plan import Plan
 from distclip.policies import (
@@ -33,7 +35,7 @@ from distclip.policies._protocol import combine_norms
 from distclip.statistics.measurement import Memory
 from distclip.statistics.overlap import Overlap
 from distclip.statistics.packing import LocalDecision, Measurement
-from distclip.statistics.units import LocalUnits, UnitTable, combine_segments
+from distclip.statistics.units import UnitTable
 
 States = dict[str, State]
 """State of each stage that has one, by the stage's path."""
@@ -52,16 +54,6 @@ class Program:
     unit_counts: tuple[Tensor, ...]
     """Per pass, float64 ``(parameters,)``: how many units each has; 1 where it is one."""
     memory: Memory = field(default_factory=Memory)
-    _grouped: dict[int, tuple[Sequence[int], Sequence[Group]]] = field(default_factory=dict)
-
-    def groups(self, number: int, units: LocalUnits) -> Sequence[Group]:
-        """How the units on this rank are decided on in pass ``number``. Remembered."""
-        known = self._grouped.get(number)
-        if known is None or known[0] is not units.positions:
-            local = self.passes[number].local_units
-            found = grouped(self.plan, local, units.positions, units.counts)
-            known = self._grouped[number] = units.positions, found
-        return known[1]
 
     @cached_property
     def has_units(self) -> bool:
@@ -91,7 +83,7 @@ class Program:
     @cached_property
     def nothing_decided(self) -> LocalDecision:
         """What is decided before the reduction where no unit is; shared too."""
-        return LocalDecision({}, {}, torch.zeros_like(self.ones), self.ones.new_ones(()))
+        return LocalDecision(None, {}, torch.zeros_like(self.ones), self.ones.new_ones(()))
 
     @cached_property
     def no_loss(self) -> Tensor:
@@ -111,7 +103,7 @@ class Program:
 
         ``overlap`` measures during backward what the first of them is to measure.
         """
-        tables = tuple(UnitTable(plan, one.request) for one in passes)
+        tables = tuple(UnitTable(plan, one.request, one.local_units) for one in passes)
         counts = []
         for one in passes:
             dims = one.request.unit_dims
@@ -171,7 +163,9 @@ class Ledger:
         self.units = dict(measurement.units)
         self.ones = self._total = self._scaled = program.ones
         self._common: Tensor | None = None
-        self.unit_total = torch.ones_like(measurement.unit_weights) if self.table.size else None
+        self.unit_total = (
+            torch.ones_like(measurement.unit_weights) if self.table.summed.size else None
+        )
         self.rounds = [Round(bounds=self.one.request.bounds)]
         self.threshold: Tensor | float | None = None
         self.late_clamped = program.all_finite
@@ -209,7 +203,7 @@ class Ledger:
         """Set the norms of the flagged parameters to 0: their gradients are dropped."""
         self._norms = {p: torch.where(members, 0.0, norms) for p, norms in self.norms.items()}
         self._total = torch.where(members, 1.0, self.total)
-        if self.table.size:
+        if self.table.summed.size:
             dropped = members[self.table.owner]
             self.units = {p: torch.where(dropped, 0.0, units) for p, units in self.units.items()}
 
@@ -384,8 +378,8 @@ class Ledger:
             self._scale(where, policy.unit_coefficients(norms, weights))
         if not members or self.unit_total is None:  # parameters of shape (0, n) have no units
             return
-        norms, weights = self.units[2.0], self.measurement.unit_weights
-        factors = policy.unit_coefficients(norms, weights)
+        weights = self.measurement.unit_weights
+        factors = decide((policy,), self.units[2.0], weights, torch.empty_like(weights))
         if len(members) < len(self.table.rows):
             chosen = torch.zeros_like(self.ones, dtype=torch.bool)
             chosen[self._where(members)] = True
@@ -397,7 +391,7 @@ class Ledger:
             self.norms[order] = running.index_copy(
                 0,
                 self.table.members,
-                combine_segments(self.units[order], self.table.lengths, order),
+                plain.segment_norms(self.units[order], self.table.summed.lengths, order),
             )
         if before is not None:
             self._book(before, members)

@@ -8,17 +8,12 @@ with it. Only a stage that reads the norm of something clamped *after* a scaling
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
-
-import torch
-from torch import Tensor
 
 from distclip.errors import ConfigurationError
 from distclip.layouts import soundness
 from distclip.layouts.piece import Described, Entry
-from distclip.layouts.plan import Plan
 from distclip.policies import ClampingPolicy, ParameterInfo, Policy, UnitPolicy
 from distclip.policies._compose import Stage, stages
 from distclip.statistics.request import Request
@@ -253,60 +248,3 @@ def _finished(
         loss=any(stage.policy.needs.loss for stage in draft.stages),
     )
     return Pass(tuple(draft.stages), request, local, dict(draft.late_clamps), whole, divided)
-
-
-class Group(NamedTuple):
-    """Local pieces whose units are decided on by the same policies.
-
-    ``units``: where those lie among all units of this rank; ``lengths`` and ``where``: ``counts``
-    and ``positions`` as int64 tensors.
-    """
-
-    policies: tuple[UnitPolicy, ...]
-    positions: list[int]
-    counts: list[int]
-    units: slice | Tensor
-    lengths: Tensor
-    where: Tensor
-
-
-def grouped(
-    plan: Plan,
-    policies: Mapping[int, tuple[UnitPolicy, ...]],
-    positions: Sequence[int],
-    counts: Sequence[int],
-) -> Sequence[Group]:
-    """The pieces whose units the same policies decide on, together.
-
-    Args:
-        plan: the pieces.
-        policies: parameter -> the policies that decide on its units on this rank.
-        positions: of the pieces that were measured per unit.
-        counts: units of each.
-    """
-    together: dict[tuple[UnitPolicy, ...], list[tuple[int, int, slice]]] = {}
-    stop = 0
-    for position, count in zip(positions, counts, strict=True):
-        start, stop = stop, stop + count
-        deciding = policies.get(plan.pieces[position].index)
-        if deciding is not None:
-            together.setdefault(deciding, []).append((position, count, slice(start, stop)))
-    everything = torch.arange(stop, device=plan.device)
-    groups = []
-    for deciding, members in together.items():
-        units: slice | Tensor = slice(None)
-        if len(members) < len(positions):
-            units = torch.cat([everything[span] for _, _, span in members])
-        lengths = [count for _, count, _ in members]
-        where = [position for position, _, _ in members]
-        groups.append(
-            Group(
-                deciding,
-                where,
-                lengths,
-                units,
-                torch.tensor(lengths, dtype=torch.long, device=plan.device),
-                torch.tensor(where, dtype=torch.long, device=plan.device),
-            )
-        )
-    return groups

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import operator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias, cast
 
@@ -13,8 +14,10 @@ from torch import Tensor
 from distclip.engine.agreement import Agreed
 from distclip.engine.ledger import Ledger, Program, Round, States, Walked
 from distclip.engine.replicas import ReplicaCheck
+from distclip.engine.units import decide_locally
 from distclip.errors import DistclipError, NonFiniteGradientError, UnsupportedGradientError
 from distclip.kernels import changing
+from distclip.kernels.measuring import Look
 from distclip.kernels.transfer import to_device
 from distclip.layouts import sparse
 from distclip.layouts.fetching import Fetched
@@ -25,7 +28,8 @@ from distclip.statistics.alignment import align_alone, align_together, cannot_mo
 from distclip.statistics.measurement import LocalMeasurement, measure
 from distclip.statistics.packing import LocalDecision, Measurement, Stamp, reduce
 from distclip.statistics.request import Request
-from distclip.statistics.units import combine_segments, sum_segments
+
+_shape = operator.attrgetter("shape")
 
 Fold: TypeAlias = Callable[[float | Tensor | None], bool]
 
@@ -179,7 +183,8 @@ def _measured(
             measured.loss = program.no_loss if loss is None else loss
         if loss_scale is not None:
             measured.divide(loss_scale.double().to(plan.device))
-        decided = decide_locally(program, number, measured)
+        tables, nothing = program.memory.tables, program.nothing_decided
+        decided = decide_locally(plan, request, table, measured, tables, nothing)
         packed = None
         if comparing is not None:
             packed = comparing.pack(measured.dense(plan), measured.trouble is not None)
@@ -292,38 +297,6 @@ def raise_together(mine: DistclipError | None, anybodys: float | None) -> None:
         )
 
 
-def decide_locally(program: Program, number: int, measured: LocalMeasurement) -> LocalDecision:
-    """Decide on the units that lie whole on this rank, so that their outcome travels along."""
-    plan, units = program.plan, measured.units
-    clipped, smallest = program.nothing_decided.clipped, program.nothing_decided.smallest
-    if not program.passes[number].local_units:
-        return program.nothing_decided
-    coefficients: dict[int, Tensor] = {}
-    after = dict(measured.norms)
-    for group in program.groups(number, units):
-        weights = units.weights[group.units]
-        norms = {order: values[group.units] for order, values in units.norms.items()}
-        total = weights.new_ones(()).expand_as(weights)
-        for policy in group.policies:
-            factors = policy.unit_coefficients(norms[2.0], weights)
-            total = total * factors
-            norms = {order: values * factors for order, values in norms.items()}
-        if plan.device.type == "cpu" and bool((total == 1.0).all()):
-            continue
-        smallest = torch.minimum(smallest, torch.nan_to_num(total, nan=1.0).min())
-        coefficients.update(zip(group.positions, torch.split(total, group.counts), strict=True))
-        share = 1.0 if plan.shares is None else plan.shares[group.where]
-        changed = sum_segments((total < 1.0).double(), group.lengths) * share
-        rows = group.where if plan.rows is None else plan.rows[group.where]
-        clipped = clipped.index_add(0, rows, changed)
-        for order, values in after.items():
-            whole = combine_segments(norms[order], group.lengths, order)
-            if plan.shares is not None:
-                whole = torch.where(plan.shares[group.where] > 0, whole, 0.0)
-            after[order] = values.index_copy(0, group.where, whole)
-    return LocalDecision(coefficients, after, clipped, smallest)
-
-
 @dataclass(frozen=True)
 class Acting:
     """What one pass has decided, to be done to gradients.
@@ -348,13 +321,17 @@ class Acting:
             return False
         if self.skip is not self.program.no_skip and bool(self.skip):
             return True
-        return self.ledger.is_idle() and _all_one(self.decided)
+        return self.ledger.is_idle() and self.decided.coefficients is None
 
     def factor(self) -> float | Tensor | None:
         """The number, or 0-dim tensor, that everything is multiplied by; None: it is not so."""
         if self.is_idle():
             return 1.0
-        if self.dropped is not None or self.decided.coefficients or not self.ledger.is_uniform():
+        if (
+            self.dropped is not None
+            or self.decided.coefficients is not None
+            or not self.ledger.is_uniform()
+        ):
             return None
         coefficient = cast(Tensor, self.ledger.rounds[0].coefficients)
         if self.program.plan.device.type == "cpu":
@@ -372,14 +349,16 @@ class Acting:
         self,
         present: Sequence[tuple[int, Tensor]],
         loss_scale: Tensor | None = None,
+        seen: Look | None = None,
     ) -> None:
         """Change local gradients as the ledger says. Ask :meth:`is_idle` before.
 
         Args:
             present: ``(position of the piece in the plan, its gradient)``, of any pieces.
             loss_scale: 0-dim; these gradients are this many times too large.
+            seen: what a look at just these gradients has found.
         """
-        ledger, decided, skip = self.ledger, self.decided, self.skip
+        ledger, skip = self.ledger, self.skip
         plan = self.program.plan
         on_host = plan.device.type == "cpu"
         if self._is_uniform():
@@ -389,15 +368,14 @@ class Acting:
         for number, turn in enumerate(ledger.rounds):
             sure = on_host or skip is self.program.no_skip
             _clamp(plan, present, turn, loss_scale, None if sure else skip)
-            units = dict(decided.coefficients) if number == 0 else {}
-            if turn.units is not None:
-                for position, _ in present:
-                    if plan.pieces[position].index in ledger.table.rows:
-                        units[position] = turn.units[ledger.table.place(position)]
-            self._scale_units([each for each in present if each[0] in units], units, turn)
-            if turn.coefficients is not None:
+            units = self._unit_factors(number, turn)
+            whole: Sequence[tuple[int, Tensor]] = present
+            if units is not None:
+                numbers = ledger.table.numbers
+                whole = [each for each in present if each[0] not in numbers]
+                self._scale_units(present, units, seen)
+            if turn.coefficients is not None and whole:
                 factors = self._unless_skipped(turn.coefficients).expand_as(ledger.ones)
-                whole = [each for each in present if each[0] not in units]
                 changing.scale_([gradient for _, gradient in whole], factors[self._rows(whole)])
 
     def on(self, measured: LocalMeasurement, loss_scale: Tensor | None) -> None:
@@ -407,10 +385,10 @@ class Acting:
             factors = self._common().expand(len(seen.numels))
             changing.scale_(seen.tensors, factors, seen=seen, tables=tables)
         else:
-            self(_pairs(measured), loss_scale)
+            self(_pairs(measured), loss_scale, seen)
 
     def _is_uniform(self) -> bool:
-        uniform = self.dropped is None and not self.decided.coefficients
+        uniform = self.dropped is None and self.decided.coefficients is None
         return uniform and self.ledger.is_uniform()
 
     def _common(self) -> Tensor:
@@ -422,41 +400,60 @@ class Acting:
             return factors
         return torch.where(self.skip, 1.0, factors)
 
+    def _unit_factors(self, number: int, turn: Round) -> Tensor | None:
+        """What the units on this rank are multiplied by; None where whole tensors are.
+
+        float64 ``(local.size,)`` of the pass's :class:`UnitTable`.
+        """
+        table, local = self.ledger.table, self.ledger.table.local
+        decided = self.decided.coefficients if number == 0 else None
+        if decided is None and turn.units is None:
+            return None
+        factors = decided
+        if factors is None or table.whole is not local:
+            ones = self.ledger.ones.new_ones(local.size)
+            factors = ones if factors is None else torch.cat([factors, ones[table.whole.size :]])
+            if turn.units is not None:
+                factors[table.whole.size :] = turn.units[table.places]
+        if turn.coefficients is not None:
+            each = turn.coefficients.expand_as(self.ledger.ones)[table.parameters]
+            if each.device.type != "cpu" or not bool((each == 1.0).all()):
+                factors = factors * local.spread(each)
+        if self.dropped is not None:
+            dropped = local.spread(self.dropped[table.parameters])
+            factors = torch.where(dropped, 1.0, factors)
+        return self._unless_skipped(factors)
+
     def _scale_units(
-        self, present: Sequence[tuple[int, Tensor]], units: Mapping[int, Tensor], turn: Round
+        self, present: Sequence[tuple[int, Tensor]], factors: Tensor, seen: Look | None
     ) -> None:
-        """Multiply the units of pieces by their factors, and by those of the whole parameters."""
-        rows = [self.program.plan.pieces[position].index for position, _ in present]
-        whole = turn.coefficients
-        if whole is not None and whole.dim():
-            whole = whole.expand_as(self.ledger.ones)
-        chosen = []
-        for row, (position, _) in zip(rows, present, strict=True):
-            factors = units[position]
-            if whole is not None:
-                factors = factors * (whole if whole.dim() == 0 else whole[row])
-            if self.dropped is not None:
-                factors = torch.where(self.dropped[row], 1.0, factors)
-            chosen.append(self._unless_skipped(factors))
-        pieces, dims = self.program.plan.pieces, self.ledger.one.request.unit_dims
-        spread = [
-            sparse.spread(pieces[position], gradient, factors, dims[row])
-            for row, (position, gradient), factors in zip(rows, present, chosen, strict=True)
-        ]
-        changing.scale_units_(
-            [gradient for _, gradient in present],
-            [factors for factors, _ in spread],
-            [where for _, where in spread],
-        )
+        """Multiply units of pieces by their factors, out of those of all units on this rank."""
+        plan, table = self.program.plan, self.ledger.table
+        counts, dims, shapes = table.local.counts, table.dims, table.shapes
+        if [position for position, _ in present] == list(range(len(plan.pieces))):
+            numbers: Sequence[int] = range(len(table.positions))
+            gradients = table.of([gradient for _, gradient in present])
+            seen = None if seen is None else table.seen(seen)
+        else:
+            seen = None
+            some = {table.numbers[p]: g for p, g in present if p in table.numbers}
+            numbers, gradients = list(some), list(some.values())
+            factors = factors[table.units_of(numbers)]
+            counts, dims = [counts[n] for n in numbers], [dims[n] for n in numbers]
+            shapes = [shapes[n] for n in numbers]
+        if list(map(_shape, gradients)) != shapes:  # the values of what is sparse
+            seen = None
+            pieces = [plan.pieces[table.positions[n]] for n in numbers]
+            spread = list(map(sparse.spread, pieces, gradients, torch.split(factors, counts), dims))
+            factors = torch.cat([each for each, _ in spread])
+            counts, dims = [len(each) for each, _ in spread], [where for _, where in spread]
+        tables = self.program.memory.tables
+        changing.scale_units_(gradients, factors, dims, counts, tables=tables, seen=seen)
 
     def _rows(self, present: Sequence[tuple[int, Tensor]]) -> Tensor:
         plan = self.program.plan
         rows = [plan.pieces[position].index for position, _ in present]
         return to_device(rows, plan.device)
-
-
-def _all_one(decided: LocalDecision) -> bool:
-    return all(bool((factors == 1.0).all()) for factors in decided.coefficients.values())
 
 
 def _clamp(

@@ -119,40 +119,54 @@ def _steps(coefficients: Tensor) -> Iterator[Tensor]:
 
 
 def scale_units_(
-    tensors: Sequence[Tensor], coefficients: Sequence[Tensor], unit_dims: Sequence[Sequence[int]]
+    tensors: Sequence[Tensor],
+    coefficients: Tensor,
+    unit_dims: Sequence[Sequence[int]],
+    counts: Sequence[int],
+    *,
+    tables: Tables | None = None,
+    seen: Look | None = None,
 ) -> None:
     """Multiply each unit of each local gradient by its own coefficient.
 
     Args:
         tensors: local gradients, any dtype and device.
-        coefficients: per tensor, float64 ``(units,)``, row-major in its ``unit_dims``.
+        coefficients: float64 ``(sum(counts),)``: the tensors one after another, each in row-major
+            order of its ``unit_dims``. Units whose coefficient is 1 are not touched.
         unit_dims: per tensor, its dims that index the units.
+        counts: per tensor, how many units it has.
+        tables: what is remembered of the tensors from step to step.
+        seen: what a look at just these tensors has found.
     """
-    for device, numbers in _by_device(tensors).items():
-        chosen = [tensors[number] for number in numbers]
-        factors = [coefficients[number].to(device) for number in numbers]
+    left: Sequence[int] = range(len(tensors))
+    if all(map(_is_cpu, tensors)) if seen is None else seen.on_host:
+        chosen = host.choose(
+            tensors, "scaled units", unit_dims=unit_dims, counts=counts, tables=tables, seen=seen
+        )
+        coefficients = coefficients.double().cpu()
+        if chosen is not None:
+            host.scale_(chosen, coefficients.numpy())
+            _changed(chosen)
+        left = _left(chosen, len(tensors))
+    if not left:
+        return
+    factors = torch.split(coefficients, list(counts))
+    by_device: dict[torch.device, list[int]] = {}
+    for number in left:
+        if tensors[number].numel():
+            by_device.setdefault(tensors[number].device, []).append(number)
+    for device, numbers in by_device.items():
+        some = [tensors[number] for number in numbers]
+        theirs = [factors[number].to(device) for number in numbers]
         dims = [tuple(unit_dims[number]) for number in numbers]
-        if device.type == "cpu":
-            _scale_units_on_host(chosen, factors, dims)
-        else:
-            device_changes.scale_units_(chosen, factors, dims)
-
-
-def _scale_units_on_host(
-    tensors: Sequence[Tensor], coefficients: Sequence[Tensor], unit_dims: Sequence[tuple[int, ...]]
-) -> None:
-    counts = [len(factors) for factors in coefficients]
-    chosen = host.choose(tensors, unit_dims=unit_dims, counts=counts)
-    for number in _left(chosen, len(tensors)):
-        tensor, factors = tensors[number], coefficients[number]
-        if tensor.numel() and bool((factors != 1.0).any()):
-            for step in _steps_for(tensor, factors):
-                tensor.mul_(shaped(step, tensor, unit_dims[number]))
-    if chosen is not None:
-        positions = range(len(tensors)) if chosen.positions is None else chosen.positions
-        rows = torch.cat([coefficients[number] for number in positions])
-        host.scale_(chosen, rows.double().numpy())
-        _changed(chosen)
+        if device.type != "cpu":
+            whole = coefficients.to(device) if len(some) == len(tensors) else None
+            device_changes.scale_units_(some, theirs, dims, whole)
+            continue
+        for tensor, each, chosen_dims in zip(some, theirs, dims, strict=True):
+            if bool((each != 1.0).any()):
+                for step in _steps_for(tensor, each):
+                    tensor.mul_(shaped(step, tensor, chosen_dims))
 
 
 def clamp_(tensors: Sequence[Tensor], bounds: Sequence[float | Tensor]) -> None:

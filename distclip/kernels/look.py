@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import NoneType
 from typing import cast
 
@@ -50,6 +50,18 @@ class Look:
                 return False
             ordered = ordered[len(nowhere) :]
         return not bool((ordered[1:] == ordered[:-1]).any())
+
+    def at(self, positions: list[int]) -> Look:
+        """The same of some of the tensors."""
+        tensors = [self.tensors[each] for each in positions]
+        return replace(
+            self,
+            tensors=tensors,
+            owners=tensors if self.owners is self.tensors else self.owners,
+            dtypes=[self.dtypes[each] for each in positions],
+            numels=[self.numels[each] for each in positions],
+            addresses=self.addresses[positions],
+        )
 
 
 def there(tensors: Sequence[Tensor | None]) -> Sequence[Tensor]:

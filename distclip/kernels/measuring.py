@@ -13,6 +13,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import cast
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -22,6 +24,7 @@ from distclip.kernels.device import norms as device_norms
 from distclip.kernels.host import kernels as host
 from distclip.kernels.host.kernels import Tables as Tables
 from distclip.kernels.look import Look as Look
+from distclip.kernels.transfer import to_device
 
 
 def norms(
@@ -85,6 +88,7 @@ def unit_norms(
     device: torch.device,
     tables: Tables | None = None,
     what: str = "",
+    seen: Look | None = None,
 ) -> Tensor:
     """p-norm of each unit of each tensor.
 
@@ -98,6 +102,7 @@ def unit_norms(
         device: where the result goes.
         tables: what is remembered of the tensors from step to step.
         what: which of the sets of tensors in ``tables`` these are.
+        seen: what a look at those that are there has found.
 
     Returns:
         float64 ``(sum(counts),)``: the tensors one after another, each in row-major order of its
@@ -107,35 +112,71 @@ def unit_norms(
     chosen = None
     if host.measures(norm_type):
         chosen = host.choose(
-            tensors, what, unit_dims=unit_dims, counts=counts, bounds=bounds, tables=tables
+            tensors,
+            what,
+            unit_dims=unit_dims,
+            counts=counts,
+            bounds=bounds,
+            tables=tables,
+            seen=seen,
         )
-    parts: dict[int, Tensor] = {}
+    result: Tensor | None = None
+    done: set[int] = set()
     if chosen is not None:
         found, doubtful = host.unit_norms(chosen, norm_type)
-        values = torch.from_numpy(found)
-        if chosen.positions is None and not doubtful:
-            return values.to(device)
         positions = range(len(tensors)) if chosen.positions is None else chosen.positions
-        split = torch.split(values, [counts[position] for position in positions])
-        parts = dict(zip(positions, split, strict=True))
-        for number in doubtful:
-            del parts[positions[number]]
-    for positions in _others(tensors, list(parts)):
+        done = set(positions).difference(positions[number] for number in doubtful)
+        result = torch.from_numpy(found).to(device)
+        if chosen.positions is None and not doubtful:
+            return result
+    for positions in _others(tensors, list(done)):
         rows = [
             plain.rows(cast(Tensor, tensors[each]), unit_dims[each], counts[each])
             for each in positions
         ]
         limits = None if bounds is None else [bounds[position] for position in positions]
         measure = plain.row_norms if rows[0].is_cpu else device_norms.row_norms
-        split = torch.split(measure(rows, norm_type, limits), [len(each) for each in rows])
-        parts.update(zip(positions, split, strict=True))
-    every = [
-        parts[number].to(device)
-        if number in parts
-        else torch.zeros(count, dtype=torch.float64, device=device)
-        for number, count in enumerate(counts)
-    ]
-    return torch.cat(every) if every else torch.zeros(0, dtype=torch.float64, device=device)
+        values = measure(rows, norm_type, limits).to(device)
+        if result is None and len(values) == sum(counts):
+            return values
+        if result is None:
+            result = torch.zeros(sum(counts), dtype=torch.float64, device=device)
+        result.index_copy_(0, to_device(_units_of(counts, positions), device), values)
+    if result is None:
+        result = torch.zeros(sum(counts), dtype=torch.float64, device=device)
+    return result
+
+
+def segment_norms(
+    values: Tensor, lengths: Tensor, counts: Sequence[int], norm_type: float, tables: Tables
+) -> Tensor:
+    """p-norms of consecutive runs of norms: of wholes, from those of their parts.
+
+    Args:
+        values: contiguous float64 ``(sum(counts),)``, none negative.
+        lengths: ``counts`` as an int64 tensor on the same device; 0 gives norm 0.
+        counts: how many numbers each run has.
+        norm_type: p > 0 or inf.
+        tables: what is remembered of the lengths from step to step.
+
+    Returns:
+        float64 ``(len(counts),)``.
+    """
+    found = host.segment_norms(values, counts, norm_type, tables) if values.is_cpu else None
+    if found is None:
+        return plain.segment_norms(values, lengths, norm_type)
+    norms, doubtful = found
+    for number in doubtful:
+        start = sum(counts[:number])
+        part = values[start : start + counts[number]]
+        norms[number] = float(plain.norm(part, norm_type, None))
+    return torch.from_numpy(norms)
+
+
+def _units_of(counts: Sequence[int], positions: Sequence[int]) -> npt.NDArray[np.int64]:
+    """Where the units of some tensors lie in the vector of the units of all."""
+    stops = np.cumsum(counts)
+    return np.concatenate([np.arange(stops[p] - counts[p], stops[p]) for p in positions])
 
 
 def _held(

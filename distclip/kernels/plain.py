@@ -13,7 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from distclip.kernels.powers import LEAST, p_norm, scale_of
+from distclip.kernels.powers import LEAST, needs_scaling, p_norm, scale_of
 
 CHUNK = 1 << 16
 """Elements of a temporary, 512 KiB in float64."""
@@ -108,6 +108,31 @@ def row_norms(
             for part in torch.split(matrix, max(1, CHUNK // matrix.shape[1]))
         ]
     )
+
+
+def segment_norms(values: Tensor, lengths: Tensor, norm_type: float) -> Tensor:
+    """p-norms of consecutive runs of numbers.
+
+    Args:
+        values: float64 ``(sum(lengths),)``, none negative.
+        lengths: int64, on the same device; 0 gives norm 0.
+        norm_type: p > 0 or inf.
+
+    Returns:
+        float64 ``(len(lengths),)``.
+    """
+
+    def reduced(how: str, numbers: Tensor) -> Tensor:
+        return torch.segment_reduce(numbers, how, lengths=lengths, unsafe=True, initial=0.0)
+
+    if math.isinf(norm_type):
+        return reduced("max", values)
+    if not needs_scaling(norm_type):
+        return reduced("sum", values.pow(norm_type)).pow(1.0 / norm_type)
+    scale = scale_of(reduced("max", values))
+    powers = scale.repeat_interleave(lengths, output_size=len(values))
+    torch.div(values, powers, out=powers).pow_(norm_type)
+    return reduced("sum", powers).pow(1.0 / norm_type) * scale
 
 
 def rows(tensor: Tensor, unit_dims: Sequence[int], count: int) -> Tensor:

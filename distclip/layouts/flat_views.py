@@ -75,6 +75,12 @@ class Cut:
         shape = tuple(extents[place] for place in places)
         return cls(source, first, shape, tuple(strides[place] for place in places))
 
+    def is_row_major(self) -> bool:
+        """Whether the box is contiguous; not so where the parameter has its channels last."""
+        steps = [math.prod(self.shape[dim + 1 :]) for dim in range(len(self.shape))]
+        strides = zip(self.shape, self.strides, steps, strict=True)
+        return all(size == 1 or stride == step for size, stride, step in strides)
+
     def gradient(self) -> Tensor | None:
         """A view of the gradient, of the box's shape."""
         gradient = self.source.gradient()
@@ -117,6 +123,7 @@ class _AtOnce:
         self._first = np.array([cut.first for cut in cuts], np.int64)
         self._expected = [source.numel for source in self._sources]
         self._numels = [math.prod(cut.shape) for cut in cuts]
+        self._row_major = all(cut.is_row_major() for cut in cuts)
         self._offset = self._first
         self._known: list[torch.dtype] = []
         self._dtypes: list[torch.dtype] = []
@@ -143,7 +150,13 @@ class _AtOnce:
         views = _Views(whole, self._owner, self._cuts)
         at = seen.addresses[self._owner] + self._offset
         return views, Look(
-            views, self._dtypes, self._numels, at, seen.on_host, seen.row_major, whole
+            views,
+            self._dtypes,
+            self._numels,
+            at,
+            seen.on_host,
+            seen.row_major and self._row_major,
+            whole,
         )
 
     def _of_some(self, missing: Sequence[bool]) -> tuple[Sequence[Tensor | None], Look] | None:

@@ -17,7 +17,8 @@ from distclip.errors import UnsupportedGradientError
 from distclip.layouts.piece import Box, Claimed, Described, Entry, Holder, Piece, held
 
 TENSOR = {Tensor}
-_grad = operator.attrgetter("grad")
+WEIGHTS = {Tensor, torch.nn.Parameter}
+_grad, _layout = map(operator.attrgetter, ("grad", "layout"))
 
 
 def describe(name: str, parameter: Tensor) -> Described:
@@ -117,6 +118,16 @@ def _gradients(holds: Sequence[Holder]) -> tuple[list[Tensor | None], None] | No
         ]
         kinds = set(map(type, gradients)) - {NoneType}
     return (gradients, None) if kinds == TENSOR else None
+
+
+def quick_weights(holds: Sequence[Holder]) -> list[Tensor] | None:
+    """All weights at once; None where any of them is no plain strided tensor.
+
+    The parameters themselves: to be read where autograd does not look.
+    """
+    weights = [hold() for hold in holds]
+    usual = set(map(type, weights)) <= WEIGHTS and set(map(_layout, weights)) == {torch.strided}
+    return weights if usual else None
 
 
 def check_dense(name: str, tensor: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from distclip.errors import ProcessGroupError, RankMismatchError, UnsupportedGradientError
+from distclip.layouts import plain
 from distclip.layouts.differences import listed, ranked, sides
 from distclip.layouts.fetching import Fetching
 from distclip.layouts.piece import Described, Entry, Holder, Piece
@@ -57,6 +58,12 @@ class Plan:
     def holds(self) -> tuple[Holder, ...] | None:
         """The parameter of every piece, where all of them are DTensors and uncut."""
         holds = tuple(piece.hold for piece in self.pieces if piece.hold is not None)
+        return holds if holds and len(holds) == len(self.pieces) else None
+
+    @cached_property
+    def plain_holds(self) -> tuple[Holder, ...] | None:
+        """The parameter of every piece, where all of them are whole tensors of the plain layout."""
+        holds = tuple(hold for piece in self.pieces if (hold := plain.holder_of(piece)) is not None)
         return holds if holds and len(holds) == len(self.pieces) else None
 
     @cached_property

@@ -44,6 +44,7 @@ class Pattern:
         plain: whether each is measured as a whole.
         numbers, dims, counts: those that are measured per unit: their places in ``positions``, the
             dims that index their units, how many units each has.
+        units: int64, where those units lie among all on this rank.
         tables: of their gradients, for the kernels.
     """
 
@@ -53,6 +54,7 @@ class Pattern:
     numbers: list[int]
     dims: list[tuple[int, ...]]
     counts: list[int]
+    units: Tensor
     tables: Tables = field(default_factory=Tables)
     _offsets: list[int] = field(default_factory=list)
     _places: Tensor | None = None
@@ -196,10 +198,13 @@ class Early:
         """The pieces that they are of."""
         return frozenset(each for batch in self.batches for each in batch.pattern.positions)
 
-    def rest(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Those that are left to be measured."""
+    def rest(
+        self, tensors: Sequence[Tensor | None], positions: Sequence[int]
+    ) -> list[Tensor | None]:
+        """Those of the pieces at ``positions`` that are left to be measured."""
         known = self.positions
-        return [None if each in known else tensor for each, tensor in enumerate(tensors)]
+        pairs = zip(positions, tensors, strict=True)
+        return [None if each in known else tensor for each, tensor in pairs]
 
     def insert(self, norms: Tensor, order: float) -> None:
         """Write the norms to the places of their pieces, ``(pieces,)``."""
@@ -207,12 +212,8 @@ class Early:
             if order in batch.norms:
                 norms.index_copy_(0, batch.pattern.index, batch.norms[order])
 
-    def units(self, order: float) -> dict[int, Tensor]:
-        """Position -> norms of its units."""
-        found: dict[int, Tensor] = {}
+    def insert_units(self, norms: Tensor, order: float) -> None:
+        """Write the norms of units to their places, ``(units on this rank,)``."""
         for batch in self.batches:
-            pattern = batch.pattern
-            if pattern.numbers:
-                parts = torch.split(batch.units[order], pattern.counts)
-                found.update(zip((pattern.positions[n] for n in pattern.numbers), parts))  # noqa: B905
-        return found
+            if batch.pattern.numbers:
+                norms.index_copy_(0, batch.pattern.units, batch.units[order])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from types import NoneType
 from typing import TypeAlias
 
 import torch
@@ -14,14 +15,14 @@ from distclip.errors import DistclipError
 from distclip.kernels import measuring
 from distclip.kernels.measuring import Look, Tables
 from distclip.kernels.transfer import to_device
-from distclip.layouts import dtensor, soundness, sparse
+from distclip.layouts import dtensor, plain, soundness, sparse
 from distclip.layouts.fetching import Fetched
 from distclip.layouts.piece import MisplacedError
 from distclip.layouts.plan import Plan
 from distclip.statistics.early import Early
 from distclip.statistics.overlap import Overlap
 from distclip.statistics.request import Request
-from distclip.statistics.units import LocalPlaces, LocalUnits, UnitTable, combine_segments
+from distclip.statistics.units import LocalUnits, Segments, UnitTable
 
 
 @dataclass
@@ -122,9 +123,9 @@ def measure(
     if request.unit_dims:
         result.units = _measure_units(plan, request, table, weights, result, memory, early)
     if early is not None:
-        counted = early.rest(counted)
+        counted = early.rest(counted, range(len(counted)))
     for order in request.orders:
-        if len(table.local.positions) == len(plan.pieces) and bounds is None:
+        if len(table.positions) == len(plan.pieces) and bounds is None:
             norms = torch.zeros(len(plan.pieces), dtype=torch.float64, device=plan.device)
         else:
             norms = measuring.norms(
@@ -138,7 +139,10 @@ def measure(
             )
             if early is not None:
                 early.insert(norms, order)
-        _insert_units(plan, norms, result.units, order)
+        if table.positions:
+            units = result.units.norms[order]
+            whole = piece_norms(plan, units, table.local, table.index, memory.tables, order)
+            norms.index_copy_(0, table.index, whole)
         result.norms[order] = norms
     if request.bounds:
         _measure_raw(plan, request, result)
@@ -161,7 +165,11 @@ def measure(
 
 def _weights(plan: Plan, request: Request, result: LocalMeasurement) -> Sequence[Tensor | None]:
     """The local weights of every piece whose weights are measured."""
-    quick = None if plan.holds is None else dtensor.quick_weights(plan.holds)
+    quick: Sequence[Tensor] | None = None
+    if plan.holds is not None:
+        quick = dtensor.quick_weights(plan.holds)
+    elif plan.plain_holds is not None:
+        quick = plain.quick_weights(plan.plain_holds)
     if quick is not None:
         return quick
     weights: list[Tensor | None] = []
@@ -250,58 +258,59 @@ def _measure_units(
     memory: Memory,
     early: Early | None,
 ) -> LocalUnits:
-    present = measured.present
-    places = table.local.without([present[position] is None for position in table.local.positions])
+    """Norms of all units on this rank, in one vector for the gradients and one for the weights.
+
+    Pieces of a replica that is counted elsewhere have the norm 0, unless they are decided here.
+    """
+    gradients, weighted = table.of(measured.dense(plan)), table.of(weights)
+    seen = None if measured.seen is None or measured.sparse else table.seen(measured.seen)
+    missing: list[int] = []
+    if table.uncounted or (seen is None and NoneType in set(map(type, gradients))):
+        seen = None
+        gradients = [None if n in table.uncounted else each for n, each in enumerate(gradients)]
+        missing = [number for number, each in enumerate(gradients) if each is None]
+        # Of a unit cut across ranks the weight counts even where this rank's gradient is missing.
+        unread = {n for n in missing if n < table.decided or not table.trainable[n]}
+        unread |= table.uncounted
+        weighted = [None if n in unread else each for n, each in enumerate(weighted)]
     bounds = None
     if request.bounds:
-        bounds = [request.bounds.get(plan.pieces[position].index) for position in places.positions]
-    # Of a unit cut across ranks the weight counts even where this rank's gradient is missing.
-    counted: list[Tensor | None] = [None] * len(plan.pieces)
-    for position in places.positions:
-        if plan.pieces[position].trainable or present[position] is not None:
-            counted[position] = weights[position]
+        bounds = [request.bounds.get(plan.pieces[position].index) for position in table.positions]
 
-    def of(
-        places: LocalPlaces,
-        tensors: Sequence[Tensor | None],
-        order: float,
-        bounds: Sequence[float | None] | None,
-        what: str,
-    ) -> Tensor:
+    def of(tensors: Sequence[Tensor | None], order: float, what: str) -> Tensor:
         return measuring.unit_norms(
-            [tensors[position] for position in places.positions],
-            places.dims,
-            places.counts,
+            tensors,
+            table.dims,
+            table.local.counts,
             order,
-            bounds,
+            bounds if what == "gradients of units" else None,
             device=plan.device,
             tables=memory.tables,
             what=what,
+            seen=seen if what == "gradients of units" else None,
         )
 
-    def of_gradients(order: float) -> Tensor:
-        known = {} if early is None else early.units(order)
-        if not known:
-            return of(places, measured.dense(plan), order, bounds, "gradients of units")
-        late = places.without([position in known for position in places.positions], always=True)
-        parts = torch.split(of(late, present, order, None, "late"), late.counts)
-        known.update(zip(late.positions, parts, strict=True))
-        return torch.cat([known[position] for position in places.positions])
-
-    return LocalUnits(
-        places.positions,
-        places.counts,
-        {order: of_gradients(order) for order in request.unit_orders},
-        of(places, counted, 2.0, None, "weights of units"),
-    )
+    norms: dict[float, Tensor] = {}
+    late = gradients
+    if early is not None:
+        late, seen = early.rest(gradients, table.positions), None
+    for order in request.unit_orders:
+        norms[order] = of(late, order, "gradients of units")
+        if early is not None:
+            early.insert_units(norms[order], order)
+    return LocalUnits(norms, of(weighted, 2.0, "weights of units"), missing)
 
 
-def _insert_units(plan: Plan, norms: Tensor, units: LocalUnits, order: float) -> None:
-    """Write the norms of the pieces that were measured per unit to their places."""
-    if not units.positions:
-        return
-    whole = combine_segments(units.norms[order], units.counts, order)
-    where = to_device(units.positions, norms.device)
-    if plan.shares is not None:
-        whole = torch.where(plan.shares[where] > 0, whole, 0.0)
-    norms.index_copy_(0, where, whole)
+def piece_norms(
+    plan: Plan,
+    norms: Tensor,
+    units: Segments,
+    positions: Tensor,
+    tables: Tables,
+    order: float,
+) -> Tensor:
+    """Norms of the pieces at ``positions`` from those of their units; 0 where not counted."""
+    whole = measuring.segment_norms(norms, units.lengths, units.counts, order, tables)
+    if plan.shares is None:
+        return whole
+    return torch.where(plan.shares[positions] > 0, whole, 0.0)

@@ -133,15 +133,11 @@ class Overlap:
         self.forget()
         self._patterns.clear()
         self._request, self._table = request, table
-        units = frozenset(table.local.positions)
         self._wanted = frozenset(
             position
             for position in self._holds
-            if position in units
-            or (
-                self._plan.pieces[position].share > 0.0
-                and self._plan.pieces[position].index not in request.unit_dims
-            )
+            if self._plan.pieces[position].share > 0.0
+            or self._plan.pieces[position].index in request.decided_locally
         )
         # A clamp acts on elements, and under a loss scale its bound is not known before the clip.
         if request.bounds:
@@ -245,19 +241,16 @@ class Overlap:
     def _made(self, positions: tuple[int, ...]) -> Pattern:
         table = self._table
         assert table is not None
-        places = table.local
-        units = {
-            p: (d, c) for p, d, c in zip(places.positions, places.dims, places.counts, strict=True)
-        }
-        numbers = [number for number, each in enumerate(positions) if each in units]
-        found = [units[positions[number]] for number in numbers]
+        numbers = [number for number, each in enumerate(positions) if each in table.numbers]
+        found = [table.numbers[positions[number]] for number in numbers]
         return Pattern(
             positions,
             torch.tensor(positions, dtype=torch.long, device=self._plan.device),
-            [each not in units for each in positions],
+            [each not in table.numbers for each in positions],
             numbers,
-            [dims for dims, _ in found],
-            [count for _, count in found],
+            [table.dims[each] for each in found],
+            [table.local.counts[each] for each in found],
+            table.units_of(found),
         )
 
 

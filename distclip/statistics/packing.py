@@ -19,14 +19,14 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from distclip.kernels.plain import is_wide
-from distclip.kernels.powers import p_norm, scale_of
+from distclip.kernels.powers import scale_of
 from distclip.layouts.plan import Plan
 from distclip.statistics import collectives
 from distclip.statistics.alignment import MISPLACED
 from distclip.statistics.encoding import Encoding, is_far
 from distclip.statistics.measurement import LocalMeasurement
 from distclip.statistics.request import Request
-from distclip.statistics.units import LocalUnits, UnitTable
+from distclip.statistics.units import UnitTable
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,13 @@ class LocalDecision:
     """What was decided on this rank before the reduction, for units that lie whole on it.
 
     Attributes:
-        coefficients: position of a piece -> ``(local units,)`` float64.
+        coefficients: float64 ``(whole.size,)``, see :class:`UnitTable`; None: all are 1.
         after: order -> ``(pieces,)`` norms after scaling by them.
         clipped: ``(parameters,)`` number of units scaled, counted once over replicas.
         smallest: 0-dim, the smallest coefficient on this rank.
     """
 
-    coefficients: Mapping[int, Tensor]
+    coefficients: Tensor | None
     after: Mapping[float, Tensor]
     clipped: Tensor
     smallest: Tensor
@@ -274,12 +274,14 @@ def reduce(
                 packet.add_norms(
                     (kind, order), norms, order, plan.rows, plan.shares, len(plan.entries)
                 )
-    for order in request.unit_orders if table.size else ():
-        units = _scattered(table, plan, measured.units, measured.units.norms[order], order)
-        packet.add_norms(("units", order), units, order, None, None, table.size)
-    if table.size:
-        units = _scattered(table, plan, measured.units, measured.units.weights, 2.0)
-        packet.add_norms("unit weights", units, 2.0, None, None, table.size)
+    if table.summed.size:
+        size = table.summed.size
+        first = table.whole.size
+        for order in request.unit_orders:
+            units = measured.units.norms[order][first:]
+            packet.add_norms(("units", order), units, order, table.places, table.shares, size)
+        units = measured.units.weights[first:]
+        packet.add_norms("unit weights", units, 2.0, table.places, table.shares, size)
     if request.decided_locally and group is not None:
         packet.add_sum("clipped", decided.clipped)
         packet.add_sum("smallest", _own_slot(decided.smallest, group))
@@ -300,7 +302,7 @@ def reduce(
         clamped=clamped,
         norms={**clamped, **reduced("after")},
         weights=reduced("weights"),
-        units={order: got["units", order] for order in request.unit_orders if table.size},
+        units={order: got["units", order] for order in request.unit_orders if table.summed.size},
         unit_weights=got.get("unit weights", plan.no_units),
         clipped=got.get("clipped", decided.clipped),
         smallest=got["smallest"].min() if "smallest" in got else decided.smallest,
@@ -342,27 +344,3 @@ def _own_slot(value: Tensor, group: ProcessGroup) -> Tensor:
     slots = value.new_zeros(torch.distributed.get_world_size(group))
     slots[collectives.rank_in(group)] = value
     return slots
-
-
-def _scattered(
-    table: UnitTable, plan: Plan, units: LocalUnits, values: Tensor, order: float
-) -> Tensor:
-    """Local unit norms at their places in the vector of all units; replicas count once.
-
-    Two local pieces of one unit (a strided shard) are combined here as p-th powers would be.
-    """
-    scattered = torch.zeros(table.size, dtype=torch.float64, device=plan.device)
-    filled: set[int] = set()
-    for position, span in units.spans():
-        piece = plan.pieces[position]
-        if piece.index not in table.rows or piece.share == 0.0:
-            continue
-        norms, where = values[span], table.place(position)
-        if piece.share != 1.0 and math.isfinite(order):
-            norms = norms * piece.share ** (1.0 / order)
-        if piece.index not in filled:
-            filled.add(piece.index)
-            scattered[where] = norms
-        else:
-            scattered[where] = p_norm(torch.stack([scattered[where], norms]), order, 0)
-    return scattered

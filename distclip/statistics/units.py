@@ -1,170 +1,212 @@
-"""Units of parameters: where they lie on this rank and in the vector of all of them."""
+"""Units of parameters: where they lie on this rank, and in the vector that ranks sum."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from functools import cached_property
+from typing import NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from distclip.kernels.powers import needs_scaling, scale_of
+from distclip.kernels.look import Look
 from distclip.kernels.transfer import to_device
 from distclip.layouts.piece import Piece
 from distclip.layouts.plan import Plan
 from distclip.statistics.request import Request
 
+Each = TypeVar("Each")
 
-class LocalPlaces(NamedTuple):
-    """The pieces that this rank measures per unit.
 
-    Their places in the plan, the dims that index their units, how many units each has, and whether
-    those lie whole on this rank and are decided here.
+class Segments:
+    """Units of several tensors, one tensor after another in one vector.
+
+    Attributes:
+        counts: units of each tensor.
+        lengths: the same, int64 on the device.
+        size: of the vector.
     """
 
-    positions: list[int]
-    dims: list[tuple[int, ...]]
-    counts: list[int]
-    decided: list[bool]
+    def __init__(self, counts: Sequence[int], device: torch.device) -> None:
+        self.counts = list(counts)
+        self.size = sum(self.counts)
+        self.lengths = to_device(self.counts, device)
 
-    @classmethod
-    def of(cls, plan: Plan, request: Request) -> LocalPlaces:
-        """The pieces of units that are summed count once, those decided here on every rank."""
-        found = cls([], [], [], [])
-        for position, piece in enumerate(plan.pieces):
-            dims, decided = (
-                request.unit_dims.get(piece.index),
-                piece.index in request.decided_locally,
+    @cached_property
+    def owner(self) -> Tensor:
+        """int64 ``(size,)``, the tensor that each unit belongs to."""
+        numbers = torch.arange(len(self.counts), device=self.lengths.device)
+        return numbers.repeat_interleave(self.lengths, output_size=self.size)
+
+    @cached_property
+    def spans(self) -> list[slice]:
+        """Where the units of each tensor lie."""
+        stops = itertools.accumulate(self.counts)
+        return [slice(stop - count, stop) for stop, count in zip(stops, self.counts, strict=True)]
+
+    def spread(self, values: Tensor) -> Tensor:
+        """``(size,)``: for every unit the value of its tensor, from ``(tensors,)``."""
+        return values.repeat_interleave(self.lengths, output_size=self.size)
+
+    def count(self, flags: Tensor) -> Tensor:
+        """How many units of each tensor are flagged, float64 ``(tensors,)``."""
+        if flags.device.type != "cpu":
+            return torch.segment_reduce(
+                flags.double(), "sum", lengths=self.lengths, unsafe=True, initial=0.0
             )
-            if dims is not None and (decided or piece.share > 0.0):
-                found.positions.append(position)
-                found.dims.append(dims)
-                found.counts.append(math.prod(piece.box.extents[dim] for dim in dims))
-                found.decided.append(decided)
-        return found
+        # Without a float64 number for each unit.
+        found = np.zeros(len(self.counts))
+        (some,) = np.nonzero(np.array(self.counts))
+        starts = np.cumsum([0, *self.counts])[some]
+        if len(some):
+            found[some] = np.add.reduceat(flags.numpy(), starts, dtype=np.int64)
+        return torch.from_numpy(found)
 
-    def without(self, missing: Sequence[bool], *, always: bool = False) -> LocalPlaces:
-        """Those that are not missing.
 
-        Of a unit cut across ranks the weights count anyway: those stay, unless ``always``.
-        """
-        kept = [
-            each
-            for each, (lost, decided) in enumerate(zip(missing, self.decided, strict=True))
-            if not (lost and (decided or always))
-        ]
-        if len(kept) == len(missing):
-            return self
-        return LocalPlaces(
-            [self.positions[each] for each in kept],
-            [self.dims[each] for each in kept],
-            [self.counts[each] for each in kept],
-            [self.decided[each] for each in kept],
-        )
+class Run(NamedTuple):
+    """Neighbouring local pieces that the same policies decide on.
+
+    ``key``: stands for the policies; ``units``: where their units lie among the local ones.
+    """
+
+    key: Hashable
+    units: slice
 
 
 class UnitTable:
-    """Where the units that are summed over ranks lie in one long vector.
+    """Where the units of one pass lie: those on this rank, and those that are summed over ranks.
+
+    Args:
+        plan: the pieces.
+        request: what is measured of them.
+        deciding: parameter -> what stands for the policies that decide on its units on this rank,
+            before the reduction.
 
     Attributes:
-        rows: parameter -> its place in the vector.
-        members, lengths: the parameters in that order, int64 tensor, and how many units each has.
-        owner: int64 ``(size,)``, the parameter that each unit belongs to.
-        local: the pieces on this rank that are measured per unit.
+        positions: the local pieces that are measured per unit: first those that are decided here,
+            in runs of the same policies.
+        dims: of each, those that index its units.
+        shapes, trainable: of each.
+        uncounted: numbers of those whose units are counted on another rank, and not decided here.
+        local: the units of these pieces, in this order.
+        runs: of the units that are decided here.
+        decided: how many pieces are decided here.
+        whole: the units of those.
+        index: int64, ``positions``; ``parameters``: the row of each in the plan's table.
+        members, summed: the parameters whose units are summed over ranks, and the units.
+        rows: parameter -> where its units lie among the summed ones.
+        owner: int64 ``(summed.size,)``, the parameter of each summed unit.
     """
 
-    def __init__(self, plan: Plan, request: Request) -> None:
-        self.rows: dict[int, slice] = {}
-        stop = 0
-        for row, dims in request.unit_dims.items():
-            if row not in request.decided_locally:
-                start, stop = stop, stop + math.prod(plan.entries[row].shape[d] for d in dims)
-                self.rows[row] = slice(start, stop)
-        self.size = stop
+    def __init__(
+        self, plan: Plan, request: Request, deciding: Mapping[int, Hashable] | None = None
+    ) -> None:
+        deciding = {} if deciding is None else deciding
         device = plan.device
-        self.lengths = [where.stop - where.start for where in self.rows.values()]
-        self.members = torch.tensor(list(self.rows), dtype=torch.long, device=device)
-        self.owner = self.members.repeat_interleave(
-            torch.tensor(self.lengths, dtype=torch.long, device=device)
+        order: dict[Hashable, list[int]] = {}
+        rest: list[int] = []
+        for position, piece in enumerate(plan.pieces):
+            if piece.index in request.decided_locally:
+                order.setdefault(deciding.get(piece.index), []).append(position)
+            elif piece.index in request.unit_dims:
+                rest.append(position)
+        first = list(itertools.chain(*order.values()))
+        self.positions = [*first, *rest]
+        pieces = [plan.pieces[position] for position in self.positions]
+        self.dims = [request.unit_dims[piece.index] for piece in pieces]
+        self.trainable = [piece.trainable for piece in pieces]
+        self.uncounted = frozenset(
+            number
+            for number, piece in enumerate(pieces)
+            if piece.share == 0.0 and number >= len(first)
         )
-        self.local = LocalPlaces.of(plan, request)
-        self._plan, self._request = plan, request
-        self._places: dict[int, slice | Tensor] = {}
+        self._pieces = len(plan.pieces)
+        self._everything = self.positions == list(range(len(plan.pieces)))
+        self.shapes = [piece.box.extents for piece in pieces]
+        counts = [
+            math.prod(piece.box.extents[dim] for dim in dims)
+            for piece, dims in zip(pieces, self.dims, strict=True)
+        ]
+        self.local = Segments(counts, device)
+        self.decided = len(first)
+        self.whole = Segments(counts[: self.decided], device) if rest else self.local
+        self.runs: list[Run] = []
+        done = stop = 0
+        for key, members in order.items():
+            start, done = done, done + len(members)
+            begin, stop = stop, stop + sum(counts[start:done])
+            self.runs.append(Run(key, slice(begin, stop)))
+        self.index = to_device(self.positions, device)
+        self.parameters = to_device([piece.index for piece in pieces], device)
+        self._set_summed(plan, request)
+        self._set_places(pieces[self.decided :], plan, request)
 
-    def place(self, position: int) -> slice | Tensor:
-        """Where the units of local piece ``position`` lie: a slice, or indices ``(units,)``."""
-        if position not in self._places:
-            self._places[position] = self._find(self._plan.pieces[position])
-        return self._places[position]
+    def _set_summed(self, plan: Plan, request: Request) -> None:
+        members = [row for row in request.unit_dims if row not in request.decided_locally]
+        counts = [
+            math.prod(plan.entries[row].shape[dim] for dim in request.unit_dims[row])
+            for row in members
+        ]
+        self.summed = Segments(counts, plan.device)
+        self.rows = dict(zip(members, self.summed.spans, strict=True))
+        self.members = to_device(members, plan.device)
+        self.owner = self.summed.spread(self.members)
 
-    def _find(self, piece: Piece) -> slice | Tensor:
-        shape = self._plan.entries[piece.index].shape
-        start = self.rows[piece.index].start
-        dims = self._request.unit_dims[piece.index]
-        if len(dims) == 1:
-            first = start + piece.box.offsets[dims[0]]
-            return slice(first, first + piece.box.extents[dims[0]])
-        index = torch.tensor(start, device=self.owner.device)
-        stride = math.prod(shape[dim] for dim in dims)
-        for dim in dims:
-            stride //= shape[dim]
-            offset, extent = piece.box.offsets[dim], piece.box.extents[dim]
-            steps = torch.arange(offset, offset + extent, device=self.owner.device) * stride
-            index = index.unsqueeze(-1) + steps
-        return index.flatten()
+    def _set_places(self, cut: Sequence[Piece], plan: Plan, request: Request) -> None:
+        """Where those local units that are summed lie in the vector, and how they count."""
+        found = [np.zeros(0, np.int64)]
+        for piece in cut:
+            index = np.array(self.rows[piece.index].start)
+            dims = request.unit_dims[piece.index]
+            stride = math.prod(plan.entries[piece.index].shape[dim] for dim in dims)
+            for dim in dims:
+                stride //= max(1, plan.entries[piece.index].shape[dim])
+                offset, extent = piece.box.offsets[dim], piece.box.extents[dim]
+                index = index[..., None] + np.arange(offset, offset + extent) * stride
+            found.append(index.reshape(-1))
+        self.places = to_device(np.concatenate(found), plan.device)
+        self.shares: Tensor | None = None
+        if any(piece.share != 1.0 for piece in cut):
+            shares = torch.tensor([piece.share for piece in cut], dtype=torch.float64)
+            counts = torch.tensor(self.local.counts[self.decided :])
+            self.shares = shares.repeat_interleave(counts).to(plan.device)
+
+    def of(self, values: Sequence[Each]) -> Sequence[Each]:
+        """Of one value for each piece of the plan, those of :attr:`positions`."""
+        return values if self._everything else [values[each] for each in self.positions]
+
+    def seen(self, look: Look) -> Look | None:
+        """What a look at all gradients of the plan has found of these; None if any is missing."""
+        if len(look.tensors) < self._pieces:
+            return None
+        return look if self._everything else look.at(self.positions)
+
+    @cached_property
+    def numbers(self) -> dict[int, int]:
+        """Position of a piece -> its number in :attr:`positions`."""
+        return {position: number for number, position in enumerate(self.positions)}
+
+    def units_of(self, numbers: Sequence[int]) -> Tensor:
+        """Where the units of some of the pieces lie, int64 on the device."""
+        spans = [self.local.spans[number] for number in numbers]
+        parts = [np.arange(span.start, span.stop) for span in spans]
+        return to_device(np.concatenate([np.zeros(0, np.int64), *parts]), self.index.device)
 
 
 @dataclass
 class LocalUnits:
-    """Unit norms on this rank: those of several pieces one after another.
+    """Unit norms on this rank, in the order of :attr:`UnitTable.local`.
 
     Attributes:
-        positions: of the pieces, in the plan.
-        counts: units of each.
-        norms: order -> float64 ``(sum(counts),)`` gradient norms.
-        weights: float64 ``(sum(counts),)`` weight 2-norms.
+        norms: order -> float64 ``(local.size,)`` gradient norms, 0 where a gradient is missing.
+        weights: float64 ``(local.size,)`` weight 2-norms.
+        missing: numbers of the pieces that have no gradient.
     """
 
-    positions: list[int] = field(default_factory=list)
-    counts: list[int] = field(default_factory=list)
     norms: dict[float, Tensor] = field(default_factory=dict)
     weights: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
-
-    def spans(self) -> list[tuple[int, slice]]:
-        """``(position, where its units lie)`` of every piece."""
-        stops = list(itertools.accumulate(self.counts))
-        return [
-            (position, slice(stop - count, stop))
-            for position, count, stop in zip(self.positions, self.counts, stops, strict=True)
-        ]
-
-
-def combine_segments(norms: Tensor, lengths: Sequence[int] | Tensor, order: float) -> Tensor:
-    """p-norms of wholes from the p-norms of their parts.
-
-    Args:
-        norms: float64 ``(sum(lengths),)``, the parts of each whole one after another.
-        lengths: how many parts each whole has; 0 gives norm 0.
-        order: p > 0 or inf.
-
-    Returns:
-        float64 ``(len(lengths),)``.
-    """
-    counts = lengths if isinstance(lengths, Tensor) else to_device(lengths, norms.device)
-    largest = torch.segment_reduce(norms, "max", lengths=counts, unsafe=True, initial=0.0)
-    if math.isinf(order):
-        return largest
-    if not needs_scaling(order):
-        return sum_segments(norms.pow(order), counts).pow(1.0 / order)
-    scale = scale_of(largest)
-    powers = scale.repeat_interleave(counts, output_size=len(norms))
-    torch.div(norms, powers, out=powers).pow_(order)
-    return sum_segments(powers, counts).pow(1.0 / order) * scale
-
-
-def sum_segments(values: Tensor, lengths: Tensor) -> Tensor:
-    """Sums of consecutive float64 ``values``, ``lengths[i]`` (int64) of them each."""
-    return torch.segment_reduce(values, "sum", lengths=lengths, unsafe=True, initial=0.0)
+    missing: list[int] = field(default_factory=list)

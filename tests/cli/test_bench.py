@@ -395,5 +395,5 @@ def test_rows_are_scaled_without_a_large_copy(clipped: int) -> None:
     rows = torch.ones(4096, 1024)  # 16 MiB
     coefficients = torch.ones(4096, dtype=torch.float64)
     coefficients[:clipped] = 0.5
-    assert extra_bytes(lambda: scale_units_([rows], [coefficients], [(0,)])) < 1 << 20
+    assert extra_bytes(lambda: scale_units_([rows], coefficients, [(0,)], [4096])) < 1 << 20
     assert torch.equal(rows, coefficients.float()[:, None].expand_as(rows))

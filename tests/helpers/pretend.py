@@ -140,8 +140,8 @@ def main() -> None:
         for dtype in (torch.float32, torch.bfloat16, torch.float64):
             want = rows.to(dtype)
             have = want.clone()
-            inplace.scale_units_([want], [chosen], [(0,)])
-            inplace.scale_units_([have], [chosen.to(there)], [(0,)])
+            inplace.scale_units_([want], chosen, [(0,)], [6])
+            inplace.scale_units_([have], chosen.to(there), [(0,)], [6])
             assert torch.equal(have, want), "units"
     one, two = rows.clone(), rows.clone()
     inplace.clamp_([one], [0.5])

@@ -207,7 +207,7 @@ def test_multiplying_units(dtype: torch.dtype) -> None:
     factors = [torch.rand(count, dtype=torch.float64) for count in counts]
     factors[0][2:5] = 1.0
     before = [tensor.clone() for tensor, _ in cases]
-    changing.scale_units_([t for t, _ in cases], factors, [dims for _, dims in cases])
+    changing.scale_units_([t for t, _ in cases], torch.cat(factors), [d for _, d in cases], counts)
     for (now, dims), then, each in zip(cases, before, factors, strict=True):
         shape = [size if dim in dims else 1 for dim, size in enumerate(now.shape)]
         wide = then.double() * each.view(shape)

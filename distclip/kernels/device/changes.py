@@ -70,7 +70,10 @@ def _rows_per_part(tensor: Tensor, chunk: int) -> int:
 
 
 def scale_units_(
-    tensors: Sequence[Tensor], coefficients: Sequence[Tensor], unit_dims: Sequence[tuple[int, ...]]
+    tensors: Sequence[Tensor],
+    coefficients: Sequence[Tensor],
+    unit_dims: Sequence[tuple[int, ...]],
+    joined: Tensor | None = None,
 ) -> None:
     """Multiply each unit of each tensor by its own coefficient.
 
@@ -78,13 +81,16 @@ def scale_units_(
         tensors: none empty; of one device.
         coefficients: per tensor, float64 ``(units,)`` there, row-major in its ``unit_dims``.
         unit_dims: per tensor, its dims that index the units.
+        joined: all coefficients one after another, where they lie so.
     """
     by_kernel, _ = _by_way(tensors)
     rows = [n for n in by_kernel if unit_dims[n] == (0,) and tensors[n].is_contiguous()]
     if rows:
         chosen = [tensors[number] for number in rows]
         matrices = [t if t.dim() == 2 else t.view(t.size(0), -1) for t in chosen]
-        multi_tensor.scale_rows_(matrices, torch.cat([coefficients[number] for number in rows]))
+        if joined is None or len(rows) < len(tensors):
+            joined = torch.cat([coefficients[number] for number in rows])
+        multi_tensor.scale_rows_(matrices, joined)
     left = () if len(rows) == len(tensors) else sorted({*range(len(tensors))} - {*rows})
     for number in left:
         tensors[number].mul_(shaped(coefficients[number], tensors[number], unit_dims[number]))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -97,6 +97,14 @@ class Table:
         else:
             self.blocks[:, Column.ADDRESS] = addresses[self.owner] + self.offset
         return self.blocks
+
+    def within(self, firsts: Integers, rows: int) -> Table:
+        """The same, with the numbers of each tensor's rows from ``firsts`` on, among ``rows``."""
+        if np.array_equal(firsts, self.firsts) and rows == self.rows:
+            return self
+        blocks = self.blocks.copy()
+        blocks[:, Column.INDEX] += (firsts - self.firsts)[self.owner]
+        return replace(self, blocks=blocks, firsts=firsts, rows=rows, _shares={})
 
     def shares(self, threads: int) -> list[int]:
         """Bounds of ``threads`` runs of blocks with about equally many elements."""
@@ -197,6 +205,18 @@ def table_of_contiguous(
     length = numel // np.maximum(rows, 1)
     step, limits = np.ones_like(numel), _limits(bounds, len(kinds))
     return _divided(kind, rows, length, length, step, limits, units=counts is not None)
+
+
+def table_of_segments(lengths: Sequence[int]) -> Table:
+    """The table of consecutive runs of one contiguous float64 tensor."""
+    table = table_of_contiguous([Kind.FLOAT64] * len(lengths), lengths)
+    starts = np.cumsum([0, *lengths])[:-1] * SIZES[Kind.FLOAT64]
+    return replace(
+        table,
+        owner=np.zeros_like(table.owner),
+        offset=starts[table.owner] + table.offset,
+        simple=False,
+    )
 
 
 def _limits(bounds: Sequence[float | None] | None, count: int) -> npt.NDArray[np.float64]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -23,10 +24,13 @@ from distclip.kernels.host.blocks import (
     shape_of_units,
     table_of,
     table_of_contiguous,
+    table_of_segments,
 )
 from distclip.kernels.look import PLAIN, Look, look, there
 
 Floats: TypeAlias = npt.NDArray[np.float64]
+Made = TypeVar("Made")
+Each = TypeVar("Each")
 
 LOOPS = {1.0: "magnitudes", 2.0: "squares", math.inf: "largest"}
 """Orders of norms, and the loops that measure them."""
@@ -57,23 +61,14 @@ class Chosen:
 class Tables:
     """The tables of the tensors of one plan, kept from step to step while nothing changes."""
 
-    _known: dict[str, tuple[object, Table]] = field(default_factory=dict)
+    _known: dict[str, tuple[object, Any]] = field(default_factory=dict)
 
-    def contiguous(
-        self,
-        what: str,
-        numels: list[int],
-        dtypes: list[torch.dtype],
-        counts: Sequence[int] | None,
-        bounds: Sequence[float | None] | None,
-    ) -> Table:
-        """The table of contiguous tensors; ``what`` they are tells one set from another."""
-        key = numels, dtypes, counts, bounds
+    def remembered(self, what: str, key: object, make: Callable[[], Made]) -> Made:
+        """What ``make`` made for this key the last time; ``what`` tells one set from another."""
         known = self._known.get(what)
         if known is None or known[0] != key:
-            kinds = [KINDS[dtype] for dtype in dtypes]
-            known = self._known[what] = key, table_of_contiguous(kinds, numels, counts, bounds)
-        return known[1]
+            known = self._known[what] = key, make()
+        return cast(Made, known[1])
 
 
 def choose(
@@ -92,7 +87,8 @@ def choose(
         tensors: any; None stands for a tensor that is missing.
         what: these tensors are, among those of ``tables``.
         unit_dims: per tensor, the dims that index its units, which are then the rows.
-        counts: per tensor, how many units it has; with ``unit_dims``.
+        counts: per tensor, how many units it has; with ``unit_dims``. The table then describes the
+            vector of the units of all the tensors, taken or not.
         bounds: per tensor, what its elements are clamped to when they are read.
         tables: remembered tables.
         seen: what a look at those that are there has found.
@@ -103,13 +99,7 @@ def choose(
     tables = Tables() if tables is None else tables
     seen = look(there(tensors)) if seen is None else seen
     if seen is not None and _takes(seen, kinds, unit_dims):
-        positions = None
-        if len(seen.tensors) < len(tensors):
-            positions = [number for number, each in enumerate(tensors) if each is not None]
-            counts = None if counts is None else [counts[number] for number in positions]
-            bounds = None if bounds is None else [bounds[number] for number in positions]
-        table = tables.contiguous(what, seen.numels, seen.dtypes, counts, bounds)
-        return Chosen(seen.tensors, positions, table, seen.addresses, seen.owners)
+        return _chosen(tensors, what, counts, bounds, tables, seen)
     found: list[tuple[int, Tensor, Kind, Shape]] = []
     for number, tensor in enumerate(tensors):
         shape = None
@@ -123,8 +113,36 @@ def choose(
     where, some, of_kinds, shapes = zip(*found, strict=True)
     limits = None if bounds is None else [bounds[number] for number in where]
     table = table_of(of_kinds, shapes, limits, units=unit_dims is not None)
+    if counts is not None:
+        table = table.within(_starts(counts, where), sum(counts))
     addresses = np.array([tensor.data_ptr() for tensor in some], np.int64)
     return Chosen(some, where if len(where) < len(tensors) else None, table, addresses, some)
+
+
+def _chosen(
+    tensors: Sequence[Tensor | None],
+    what: str,
+    counts: Sequence[int] | None,
+    bounds: Sequence[float | None] | None,
+    tables: Tables,
+    seen: Look,
+) -> Chosen:
+    """All of the tensors that are there; none has gaps."""
+    positions: Sequence[int] | None = None
+    if len(seen.tensors) < len(tensors):
+        positions = [number for number, each in enumerate(tensors) if each is not None]
+
+    def make() -> Table:
+        kinds = [KINDS[dtype] for dtype in seen.dtypes]
+        limits = None if bounds is None else _at(bounds, positions)
+        if counts is None:
+            return table_of_contiguous(kinds, seen.numels, None, limits)
+        table = table_of_contiguous(kinds, seen.numels, _at(counts, positions), limits)
+        return table.within(_starts(counts, positions), sum(counts))
+
+    key = seen.numels, seen.dtypes, counts, bounds, positions
+    table = tables.remembered(what, key, make)
+    return Chosen(seen.tensors, positions, table, seen.addresses, seen.owners)
 
 
 def _takes(seen: Look, kinds: frozenset[Kind], unit_dims: Sequence[Sequence[int]] | None) -> bool:
@@ -134,6 +152,16 @@ def _takes(seen: Look, kinds: frozenset[Kind], unit_dims: Sequence[Sequence[int]
         and all(KINDS.get(each) in kinds for each in set(seen.dtypes))
         and (unit_dims is None or (seen.row_major and _are_first(unit_dims)))
     )
+
+
+def _at(values: Sequence[Each], positions: Sequence[int] | None) -> Sequence[Each]:
+    return values if positions is None else [values[position] for position in positions]
+
+
+def _starts(counts: Sequence[int], positions: Sequence[int] | None) -> Integers:
+    """Where the units of each tensor begin, in the vector of the units of all."""
+    starts = np.cumsum([0, *counts])[:-1]
+    return starts if positions is None else starts[list(positions)]
 
 
 def is_readable(tensor: Tensor, kinds: frozenset[Kind]) -> bool:
@@ -165,45 +193,77 @@ def norms(chosen: Chosen, norm_type: float) -> tuple[Floats, list[int]]:
         Float64 ``(len(chosen.tensors),)``; and which of them, counted from 0, are float64 tensors
         whose squares have left the range of float64.
     """
-    rows = _measured(chosen, norm_type)
-    table = chosen.table
-    if len(rows) != len(table.counts):
-        combine = np.maximum if math.isinf(norm_type) else np.add
-        rows = combine.reduceat(rows, table.firsts)
-    return _rooted(rows, norm_type, chosen)
+    measured = functools.partial(_wholes, chosen.table, chosen.addresses)
+    found, unsure = _rooted(measured, norm_type, careful=chosen.table.has_float64)
+    return found, _of_float64(chosen, unsure)
 
 
 def unit_norms(chosen: Chosen, norm_type: float) -> tuple[Floats, list[int]]:
     """The p-norm of each row, p = 1, 2 or inf; as :func:`norms`, with a number for each row."""
-    return _rooted(_measured(chosen, norm_type), norm_type, chosen)
+    measured = functools.partial(_measured, chosen.table, chosen.addresses)
+    found, unsure = _rooted(measured, norm_type, careful=chosen.table.has_float64)
+    return found, _of_float64(chosen, np.searchsorted(chosen.table.firsts, unsure, "right") - 1)
 
 
-def _measured(chosen: Chosen, norm_type: float) -> Floats:
-    rows = np.zeros(chosen.table.rows)
-    _run(LOOPS[norm_type], chosen, rows)
+def _of_float64(chosen: Chosen, numbers: Integers) -> list[int]:
+    """Those of the tensors whose squares can leave the range of float64."""
+    return [n for n in dict.fromkeys(numbers.tolist()) if chosen.tensors[n].dtype is torch.float64]
+
+
+def segment_norms(
+    values: Tensor, lengths: Sequence[int], norm_type: float, tables: Tables | None
+) -> tuple[Floats, list[int]] | None:
+    """As :func:`norms`, of consecutive runs of one contiguous float64 host tensor.
+
+    Returns:
+        None where there are no loops.
+    """
+    if Kind.FLOAT64 not in compiler.kinds() or not measures(norm_type):
+        return None
+    tables = Tables() if tables is None else tables
+    table = tables.remembered(
+        f"{len(lengths)} segments", lengths, lambda: table_of_segments(lengths)
+    )
+    measured = functools.partial(_wholes, table, np.array([values.data_ptr()]))
+    found, unsure = _rooted(measured, norm_type, careful=True)
+    return found, unsure.tolist()
+
+
+def _wholes(table: Table, addresses: Integers, norm_type: float) -> Floats:
+    """A number for each whole, from those of its rows."""
+    rows = _measured(table, addresses, norm_type)
+    if len(rows) == len(table.counts):
+        return rows
+    combine = np.maximum if math.isinf(norm_type) else np.add
+    return cast(Floats, combine.reduceat(rows, table.firsts))
+
+
+def _measured(table: Table, addresses: Integers, norm_type: float) -> Floats:
+    rows = np.zeros(table.rows)
+    _run(LOOPS[norm_type], table, addresses, rows)
     return rows
 
 
-def _run(name: str, chosen: Chosen, rows: Floats) -> None:
+def _run(name: str, table: Table, addresses: Integers, rows: Floats) -> None:
     loop = compiler.function(name)
     if loop is None:  # `choose` chose nothing then
         raise AssertionError(f"there is no compiled loop {name!r}")
-    table = chosen.table
-    threads.run(loop, table, table.placed(chosen.addresses), rows.ctypes.data)
+    threads.run(loop, table, table.placed(addresses), rows.ctypes.data)
 
 
-def _rooted(sums: Floats, norm_type: float, chosen: Chosen) -> tuple[Floats, list[int]]:
+def _rooted(
+    measured: Callable[[float], Floats], norm_type: float, *, careful: bool
+) -> tuple[Floats, Integers]:
+    """The norms, and which of them cannot be trusted; ``careful`` where there is float64."""
+    sums = measured(norm_type)
     if norm_type != 2.0:
-        return sums, []
-    doubtful: list[int] = []
-    if chosen.table.has_float64 and not ((sums > LEAST) & (sums < MOST)).all():
-        unsure = ~((sums > LEAST) & (sums < MOST))
-        owners = np.flatnonzero(unsure)
-        if len(sums) != len(chosen.tensors):
-            owners = np.searchsorted(chosen.table.firsts, owners, side="right") - 1
-        wide = {torch.float64}
-        doubtful = [n for n in dict.fromkeys(owners.tolist()) if chosen.tensors[n].dtype in wide]
-    return np.sqrt(sums), doubtful
+        return sums, np.zeros(0, np.int64)
+    unsure = np.zeros(0, np.int64)
+    if careful and not ((sums > LEAST) & (sums < MOST)).all():
+        # A sum of 0 may be what it is.
+        unsure = ~((sums > LEAST) & (sums < MOST)) & (measured(math.inf) != 0.0)
+        unsure = np.flatnonzero(unsure)
+    return np.sqrt(sums, out=sums), unsure
 
 
 def scale_(chosen: Chosen, coefficients: Floats) -> None:
@@ -213,7 +273,7 @@ def scale_(chosen: Chosen, coefficients: Floats) -> None:
         chosen: what is multiplied.
         coefficients: float64 ``(rows,)``. Rows whose coefficient is 1 are not touched.
     """
-    _run("scale", chosen, np.ascontiguousarray(coefficients))
+    _run("scale", chosen.table, chosen.addresses, np.ascontiguousarray(coefficients))
 
 
 def scale_whole_(chosen: Chosen, coefficients: Floats) -> None:
@@ -225,4 +285,4 @@ def scale_whole_(chosen: Chosen, coefficients: Floats) -> None:
 
 def clamp_(chosen: Chosen) -> None:
     """Clamp each tensor to the bound that it was chosen with, rounded to its dtype; keeps NaN."""
-    _run("clamp", chosen, np.zeros(0))
+    _run("clamp", chosen.table, chosen.addresses, np.zeros(0))

@@ -1,0 +1,103 @@
+"""Deciding on units: on this rank, where they lie whole on it, and after the reduction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from distclip.kernels.measuring import Tables
+from distclip.layouts.plan import Plan
+from distclip.policies import UnitPolicy
+from distclip.statistics.measurement import LocalMeasurement, piece_norms
+from distclip.statistics.packing import LocalDecision
+from distclip.statistics.request import Request
+from distclip.statistics.units import UnitTable
+
+CHUNK = 4096
+"""Units decided on at a time on the host: what a policy computes of them fits in the cache."""
+
+
+def decide(
+    policies: Sequence[UnitPolicy], norms: Tensor, weights: Tensor, result: Tensor
+) -> Tensor:
+    """Coefficients of units by several policies, one after another.
+
+    Args:
+        policies: each sees the gradients as scaled by those before it.
+        norms: float64 ``(units,)``, 2-norms of the gradients; not changed.
+        weights: the same of the weights.
+        result: where the coefficients go, float64 ``(units,)``; may be ``weights``.
+    """
+    step = CHUNK if norms.device.type == "cpu" else max(len(norms), 1)
+    for start in range(0, len(norms), step):
+        part = slice(start, start + step)
+        running, weight = norms[part], weights[part]
+        total: Tensor | None = None
+        for policy in policies:
+            factors = policy.unit_coefficients(running, weight)
+            total = factors if total is None else total * factors
+            running = running * factors if len(policies) > 1 else running
+        if total is not None:
+            result[part] = total
+    return result
+
+
+def decide_locally(
+    plan: Plan,
+    request: Request,
+    table: UnitTable,
+    measured: LocalMeasurement,
+    tables: Tables,
+    nothing: LocalDecision,
+) -> LocalDecision:
+    """Decide on the units that lie whole on this rank, so that their outcome travels along.
+
+    Their norms in ``measured`` become those after it, and their weight norms the coefficients: with
+    many short rows each such vector is a good part of the gradients' size.
+
+    Args:
+        plan: the pieces.
+        request: what was measured of them.
+        table: where their units lie.
+        measured: on this rank.
+        tables: remembered by the kernels.
+        nothing: what is decided where no unit is.
+    """
+    whole, units = table.whole, measured.units
+    if not request.decided_locally:
+        return nothing
+    # All ranks send the norms after it, and those on which nothing changes too.
+    nothing = replace(nothing, after=dict(measured.norms))
+    if not whole.size:
+        return nothing
+    total = units.weights[: whole.size]
+    for key, span in table.runs:
+        policies = cast("tuple[UnitPolicy, ...]", key)
+        decide(policies, units.norms[2.0][span], total[span], total[span])
+    missing = [number for number in units.missing if number < table.decided]
+    if missing:
+        total.index_fill_(0, table.units_of(missing), 1.0)
+    if plan.device.type == "cpu" and bool((total == 1.0).all()):
+        return nothing
+    positions = table.index[: table.decided]
+    changed = whole.count(total < 1.0)
+    if plan.shares is not None:
+        changed = changed * plan.shares[positions]
+    after = {}
+    for order, before in measured.norms.items():
+        norms = units.norms[order][: whole.size].mul_(total)
+        after[order] = before.index_copy(
+            0, positions, piece_norms(plan, norms, whole, positions, tables, order)
+        )
+    # A coefficient is NaN where a norm is.
+    smallest = torch.nan_to_num(total, nan=1.0).amin()
+    return LocalDecision(
+        total,
+        after,
+        nothing.clipped.index_add(0, table.parameters[: table.decided], changed),
+        torch.minimum(nothing.smallest, smallest),
+    )
