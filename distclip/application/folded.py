@@ -8,6 +8,7 @@ quotient back, so that ``.grad`` after the step is the clipped gradient here too
 
 from __future__ import annotations
 
+import functools
 import inspect
 import weakref
 from collections.abc import Sequence
@@ -30,6 +31,9 @@ by up to 6e-8 of it, and complex ones they do not take."""
 DEVICES = frozenset(("cpu", "cuda"))
 """Measured on the CPU; of the CUDA kernels Adam's was read, the others are taken at torch's word
 (``_step_supports_amp_scaling``), and none was run."""
+MULTIPLYING = ("apex", "transformer_engine")
+"""Packages whose ``FusedAdam``, made with ``capturable=True``, asks the ``grad_scaler`` of its step
+for a scale, and multiplies by its inverse. Read, and never run here."""
 _FLOAT = torch.finfo(torch.float32)
 
 
@@ -97,9 +101,17 @@ class FusedStep:
         loss_scale: 0-dim; what it would divide by anyway.
         watched: whether others get to see the gradients between clipping and step: they are to
             see them clipped.
+        argument: the ``grad_scaler`` that the step will be given, where it takes one.
     """
 
-    def __init__(self, optimizer: Optimizer, loss_scale: Tensor | None, watched: bool) -> None:
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        loss_scale: Tensor | None,
+        watched: bool,
+        argument: ScalerArgument | None = None,
+    ) -> None:
+        self._argument = argument
         self._optimizer = optimizer
         self._loss_scale = loss_scale
         self._watched = watched
@@ -129,7 +141,9 @@ class FusedStep:
         if coefficient is None or not self._reaches(coefficient):
             return False
         divisor = divisor_of(coefficient, self._loss_scale)
-        if divisor is not None:
+        if divisor is not None and self._argument is not None:
+            self._argument.scale = divisor
+        elif divisor is not None:
             tell(self._optimizer, "grad_scale", divisor)
             self.told = True
         return divisor is not None
@@ -143,11 +157,52 @@ class FusedStep:
         return bool(coefficient.device == device)
 
 
+class ScalerArgument:
+    """Stands for a gradient scaler in ``optimizer.step(grad_scaler=...)``.
+
+    Args:
+        optimizer: one that :func:`takes_scaler`.
+        given: the scaler that is stepping, or None.
+    """
+
+    def __init__(self, optimizer: Optimizer, given: Any) -> None:
+        devices = {p.device for group in optimizer.param_groups for p in group["params"]}
+        self.loss_scale: Tensor | None = None if given is None else given._get_scale_async()
+        if given is None:
+            self._found = {device: torch.zeros(1, device=device) for device in devices}
+        else:
+            self._found = given._check_inf_per_device(optimizer)
+        self.found_inf: Tensor | None = None
+        if given is not None:
+            self.found_inf = functools.reduce(torch.maximum, self._found.values())
+        device = next(iter(devices))
+        self.scale = torch.ones(1, device=device) if given is None else self.loss_scale
+        """What the kernel divides by."""
+
+    def _check_inf_per_device(self, optimizer: Optimizer) -> dict[torch.device, Tensor]:
+        return self._found
+
+    def _get_scale_async(self) -> Tensor | None:
+        return self.scale
+
+
+def takes_scaler(optimizer: Any) -> bool:
+    """Whether the step multiplies by the inverse of its ``grad_scaler``, and writes the product."""
+    return (
+        type(optimizer).__name__ == "FusedAdam"
+        and type(optimizer).__module__.partition(".")[0] in MULTIPLYING
+        and bool(getattr(optimizer, "capturable", False))
+        and not getattr(optimizer, "use_decoupled_grad", False)
+    )
+
+
 def multiplies(optimizer: Any) -> bool:
     """Whether the optimizer's step is torch's own fused one, in all its groups.
 
     A subclass with a ``step`` of its own may look at the gradients first.
     """
+    if takes_scaler(optimizer):
+        return True
     kind = next((kind for kind in FOLDING if isinstance(optimizer, kind)), None)
     return (
         kind is not None

@@ -18,7 +18,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from distclip.application.eager import caller, eagerly
-from distclip.application.folded import FusedStep, take_back, tell
+from distclip.application.folded import (
+    FusedStep,
+    ScalerArgument,
+    take_back,
+    takes_scaler,
+    tell,
+)
 from distclip.errors import ConfigurationError
 
 
@@ -109,8 +115,11 @@ class StepHandle:
             return args, {**kwargs, "closure": self._clipping(optimizer, kwargs["closure"])}
         if len(args) > 1 and callable(args[1]):
             return (args[0], self._clipping(optimizer, args[1]), *args[2:]), kwargs
-        self._decide(optimizer)
-        return None
+        argument = None
+        if takes_scaler(optimizer):
+            argument = ScalerArgument(optimizer, kwargs.get("grad_scaler"))
+        self._decide(optimizer, argument)
+        return None if argument is None else (args, {**kwargs, "grad_scaler": argument})
 
     def _clipping(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
         @eagerly
@@ -122,11 +131,14 @@ class StepHandle:
 
         return evaluate
 
-    def _decide(self, optimizer: Optimizer) -> None:
+    def _decide(self, optimizer: Optimizer, argument: ScalerArgument | None = None) -> None:
         # GradScaler hands a fused optimizer scaled gradients, and tells it so in these.
-        scale: Tensor | None = getattr(optimizer, "grad_scale", None)
-        found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
-        coming = FusedStep(optimizer, scale, self._others_look(optimizer))
+        told: Any = optimizer
+        scale: Tensor | None = getattr(told, "grad_scale", None)
+        found_inf: Tensor | None = getattr(told, "found_inf", None)
+        if argument is not None:  # or in an argument
+            scale, found_inf = argument.loss_scale, argument.found_inf
+        coming = FusedStep(optimizer, scale, self._others_look(optimizer), argument)
         try:
             decision = self._clip(scale, found_inf, coming)
         except BaseException:
