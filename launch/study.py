@@ -38,7 +38,11 @@ LIMIT = 900.0
 
 @dataclass(frozen=True)
 class Setting:
-    """A configuration of distclip, and options of the script that go with it."""
+    """A configuration of distclip, and options of the script that go with it.
+
+    `{clip_log}` in an option stands for the file of the clip log, for a script that writes it
+    itself; the configuration then has `log: null`.
+    """
 
     label: str
     policy: dict[str, Any]
@@ -182,11 +186,12 @@ class Study:
             old.unlink(missing_ok=True)
         policy = folder / f"{stem}.yaml"
         policy.write_text(
-            yaml.safe_dump({**setting.policy, "log": {"jsonl": str(outcome.clip_log)}})
+            yaml.safe_dump({"log": {"jsonl": str(outcome.clip_log)}, **setting.policy})
         )
         command = [
             *self._launcher(policy), "--seed", str(seed), "--jsonl", str(outcome.log),
-            *self.arguments, *setting.arguments,
+            *self.arguments,
+            *(word.format(clip_log=outcome.clip_log) for word in setting.arguments),
         ]  # fmt: skip
         output = folder / f"{stem}.txt"
         with output.open("w") as file:

@@ -68,8 +68,28 @@ def parse_arguments() -> argparse.Namespace:
     add("--hyperparameters", type=Path, default=ROOT / "configs" / "hyperparams_config.json")
     add("--update-every", type=int, default=8, help="game steps per update (default: 8)")
     add("--evaluate-every", type=int, default=500, help="game steps (default: 500)")
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="another value for a key of the file; may be given several times",
+    )
     add("--steps", type=int, help="stop after so many game steps (default: at max_episodes)")
     return made.parse_args()
+
+
+def read_hyperparameters(options: argparse.Namespace) -> Hyperparameters:
+    """Those of the file, with the changes of --set."""
+    values = json.loads(options.hyperparameters.read_text())
+    for change in options.set:
+        key, _, value = change.partition("=")
+        if key not in values or key == "gradient_clip_norm":
+            raise SystemExit(
+                f"--set {change}: no key {key!r} to change; those of the file: {[*values]}"
+            )
+        values[key] = json.loads(value)
+    return Hyperparameters(**values)
 
 
 class Replay:
@@ -186,7 +206,7 @@ def train(
 def main() -> None:
     """Train one network, and play 100 new episodes with it."""
     options = parse_arguments()
-    hyper = Hyperparameters(**json.loads(options.hyperparameters.read_text()))
+    hyper = read_hyperparameters(options)
     if options.seed is None:
         options.seed = hyper.seed
     ranks = start(options)

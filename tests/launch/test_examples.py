@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import math
 import os
 import runpy
 import subprocess
@@ -23,6 +24,7 @@ pytest.importorskip("accelerate")
 
 ROOT = Path(__file__).resolve().parents[2]
 HYPERPARAMETERS = ROOT / "configs" / "hyperparams_config.json"
+LOOPBACK = ("-m", "distclip.testing.ranks.loopback")
 SHORT_DQN = ["--steps", "1200", "--evaluate-every", "600"]  # 25 updates
 
 
@@ -62,10 +64,12 @@ class Alone:
         loss.backward()
 
 
-def policy_file(folder: Path, max_norm: float) -> Path:
+def policy_file(folder: Path, max_norm: float | None) -> Path:
+    folder.mkdir(exist_ok=True)
     path = folder / "policy.yaml"
     log = {"jsonl": str(folder / "clip.jsonl")}
-    text = {"policy": {"name": "global_norm", "max_norm": max_norm}, "log": log}
+    policy = "measure" if max_norm is None else {"name": "global_norm", "max_norm": max_norm}
+    text = {"policy": policy, "log": log}
     path.write_text(yaml.safe_dump(text))
     return path
 
@@ -102,7 +106,7 @@ def test_dqn_as_alone(tmp_path: Path) -> None:
         policy_file(tmp_path, 0.1)
     dist.barrier()
     given = options(train_dqn, "--seed", "0", "--policy", str(tmp_path / "policy.yaml"), *SHORT_DQN)
-    hyper = train_dqn.Hyperparameters(**json.loads(HYPERPARAMETERS.read_text()))
+    hyper = train_dqn.read_hyperparameters(given)
     network, _ = train_dqn.train(training.start(given), hyper, given, training.Log(None, False))
     alone = Alone(0.1)
     torch.manual_seed(given.seed)
@@ -126,15 +130,14 @@ def start(*command: str) -> str:
 
 def test_dqn_under_both_launchers(tmp_path: Path) -> None:
     """The same run under `accelerate launch` and plain torchrun, by the file as it is."""
-    loopback = ("-m", "distclip.testing.ranks.loopback")
     script, weights = str(ROOT / "launch" / "train_dqn.py"), "--weights"
     start(
-        *loopback, "accelerate.commands.launch", "--config_file", "configs/accelerate/ddp_cpu.yaml",
+        *LOOPBACK, "accelerate.commands.launch", "--config_file", "configs/accelerate/ddp_cpu.yaml",
         "-m", "distclip", "run", "--config", str(HYPERPARAMETERS), script, *SHORT_DQN,
         weights, str(tmp_path / "accelerate.pt"),
     )  # fmt: skip
     printed = start(
-        *loopback, "torch.distributed.run", "--nproc-per-node", "2", script, *SHORT_DQN,
+        *LOOPBACK, "torch.distributed.run", "--nproc-per-node", "2", script, *SHORT_DQN,
         "--policy", str(HYPERPARAMETERS), weights, str(tmp_path / "torchrun.pt"),
     )  # fmt: skip
     assert printed.count("mean return over 100 new episodes") == 1  # one of the ranks prints
@@ -142,6 +145,33 @@ def test_dqn_under_both_launchers(tmp_path: Path) -> None:
     assert one.keys() == other.keys()
     for name, weight in one.items():
         assert torch.equal(weight, other[name]), name
+
+
+def test_dreamer_under_fsdp2_as_alone(tmp_path: Path) -> None:
+    training, train_dreamer = module("training"), module("train_dreamer")
+    short = ["--steps", "8", "--warmup", "2", "--episodes", "8", "--evaluate-every", "8"]
+    weights, log = tmp_path / "weights.pt", tmp_path / "clip.jsonl"
+    start(
+        *LOOPBACK, "accelerate.commands.launch",
+        "--config_file", "configs/accelerate/fsdp2_cpu.yaml", "--num_processes", "2",
+        "-m", "distclip", "run", "--config", str(policy_file(tmp_path / "measured", None)),
+        str(ROOT / "launch" / "train_dreamer.py"), *short,
+        "--weights", str(weights), "--clip-log", str(log),
+    )  # fmt: skip
+    torch.manual_seed(0)
+    alone = train_dreamer.train(
+        Alone(math.inf), options(train_dreamer, *short), training.Log(None, False)
+    )
+    got = torch.load(weights)
+    assert got.keys() == dict(alone.named_parameters()).keys()
+    for name, want in alone.named_parameters():
+        torch.testing.assert_close(got[name], want, rtol=1e-4, atol=1e-6, msg=name)
+    records = lines(log)
+    assert [record["step"] for record in records] == list(range(8))
+    assert min(record["coefficient"] for record in records) < 0.9  # AGC acted
+    assert [record["step"] for record in lines(tmp_path / "measured" / "clip.jsonl")] == list(
+        range(8)
+    )
 
 
 class InThisProcess:
