@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -93,11 +94,17 @@ def decide_locally(
         after[order] = before.index_copy(
             0, positions, piece_norms(plan, norms, whole, positions, tables, order)
         )
-    # A coefficient is NaN where a norm is.
-    smallest = torch.nan_to_num(total, nan=1.0).amin()
+    smallest = torch.fmin(nothing.smallest, _smallest(total))
     return LocalDecision(
         total,
         after,
         nothing.clipped.index_add(0, table.parameters[: table.decided], changed),
-        torch.minimum(nothing.smallest, smallest),
+        smallest,
     )
+
+
+def _smallest(coefficients: Tensor) -> Tensor:
+    """0-dim. A coefficient is NaN where a norm is: it counts for nothing among others."""
+    if coefficients.device.type == "cpu":  # without another vector of them
+        return torch.tensor(np.fmin.reduce(coefficients.numpy()), dtype=torch.float64)
+    return torch.nan_to_num(coefficients, nan=1.0).amin()

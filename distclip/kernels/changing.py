@@ -75,7 +75,7 @@ def _scale_on_host(
     seen: Look | None = None,
     tables: Tables | None = None,
 ) -> None:
-    chosen = host.choose(tensors, "gradients", tables=tables, seen=seen)
+    chosen = host.choose(tensors, "gradients", tables=tables, seen=seen, pairs=True)
     factors = coefficients.double().cpu().numpy()
     for number in _left(chosen, len(tensors)):
         if factors[number] != 1.0 and tensors[number].numel():
@@ -141,7 +141,13 @@ def scale_units_(
     left: Sequence[int] = range(len(tensors))
     if all(map(_is_cpu, tensors)) if seen is None else seen.on_host:
         chosen = host.choose(
-            tensors, "scaled units", unit_dims=unit_dims, counts=counts, tables=tables, seen=seen
+            tensors,
+            "scaled units",
+            unit_dims=unit_dims,
+            counts=counts,
+            tables=tables,
+            seen=seen,
+            pairs=True,
         )
         coefficients = coefficients.double().cpu()
         if chosen is not None:

@@ -54,7 +54,8 @@ def norms(
     bounds = _held(tensors, bounds)
     chosen = None
     if host.measures(norm_type):
-        chosen = host.choose(tensors, what, bounds=bounds, tables=tables, seen=seen)
+        pairs = norm_type == 2.0 and bounds is None
+        chosen = host.choose(tensors, what, bounds=bounds, tables=tables, seen=seen, pairs=pairs)
     values = None
     if chosen is not None:
         found, doubtful = host.norms(chosen, norm_type)
@@ -119,6 +120,7 @@ def unit_norms(
             bounds=bounds,
             tables=tables,
             seen=seen,
+            pairs=norm_type == 2.0 and bounds is None,
         )
     result: Tensor | None = None
     done: set[int] = set()

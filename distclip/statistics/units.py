@@ -21,6 +21,9 @@ from distclip.statistics.request import Request
 
 Each = TypeVar("Each")
 
+PART = 1 << 13
+"""Flags counted at a time."""
+
 
 class Segments:
     """Units of several tensors, one tensor after another in one vector.
@@ -58,12 +61,16 @@ class Segments:
             return torch.segment_reduce(
                 flags.double(), "sum", lengths=self.lengths, unsafe=True, initial=0.0
             )
-        # Without a float64 number for each unit.
-        found = np.zeros(len(self.counts))
+        # In parts, as numpy makes of every flag an int64.
+        found, raised = np.zeros(len(self.counts)), flags.numpy()
         (some,) = np.nonzero(np.array(self.counts))
         starts = np.cumsum([0, *self.counts])[some]
-        if len(some):
-            found[some] = np.add.reduceat(flags.numpy(), starts, dtype=np.int64)
+        cuts = np.searchsorted(starts, np.arange(0, self.size, PART))
+        for first, last in itertools.pairwise(np.unique([*cuts, len(some)]).tolist()):
+            begin = starts[first]
+            end = starts[last] if last < len(some) else self.size
+            within = starts[first:last] - begin
+            found[some[first:last]] = np.add.reduceat(raised[begin:end], within, dtype=np.int64)
         return torch.from_numpy(found)
 
 

@@ -103,6 +103,42 @@ def test_norms_of_units(dtype: torch.dtype, order: float) -> None:
     assert not alone[7:].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+def test_complex_numbers_are_pairs(dtype: torch.dtype, compiled: bool) -> None:
+    tensors: list[Tensor] = [drawn(7, 33, dtype=dtype), drawn(5, 8, dtype=dtype).t(), drawn(9)]
+    for each in tensors[:2]:
+        each.mul_(1.0 + 2.0j)
+    conjugate = drawn(6, dtype=dtype).conj()
+    values = [each.to(torch.complex128).abs() for each in (*tensors, conjugate)]
+    assert (kernels.choose(tensors, pairs=True) is not None) == compiled
+    if compiled:
+        assert kernels.choose(tensors, pairs=True).positions is None  # type: ignore[union-attr]
+    for order in ORDERS:
+        found = measuring.norms([*tensors, conjugate], order, device=CPU)
+        wanted = [reference(each, order) for each in values]
+        np.testing.assert_allclose(found.numpy(), wanted, rtol=1e-12)
+        dims, counts = [(0,)] * 2, [7, 8]
+        found = measuring.unit_norms(tensors[:2], dims, counts, order, device=CPU)
+        wanted = [reference(row, order) for each in values[:2] for row in each]
+        np.testing.assert_allclose(found.numpy(), wanted, rtol=1e-12)
+    before = [each.clone() for each in tensors]
+    factors = torch.linspace(0.1, 0.7, 15, dtype=torch.float64)
+    changing.scale_units_(tensors[:2], factors, [(0,)] * 2, [7, 8])
+    changing.scale_(tensors[2:], torch.tensor([0.25], dtype=torch.float64))
+    torch.testing.assert_close(tensors[0], before[0] * factors[:7, None].to(dtype))
+    torch.testing.assert_close(tensors[1], before[1] * factors[7:, None].to(dtype))
+    assert torch.equal(tensors[2], before[2] * 0.25)
+    assert compiled is False or tensors[0]._version > before[0]._version
+
+
+def test_units_with_channels_last(compiled: bool) -> None:
+    tensor = drawn(6, 5, 4, 3).contiguous(memory_format=torch.channels_last)
+    chosen = kernels.choose([tensor], unit_dims=[(0,)], counts=[6])
+    assert (chosen is not None) == compiled
+    found = measuring.unit_norms([tensor], [(0,)], [6], 2.0, device=CPU)
+    np.testing.assert_allclose(found.numpy(), [reference(row, 2.0) for row in tensor], rtol=1e-12)
+
+
 def rows_of(tensor: Tensor, dims: tuple[int, ...]) -> list[Tensor]:
     others = [dim for dim in range(tensor.dim()) if dim not in dims]
     count = math.prod(tensor.shape[dim] for dim in dims)

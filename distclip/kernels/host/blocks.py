@@ -150,6 +150,7 @@ def shape_of(tensor: Tensor) -> Shape | None:
 def shape_of_units(tensor: Tensor, unit_dims: Sequence[int]) -> Shape | None:
     """The units of a tensor, each as one row, in row-major order of ``unit_dims``."""
     others = [dim for dim in range(tensor.dim()) if dim not in unit_dims]
+    others.sort(key=tensor.stride, reverse=True)  # within a unit any order does
 
     def dims(chosen: Sequence[int]) -> list[tuple[int, int]]:
         merged = collapsed([tensor.shape[d] for d in chosen], [tensor.stride(d) for d in chosen])

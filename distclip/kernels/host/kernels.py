@@ -80,6 +80,7 @@ def choose(
     bounds: Sequence[float | None] | None = None,
     tables: Tables | None = None,
     seen: Look | None = None,
+    pairs: bool = False,
 ) -> Chosen | None:
     """Those of the tensors that the loops take; None where there are none.
 
@@ -92,6 +93,7 @@ def choose(
         bounds: per tensor, what its elements are clamped to when they are read.
         tables: remembered tables.
         seen: what a look at those that are there has found.
+        pairs: whether complex numbers are two real ones each, as for 2-norms and multiplication.
     """
     kinds = compiler.kinds()
     if not kinds or not tensors:
@@ -103,6 +105,8 @@ def choose(
     found: list[tuple[int, Tensor, Kind, Shape]] = []
     for number, tensor in enumerate(tensors):
         shape = None
+        if pairs and tensor is not None and is_of_pairs(tensor):
+            tensor = torch.view_as_real(tensor)
         if tensor is not None and is_readable(tensor, kinds) and tensor.numel():
             dims = None if unit_dims is None else unit_dims[number]
             shape = shape_of(tensor) if dims is None else shape_of_units(tensor, dims)
@@ -162,6 +166,16 @@ def _starts(counts: Sequence[int], positions: Sequence[int] | None) -> Integers:
     """Where the units of each tensor begin, in the vector of the units of all."""
     starts = np.cumsum([0, *counts])[:-1]
     return starts if positions is None else starts[list(positions)]
+
+
+def is_of_pairs(tensor: Tensor) -> bool:
+    """Whether a tensor is of complex numbers that lie in memory as they are."""
+    return (
+        type(tensor) in PLAIN
+        and tensor.is_complex()
+        and tensor.layout is torch.strided
+        and not (tensor.is_conj() or tensor.is_neg())
+    )
 
 
 def is_readable(tensor: Tensor, kinds: frozenset[Kind]) -> bool:

@@ -1,0 +1,53 @@
+"""Units in flat vectors: what is counted of them, and the memory that deciding on them takes."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from distclip import GradClipper, policies
+from distclip.engine.units import CHUNK, decide
+from distclip.statistics.units import PART, Segments
+from distclip.tools.bench.timing import extra_bytes
+
+
+@pytest.mark.parametrize("tensors", [0, 1, 2, 7, 300])
+def test_flagged_units_of_each_tensor(tensors: int) -> None:
+    draw = np.random.default_rng(tensors)
+    for _ in range(20):
+        sizes = [0, 1, 3, 100] if tensors > 10 else [0, 1, 3, PART - 1, PART, 3 * PART + 1]
+        counts = [int(count) for count in draw.choice(sizes, tensors)]
+        segments = Segments(counts, torch.device("cpu"))
+        flags = torch.from_numpy(draw.random(segments.size) < 0.5)
+        wanted = [int(flags[span].sum()) for span in segments.spans]
+        assert segments.count(flags).tolist() == wanted
+
+
+def test_many_units_are_decided_on_as_all_at_once() -> None:
+    first, second = policies.agc(0.1), policies.agc(0.02)
+    norms, weights = torch.rand(2, 3 * CHUNK + 5, dtype=torch.float64)
+    norms[[7, CHUNK]] = torch.tensor([math.nan, math.inf], dtype=torch.float64)
+    once = first.unit_coefficients(norms, weights)
+    wanted = once * second.unit_coefficients(norms * once, weights)
+    kept = norms.clone()
+    found = decide((first, second), norms, weights, weights)  # in the place of the weights
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(norms, kept, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("factor", [1e9, 1e-3])
+def test_the_memory_of_row_agc(factor: float) -> None:
+    parameters = [nn.Parameter(torch.ones(4608, 683)) for _ in range(6)]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    clip = GradClipper(parameters, policies.agc(factor)).clip_
+    for _ in range(2):
+        clip()
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    gradients = sum(parameter.nbytes for parameter in parameters)
+    assert extra_bytes(clip) < (1 << 20) + gradients / 1000
