@@ -69,7 +69,7 @@ def test_a_long_chain_touches_the_gradients_as_a_single_policy_does() -> None:
     many, clipper = touched(LONG)
     assert one.total() > 0
     assert many == one  # the same reading and the same scaling
-    assert len(clipper._program.passes) == 1
+    assert len(clipper._session.program.passes) == 1
     twice, _ = touched(CLAMPED)
     assert twice.total() > one.total()  # this can fail: a clamp in the middle is read again
 

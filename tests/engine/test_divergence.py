@@ -122,7 +122,7 @@ def test_a_memory_that_changed_on_one_rank(layout: str) -> None:
     for step in range(3):
         backward(model)
         if step == 2:
-            bits = clipper._states[""]["gamma"].view(torch.int64)
+            bits = clipper._session.states[""]["gamma"].view(torch.int64)
             bits[1] ^= int(is_odd())
             refused_unchanged(model, clipper.clip_, "memory of the policy", last(), others())
         else:
@@ -144,7 +144,7 @@ def test_what_travels(order: float) -> None:
         assert [name for name, _ in seen.collectives] == [REDUCTION]
         assert seen.collectives[0][1] == 8 * (4 + 1 + 2)
     if is_odd():
-        clipper._step += 1
+        clipper._session.step += 1
     backward(model)
     refused_unchanged(model, clipper.clip_, f"step: {last()}: 4; {others()}: 3")
 

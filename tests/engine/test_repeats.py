@@ -337,7 +337,7 @@ def test_looking_costs_no_collective_and_no_loop() -> None:
     for piece in clipper.plan.pieces:
         object.__setattr__(piece, "gradient", lambda piece=piece: asked.append(1))
     with watch() as seen:
-        assert not clipper._absence.is_here()
+        assert not clipper._session._absence.is_here()
     assert not asked
     assert not seen.ops
 

@@ -31,7 +31,7 @@ def attached(stage: int, kind: str = "fp32", **options: Any) -> Any:
 
 
 def count_of(engine: Any) -> float:
-    (state,) = (s for s in engine._distclip.clipper._states.values() if s)
+    (state,) = (s for s in engine._distclip.clipper._session.states.values() if s)
     return float(state["count"])
 
 

@@ -195,7 +195,7 @@ def test_changes_that_bring_no_parameter_are_no_matter() -> None:
     model[0].register_parameter("none", None)
     model[0].register_parameter("again", model[0].weight)
     clipper.clip_()
-    assert clipper._watched.newcomers(clipper._known) == []
+    assert clipper._session.watched.newcomers(clipper._session.known) == []
 
 
 def test_row_30_an_optimizer_in_backward_is_refused() -> None:

@@ -159,7 +159,7 @@ def test_a_subclass_of_policy_scales_as_before() -> None:
     clipper = GradClipper([("w", weight)], policies.chain(Old(), policies.value(0.35)))
     clipper.clip_()
     assert weight.grad.tolist() == pytest.approx([0.3, 0.35])
-    assert clipper._states["0"]["steps"] == 1
+    assert clipper._session.states["0"]["steps"] == 1
 
 
 # ---- what is returned ------------------------------------------------------------------------

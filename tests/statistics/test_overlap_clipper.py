@@ -68,7 +68,7 @@ def test_tensor_parallel_parameters_beside_fsdp2() -> None:
     fully_shard(model.head, mesh=mesh)
     named = [(n, p) for n, p in model.named_parameters() if not n.startswith(("embed", "spare"))]
     clipper = GradClipper(named, build(TIGHT), overlap=True)
-    assert len(clipper._early._handles) == 6  # type: ignore[union-attr]
+    assert len(clipper._session.early._handles) == 6  # type: ignore[union-attr]
     for number in range(3):
         model.zero_grad()
         model(torch.arange(9)).square().mean().backward()
@@ -187,7 +187,7 @@ def test_the_first_pass_of_several() -> None:
     ]
     model = make()
     clipper = GradClipper(model, build(document), overlap=True)
-    assert len(clipper._program.passes) == 2
+    assert len(clipper._session.program.passes) == 2
     for number in range(3):
         model.zero_grad()
         backward(model, number)

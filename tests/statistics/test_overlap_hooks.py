@@ -24,7 +24,7 @@ def test_hooks_go_with_the_clipper() -> None:
     try:
         clipper = warm(model)
         assert hooks_on(model) == len(list(model.parameters()))
-        gone = weakref.ref(clipper._early)  # type: ignore[arg-type]
+        gone = weakref.ref(clipper._session.early)  # type: ignore[arg-type]
         del clipper
         assert gone() is None
         assert hooks_on(model) == 0
@@ -49,7 +49,7 @@ def test_hooks_of_an_attached_clipper() -> None:
 def test_hooks_keep_no_model_alive() -> None:
     model = make()
     clipper = warm(model)
-    early, parameter = clipper._early, weakref.ref(model.head.bias)
+    early, parameter = clipper._session.early, weakref.ref(model.head.bias)
     del clipper, model
     gc.collect()
     assert parameter() is None
@@ -90,7 +90,7 @@ def test_a_collection_inside_a_hook_removes_nothing_there() -> None:
     clipper = warm(model)
     other = GradClipper(model, build(TIGHT), overlap=True)
     other.loop = other  # type: ignore[attr-defined]
-    early = clipper._early
+    early = clipper._session.early
     note = early.note  # type: ignore[union-attr]
 
     def collecting(position: int) -> None:
@@ -120,7 +120,7 @@ def test_an_error_in_measuring_early_hangs_nobody(where: str, monkeypatch: Any) 
 
     if broken:
         name = "_measure" if where == "backward" else "_untouched"
-        monkeypatch.setattr(clipper._early, name, fails)
+        monkeypatch.setattr(clipper._session.early, name, fails)
     backward(model, 1)
     context: Any = contextlib.nullcontext()
     if broken:

@@ -125,8 +125,8 @@ def test_the_limit_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for text, limit in (("", None), ("12.5", 12.5)):
         monkeypatch.setenv(ENVIRONMENT, text)
         assert limit_from_environment() == limit
-        assert GradClipper([parameter], policies.measure())._limit == limit
-        assert GradClipper([parameter], policies.measure(), stuck_after=3)._limit == 3.0
+        assert GradClipper([parameter], policies.measure())._session._limit == limit
+        assert GradClipper([parameter], policies.measure(), stuck_after=3)._session._limit == 3.0
     for text in ("0", "-1", "soon", "inf", "nan"):
         monkeypatch.setenv(ENVIRONMENT, text)
         with pytest.raises(ConfigurationError, match=f"{ENVIRONMENT} must be .* got '{text}'"):

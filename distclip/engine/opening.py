@@ -1,0 +1,127 @@
+"""Opening a session: every rank reads its parameters, and the ranks compare once what they have."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.distributed import ProcessGroup
+
+from distclip._version import __version__
+from distclip.engine import agreement, handshake
+from distclip.engine.passes import check_weights
+from distclip.engine.replicas import ReplicaCheck
+from distclip.layouts import names as naming
+from distclip.layouts import plan as plans
+from distclip.layouts import slices
+from distclip.layouts.detect import describe
+from distclip.layouts.names import Named, Target
+from distclip.layouts.piece import Described, Entry
+from distclip.options import NAMES, Options
+from distclip.policies._compose import reads_loss
+from distclip.statistics import collectives, waiting
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What all ranks agree on, and this rank's part of it.
+
+    Attributes:
+        options: checked.
+        named: the tensors of this rank, by clean name.
+        plan: the table of parameters, and where this rank's pieces of them lie.
+        parts: whether ranks hold different parameters (stages, experts).
+        limit: seconds that a clip waits for other ranks; inf for no limit.
+        agreement: what is compared between the ranks from step to step; None for one process.
+        replicas: the check of copies; None where there is none.
+    """
+
+    options: Options
+    named: Named
+    plan: plans.Plan
+    parts: bool = False
+    limit: float | None = None
+    agreement: agreement.Agreement | None = None
+    replicas: ReplicaCheck | None = None
+
+
+def open_together(
+    target: Target, given: Mapping[str, Any], process_group: ProcessGroup | None
+) -> Opened:
+    """The one conversation between the ranks: do all of them mean the same model and policy?
+
+    Args:
+        target: as for :class:`distclip.GradClipper`.
+        given: its options by name.
+        process_group: the ranks; all by default.
+
+    Raises:
+        ConfigurationError: an option that cannot be meant.
+        UnsupportedGradientError: a sharding that cannot be read.
+        RankMismatchError: ranks that disagree, on every rank.
+    """
+    group = collectives.default_group(process_group)
+    try:
+        options = Options(**given)
+        limit = options.stuck_after
+        limit = waiting.limit_from_environment() if limit is None else float(limit)
+        named, described = describe(naming.named_parameters(target))
+        check_weights(options.policy, described)
+    except Exception as error:
+        if group is not None:  # the others are waiting to hear from this rank
+            collectives.gather(handshake.trouble(__version__, error), group)
+        raise
+    device = named[0][1].device if named else torch.device("cpu")
+    if group is None:
+        return Opened(options, named, plans.local_plan(described, device), limit=limit)
+    ranks = collectives.ranks_of(group)
+    here = _notes(options, named, tuple(entry for entry, _ in described))
+    notes = handshake.meet(here, __version__, group)
+    common = handshake.common_device(each.device for each in notes)
+    if device.type != common:
+        device = torch.device(common)
+    device = collectives.device_for(group, device)
+    me = ranks[collectives.rank_in(group)]
+    described, tables = slices.settle(described, [each.table for each in notes], ranks, me)
+    plans.check_tables(tables, ranks, stages=naming.is_list_of_modules(target))
+    plan = _plan(options, described, tables, ranks, device, group)
+    on_host = device.type == "cpu" or options.on_nonfinite == "error"
+    copies = None
+    if options.verify_replicas != "never":
+        copies = ReplicaCheck.of(plan, group, plans.copied(tables, ranks))
+    return Opened(
+        options,
+        named,
+        plan,
+        plan.group is not None and plans.differ(tables),
+        limit,
+        agreement.Agreement(group, device, immediate=on_host),
+        copies,
+    )
+
+
+def _plan(
+    options: Options,
+    described: Sequence[Described],
+    tables: Sequence[Sequence[Entry]],
+    ranks: Sequence[int],
+    device: torch.device,
+    group: ProcessGroup,
+) -> plans.Plan:
+    """The plan of this rank; without a group where nothing has to be reduced."""
+    if plans.needs_reduction(tables) or reads_loss(options.policy):
+        rank = collectives.rank_in(group)
+        return plans.merged_plan(described, tables, rank, ranks, device, group)
+    return plans.local_plan(plans.in_order_of(tables[0], described), device)
+
+
+def _notes(options: Options, named: Named, table: tuple[Entry, ...]) -> handshake.Notes:
+    return handshake.Notes(
+        versions=(("torch", torch.__version__),),
+        options=tuple((name, repr(getattr(options, name))) for name in NAMES),
+        table=table,
+        frozen=tuple(name for name, parameter in named if not parameter.requires_grad),
+        device=named[0][1].device.type if named else "",
+    )

@@ -1,0 +1,432 @@
+"""What a clipper keeps from step to step: the plan, the compiled policy, its memory, the ranks.
+
+A session is opened by all ranks at one point, where they compare what they were given. From then on
+:meth:`Session.clip` is one step: measure, reduce, decide, act.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from distclip.application.notices import Absence, warn
+from distclip.engine import agreement, checkpoint, handshake
+from distclip.engine.attaching import stepped_by
+from distclip.engine.late import LateError
+from distclip.engine.ledger import Program, States, Walked
+from distclip.engine.opening import open_together
+from distclip.engine.passes import compile_passes, report_order
+from distclip.engine.walk import Fold, walk
+from distclip.errors import ConfigurationError, DistclipError
+from distclip.kernels import transfer
+from distclip.layouts import names as naming
+from distclip.layouts.names import Target
+from distclip.policies import ParameterInfo, Policy
+from distclip.policies._compose import reads_loss, stages, unmatched
+from distclip.statistics import buckets, collectives, waiting
+from distclip.statistics.overlap import Overlap
+
+_logger = logging.getLogger("distclip")
+
+_GO_ON = (
+    '. To go on without such steps use on_nonfinite="skip" (or "zero" to drop only these gradients)'
+)
+
+
+class Session:
+    """One model, one policy, and the ranks that hold the model together.
+
+    Args:
+        target: as for :class:`distclip.GradClipper`.
+        given: its options by name, not checked yet.
+        process_group: the ranks; all by default.
+        optimizers: for policies that need parameter groups.
+
+    Attributes:
+        options: checked.
+        plan: the table of parameters, and where this rank's pieces of them lie.
+        program: the policy, compiled for the plan.
+        named: the tensors of this rank, as the optimizer steps them.
+        here: the same by name.
+        known: their ids.
+        watched: the modules that they came from.
+        parts: whether ranks hold different parameters (stages, experts).
+        states: the policies' memory.
+        step: how many steps there have been.
+        early: what measures during backward.
+        late: errors that are raised one step late.
+        expects_gradients: whether a step in which no rank has a gradient is worth a warning.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        given: Mapping[str, Any],
+        process_group: ProcessGroup | None,
+        optimizers: Sequence[Optimizer],
+    ) -> None:
+        opened = open_together(target, given, process_group)
+        self.options, self.plan, self.named = opened.options, opened.plan, opened.named
+        self.parts = opened.parts
+        self.here = dict(self.named)
+        self._limit, self._agreement = opened.limit, opened.agreement
+        self._replicas = opened.replicas
+        self._reads_loss = reads_loss(self.policy)
+        self.states: States = {}
+        self.step = 0
+        self.expects_gradients = True
+        self._clips = 0
+        self._loss: Tensor | None = None
+        self._optimizers: list[tuple[weakref.ref[Optimizer], list[int]]] = []
+        """Those that it is attached to, and the ids of the parameters that each had then."""
+        self._warned_of_no_loss = False
+        self._mentioned_repetition = False
+        self.known = {id(parameter) for _, parameter in self.named}
+        self.watched = naming.Watched(target)
+        self._last = agreement.LastClip([parameter for _, parameter in self.named])
+        self._absence = Absence(self.plan, self.named)
+        self.late = LateError(self.plan.names)
+        self.early: Overlap | None = None
+        if self.options.overlap:
+            self.early = Overlap(self.plan, buckets.modules_of(self.watched.modules))
+            if not self.early.active:
+                _warn_of_no_overlap(self.early)
+        self.program = self._compiled(optimizers)
+        self._mention_unmatched()
+
+    @property
+    def policy(self) -> Policy:
+        """The policy."""
+        return self.options.policy
+
+    # ---- one step -------------------------------------------------------------------------------
+
+    def begin(self, mode: str) -> None:
+        """Before anything of a step: whether it can be made, and what is left of earlier ones.
+
+        Raises:
+            ProcessGroupError: the process group has been closed.
+            NonFiniteGradientError: of an earlier step, under ``"error_late"``.
+        """
+        if self.plan.group is not None:
+            collectives.check_open(self.plan.group)
+        if mode == "error_late" and not transfer.is_capturing(self.plan.device):
+            self.late.raise_earlier()
+
+    def clip(
+        self,
+        mode: str,
+        loss_scale: Tensor | None,
+        *,
+        later: bool = False,
+        fold: Fold | None = None,
+        leaves_out: bool = False,
+    ) -> Walked:
+        """Measure, reduce, decide and act once.
+
+        Args:
+            mode: what to do where a gradient is not finite; see :func:`distclip.engine.walk.walk`.
+            loss_scale: 0-dim; the gradients are this many times too large, and stay so.
+            later: leave what the last pass decides to ``Walked.apply``.
+            fold: asked to multiply in place of the last pass.
+            leaves_out: whether the step to come is left out where the report says so.
+        """
+        late = mode == "error_late"
+        self._mention_repetition()
+        agreed = self._agreed()
+        loss, self._loss = self._loss, None
+        if self._reads_loss and loss is None:
+            self._warn_of_no_loss()
+        try:
+            with waiting.waiting_for(waiting.Wait(self.step, self._limit)), torch.no_grad():
+                walked = walk(
+                    self.program,
+                    self.states,
+                    on_nonfinite="skip" if late else mode,
+                    loss_scale=loss_scale,
+                    replicas=self._replicas if self._compares_now() else None,
+                    trouble=self._trouble(),
+                    agreed=agreed,
+                    loss=loss,
+                    later=later,
+                    fold=fold,
+                    harmless=late and not leaves_out,
+                    go_on=_GO_ON,
+                )
+        finally:
+            if self.early is not None:
+                self.early.forget()
+        with torch.no_grad():
+            self._clips += 1
+            self.states = walked.states
+            if late:
+                self.late.note(walked.nonfinite, self.step)
+            if self.expects_gradients and self._absence.is_here():
+                self._absence.judge(walked.raw, speaks=self.speaks)
+        self._last.remember()
+        self.step += 1
+        return walked
+
+    def look_at_overlap(self) -> None:
+        """Say so where measuring during backward has ended, or never began."""
+        early = self.early
+        if early is None:
+            return
+        if early.error is not None:
+            self.close()
+            error = f"{type(early.error).__name__}: {early.error}"
+            warn(
+                f"measuring during backward (overlap=True) failed with {error}; from now on "
+                f"gradients are measured at the clip, which is as right and takes its time then",
+            )
+        # The first backward may have been over when this was built.
+        elif self._clips == 2 and early.active and not early.calls:
+            _warn_of_no_overlap(early)
+
+    def close(self) -> None:
+        """Stop measuring during backward."""
+        if self.early is not None:
+            self.early.close()
+            self.early = None
+
+    def observe(self, loss: Tensor | float) -> None:
+        """Tell the loss of the step to come, for a policy that reads it; others ignore it.
+
+        Several losses of one step (micro-batches) are averaged, and so are those of all ranks, in
+        the one all-reduce of the clipping. Where nothing is sharded the loss costs that all-reduce.
+
+        Args:
+            loss: one number, any float dtype; not read on the host.
+
+        Raises:
+            ConfigurationError: several numbers, or a DTensor.
+        """
+        if not self._reads_loss:
+            return
+        if isinstance(loss, DTensor):
+            raise ConfigurationError(
+                "observe: the loss is a DTensor, and to read it the ranks would have to talk; give "
+                "loss.full_tensor()"
+            )
+        value = torch.as_tensor(loss).detach()
+        if value.numel() != 1:
+            raise ConfigurationError(
+                f"observe: the loss must be one number, got a tensor of shape {list(value.shape)}; "
+                f"give its mean"
+            )
+        value = value.to(self.plan.device, torch.float64).reshape(())
+        given = torch.stack([value, torch.ones_like(value)])
+        self._loss = given if self._loss is None else self._loss + given
+
+    # ---- the ranks ------------------------------------------------------------------------------
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this rank is one that warns and logs for all."""
+        return self.parts or collectives.is_first(self.plan.group)
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether this is a distributed run."""
+        return collectives.default_group(None) is not None or self.plan.group is not None
+
+    def anywhere(self, here: bool) -> bool:
+        """Whether gradients have changed on any rank.
+
+        Where all ranks have DTensors of all parameters, a backward gives all of them gradients.
+        """
+        group = self.plan.group
+        if group is None or (self.plan.holds is not None and not self.parts):
+            return here
+        return self.on_any_rank(here)
+
+    def on_any_rank(self, here: bool) -> bool:
+        """Whether it is so on any rank; a collective over the group."""
+        group = self.plan.group
+        assert group is not None
+        flag = torch.full((1,), float(here), dtype=torch.float64, device=self.plan.device)
+        return bool(collectives.all_reduce_max(flag, group).item() > 0)
+
+    def _agreed(self) -> agreement.Agreed | None:
+        """What has to be the same on all ranks in this step, where anything travels that tells."""
+        compares = self._compares_now() and self.options.verify_replicas != "never"
+        if self._agreement is None or not (self.plan.group is not None or compares):
+            return None
+        memory = agreement.digest_of(self.states) if compares else ""
+        return self._agreement.of_step(self.step, memory=memory, now=compares)
+
+    def _compares_now(self) -> bool:
+        every = self.options.verify_replicas
+        return self._clips == 0 if isinstance(every, str) else self._clips % every == 0
+
+    def _mention_repetition(self) -> None:
+        """Where one rank alone clips twice, this is the last that can be said of it by name."""
+        if self._agreement is None or self._mentioned_repetition or not self._last.is_repeated():
+            return
+        self._mentioned_repetition = True
+        _logger.warning(
+            "rank %d clips again at step %d, and no gradient has changed since the last clip: "
+            "if not every rank does so, this rank is a step ahead of the others, and collectives "
+            "that do not belong together will meet, hang or abort; call clip_() equally often on "
+            "every rank",
+            collectives.global_rank(),
+            self.step,
+        )
+
+    def _trouble(self) -> DistclipError | None:
+        """What is wrong on this rank before a gradient is looked at: parameters that came later."""
+        newcomers = self.watched.newcomers(self.known)
+        for reference, known in self._optimizers:
+            optimizer = reference()
+            if newcomers or optimizer is None:
+                continue
+            listed = stepped_by(optimizer)
+            if list(map(id, listed)) != known:
+                newcomers = [
+                    f"one of shape {list(p.shape)} in the optimizer"
+                    for p in listed
+                    if id(p) not in self.known and id(p) not in known
+                ]
+        if not newcomers:
+            return None
+        more = f" and {len(newcomers) - 1} more" if len(newcomers) > 1 else ""
+        return ConfigurationError(
+            f"parameter {newcomers[0]!r}{more} came (or was replaced) after this GradClipper was "
+            f"built, and would not be clipped; build the GradClipper anew, after everything that "
+            f"changes the model (fully_shard, adapters such as LoRA)"
+        )
+
+    # ---- the policy -----------------------------------------------------------------------------
+
+    def follow(self, optimizers: Sequence[Optimizer]) -> None:
+        """From now on these step the parameters: their groups count, and what they are given."""
+        self.program = self._compiled(optimizers)
+        self._optimizers = [
+            (weakref.ref(each), list(map(id, stepped_by(each)))) for each in optimizers
+        ]
+
+    def optimizers(self) -> list[Optimizer]:
+        """Those that are followed, as far as they are alive."""
+        return [each for reference, _ in self._optimizers if (each := reference())]
+
+    def _compiled(self, optimizers: Sequence[Optimizer]) -> Program:
+        groups: dict[int, int] = {}
+        listed = [group for optimizer in optimizers for group in optimizer.param_groups]
+        for number, group in enumerate(listed):
+            groups.update({id(parameter): number for parameter in group["params"]})
+        here = {
+            name: groups[id(parameter)]
+            for name, parameter in self.here.items()
+            if id(parameter) in groups
+        }
+        parameters = [ParameterInfo(entry.name, entry.shape) for entry in self.plan.entries]
+        if self.parts and any(s.policy.needs.groups for s in stages(self.policy, parameters)):
+            assert self.plan.group is not None
+            ranks = collectives.ranks_of(self.plan.group)
+            here = handshake.merge_groups(collectives.gather(here, self.plan.group), ranks)
+        parameters = [
+            ParameterInfo(entry.name, entry.shape, here.get(entry.name))
+            for entry in self.plan.entries
+        ]
+        passes = compile_passes(
+            self.policy,
+            parameters,
+            self.plan.entries,
+            norms=self.options.norms,
+            watch_nonfinite=self.options.on_nonfinite != "pass",
+        )
+        for stage in stages(self.policy, parameters):
+            if stage.members and stage.path not in self.states:
+                infos = [parameters[member] for member in stage.members]
+                state = stage.policy.init(infos)
+                device = self.plan.device
+                self.states[stage.path] = {key: value.to(device) for key, value in state.items()}
+        if self._agreement is not None:
+            reads = any(s.policy.needs.groups for s in stages(self.policy, parameters))
+            numbers = {each.name: each.group for each in parameters} if reads else {}
+            self._agreement.note("parameter groups", numbers)
+        shown = report_order(self.policy, parameters)
+        return Program.of(self.plan, parameters, passes, shown, self.early)
+
+    def _mention_unmatched(self) -> None:
+        """A pattern for nothing is mostly a typing error, or meant for another model.
+
+        Or for other parameters of a script that clips by parts: so it is no warning.
+        """
+        patterns = unmatched(self.policy, self.plan.names)
+        if patterns and collectives.is_first(self.plan.group):
+            _logger.warning(
+                "by_name: no parameter's name matches %s, so what is said of it concerns none of "
+                "the %d parameters here (%s)",
+                ", ".join(map(repr, patterns)),
+                len(self.plan.names),
+                ", ".join(self.plan.names[:3]) + (", ..." if len(self.plan.names) > 3 else ""),
+            )
+
+    def _warn_of_no_loss(self) -> None:
+        if not self._warned_of_no_loss:
+            warn(
+                f"{self.policy!r} reads the loss, and this step has none: call "
+                f"clipper.observe(loss) before the step, or clipper.clip_(loss=loss); with "
+                f"Accelerate accelerator.backward(loss), or the handle's observe(loss). Steps "
+                f"without one are judged by their norm alone",
+            )
+        self._warned_of_no_loss = True
+
+    # ---- its memory -----------------------------------------------------------------------------
+
+    def resume(self, other: Session, states: States) -> None:
+        """Go on where another session of a copy of the model is, with these states."""
+        self.step, self._clips, self.states = other.step, other._clips, states
+
+    def dump(self) -> dict[str, object]:
+        """See :meth:`distclip.GradClipper.state_dict`."""
+        return checkpoint.dump(self._owner(), self.step, self.states)
+
+    def prepare(self, state: object, source: checkpoint.Source | None = None) -> Callable[[], None]:
+        """As :meth:`load_state_dict`, in two: check now, load when the result is called.
+
+        For integrations, which load several clippers, or something else, only if all of it fits.
+
+        Args:
+            state: what :meth:`state_dict` gave.
+            source: where it is from, for the messages.
+        """
+        restored = checkpoint.restore(self._owner(), state, self.states, source)
+
+        def load() -> None:
+            self.late.forget()  # of steps that are taken back
+            if restored is not None:
+                self.step = restored.step
+                self.states = {**self.states, **restored.states}
+                if self._agreement is not None:
+                    found = f"that of step {restored.step} [{agreement.digest_of(restored.states)}]"
+                    self._agreement.note("loaded state", found)
+                if collectives.is_first(self.plan.group):
+                    restored.announce()
+
+        return load
+
+    def _owner(self) -> checkpoint.Owner:
+        parameters = self.program.parameters
+        return checkpoint.Owner(self.policy, stages(self.policy, parameters), parameters)
+
+
+def _warn_of_no_overlap(early: Overlap) -> None:
+    reasons = early.refused
+    warn(
+        reasons[0] + ". Until then overlap=True has no effect, and all gradients are measured "
+        "at the clip"
+        if reasons
+        else "overlap=True has no effect here: no gradient comes from FSDP2 (fully_shard), nor "
+        "from a DistributedDataParallel module given as target, to the device of the "
+        "statistics, so all are measured at the clip, as without it",
+    )
