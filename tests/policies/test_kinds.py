@@ -289,7 +289,7 @@ def test_a_running_maximum_under_a_loss_scale() -> None:
 
 def test_norms_behind_a_running_maximum_are_measured_again() -> None:
     def passes(*parts: policies.Policy) -> int:
-        return len(GradClipper(nn.Linear(3, 2), policies.chain(*parts))._program.passes)
+        return len(GradClipper(nn.Linear(3, 2), policies.chain(*parts))._session.program.passes)
 
     running, norm = RunningMax(), policies.global_norm(1.0)
     assert passes(norm, running) == 1
