@@ -209,7 +209,7 @@ def main(arguments: list[str] | None = None) -> int:
     judged = targets(record)
     for target in judged:
         sign = ">=" if target.at_least else "<="
-        value = f"{target.value:8.2g}" if target.value < 0.01 else f"{target.value:8.2f}"
+        value = f"{target.value:8.2g}" if 0 < target.value < 0.01 else f"{target.value:8.2f}"
         print(f"{target.verdict:12s}  {value} {sign} {target.bound:<5g} {target.what}")
     counts = {verdict: sum(target.verdict == verdict for target in judged)
               for verdict in ("reached", "MISSED", "not measured")}  # fmt: skip
