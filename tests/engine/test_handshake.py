@@ -311,17 +311,17 @@ def test_a_rank_without_parameters_goes_where_the_others_are(
 ) -> None:
     """The first rank says that its parameters are on an accelerator; the others have none."""
     asked = []
-    notes_of = GradClipper._notes
+    notes_of = opening._notes
 
-    def notes(clipper: GradClipper, table: tuple[Entry, ...]) -> Notes:
-        found = notes_of(clipper, table)
+    def notes(options: Any, named: Any, table: tuple[Entry, ...]) -> Notes:
+        found = notes_of(options, named, table)
         return replace(found, device="cuda") if table else found
 
     def device_for(group: Any, preferred: torch.device) -> torch.device:
         asked.append(preferred.type)
         return torch.device("cpu")
 
-    monkeypatch.setattr(GradClipper, "_notes", notes)
+    monkeypatch.setattr(opening, "_notes", notes)
     monkeypatch.setattr(collectives, "device_for", device_for)
     stage = nn.Linear(3, 2) if dist.get_rank() == 0 else nn.ReLU()
     GradClipper([stage], policies.global_norm(1.0)).clip_()
