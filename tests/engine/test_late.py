@@ -196,7 +196,7 @@ def test_an_accelerator_is_not_read(fused: bool, monkeypatch: pytest.MonkeyPatch
     with monkeypatch.context() as patched:
         decide = stepping.StepHandle._decide
 
-        def watched(self: Any, stepped: Any) -> None:
+        def watched(self: Any, *given: Any) -> None:
             clip = self._clip
 
             def clipped(*args: Any) -> Any:
@@ -206,7 +206,7 @@ def test_an_accelerator_is_not_read(fused: bool, monkeypatch: pytest.MonkeyPatch
 
             self._clip = clipped
             try:
-                decide(self, stepped)
+                decide(self, *given)
             finally:
                 patched.undo()
                 self._clip = clip
