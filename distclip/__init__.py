@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from distclip.functional import clip_grad_agc_ as clip_grad_agc_
     from distclip.functional import clip_grad_norm_ as clip_grad_norm_
     from distclip.functional import clip_grad_value_ as clip_grad_value_
+    from distclip.functional import clip_grads_with_norm_ as clip_grads_with_norm_
     from distclip.functional import get_total_norm as get_total_norm
     from distclip.functional import grad_norms as grad_norms
     from distclip.integrations import accelerate as accelerate
@@ -52,6 +53,7 @@ _NAMES = {
     "clip_grad_agc_": "distclip.functional",
     "clip_grad_norm_": "distclip.functional",
     "clip_grad_value_": "distclip.functional",
+    "clip_grads_with_norm_": "distclip.functional",
     "declare_sharded": "distclip.layouts.declared",
     "from_config": "distclip.config.build",
     "get_total_norm": "distclip.functional",
@@ -85,6 +87,7 @@ __all__ = [
     "clip_grad_agc_",
     "clip_grad_norm_",
     "clip_grad_value_",
+    "clip_grads_with_norm_",
     "declare_sharded",
     "errors",
     "from_config",

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import distclip
+from distclip.errors import ConfigurationError
 from distclip.testing import assert_rounded
 from tests.sharded import mesh_of, shard, whole
 
@@ -86,6 +87,87 @@ def test_get_total_norm_equals_torch(norm_type: float) -> None:
     want = torch.nn.utils.get_total_norm(tensors, norm_type)
     torch.testing.assert_close(norm, want.detach(), rtol=1e-6, atol=0.0)
     assert not norm.requires_grad
+
+
+@pytest.mark.parametrize("total", [0.0, 0.3, 50.0, math.inf])
+def test_clip_grads_with_norm_equals_torch(total: float) -> None:
+    for norm in (total, torch.tensor(total), torch.tensor(total, dtype=torch.float64)):
+        ours, theirs = plain(), plain()
+        assert distclip.clip_grads_with_norm_(ours, 1.5, norm) is None  # type: ignore[func-returns-value]
+        torch.nn.utils.clip_grads_with_norm_(theirs, 1.5, torch.as_tensor(norm))
+        for one, other in zip(gradients(ours), gradients(theirs), strict=True):
+            assert_rounded(one, other.double().numpy(), ulps=1.0, coefficient_error=1e-6)
+
+
+def test_clip_grads_with_norm_refuses_what_is_no_norm() -> None:
+    parameters = plain()
+    before = [gradient.clone() for gradient in gradients(parameters)]
+    with pytest.raises(ConfigurationError, match=r"one number, got a tensor of shape \[2\]"):
+        distclip.clip_grads_with_norm_(parameters, 1.0, torch.ones(2))
+    with pytest.raises(ConfigurationError, match="max_norm"):
+        distclip.clip_grads_with_norm_(parameters, -1.0, 1.0)
+    assert all(map(torch.equal, gradients(parameters), before))
+
+
+@pytest.mark.ranks(2, 3)
+@pytest.mark.parametrize("layout", ["fsdp2", "hsdp", "mixed"])
+def test_a_norm_and_then_a_clip_with_it_as_one_clip(layout: str) -> None:
+    """As torchtitan does: the norm first, joined over stages by the caller, then the scaling."""
+    values = whole(seed=5)
+    sharded, alone = shard(layout, values), shard(layout, values)
+    for model in (sharded, alone):
+        model.set_gradients(values.gradients)
+    parameters = list(sharded.parameters.values())
+    total = distclip.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    distclip.clip_grads_with_norm_(parameters, 0.01, total)
+    assert distclip.clip_grad_norm_(alone.parameters.values(), 0.01).item() == total.item()
+    for (name, one), (_, other) in zip(
+        sharded.local_gradients(), alone.local_gradients(), strict=True
+    ):
+        if one is not None and other is not None:
+            assert_rounded(one, other.double().numpy(), ulps=1.0, coefficient_error=1e-6, name=name)
+
+
+@pytest.mark.ranks(2)
+def test_clip_grads_with_norm_reduces_partial_gradients_first() -> None:
+    mesh = mesh_of((2,), ("x",))
+    terms = [randn(4, 3, seed=rank) for rank in range(2)]
+    parameter = nn.Parameter(DTensor.from_local(randn(4, 3), mesh, [Replicate()], run_check=False))
+    parameter.grad = DTensor.from_local(terms[dist.get_rank()], mesh, [Partial()], run_check=False)
+    distclip.clip_grads_with_norm_([parameter], 1.0, DTensor.from_local(torch.tensor(4.0), mesh))
+    assert parameter.grad.placements == (Replicate(),)
+    assert_rounded(
+        parameter.grad.to_local(),
+        (sum(terms).double() / (4.0 + 1e-6)).numpy(),  # type: ignore[union-attr]
+        ulps=2.0,
+        coefficient_error=1e-6,
+    )
+
+
+@pytest.mark.ranks(2)
+def test_names_are_the_callers_whatever_was_asked_of_these_parameters_before() -> None:
+    pairs = [("first", randn(3).requires_grad_()), ("second", randn(2).requires_grad_())]
+    for _, parameter in pairs:
+        parameter.grad = torch.ones_like(parameter)
+    distclip.clip_grad_norm_([p for _, p in pairs], math.inf, process_group=dist.group.WORLD)
+    assert set(distclip.grad_norms(pairs)) == {"first", "second"}
+    renamed = [(name.upper(), parameter) for name, parameter in pairs]
+    assert set(distclip.grad_norms(renamed)) == {"FIRST", "SECOND"}
+
+
+@pytest.mark.ranks(1, 2)
+def test_gradients_of_an_earlier_call_are_not_measured_again() -> None:
+    parameters = plain()
+    group = dist.group.WORLD
+    for process_group in (None, group, None, group):
+        for parameter in parameters:
+            parameter.grad = torch.randn_like(parameter)
+        distclip.clip_grad_norm_(parameters, 1e9, process_group=process_group)
+    parameters[0].grad = None
+    parameters[1].grad = torch.full_like(parameters[1], 2.0)
+    left = [p.grad.double().square().sum() for p in parameters if p.grad is not None]
+    norm = distclip.clip_grad_norm_(parameters, 1e9)
+    assert norm.item() == pytest.approx(math.sqrt(sum(left)), rel=1e-6)
 
 
 @pytest.mark.parametrize("foreach", [None, True, False])

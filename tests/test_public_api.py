@@ -37,6 +37,7 @@ EXPORTED = {
         "clip_grad_agc_",
         "clip_grad_norm_",
         "clip_grad_value_",
+        "clip_grads_with_norm_",
         "declare_sharded",
         "errors",
         "from_config",
@@ -106,6 +107,8 @@ SIGNATURES = {
     "clip_grad_norm_": "(parameters: Parameters, max_norm: float, norm_type: float = 2.0, "
     "error_if_nonfinite: bool = False, foreach: bool | None = None, *, "
     "process_group: ProcessGroup | None = None) -> Tensor",
+    "clip_grads_with_norm_": "(parameters: Parameters, max_norm: float, "
+    "total_norm: Tensor | float, foreach: bool | None = None) -> None",
     "clip_grad_value_": "(parameters: Parameters, clip_value: float, foreach: bool | None = None) "
     "-> None",
     "clip_grad_agc_": "(parameters: Parameters, clip_factor: float = 0.01, eps: float = 0.001, "
