@@ -36,8 +36,8 @@ from distclip.engine.stateless import (
 from distclip.engine.walk import walk
 from distclip.errors import ConfigurationError
 from distclip.kernels import changing
+from distclip.layouts import dtensor, soundness
 from distclip.layouts import names as naming
-from distclip.layouts import soundness
 from distclip.layouts.plan import Plan
 from distclip.policies import AGC, GlobalNorm, Measure, Value
 from distclip.policies._norm_threshold import norm_coefficient
@@ -187,7 +187,7 @@ def clip_grads_with_norm_(
     """
     limit = GlobalNorm(max_norm).max_norm
     if isinstance(total_norm, DTensor):
-        total_norm = total_norm.full_tensor()
+        total_norm = dtensor.replicated(total_norm)
     norm = torch.as_tensor(total_norm, dtype=torch.float64).detach()
     if norm.numel() != 1:
         raise ConfigurationError(

@@ -394,6 +394,11 @@ def redistributed(tensor: DTensor, placements: Sequence[Placement]) -> DTensor:
         return cast(DTensor, tensor.detach()).redistribute(placements=placements)
 
 
+def replicated(tensor: DTensor) -> Tensor:
+    """The whole of a small DTensor, on every rank of its mesh; what is ``Partial`` is reduced."""
+    return local_part(redistributed(tensor, [Replicate()] * tensor.device_mesh.ndim))
+
+
 def reduced(name: str, tensor: DTensor) -> None:
     """Refuse ``Partial`` placements that no reduction turns into the tensor's value."""
     for placement in tensor.placements:
