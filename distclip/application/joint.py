@@ -209,8 +209,12 @@ class GradientsSeen:
 
 
 def version_of(tensor: Tensor) -> int:
-    """Counts the changes in place; a DTensor's local tensor has its own count."""
-    return (tensor._local_tensor if isinstance(tensor, DTensor) else tensor)._version
+    """Counts the changes in place; a DTensor's local tensor has its own count.
+
+    Always 0 for a tensor of ``torch.inference_mode()``, which has no count.
+    """
+    local: Tensor = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+    return 0 if local.is_inference() else local._version
 
 
 def _gradients(optimizer: Optimizer) -> list[Tensor | None]:

@@ -56,7 +56,10 @@ class LastClip:
     def remember(self) -> None:
         """They are clipped now."""
         gradients = [parameter.grad for parameter in self._watched]
-        self._left = [g if g is None else (weakref.ref(g), *_versions(g)) for g in gradients]
+        self._left = [
+            None if g is None or g.is_inference() else (weakref.ref(g), *_versions(g))
+            for g in gradients  # of inference tensors torch counts no changes
+        ]
 
     def is_repeated(self) -> bool:
         """Whether there are gradients, and they are as the last clip left them."""

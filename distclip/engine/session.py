@@ -198,17 +198,7 @@ class Session:
             self.early = None
 
     def observe(self, loss: Tensor | float) -> None:
-        """Tell the loss of the step to come, for a policy that reads it; others ignore it.
-
-        Several losses of one step (micro-batches) are averaged, and so are those of all ranks, in
-        the one all-reduce of the clipping. Where nothing is sharded the loss costs that all-reduce.
-
-        Args:
-            loss: one number, any float dtype; not read on the host.
-
-        Raises:
-            ConfigurationError: several numbers, or a DTensor.
-        """
+        """See :meth:`distclip.GradClipper.observe`."""
         if not self._reads_loss:
             return
         if isinstance(loss, DTensor):
@@ -392,14 +382,7 @@ class Session:
         return checkpoint.dump(self._owner(), self.step, self.states)
 
     def prepare(self, state: object, source: checkpoint.Source | None = None) -> Callable[[], None]:
-        """As :meth:`load_state_dict`, in two: check now, load when the result is called.
-
-        For integrations, which load several clippers, or something else, only if all of it fits.
-
-        Args:
-            state: what :meth:`state_dict` gave.
-            source: where it is from, for the messages.
-        """
+        """See :meth:`distclip.GradClipper.prepare_state_dict`."""
         restored = checkpoint.restore(self._owner(), state, self.states, source)
 
         def load() -> None:

@@ -344,3 +344,7 @@ def test_everything_in_inference_mode_is_clipped() -> None:
         made.grad = numbers(4)
         distclip.clip_grad_norm_([made], 0.1)
         assert made.grad.norm().item() == pytest.approx(0.1, rel=1e-4)
+        clipper = distclip.GradClipper([made], policies.global_norm(0.05))
+        for bound in (0.05, 0.05):  # a second time: nobody can tell whether anything has changed
+            clipper.clip_()
+            assert made.grad.norm().item() == pytest.approx(bound, rel=1e-4)
