@@ -40,7 +40,7 @@ from distclip.layouts import dtensor, soundness
 from distclip.layouts import names as naming
 from distclip.layouts.plan import Plan
 from distclip.policies import AGC, GlobalNorm, Measure, Value
-from distclip.policies._norm_threshold import norm_coefficient
+from distclip.policies.norm_threshold import norm_coefficient
 from distclip.statistics import collectives
 
 Parameters: TypeAlias = Tensor | Iterable[Tensor]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from distclip.engine.ledger import Walked
-from distclip.policies._protocol import combine_norms
+from distclip.policies.protocol import combine_norms
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -20,7 +20,7 @@ import torch
 
 from distclip.config import load
 from distclip.errors import ConfigurationError
-from distclip.policies import _registry
+from distclip.policies import registry
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -76,7 +76,7 @@ def ids(page: Path) -> str:
 def as_before(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """A folder to run in; what a page registers, seeds or starts is gone afterwards."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(_registry, "_registered", dict(_registry._registered))
+    monkeypatch.setattr(registry, "_registered", dict(registry._registered))
     random_state = torch.get_rng_state()
     yield tmp_path
     torch.set_rng_state(random_state)

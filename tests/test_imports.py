@@ -193,6 +193,65 @@ def test_the_testing_kit_stands_alone() -> None:
             assert {full for full in own if not full.startswith("distclip.testing")} == set(), name
 
 
+def package_of(name: str) -> str:
+    """The package that a file is in: ``distclip.layouts`` for ``layouts/plain.py``."""
+    return ".".join(("distclip", *name.split("/")[:-1]))
+
+
+def others_privates(name: str, tree: ast.AST) -> list[str]:
+    """What a file takes from another package although its name has a leading underscore.
+
+    A name belongs to the package of the file that defines it, and to the packages inside of that.
+    """
+    modules: dict[str, str] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            modules |= {a.asname or a.name: a.name for a in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            modules |= {a.asname or a.name: f"{node.module}.{a.name}" for a in node.names}
+    used = [*imported(tree)]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and (full := modules.get(ast.unparse(node.value))):
+            used.append(f"{full}.{node.attr}")
+    here = package_of(name)
+    found = []
+    for full in used:
+        parts = full.split(".")
+        private = [i for i, part in enumerate(parts) if part[0] == "_" and part[-2:] != "__"]
+        if parts[0] != "distclip" or not private:
+            continue
+        holder = parts[: private[0]]
+        if "/".join(holder[1:]) + ".py" in SOURCES:
+            holder.pop()
+        if not f"{here}.".startswith(".".join(holder) + "."):
+            found.append(full)
+    return found
+
+
+def test_an_underscore_means_not_outside_this_package() -> None:
+    found = {name: others_privates(name, parsed(name)) for name in SOURCES}
+    assert {name: what for name, what in found.items() if what} == {}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from distclip.policies._agc import AGC",
+        "from distclip.policies import _agc",
+        "import distclip.policies._agc",
+        "from distclip.layouts.plain import _fetch",
+        "def f():\n    from distclip.layouts import plain as p\n    p._fetch()",
+        "import distclip.layouts.plain\ndistclip.layouts.plain._fetch",
+    ],
+)
+def test_another_packages_underscore_is_seen(source: str) -> None:
+    tree = ast.parse(source)
+    assert others_privates("engine/walk.py", tree)
+    assert others_privates("clipper.py", tree)
+    at_home = "policies/agc.py" if "policies" in source else "layouts/detect.py"
+    assert others_privates(at_home, tree) == []
+
+
 BREACHES: dict[str, tuple[Callable[[ast.AST], object], str]] = {
     "import as": (talks, "import torch.distributed as dist\ndist.all_reduce(x)"),
     "from torch": (talks, "from torch import distributed as d\nd.barrier()"),

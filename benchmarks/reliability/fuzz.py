@@ -38,7 +38,7 @@ from distclip.engine.checkpoint_form import checksum
 from distclip.errors import DistclipError
 from distclip.integrations.deepspeed_json import configured, examined
 from distclip.monitor import runs, table
-from distclip.policies._registry import registered
+from distclip.policies.registry import registered
 
 COUNT = 50_000
 LIMIT = 1.0

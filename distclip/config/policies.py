@@ -30,7 +30,7 @@ from distclip import policies
 from distclip.config.problems import Path, Problems, did_you_mean, key_text, said, shown
 from distclip.errors import ConfigurationError
 from distclip.policies import Policy
-from distclip.policies._registry import registered
+from distclip.policies.registry import registered
 
 
 def _infinity(value: object) -> object:

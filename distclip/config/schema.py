@@ -9,7 +9,7 @@ from typing import Any
 
 from distclip.config.policies import Argument, arguments
 from distclip.policies import Policy
-from distclip.policies._registry import registered
+from distclip.policies.registry import registered
 
 Schema = dict[str, Any]
 

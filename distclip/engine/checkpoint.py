@@ -35,8 +35,8 @@ from torch import Tensor
 from distclip.engine.checkpoint_form import VERSION, check_form, checksum, kind_of, policy_of
 from distclip.errors import StateError
 from distclip.policies import ParameterInfo, Policy, State
-from distclip.policies._compose import Stage, stages
-from distclip.policies._protocol import memory_depends_on
+from distclip.policies.compose import Stage, stages
+from distclip.policies.protocol import memory_depends_on
 
 _logger = logging.getLogger("distclip")
 

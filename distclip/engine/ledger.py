@@ -29,9 +29,9 @@ from distclip.policies import (
     Statistics,
     UnitPolicy,
 )
-from distclip.policies._compose import Stage
-from distclip.policies._decide import actions_of, bound_of
-from distclip.policies._protocol import combine_norms
+from distclip.policies.compose import Stage
+from distclip.policies.decide import actions_of, bound_of
+from distclip.policies.protocol import combine_norms
 from distclip.statistics.measurement import Memory
 from distclip.statistics.overlap import Overlap
 from distclip.statistics.packing import LocalDecision, Measurement

@@ -20,7 +20,7 @@ from distclip.layouts.detect import describe
 from distclip.layouts.names import Named, Target
 from distclip.layouts.piece import Described, Entry
 from distclip.options import NAMES, Options
-from distclip.policies._compose import reads_loss
+from distclip.policies.compose import reads_loss
 from distclip.statistics import collectives, waiting
 
 

@@ -15,7 +15,7 @@ from distclip.errors import ConfigurationError
 from distclip.layouts import soundness
 from distclip.layouts.piece import Described, Entry
 from distclip.policies import ClampingPolicy, ParameterInfo, Policy, UnitPolicy
-from distclip.policies._compose import Stage, stages
+from distclip.policies.compose import Stage, stages
 from distclip.statistics.request import Request
 
 

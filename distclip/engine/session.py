@@ -30,7 +30,7 @@ from distclip.kernels import transfer
 from distclip.layouts import names as naming
 from distclip.layouts.names import Target
 from distclip.policies import ParameterInfo, Policy
-from distclip.policies._compose import reads_loss, stages, unmatched
+from distclip.policies.compose import reads_loss, stages, unmatched
 from distclip.statistics import buckets, collectives, waiting
 from distclip.statistics.overlap import Overlap
 

@@ -22,7 +22,7 @@ from distclip.kernels.transfer import to_device
 from distclip.layouts import sparse
 from distclip.layouts.fetching import Fetched
 from distclip.layouts.plan import Plan
-from distclip.policies._decide import rehearse
+from distclip.policies.decide import rehearse
 from distclip.statistics import collectives
 from distclip.statistics.alignment import align_alone, align_together, cannot_move
 from distclip.statistics.measurement import LocalMeasurement, measure

@@ -14,7 +14,7 @@ from distclip.config.build import open_log, release_log
 from distclip.errors import ConfigurationError
 from distclip.integrations.accelerate_prepared import Prepared
 from distclip.integrations.checkpoints import Shelf
-from distclip.policies._compose import reads_loss
+from distclip.policies.compose import reads_loss
 
 _logger = logging.getLogger("distclip.accelerate")
 

@@ -15,7 +15,7 @@ from distclip.layouts import names as naming
 from distclip.layouts.detect import detect
 from distclip.layouts.names import Named, Target
 from distclip.optim.schedule import Schedule
-from distclip.policies import _checks
+from distclip.policies import checks
 
 DecayMask: TypeAlias = Callable[[str, Tensor], bool] | Sequence[str] | None
 """Which parameters decay: a function of name and parameter, name patterns, or None (see LaProp)."""
@@ -39,7 +39,7 @@ def checked(where: str, options: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(lr, Tensor):
         result["lr"] = _finite(where, "lr", lr)
     result["betas"] = _betas(where, options["betas"])
-    result["eps"] = _checks.positive(where, "eps", options["eps"])
+    result["eps"] = checks.positive(where, "eps", options["eps"])
     if torch.tensor(result["eps"], dtype=torch.float32) < torch.finfo(torch.float32).tiny:
         raise ConfigurationError(
             f"{where}: eps must be at least 1.2e-38, the smallest normal float32, got "
@@ -47,7 +47,7 @@ def checked(where: str, options: dict[str, Any]) -> dict[str, Any]:
         )
     result["weight_decay"] = _finite(where, "weight_decay", options["weight_decay"])
     result["agc"] = _finite(where, "agc", options["agc"])  # 0: no clipping
-    result["pmin"] = _checks.positive(where, "pmin", options["pmin"])
+    result["pmin"] = checks.positive(where, "pmin", options["pmin"])
     for key in ("warmup", "anneal"):
         result[key] = _count(where, key, options[key])
     for key in FLAGS:
@@ -68,7 +68,7 @@ def checked(where: str, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _finite(where: str, key: str, value: Any) -> float:
-    number = _checks.number(where, key, value)
+    number = checks.number(where, key, value)
     if not 0.0 <= number < float("inf"):
         raise ConfigurationError(f"{where}: {key} must be finite and >= 0, got {value!r}")
     return number
@@ -81,7 +81,7 @@ def _betas(where: str, value: Any) -> tuple[float, float]:
             f"{value!r}"
         )
     for key, beta in zip(("betas[0]", "betas[1]"), value, strict=True):
-        if not 0.0 <= _checks.number(where, key, beta) < 1.0:
+        if not 0.0 <= checks.number(where, key, beta) < 1.0:
             raise ConfigurationError(f"{where}: {key} must be >= 0 and < 1, got {beta!r}")
     return float(value[0]), float(value[1])
 

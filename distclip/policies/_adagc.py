@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from distclip.errors import ConfigurationError
-from distclip.policies import _checks
-from distclip.policies._protocol import (
+from distclip.policies import checks
+from distclip.policies._torch import torch
+from distclip.policies.protocol import (
     Action,
     Needs,
     ParameterInfo,
@@ -18,8 +19,7 @@ from distclip.policies._protocol import (
     State,
     Statistics,
 )
-from distclip.policies._registry import register
-from distclip.policies._torch import torch
+from distclip.policies.registry import register
 
 
 @register
@@ -64,10 +64,10 @@ class AdaGC(ScalingPolicy):
     def __post_init__(self) -> None:
         set_ = object.__setattr__
         set_(self, "lambda_rel", _at_least_one("lambda_rel", self.lambda_rel))
-        set_(self, "beta", _checks.fraction(self.name, "beta", self.beta))
-        set_(self, "warmup_steps", _checks.whole(self.name, "warmup_steps", self.warmup_steps, 1))
-        set_(self, "lambda_abs", _checks.threshold(self.name, "lambda_abs", self.lambda_abs))
-        set_(self, "floor", _checks.positive(self.name, "floor", self.floor))
+        set_(self, "beta", checks.fraction(self.name, "beta", self.beta))
+        set_(self, "warmup_steps", checks.whole(self.name, "warmup_steps", self.warmup_steps, 1))
+        set_(self, "lambda_abs", checks.threshold(self.name, "lambda_abs", self.lambda_abs))
+        set_(self, "floor", checks.positive(self.name, "floor", self.floor))
         if self.max_growth is not None:
             set_(self, "max_growth", _at_least_one("max_growth", self.max_growth))
 
@@ -113,7 +113,7 @@ class AdaGC(ScalingPolicy):
 
 
 def _at_least_one(key: str, value: float) -> float:
-    checked = _checks.positive(AdaGC.name, key, value)
+    checked = checks.positive(AdaGC.name, key, value)
     if checked < 1.0:
         raise ConfigurationError(f"adagc: {key} must be >= 1, got {value!r}")
     return checked

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from distclip.errors import ConfigurationError
-from distclip.policies import _checks
-from distclip.policies._protocol import ParameterInfo, UnitPolicy, matches
-from distclip.policies._registry import register
+from distclip.policies import checks
 from distclip.policies._torch import torch
+from distclip.policies.protocol import ParameterInfo, UnitPolicy, matches
+from distclip.policies.registry import register
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,8 +59,8 @@ class AGC(UnitPolicy):
         if unit not in ("row", "tensor"):
             raise ConfigurationError(f'agc: unit must be "row" or "tensor", got {unit!r}')
         set_ = object.__setattr__
-        set_(self, "clip_factor", _checks.positive(self.name, "clip_factor", clip_factor))
-        set_(self, "eps", _checks.positive(self.name, "eps", eps))
+        set_(self, "clip_factor", checks.positive(self.name, "clip_factor", clip_factor))
+        set_(self, "eps", checks.positive(self.name, "eps", eps))
         set_(self, "unit", unit)
         items = tuple((name, _dims(name, dims)) for name, dims in (unit_dims or {}).items())
         set_(self, "unit_dims_by_name", items)

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from distclip.errors import ConfigurationError
-from distclip.policies import _checks, _history
-from distclip.policies._norm_threshold import coefficient_to
-from distclip.policies._protocol import (
+from distclip.policies import _history, checks
+from distclip.policies._torch import torch
+from distclip.policies.norm_threshold import coefficient_to
+from distclip.policies.protocol import (
     Action,
     Needs,
     ParameterInfo,
@@ -19,8 +20,7 @@ from distclip.policies._protocol import (
     State,
     Statistics,
 )
-from distclip.policies._registry import register
-from distclip.policies._torch import torch
+from distclip.policies.registry import register
 
 
 @register
@@ -57,14 +57,14 @@ class AutoClip(ScalingPolicy):
     """Bound of the threshold's relative error with ``window=None``."""
 
     def __post_init__(self) -> None:
-        percentile = _checks.number(self.name, "percentile", self.percentile)
+        percentile = checks.number(self.name, "percentile", self.percentile)
         if not 0 <= percentile <= 100:
             raise ConfigurationError(
                 f"autoclip: percentile must be 0 to 100, got {self.percentile!r}"
             )
         object.__setattr__(self, "percentile", percentile)
         if self.window is not None:
-            window = _checks.window(self.name, self.window, 1)
+            window = checks.window(self.name, self.window, 1)
             object.__setattr__(self, "window", window)
 
     @property

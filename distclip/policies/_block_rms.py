@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from distclip.policies import _checks
-from distclip.policies._protocol import Action, Needs, Scale, ScalingPolicy, State, Statistics
-from distclip.policies._registry import register
+from distclip.policies import checks
 from distclip.policies._torch import torch
+from distclip.policies.protocol import Action, Needs, Scale, ScalingPolicy, State, Statistics
+from distclip.policies.registry import register
 
 
 @register
@@ -31,7 +31,7 @@ class BlockRMS(ScalingPolicy):
     name: ClassVar[str] = "block_rms"
 
     def __post_init__(self) -> None:
-        threshold = _checks.positive(self.name, "threshold", self.threshold)
+        threshold = checks.positive(self.name, "threshold", self.threshold)
         object.__setattr__(self, "threshold", threshold)
 
     @property

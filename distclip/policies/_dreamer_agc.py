@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from distclip.policies import _checks
-from distclip.policies._protocol import Action, Needs, Scale, ScalingPolicy, State, Statistics
-from distclip.policies._registry import register
+from distclip.policies import checks
 from distclip.policies._torch import torch
+from distclip.policies.protocol import Action, Needs, Scale, ScalingPolicy, State, Statistics
+from distclip.policies.registry import register
 
 
 @register
@@ -33,8 +33,8 @@ class DreamerAGC(ScalingPolicy):
     name: ClassVar[str] = "dreamer_agc"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "clip", _checks.positive(self.name, "clip", self.clip))
-        object.__setattr__(self, "pmin", _checks.positive(self.name, "pmin", self.pmin))
+        object.__setattr__(self, "clip", checks.positive(self.name, "clip", self.clip))
+        object.__setattr__(self, "pmin", checks.positive(self.name, "pmin", self.pmin))
 
     @property
     def needs(self) -> Needs:

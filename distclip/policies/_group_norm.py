@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from distclip.errors import ConfigurationError
-from distclip.policies._norm_threshold import NormThreshold, joint_coefficient
-from distclip.policies._protocol import (
+from distclip.policies._torch import torch
+from distclip.policies.norm_threshold import NormThreshold, joint_coefficient
+from distclip.policies.protocol import (
     Action,
     Needs,
     Scale,
     State,
     Statistics,
 )
-from distclip.policies._registry import register
-from distclip.policies._torch import torch
+from distclip.policies.registry import register
 
 if TYPE_CHECKING:
     from torch import Tensor

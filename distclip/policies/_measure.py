@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from distclip.policies import _checks
-from distclip.policies._protocol import Action, Needs, ScalingPolicy, State, Statistics
-from distclip.policies._registry import register
+from distclip.policies import checks
+from distclip.policies.protocol import Action, Needs, ScalingPolicy, State, Statistics
+from distclip.policies.registry import register
 
 
 @register
@@ -24,7 +24,7 @@ class Measure(ScalingPolicy):
     name: ClassVar[str] = "measure"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "norm_type", _checks.norm_order(self.name, self.norm_type))
+        object.__setattr__(self, "norm_type", checks.norm_order(self.name, self.norm_type))
 
     @property
     def needs(self) -> Needs:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from distclip.policies._norm_threshold import NormThreshold, norm_coefficient
-from distclip.policies._protocol import Action, Scale, State, Statistics
-from distclip.policies._registry import register
+from distclip.policies.norm_threshold import NormThreshold, norm_coefficient
+from distclip.policies.protocol import Action, Scale, State, Statistics
+from distclip.policies.registry import register
 
 
 @register

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from distclip.errors import ConfigurationError
-from distclip.policies import _checks, _history
-from distclip.policies._protocol import (
+from distclip.policies import _history, checks
+from distclip.policies._torch import torch
+from distclip.policies.protocol import (
     Action,
     Needs,
     ParameterInfo,
@@ -17,8 +18,7 @@ from distclip.policies._protocol import (
     State,
     Statistics,
 )
-from distclip.policies._registry import register
-from distclip.policies._torch import torch
+from distclip.policies.registry import register
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,10 +67,10 @@ class SkipSpikes(ScalingPolicy):
 
     def __post_init__(self) -> None:
         set_ = object.__setattr__
-        set_(self, "window", _checks.window(self.name, self.window, 2))
-        set_(self, "sigma", _checks.positive(self.name, "sigma", self.sigma))
-        set_(self, "min_history", _checks.whole(self.name, "min_history", self.min_history, 2))
-        most = _checks.whole(self.name, "max_consecutive", self.max_consecutive, 1)
+        set_(self, "window", checks.window(self.name, self.window, 2))
+        set_(self, "sigma", checks.positive(self.name, "sigma", self.sigma))
+        set_(self, "min_history", checks.whole(self.name, "min_history", self.min_history, 2))
+        most = checks.whole(self.name, "max_consecutive", self.max_consecutive, 1)
         set_(self, "max_consecutive", most)
         if self.min_history > self.window:
             raise ConfigurationError(

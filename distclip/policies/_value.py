@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from distclip.policies import _checks
-from distclip.policies._protocol import ClampingPolicy
-from distclip.policies._registry import register
+from distclip.policies import checks
+from distclip.policies.protocol import ClampingPolicy
+from distclip.policies.registry import register
 
 
 @register
@@ -29,7 +29,7 @@ class Value(ClampingPolicy):
     name: ClassVar[str] = "value"
 
     def __post_init__(self) -> None:
-        clip_value = _checks.threshold(self.name, "clip_value", self.clip_value)
+        clip_value = checks.threshold(self.name, "clip_value", self.clip_value)
         object.__setattr__(self, "clip_value", clip_value)
 
     @property

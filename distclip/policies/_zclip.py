@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from distclip.policies import _checks, _history
-from distclip.policies._norm_threshold import coefficient_to
-from distclip.policies._protocol import (
+from distclip.policies import _history, checks
+from distclip.policies._torch import torch
+from distclip.policies.norm_threshold import coefficient_to
+from distclip.policies.protocol import (
     Action,
     Needs,
     ParameterInfo,
@@ -18,8 +19,7 @@ from distclip.policies._protocol import (
     State,
     Statistics,
 )
-from distclip.policies._registry import register
-from distclip.policies._torch import torch
+from distclip.policies.registry import register
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,11 +64,11 @@ class ZClip(ScalingPolicy):
 
     def __post_init__(self) -> None:
         set_ = object.__setattr__
-        set_(self, "z_thresh", _checks.positive(self.name, "z_thresh", self.z_thresh))
-        set_(self, "alpha", _checks.fraction(self.name, "alpha", self.alpha))
-        set_(self, "warmup_steps", _checks.whole(self.name, "warmup_steps", self.warmup_steps, 1))
+        set_(self, "z_thresh", checks.positive(self.name, "z_thresh", self.z_thresh))
+        set_(self, "alpha", checks.fraction(self.name, "alpha", self.alpha))
+        set_(self, "warmup_steps", checks.whole(self.name, "warmup_steps", self.warmup_steps, 1))
         ceiling = math.inf if self.max_norm is None else self.max_norm
-        set_(self, "max_norm", _checks.threshold(self.name, "max_norm", ceiling))
+        set_(self, "max_norm", checks.threshold(self.name, "max_norm", ceiling))
 
     @property
     def needs(self) -> Needs:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from distclip import config, policies
-from distclip.policies import _registry
+from distclip.policies import registry
 from tests.config.writing import Write, fault
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -111,7 +111,7 @@ def test_a_merge_of_a_merge(write: Write) -> None:
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("policies/*.yaml")), ids=lambda p: p.stem)
 def test_the_examples(path: Path) -> None:
     loaded = config.load(path)
-    if path.stem in _registry.registered() and path.stem != "agc":
+    if path.stem in registry.registered() and path.stem != "agc":
         assert loaded.policy.name == path.stem
 
 
@@ -120,7 +120,7 @@ def test_there_is_an_example_for_each_policy() -> None:
     # Other tests register policies of their own.
     ours = {
         name
-        for name, kind in _registry.registered().items()
+        for name, kind in registry.registered().items()
         if kind.__module__.startswith("distclip.")
     }
     assert stems >= ours | {"chain", "by_name"}

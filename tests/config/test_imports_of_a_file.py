@@ -10,7 +10,7 @@ import pytest
 
 from distclip import config
 from distclip.errors import ConfigurationError
-from distclip.policies import _registry
+from distclip.policies import registry
 
 OWN = """
 from dataclasses import dataclass
@@ -32,10 +32,10 @@ class Own(policies.Policy):
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder for modules; the policies that they register are gone after the test."""
     monkeypatch.syspath_prepend(str(tmp_path))
-    before = dict(_registry._registered)
+    before = dict(registry._registered)
     yield tmp_path
-    _registry._registered.clear()
-    _registry._registered.update(before)
+    registry._registered.clear()
+    registry._registered.update(before)
 
 
 def test_a_policy_of_ones_own_is_named_after_its_module(folder: Path) -> None:
@@ -69,7 +69,7 @@ def test_a_class_defined_anew_takes_its_place_and_another_does_not(folder: Path)
     space: dict[str, Any] = {"__name__": __name__}
     for _ in range(2):  # a notebook cell, run twice
         exec(OWN.format(name="own_cell"), space)
-    assert _registry.registered()["own_cell"] is space["Own"]
+    assert registry.registered()["own_cell"] is space["Own"]
     space["__name__"] = "json"
     with pytest.raises(ConfigurationError, match="taken by Own"):
         exec(OWN.format(name="own_cell"), space)

@@ -12,7 +12,7 @@ import pytest
 
 from distclip import config, policies
 from distclip.errors import ConfigurationError
-from distclip.policies import _registry
+from distclip.policies import registry
 from tests.config.writing import Write, fault
 
 
@@ -48,7 +48,7 @@ class Halve(policies.Policy):
 def halve() -> Iterator[None]:
     policies.register(Halve)
     yield
-    _registry._registered.pop("halve")
+    registry._registered.pop("halve")
 
 
 @pytest.mark.usefixtures("halve")
@@ -91,7 +91,7 @@ def test_schema_has_limits_and_infinity_where_the_classes_have_them() -> None:
 
 
 def test_every_argument_is_described() -> None:
-    for name, policy in _registry.registered().items():
+    for name, policy in registry.registered().items():
         properties = config.json_schema()["$defs"][name]["properties"]
         for argument in set(properties) - {"name"}:
             assert properties[argument].get("description"), f"{policy.__name__}: {argument}"

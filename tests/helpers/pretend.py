@@ -262,7 +262,7 @@ def compiled(
     from distclip.layouts.piece import Box, Entry, Piece
     from distclip.layouts.plan import local_plan
     from distclip.policies import ParameterInfo
-    from distclip.policies._compose import stages
+    from distclip.policies.compose import stages
 
     names = [f"layer.{n}.{'weight' if w.dim() == 2 else 'other'}" for n, w in enumerate(weights)]
     described = [

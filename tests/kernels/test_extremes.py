@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from distclip import GradClipper, NonFiniteGradientError, policies
 from distclip.kernels.powers import LEAST
 from distclip.policies import Policy
-from distclip.policies._protocol import combine_norms
+from distclip.policies.protocol import combine_norms
 
 ORDERS = (
     1e-9,

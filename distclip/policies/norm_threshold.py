@@ -7,9 +7,9 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from distclip.policies import _checks
-from distclip.policies._protocol import Needs, ScalingPolicy
+from distclip.policies import checks
 from distclip.policies._torch import torch
+from distclip.policies.protocol import Needs, ScalingPolicy
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,9 +72,9 @@ class NormThreshold(ScalingPolicy):
     norm_type: float = 2.0
 
     def __post_init__(self) -> None:
-        max_norm = _checks.threshold(self.name, "max_norm", self.max_norm)
+        max_norm = checks.threshold(self.name, "max_norm", self.max_norm)
         object.__setattr__(self, "max_norm", max_norm)
-        object.__setattr__(self, "norm_type", _checks.norm_order(self.name, self.norm_type))
+        object.__setattr__(self, "norm_type", checks.norm_order(self.name, self.norm_type))
 
     @property
     def needs(self) -> Needs:

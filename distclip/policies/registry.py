@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TypeVar
 
 from distclip.errors import ConfigurationError
-from distclip.policies._protocol import Policy
+from distclip.policies.protocol import Policy
 
 PolicyType = TypeVar("PolicyType", bound=type[Policy])
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from distclip.errors import ConfigurationError
-from distclip.policies._protocol import ParameterInfo, Policy, matches
+from distclip.policies.protocol import ParameterInfo, Policy, matches
 
 
 class Composite(Policy):

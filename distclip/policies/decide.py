@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from distclip.errors import ConfigurationError
-from distclip.policies._protocol import (
+from distclip.policies.protocol import (
     Action,
     Clamp,
     ClampingPolicy,
