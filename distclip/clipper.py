@@ -88,9 +88,9 @@ class GradClipper:
             is dropped), ``"zero"`` (the non-finite parameters' gradients become 0), ``"pass"`` (as
             torch).
         process_group: the ranks that hold this model together; all ranks by default.
-        sinks: called after every clip as ``sink(step, report)``, with steps counted from 0. What
-            one of them raises is raised when all have been called: the clip is then done and
-            counted, and an attached optimizer has not stepped.
+        sinks: one or several, called after every clip as ``sink(step, report)``, with steps
+            counted from 0. What one of them raises is raised when all have been called: the clip
+            is then done and counted, and an attached optimizer has not stepped.
         norms: False: do not measure what only the report would show. With ``on_nonfinite="pass"``
             a policy that needs nothing from other ranks then communicates nothing.
         verify_replicas: when to compare the copies of tensors that lie on several ranks, weights
@@ -134,7 +134,7 @@ class GradClipper:
         optimizer: Optimizer | Sequence[Optimizer] | None = None,
         on_nonfinite: OnNonfinite = "error",
         process_group: ProcessGroup | None = None,
-        sinks: Sequence[Sink] = (),
+        sinks: Sink | Sequence[Sink] = (),
         norms: bool = True,
         verify_replicas: VerifyReplicas = "first",
         fold: bool = True,
@@ -152,7 +152,9 @@ class GradClipper:
         }
         self._session = session = Session(target, given, process_group, listed(optimizer))
         self._options = session.options
-        self.sinks = tuple(sinks)
+        self.sinks: tuple[Sink, ...] = (sinks,) if callable(sinks) else tuple(sinks)
+        self.last_report: ClipReport | None = None
+        """The report of the last clip."""
         tensors = [parameter for _, parameter in session.named]
         self._scope = Scope(tensors)
         self._sample = sample(tensors)
@@ -562,6 +564,7 @@ class GradClipper:
             _walked=walked,
             leave_out=None if never else walked.skipped,
         )
+        self.last_report = report
         error = self._hand_out(step, report)
         for watcher in watchers:
             watcher.after(self, report)

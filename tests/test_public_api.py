@@ -126,7 +126,7 @@ SIGNATURES = {
     "GradClipper": "(target: Target, policy: Policy, *, "
     "optimizer: Optimizer | Sequence[Optimizer] | None = None, "
     "on_nonfinite: OnNonfinite = error, process_group: ProcessGroup | None = None, "
-    "sinks: Sequence[Sink] = (), norms: bool = True, "
+    "sinks: Sink | Sequence[Sink] = (), norms: bool = True, "
     "verify_replicas: VerifyReplicas = first, fold: bool = True, overlap: bool = False, "
     "stuck_after: float | None = None) -> None",
     "GradClipper.clip_": "(self, loss: Tensor | float | None = None) -> ClipReport",

@@ -261,3 +261,26 @@ def test_parameter_coefficients_are_the_ratio_of_norms() -> None:
                 continue
             ratio = float((gradient**2).sum() ** 0.5) / before
             assert report.parameter_coefficients[name] == pytest.approx(ratio, rel=2e-6)
+
+
+def test_the_last_report_and_one_sink() -> None:
+    parameter = nn.Parameter(torch.ones(3))
+    seen: list[tuple[int, ClipReport]] = []
+    clipper = GradClipper(
+        [parameter],
+        policies.global_norm(1.0),
+        sinks=lambda step, report: seen.append((step, report)),
+    )
+    assert clipper.last_report is None
+    parameter.grad = torch.ones(3)
+    first = clipper.clip_()
+    assert clipper.last_report is first is seen[0][1]
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    handle = clipper.attach(optimizer)
+    assert handle.last_report is None
+    parameter.grad = torch.full((3,), 2.0)
+    optimizer.step()
+    assert handle.last_report is clipper.last_report is seen[1][1]
+    assert [step for step, _ in seen] == [0, 1]
+    assert handle.last_report.total_norm.item() == pytest.approx(12**0.5)
+    handle.remove()

@@ -53,6 +53,9 @@ class AttachHandle:
         follow: called when one of the optimizers has been deep-copied, with the memo of that.
         finish: called when the hooks are off; may raise for a step that is over.
 
+    Attributes:
+        last_report: the :class:`distclip.ClipReport` of the last clip before a step; None before.
+
     Raises:
         ConfigurationError: an optimizer that runs no step hooks.
     """
@@ -66,7 +69,8 @@ class AttachHandle:
         finish: Callable[[], None] = lambda: None,
     ) -> None:
         self._optimizers = [weakref.ref(optimizer) for optimizer in optimizers]
-        self._clip = clip
+        self.last_report: Any = None
+        self._make_clip = clip
         self._agree = agree
         self._finish = finish
         self._decision: Decision | None = None
@@ -98,6 +102,18 @@ class AttachHandle:
             copied.remove()
         self._forget()
         self._finish()
+
+    def _clip(
+        self,
+        loss_scale: Tensor | None,
+        found_inf: Tensor | None,
+        coming: FusedStep | None,
+        *,
+        overflow_drops: bool = False,
+    ) -> Decision:
+        decision = self._make_clip(loss_scale, found_inf, coming, overflow_drops=overflow_drops)
+        self.last_report = decision
+        return decision
 
     def _forget(self) -> None:
         self._decision = None
