@@ -222,8 +222,17 @@ def test_the_suggestion_is_that_of_the_command(tmp_path: Path) -> None:
 
 
 def test_a_run_that_fails_shows_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rnn = module("rnn")
-    command = ["x", "--output", str(tmp_path), "--batch-size", "21", "--torchrun", "--seeds", "1"]
-    monkeypatch.setattr(sys, "argv", command)
-    with pytest.raises(SystemExit, match="a batch of 21 cannot be shared by 2 ranks"):
+    rnn, study = module("rnn"), module("study")
+    failing = [sys.executable, "-c", "raise SystemExit('out of marbles')"]
+    monkeypatch.setattr(study.Study, "_launcher", lambda *_: failing)
+    monkeypatch.setattr(sys, "argv", ["x", "--output", str(tmp_path), "--seeds", "1"])
+    with pytest.raises(SystemExit, match=r"(?s)out of marbles.*exit code 1.*--seed 0"):
         rnn.main()
+
+
+@pytest.mark.ranks(2)
+def test_a_batch_that_cannot_be_shared_is_refused() -> None:
+    training, train_rnn = module("training"), module("train_rnn")
+    given = options(train_rnn, "--batch-size", "21", "--policy", "unused.yaml")
+    with pytest.raises(SystemExit, match="a batch of 21 cannot be shared by 2 ranks"):
+        training.share(training.start(given), torch.zeros(given.batch_size))
