@@ -27,10 +27,10 @@ from distclip.engine.ledger import Program, Walked
 from distclip.engine.passes import check_weights, compile_passes, report_order
 from distclip.engine.walk import walk
 from distclip.errors import DistclipError, ProcessGroupError
-from distclip.layouts import declared, dtensor, fsdp1, fsdp2, plain, sparse
+from distclip.layouts import declared, dtensor, fsdp2, plain, sparse
 from distclip.layouts import names as naming
 from distclip.layouts import plan as plans
-from distclip.layouts.detect import describe, detect
+from distclip.layouts.detect import LAYOUTS, describe, detect
 from distclip.layouts.fetching import Fetched
 from distclip.layouts.names import Named
 from distclip.layouts.piece import Box, Described, Entry, Piece
@@ -302,7 +302,7 @@ _spec, _shape, _attributes = map(operator.attrgetter, ("_spec", "shape", "__dict
 def _sharding(parameter: Tensor) -> object:
     if isinstance(parameter, DTensor):
         return parameter._spec
-    return parameter.shape, fsdp1.is_flattened(parameter), declared.fingerprint(parameter)
+    return parameter.shape, [ask(parameter) for each in LAYOUTS if (ask := each.fingerprint)]
 
 
 def _stepped_in_backward(parameters: Sequence[Tensor]) -> list[bool]:

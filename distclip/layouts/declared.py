@@ -39,7 +39,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from distclip.errors import ConfigurationError, ProcessGroupError, UnsupportedGradientError
 from distclip.layouts import plain
-from distclip.layouts.piece import Box, Described, Entry, Piece, Slice, shared_ranks
+from distclip.layouts.piece import Box, Described, Entry, Layout, Piece, Slice, shared_ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,3 +252,11 @@ def all_places(entry: Entry) -> list[Entry]:
         return [entry]
     name = entry.name.rpartition("@")[0]
     return [replace(entry, name=f"{name}@{place}") for place in range(len(entry.others))]
+
+
+def _found(name: str, parameter: Tensor) -> list[Described] | None:
+    spread = spread_of(name, parameter)
+    return None if spread is None else [describe(name, parameter, spread)]
+
+
+LAYOUT = Layout(_found, fingerprint=fingerprint)

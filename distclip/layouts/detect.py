@@ -1,14 +1,27 @@
-"""The one dispatch point: which layout does this parameter have?"""
+"""The one dispatch point: which layout does this parameter have?
+
+A new layout is a file with a :class:`~distclip.layouts.piece.Layout`, and its line in
+:data:`LAYOUTS`.
+"""
 
 from __future__ import annotations
 
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from distclip.errors import UnsupportedGradientError
 from distclip.layouts import declared, dtensor, fsdp1, names, plain, zero
 from distclip.layouts.names import Named
-from distclip.layouts.piece import Described
+from distclip.layouts.piece import Described, Layout
+
+LAYOUTS: list[Layout] = [
+    zero.LAYOUT,
+    fsdp1.LAYOUT,
+    dtensor.LAYOUT,
+    declared.LAYOUT,
+    plain.LAYOUT,
+]
+"""Asked in this order: the last one takes any tensor, and some parameters of the others look plain
+and would be taken for whole ones."""
 
 
 def refuse_stepped_in_backward(name: str, parameter: Tensor) -> None:
@@ -72,19 +85,5 @@ def detect(name: str, parameter: Tensor) -> list[Described]:
     """
     names.refuse_meta([(name, parameter)])
     refuse_stepped_in_backward(name, parameter)
-    if (extent := zero.extent_of(parameter)) is not None:
-        return [zero.describe(name, parameter, extent)]
-    # These may look like plain tensors, and would be taken for whole ones.
-    if fsdp1.is_flattened(parameter):
-        return fsdp1.describe(name, parameter)
-    if isinstance(parameter, DTensor):
-        return [dtensor.describe(name, parameter)]
-    if hasattr(parameter, "ds_tensor"):
-        raise UnsupportedGradientError(
-            f"parameter {name!r} is partitioned by DeepSpeed ZeRO-3: attach to the engine instead, "
-            f"distclip.deepspeed.attach(engine, policy)"
-        )
-    spread = declared.spread_of(name, parameter)
-    if spread is not None:
-        return [declared.describe(name, parameter, spread)]
-    return [plain.describe(name, parameter)]
+    found = (layout.describe(name, parameter) for layout in LAYOUTS)
+    return list(next(each for each in found if each is not None))

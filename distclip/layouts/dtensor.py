@@ -29,6 +29,7 @@ from distclip.layouts.piece import (
     Described,
     Entry,
     Holder,
+    Layout,
     MisplacedError,
     Piece,
     Slice,
@@ -457,3 +458,10 @@ def _refuse(error: UnsupportedGradientError, tensor: Tensor) -> Tensor:
 
 def _checked(check: partial[Tensor], piece: Piece) -> Tensor:
     return check(piece.weight())
+
+
+def _found(name: str, parameter: Tensor) -> list[Described] | None:
+    return [describe(name, parameter)] if isinstance(parameter, DTensor) else None
+
+
+LAYOUT = Layout(_found, at_once)

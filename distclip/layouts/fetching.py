@@ -1,20 +1,21 @@
 """The gradients of all pieces at once, in the usual case: no Python loop, every check made once.
 
-A layout offers a way for its own pieces (:data:`CLAIMS`); whatever is unusual is left to the pieces
-themselves, one by one, which say by name what is wrong.
+A layout may offer a way for its own pieces (``at_once`` of its
+:class:`~distclip.layouts.piece.Layout`). Whatever is unusual is left to the pieces themselves, one
+by one, which say by name what is wrong.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
 from torch import Tensor
 
 from distclip.errors import DistclipError
 from distclip.kernels.look import Look, look, there
-from distclip.layouts import dtensor, fsdp1, plain
-from distclip.layouts.piece import Claimed, MisplacedError, Piece
+from distclip.layouts.detect import LAYOUTS
+from distclip.layouts.piece import MisplacedError, Piece
 
 Gradients: TypeAlias = Sequence[Tensor | None]
 
@@ -26,20 +27,12 @@ class Fetched(NamedTuple):
     seen: Look | None
 
 
-CLAIMS: Sequence[Callable[[Sequence[Piece]], Claimed | None]] = (
-    dtensor.at_once,
-    plain.at_once,
-    fsdp1.at_once,
-)
-"""Per layout: from all pieces to those that are its own."""
-
-
 class Fetching:
     """How the gradients of these pieces are fetched."""
 
     def __init__(self, pieces: Sequence[Piece]) -> None:
         self._pieces = pieces
-        found = (claim(pieces) for claim in CLAIMS)
+        found = (each.at_once(pieces) for each in LAYOUTS if each.at_once is not None)
         self._ways = [each for each in found if each is not None]
         claimed = {place for places, _ in self._ways for place in places}
         self._others = [place for place in range(len(pieces)) if place not in claimed]

@@ -21,9 +21,8 @@ from torch import Tensor
 from distclip.errors import UnsupportedGradientError
 from distclip.layouts import dtensor, flat, flat_views
 from distclip.layouts.flat_views import Cut, Source
-from distclip.layouts.flat_views import at_once as at_once
 from distclip.layouts.names import clean
-from distclip.layouts.piece import Box, Described, Entry, Piece, held, shared_ranks
+from distclip.layouts.piece import Box, Described, Entry, Layout, Piece, held, shared_ranks
 
 FLAT_NAME = "_flat_param"
 """What torch calls a ``FlatParameter`` within the module that it belongs to."""
@@ -288,3 +287,10 @@ def _grid(mesh: Tensor, first: set[int], second: set[int]) -> list[int]:
         if not (line <= first or line <= second):
             chosen = chosen.select(dim, here[dim])
     return [int(rank) for rank in chosen.flatten().tolist()]
+
+
+def _found(name: str, parameter: Tensor) -> list[Described] | None:
+    return describe(name, parameter) if is_flattened(parameter) else None
+
+
+LAYOUT = Layout(_found, flat_views.at_once, is_flattened)

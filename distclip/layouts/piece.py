@@ -129,3 +129,22 @@ None where one of them is unusual. See :mod:`distclip.layouts.fetching`."""
 
 Claimed: TypeAlias = tuple[Sequence[int], Way]
 """The places of pieces that a layout knows how to fetch at once, and how."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """One way in which parameters lie on ranks, listed in :mod:`distclip.layouts.detect`.
+
+    Attributes:
+        describe: from a clean name and a parameter to all that the parameter stands for; None where
+            it is of another layout. Raises what :func:`distclip.layouts.detect.detect` does.
+        at_once: out of all pieces of a plan those of this layout, and a fast way to fetch their
+            gradients; without it each piece is asked by itself.
+        fingerprint: of a parameter, what differs when ``describe`` would give something else than
+            before; called at every step of a function without memory, for parameters that have
+            attributes of their own. Shape, dtype, device and ``requires_grad`` are compared anyway.
+    """
+
+    describe: Callable[[str, Tensor], Sequence[Described] | None]
+    at_once: Callable[[Sequence[Piece]], Claimed | None] | None = None
+    fingerprint: Callable[[Tensor], object] | None = None

@@ -14,7 +14,7 @@ from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
 
 from distclip.errors import UnsupportedGradientError
-from distclip.layouts.piece import Box, Claimed, Described, Entry, Holder, Piece, held
+from distclip.layouts.piece import Box, Claimed, Described, Entry, Holder, Layout, Piece, held
 
 TENSOR = {Tensor}
 WEIGHTS = {Tensor, torch.nn.Parameter}
@@ -195,3 +195,10 @@ def values_of(name: str, weight: Tensor) -> Tensor:
             f"norms"
         )
     return values_of(name, found[0].detach())
+
+
+def _found(name: str, parameter: Tensor) -> list[Described]:
+    return [describe(name, parameter)]
+
+
+LAYOUT = Layout(_found, at_once)

@@ -21,7 +21,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from distclip.errors import UnsupportedGradientError
 from distclip.layouts import declared, flat, plain
-from distclip.layouts.piece import Described, Entry, Piece
+from distclip.layouts.piece import Described, Entry, Layout, Piece
 
 _marked: Any = WeakIdKeyDictionary()
 """Parameter -> Extent. Not an attribute: those travel with copies and pickles of a model."""
@@ -333,3 +333,17 @@ def _slice(
 
 def _ranks(group: Any) -> tuple[int, ...]:
     return tuple(dist.get_process_group_ranks(group))
+
+
+def _found(name: str, parameter: Tensor) -> list[Described] | None:
+    if (extent := extent_of(parameter)) is not None:
+        return [describe(name, parameter, extent)]
+    if hasattr(parameter, "ds_tensor"):
+        raise UnsupportedGradientError(
+            f"parameter {name!r} is partitioned by DeepSpeed ZeRO-3: attach to the engine instead, "
+            f"distclip.deepspeed.attach(engine, policy)"
+        )
+    return None
+
+
+LAYOUT = Layout(_found)
