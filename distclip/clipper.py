@@ -20,9 +20,9 @@ from distclip.application.notices import earlier_clip, note_clip, sample, warn
 from distclip.application.stepping import skips_by_found_inf
 from distclip.engine import attaching, checkpoint
 from distclip.engine.attaching import listed
-from distclip.engine.ledger import Apply
 from distclip.engine.session import Session
 from distclip.engine.walk import Fold
+from distclip.engine.walked import Apply
 from distclip.errors import ConfigurationError
 from distclip.layouts import plan as plans
 from distclip.layouts.detect import refuse_stepped_in_backward

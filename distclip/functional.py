@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from distclip.application.eager import eagerly
 from distclip.application.notices import note_clip, sample, warn
 from distclip.engine.joint import joint_norm
-from distclip.engine.ledger import Program
+from distclip.engine.program import Program
 from distclip.engine.stateless import (
     GO_ON,
     Given,

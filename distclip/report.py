@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distclip.engine.ledger import Walked
+from distclip.engine.walked import Walked
 from distclip.policies.protocol import combine_norms
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from distclip.engine.ledger import Program
+from distclip.engine.program import Program
 from distclip.engine.stateless import GO_ON, agreements
 from distclip.engine.walk import raise_together, walk
 from distclip.errors import DistclipError, NonFiniteGradientError

@@ -1,4 +1,4 @@
-"""The books of one walk: the compiled program, and what the stages so far have decided.
+"""The books of one pass: what the gradients are after the stages so far.
 
 Norm algebra lives here: after a scaling by c every norm is c times what it was, so the books are
 kept without another look at the gradients.
@@ -7,19 +7,17 @@ kept without another look at the gradients.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Protocol, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from distclip.engine.passes import Pass
+from distclip.engine.program import Program
 from distclip.engine.units import decide
 from distclip.kernels import plain
 from distclip.kernels.transfer import to_device
-from distclip.layouts.plan import Plan
 from distclip.policies import (
     ClampingPolicy,
     ParameterInfo,
@@ -31,98 +29,7 @@ from distclip.policies import (
 )
 from distclip.policies.compose import Stage
 from distclip.policies.decide import actions_of, bound_of
-from distclip.policies.protocol import combine_norms
-from distclip.statistics.measurement import Memory
-from distclip.statistics.overlap import Overlap
-from distclip.statistics.packing import LocalDecision, Measurement
-from distclip.statistics.units import UnitTable
-
-States = dict[str, State]
-"""State of each stage that has one, by the stage's path."""
-
-
-@dataclass(frozen=True)
-class Program:
-    """A policy compiled for a plan."""
-
-    plan: Plan
-    parameters: tuple[ParameterInfo, ...]
-    passes: tuple[Pass, ...]
-    tables: tuple[UnitTable, ...]
-    shown: float
-    """Order of the norms in the report."""
-    unit_counts: tuple[Tensor, ...]
-    """Per pass, float64 ``(parameters,)``: how many units each has; 1 where it is one."""
-    memory: Memory = field(default_factory=Memory)
-
-    @cached_property
-    def has_units(self) -> bool:
-        """Whether any parameter is measured per unit."""
-        return any(one.request.unit_dims for one in self.passes)
-
-    @cached_property
-    def ones(self) -> Tensor:
-        """float64 ``(parameters,)``; shared by all steps, so never changed in place."""
-        return torch.ones(len(self.plan.entries), dtype=torch.float64, device=self.plan.device)
-
-    @cached_property
-    def unknown(self) -> Tensor:
-        """float64 ``(parameters,)`` of NaN; shared too."""
-        return torch.full_like(self.ones, math.nan)
-
-    @cached_property
-    def all_finite(self) -> Tensor:
-        """Bool ``(parameters,)``, no parameter is non-finite; shared too."""
-        return torch.zeros_like(self.ones, dtype=torch.bool)
-
-    @cached_property
-    def no_skip(self) -> Tensor:
-        """0-dim bool, false; shared too."""
-        return torch.zeros((), dtype=torch.bool, device=self.plan.device)
-
-    @cached_property
-    def nothing_decided(self) -> LocalDecision:
-        """What is decided before the reduction where no unit is; shared too."""
-        return LocalDecision(None, {}, torch.zeros_like(self.ones), self.ones.new_ones(()))
-
-    @cached_property
-    def no_loss(self) -> Tensor:
-        """float64 ``(2,)``: no loss was given, whose mean is 0 / 0; shared too."""
-        return torch.zeros(2, dtype=torch.float64, device=self.plan.device)
-
-    @classmethod
-    def of(
-        cls,
-        plan: Plan,
-        parameters: Sequence[ParameterInfo],
-        passes: Sequence[Pass],
-        shown: float,
-        overlap: Overlap | None = None,
-    ) -> Program:
-        """Build, with the tables of units that the passes need.
-
-        ``overlap`` measures during backward what the first of them is to measure.
-        """
-        tables = tuple(UnitTable(plan, one.request, one.local_units) for one in passes)
-        counts = []
-        for one in passes:
-            dims = one.request.unit_dims
-            units = [
-                math.prod(entry.shape[dim] for dim in dims.get(row, ()))
-                for row, entry in enumerate(plan.entries)
-            ]
-            counts.append(torch.tensor(units, dtype=torch.float64, device=plan.device).clamp(min=1))
-        if overlap is not None:
-            overlap.expect(passes[0].request, tables[0])
-        return cls(
-            plan,
-            tuple(parameters),
-            tuple(passes),
-            tables,
-            shown,
-            tuple(counts),
-            Memory(overlap=overlap),
-        )
+from distclip.statistics.packing import Measurement
 
 
 def _chosen(values: Tensor, where: Tensor | slice) -> Tensor:
@@ -405,136 +312,3 @@ class Ledger:
         total = self.total.clone()
         total[where] *= torch.where(before[where] > 0, ratio, 1.0)
         self._total = total
-
-
-class Apply(Protocol):
-    """What a walk has decided and not done, for tensors that are not the measured ones."""
-
-    def __call__(
-        self, present: Sequence[tuple[int, Tensor]], loss_scale: Tensor | None = None
-    ) -> None:
-        """Clip these ``(position of the piece in the plan, gradient)`` pairs, of any pieces.
-
-        Only where :meth:`factor` gives None.
-        """
-        ...
-
-    def factor(self) -> float | Tensor | None:
-        """The number, or 0-dim tensor, that everything is multiplied by; None: it is not so."""
-        ...
-
-
-class Walked:
-    """What one walk found and did. All tensors on the plan's device.
-
-    What only a report shows is computed when it is read.
-
-    Attributes:
-        raw: float64 ``(parameters,)`` norms before, NaN where not known.
-        in_range: whether powers of these stay in float64's range.
-        skipped: 0-dim bool.
-        nonfinite: bool ``(parameters,)``.
-        states: the new state of every stage.
-        apply: under ``later``, what is still to be done.
-    """
-
-    def __init__(self, program: Program, states: States) -> None:
-        self.raw = program.unknown
-        self.in_range = False
-        self.skipped = program.no_skip
-        self.nonfinite = program.all_finite
-        self.states = dict(states)
-        self.apply: Apply | None = None
-        self._program: Program | None = program
-        self._ledgers: list[Ledger] = []
-
-    def absorb(self, ledger: Ledger) -> None:
-        """Add what one pass decided."""
-        self._ledgers.append(ledger)
-        for flag in ledger.asked.values():
-            self.skipped = self.skipped | flag
-
-    @property
-    def may_skip(self) -> bool:
-        """Whether a policy has a say in whether the step is skipped."""
-        return any(ledger.asked for ledger in self._ledgers)
-
-    def undo(self, before: States, *, dropped: bool) -> None:
-        """Let a skipped step leave no trace in any state but that of the stage that asked for it.
-
-        Args:
-            before: the states before the step.
-            dropped: whether a step with a non-finite gradient leaves no trace in any.
-        """
-        asked: dict[str, Tensor] = {}
-        for ledger in self._ledgers:
-            asked.update(ledger.asked)
-        remembering = [path for path, state in self.states.items() if state]
-        if not remembering or not (asked or dropped):
-            return
-        bad = self.nonfinite.any() if dropped else None
-        for path in remembering:
-            stop = self.skipped
-            if path in asked:
-                stop = stop & ~asked[path]
-                stop = stop if bad is None else stop | bad
-            old = before[path]
-            self.states[path] = {
-                key: torch.where(stop, old[key], value) for key, value in self.states[path].items()
-            }
-
-    @cached_property
-    def total_norm(self) -> Tensor:
-        """0-dim float64, the joint norm before; NaN where it is not known."""
-        return combine_norms(self.raw, self._compiled.shown, in_range=self.in_range)
-
-    @cached_property
-    def after(self) -> Tensor:
-        """float64 ``(parameters,)`` norms after, NaN where not known."""
-        program = self._compiled
-        known = [ledger.norms.get(program.shown) for ledger in self._ledgers]
-        return next((norms for norms in reversed(known) if norms is not None), program.unknown)
-
-    @cached_property
-    def coefficients(self) -> Tensor:
-        """float64 ``(parameters,)``, what each gradient was multiplied by."""
-        return self._product(ledger.total for ledger in self._ledgers)
-
-    @cached_property
-    def smallest(self) -> Tensor:
-        """float64 ``(parameters,)``, the smallest coefficient applied to a unit of it."""
-        return self._product(ledger.smallest() for ledger in self._ledgers)
-
-    @cached_property
-    def clipped(self) -> Tensor:
-        """float64 ``(parameters,)``, share of its units that were changed."""
-        most = torch.zeros_like(self._compiled.ones)
-        for ledger in self._ledgers:
-            most = torch.maximum(most, ledger.clipped())
-        return most
-
-    @cached_property
-    def threshold(self) -> Tensor:
-        """0-dim float64, NaN where the policy has no single one."""
-        first = self._compiled.unknown.new_full((), math.nan)
-        for ledger in self._ledgers:
-            if ledger.threshold is not None:
-                first = torch.where(torch.isnan(first), ledger.threshold, first)
-        return first
-
-    def __getstate__(self) -> dict[str, object]:
-        """With everything computed, and without the model and the books behind it."""
-        for name in ("total_norm", "after", "coefficients", "smallest", "clipped", "threshold"):
-            getattr(self, name)
-        return {**self.__dict__, "apply": None, "_program": None, "_ledgers": []}
-
-    @property
-    def _compiled(self) -> Program:
-        assert self._program is not None, "everything was computed before this was copied"
-        return self._program
-
-    def _product(self, factors: Iterable[Tensor]) -> Tensor:
-        product = self._compiled.ones
-        for factor in factors:
-            product = product * factor
-        return product

@@ -21,10 +21,11 @@ from distclip.application.notices import Absence, warn
 from distclip.engine import agreement, checkpoint, handshake
 from distclip.engine.attaching import stepped_by
 from distclip.engine.late import LateError
-from distclip.engine.ledger import Program, States, Walked
 from distclip.engine.opening import open_together
 from distclip.engine.passes import compile_passes, report_order
+from distclip.engine.program import Program, States
 from distclip.engine.walk import Fold, walk
+from distclip.engine.walked import Walked
 from distclip.errors import ConfigurationError, DistclipError
 from distclip.kernels import transfer
 from distclip.layouts import names as naming

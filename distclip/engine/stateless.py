@@ -23,9 +23,10 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parameter import UninitializedParameter
 
 from distclip.engine import handshake
-from distclip.engine.ledger import Program, Walked
 from distclip.engine.passes import check_weights, compile_passes, report_order
+from distclip.engine.program import Program
 from distclip.engine.walk import walk
+from distclip.engine.walked import Walked
 from distclip.errors import DistclipError, ProcessGroupError
 from distclip.layouts import declared, dtensor, fsdp2, plain, sparse
 from distclip.layouts import names as naming

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import TypeAlias, cast
+from dataclasses import replace
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from distclip.engine.acting import Acting, pairs
 from distclip.engine.agreement import Agreed
-from distclip.engine.ledger import Ledger, Program, Round, States, Walked
+from distclip.engine.ledger import Ledger
+from distclip.engine.program import Program, States
 from distclip.engine.replicas import ReplicaCheck
 from distclip.engine.units import decide_locally
+from distclip.engine.walked import Walked
 from distclip.errors import DistclipError, NonFiniteGradientError, UnsupportedGradientError
 from distclip.kernels import changing
-from distclip.kernels.measuring import Look
-from distclip.kernels.transfer import to_device
-from distclip.layouts import sparse
 from distclip.layouts.fetching import Fetched
 from distclip.layouts.plan import Plan
 from distclip.policies.decide import rehearse
@@ -28,8 +27,6 @@ from distclip.statistics.alignment import align_alone, align_together, cannot_mo
 from distclip.statistics.measurement import LocalMeasurement, measure
 from distclip.statistics.packing import LocalDecision, Measurement, Stamp, reduce
 from distclip.statistics.request import Request
-
-_shape = operator.attrgetter("shape")
 
 Fold: TypeAlias = Callable[[float | Tensor | None], bool]
 
@@ -123,7 +120,7 @@ def walk(
         flags = walked.nonfinite if bad and on_nonfinite == "zero" and number == 0 else None
         acting = Acting(program, decided, ledger, walked.skipped, flags)
         if flags is not None:
-            acting.drop(_pairs(measured))
+            acting.drop(pairs(measured))
         last = number == len(program.passes) - 1
         if later and last:
             walked.apply = acting
@@ -132,7 +129,7 @@ def walk(
     found = walked.nonfinite is not program.all_finite
     walked.undo(states, dropped=found and on_nonfinite == "skip")
     if found and harmless:
-        gradients = [gradient for _, gradient in _pairs(measured)]
+        gradients = [gradient for _, gradient in pairs(measured)]
         changing.zero_(gradients, walked.nonfinite.any().expand(len(gradients)))
     return walked
 
@@ -144,10 +141,6 @@ def _rehearse(program: Program, states: States) -> None:
             infos = [program.parameters[member] for member in stage.members]
             rehearse(stage.policy, infos, states.get(stage.path, {}), program.plan.device)
         program.memory.habits.add("rehearsed")
-
-
-def _pairs(measured: LocalMeasurement) -> list[tuple[int, Tensor]]:
-    return [(p, g) for p, g in enumerate(measured.present) if g is not None]
 
 
 def _measured(
@@ -295,184 +288,3 @@ def raise_together(mine: DistclipError | None, anybodys: float | None) -> None:
             "another rank cannot measure one of its gradients (its own error says which and why); "
             "no gradient was changed on any rank"
         )
-
-
-@dataclass(frozen=True)
-class Acting:
-    """What one pass has decided, to be done to gradients.
-
-    Attributes:
-        program: the compiled policy.
-        decided: what this rank decided on whole units.
-        ledger: what was decided on all ranks.
-        skip: 0-dim bool: change nothing.
-        dropped: bool ``(parameters,)``: these gradients become 0.
-    """
-
-    program: Program
-    decided: LocalDecision
-    ledger: Ledger
-    skip: Tensor
-    dropped: Tensor | None
-
-    def is_idle(self) -> bool:
-        """Whether it is known, without waiting for a device, that nothing is to be done."""
-        if self.program.plan.device.type != "cpu":
-            return False
-        if self.skip is not self.program.no_skip and bool(self.skip):
-            return True
-        return self.ledger.is_idle() and self.decided.coefficients is None
-
-    def factor(self) -> float | Tensor | None:
-        """The number, or 0-dim tensor, that everything is multiplied by; None: it is not so."""
-        if self.is_idle():
-            return 1.0
-        if (
-            self.dropped is not None
-            or self.decided.coefficients is not None
-            or not self.ledger.is_uniform()
-        ):
-            return None
-        coefficient = cast(Tensor, self.ledger.rounds[0].coefficients)
-        if self.program.plan.device.type == "cpu":
-            return coefficient.item()
-        return torch.where(self.skip, 1.0, coefficient)
-
-    def drop(self, present: Sequence[tuple[int, Tensor]]) -> None:
-        """Set the gradients of the dropped parameters to 0, unless the step is skipped."""
-        on_host = self.program.plan.device.type == "cpu"
-        if self.dropped is None or (on_host and bool(self.skip)):
-            return
-        changing.zero_([gradient for _, gradient in present], self.dropped[self._rows(present)])
-
-    def __call__(
-        self,
-        present: Sequence[tuple[int, Tensor]],
-        loss_scale: Tensor | None = None,
-        seen: Look | None = None,
-    ) -> None:
-        """Change local gradients as the ledger says. Ask :meth:`is_idle` before.
-
-        Args:
-            present: ``(position of the piece in the plan, its gradient)``, of any pieces.
-            loss_scale: 0-dim; these gradients are this many times too large.
-            seen: what a look at just these gradients has found.
-        """
-        ledger, skip = self.ledger, self.skip
-        plan = self.program.plan
-        on_host = plan.device.type == "cpu"
-        if self._is_uniform():
-            tensors = [gradient for _, gradient in present]
-            changing.scale_(tensors, self._common().expand(len(tensors)))
-            return
-        for number, turn in enumerate(ledger.rounds):
-            sure = on_host or skip is self.program.no_skip
-            _clamp(plan, present, turn, loss_scale, None if sure else skip)
-            units = self._unit_factors(number, turn)
-            whole: Sequence[tuple[int, Tensor]] = present
-            if units is not None:
-                numbers = ledger.table.numbers
-                whole = [each for each in present if each[0] not in numbers]
-                self._scale_units(present, units, seen)
-            if turn.coefficients is not None and whole:
-                factors = self._unless_skipped(turn.coefficients).expand_as(ledger.ones)
-                changing.scale_([gradient for _, gradient in whole], factors[self._rows(whole)])
-
-    def on(self, measured: LocalMeasurement, loss_scale: Tensor | None) -> None:
-        """Change the gradients that were measured."""
-        seen, tables = measured.seen, self.program.memory.tables
-        if seen is not None and self._is_uniform():
-            factors = self._common().expand(len(seen.numels))
-            changing.scale_(seen.tensors, factors, seen=seen, tables=tables)
-        else:
-            self(_pairs(measured), loss_scale, seen)
-
-    def _is_uniform(self) -> bool:
-        uniform = self.dropped is None and self.decided.coefficients is None
-        return uniform and self.ledger.is_uniform()
-
-    def _common(self) -> Tensor:
-        return self._unless_skipped(cast(Tensor, self.ledger.rounds[0].coefficients))
-
-    def _unless_skipped(self, factors: Tensor) -> Tensor:
-        """On the host a skipped step does not come so far."""
-        if self.program.plan.device.type == "cpu" or self.skip is self.program.no_skip:
-            return factors
-        return torch.where(self.skip, 1.0, factors)
-
-    def _unit_factors(self, number: int, turn: Round) -> Tensor | None:
-        """What the units on this rank are multiplied by; None where whole tensors are.
-
-        float64 ``(local.size,)`` of the pass's :class:`UnitTable`.
-        """
-        table, local = self.ledger.table, self.ledger.table.local
-        decided = self.decided.coefficients if number == 0 else None
-        if decided is None and turn.units is None:
-            return None
-        factors = decided
-        if factors is None or table.whole is not local:
-            ones = self.ledger.ones.new_ones(local.size)
-            factors = ones if factors is None else torch.cat([factors, ones[table.whole.size :]])
-            if turn.units is not None:
-                factors[table.whole.size :] = turn.units[table.places]
-        if turn.coefficients is not None:
-            each = turn.coefficients.expand_as(self.ledger.ones)[table.parameters]
-            if each.device.type != "cpu" or not bool((each == 1.0).all()):
-                factors = factors * local.spread(each)
-        if self.dropped is not None:
-            dropped = local.spread(self.dropped[table.parameters])
-            factors = torch.where(dropped, 1.0, factors)
-        return self._unless_skipped(factors)
-
-    def _scale_units(
-        self, present: Sequence[tuple[int, Tensor]], factors: Tensor, seen: Look | None
-    ) -> None:
-        """Multiply units of pieces by their factors, out of those of all units on this rank."""
-        plan, table = self.program.plan, self.ledger.table
-        counts, dims, shapes = table.local.counts, table.dims, table.shapes
-        if [position for position, _ in present] == list(range(len(plan.pieces))):
-            numbers: Sequence[int] = range(len(table.positions))
-            gradients = table.of([gradient for _, gradient in present])
-            seen = None if seen is None else table.seen(seen)
-        else:
-            seen = None
-            some = {table.numbers[p]: g for p, g in present if p in table.numbers}
-            numbers, gradients = list(some), list(some.values())
-            factors = factors[table.units_of(numbers)]
-            counts, dims = [counts[n] for n in numbers], [dims[n] for n in numbers]
-            shapes = [shapes[n] for n in numbers]
-        if list(map(_shape, gradients)) != shapes:  # the values of what is sparse
-            seen = None
-            pieces = [plan.pieces[table.positions[n]] for n in numbers]
-            spread = list(map(sparse.spread, pieces, gradients, torch.split(factors, counts), dims))
-            factors = torch.cat([each for each, _ in spread])
-            counts, dims = [len(each) for each, _ in spread], [where for _, where in spread]
-        tables = self.program.memory.tables
-        changing.scale_units_(gradients, factors, dims, counts, tables=tables, seen=seen)
-
-    def _rows(self, present: Sequence[tuple[int, Tensor]]) -> Tensor:
-        plan = self.program.plan
-        rows = [plan.pieces[position].index for position, _ in present]
-        return to_device(rows, plan.device)
-
-
-def _clamp(
-    plan: Plan,
-    present: Sequence[tuple[int, Tensor]],
-    turn: Round,
-    loss_scale: Tensor | None,
-    skip: Tensor | None,
-) -> None:
-    clamped = [
-        (gradient, turn.bounds[plan.pieces[position].index])
-        for position, gradient in present
-        if plan.pieces[position].index in turn.bounds
-    ]
-    if not clamped:
-        return
-    bounds: list[float | Tensor] = [bound for _, bound in clamped]
-    if loss_scale is not None:
-        bounds = [bound * loss_scale for bound in bounds]
-    if skip is not None:
-        bounds = [torch.where(skip, math.inf, bound) for bound in bounds]
-    changing.clamp_([gradient for gradient, _ in clamped], bounds)

@@ -27,7 +27,7 @@ from distclip.clipper import GradClipper
 from distclip.config import Config
 from distclip.config.build import open_log, release_log
 from distclip.engine.checkpoint import Source
-from distclip.engine.ledger import Apply
+from distclip.engine.walked import Apply
 from distclip.errors import ConfigurationError
 from distclip.integrations import accelerate_cpu, deepspeed_engines, hooks
 from distclip.integrations.checkpoints import Shelf

@@ -257,8 +257,8 @@ def compiled(
     policy: Any, weights: list[Tensor], gradients: list[Tensor], device: torch.device
 ) -> tuple[Any, Any]:
     """A program over ``weights``, whose gradients are asked for at each step."""
-    from distclip.engine.ledger import Program
     from distclip.engine.passes import compile_passes, report_order
+    from distclip.engine.program import Program
     from distclip.layouts.piece import Box, Entry, Piece
     from distclip.layouts.plan import local_plan
     from distclip.policies import ParameterInfo
