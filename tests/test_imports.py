@@ -36,7 +36,11 @@ IMPORTERS: dict[str, set[str]] = {
     "transformers": {"integrations/transformers.py"},
     "tensorboard": set(),
     "triton": {"kernels/device/_triton.py", "kernels/device/multi_tensor.py"},
-    "llvmlite": {"kernels/host/compiler.py", "kernels/host/loops.py"},
+    "llvmlite": {
+        "kernels/host/compiler.py",
+        "kernels/host/formats.py",
+        "kernels/host/loops.py",
+    },
     "matplotlib": {"monitor/plots.py"},
     "psutil": {"integrations/accelerate_cpu.py"},
     "pydantic": {"config/document.py", "config/policies.py", "config/problems.py"},

@@ -24,7 +24,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distclip import GradClipper
-from distclip.layouts.dtensor import local_spans
+from distclip.layouts.placements import local_spans
 from distclip.policies import Policy
 
 TALKS = {"c10d", "_c10d_functional", "_dtensor", "symm_mem"}

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import operator
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from types import NoneType
-from typing import Any, TypeAlias, cast
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -35,9 +34,7 @@ from distclip.layouts.piece import (
     Slice,
     held,
 )
-
-Span: TypeAlias = tuple[int, int]
-"""``start, stop`` along one dim of the logical tensor."""
+from distclip.layouts.placements import boxes, local_spans, shard_dim
 
 
 def describe(name: str, parameter: DTensor, hold: Holder | None = None) -> Described:
@@ -106,7 +103,7 @@ def describe(name: str, parameter: DTensor, hold: Holder | None = None) -> Descr
             hold if whole else None,
             hold,
         )
-        for box, local, whole in _boxes(spans)
+        for box, local, whole in boxes(spans)
     ]
 
 
@@ -136,13 +133,6 @@ def mesh_ranks(mesh: DeviceMesh) -> tuple[int, ...]:
     return known
 
 
-def shard_dim(placement: Placement) -> int | None:
-    """The tensor dim that a placement cuts, or None for a replica."""
-    if isinstance(placement, Replicate):
-        return None
-    return cast(int, cast(Any, placement).dim)
-
-
 def _check_placements(name: str, placements: Sequence[Placement]) -> None:
     for placement in placements:
         if isinstance(placement, Partial):
@@ -154,83 +144,6 @@ def _check_placements(name: str, placements: Sequence[Placement]) -> None:
             raise UnsupportedGradientError(
                 f"{name!r} has a placement that distclip does not know: {placement!r}"
             )
-
-
-def local_spans(
-    shape: Sequence[int],
-    mesh_shape: Sequence[int],
-    coordinate: Sequence[int],
-    placements: Sequence[Placement],
-) -> list[list[Span]]:
-    """Per tensor dim, the spans of the logical tensor that lie at ``coordinate``.
-
-    Shardings apply from left to right, each to what the one before it left, as DTensor defines.
-    """
-    spans: list[list[Span]] = [[(0, extent)] for extent in shape]
-    for size, position, placement in zip(mesh_shape, coordinate, placements, strict=True):
-        dim = shard_dim(placement)
-        if dim is None:
-            continue
-        factor = getattr(placement, "split_factor", None)
-        if factor is None or not type(placement).__name__.startswith("_Strided"):
-            spans[dim] = _chunk(spans[dim], size, position)
-        else:  # FSDP2 over TP: each of the inner mesh's chunks was cut again
-            inner = [_chunk(spans[dim], int(factor), i) for i in range(int(factor))]
-            spans[dim] = _merge(
-                itertools.chain.from_iterable(_chunk(part, size, position) for part in inner)
-            )
-    return spans
-
-
-def _chunk(spans: Sequence[Span], chunks: int, position: int) -> list[Span]:
-    """What ``torch.chunk`` gives at ``position``, of indices as spans; empty past the end."""
-    total = sum(stop - start for start, stop in spans)
-    size = -(-total // chunks)
-    low, high = min(position * size, total), min((position + 1) * size, total)
-    taken, seen = [], 0
-    for start, stop in spans:
-        first, last = max(low - seen, 0), min(high - seen, stop - start)
-        if first < last:
-            taken.append((start + first, start + last))
-        seen += stop - start
-    return taken
-
-
-def _merge(spans: itertools.chain[Span]) -> list[Span]:
-    merged: list[Span] = []
-    for start, stop in spans:
-        if merged and merged[-1][1] == start:
-            merged[-1] = (merged[-1][0], stop)
-        else:
-            merged.append((start, stop))
-    return merged
-
-
-def _boxes(spans: Sequence[Sequence[Span]]) -> list[tuple[Box, Box, bool]]:
-    """Each local box as ``(in the logical tensor, in the local tensor, is it all of it)``.
-
-    One box in every usual case; several where a strided sharding leaves gaps. An empty shard is an
-    empty box: its rank takes part in whatever the others do (reducing a ``Partial`` gradient).
-    """
-    located: list[list[tuple[Span, int]]] = []
-    for dim in spans:
-        here, offset = [], 0
-        for start, stop in dim or [(0, 0)]:
-            here.append(((start, stop), offset))
-            offset += stop - start
-        located.append(here)
-    combinations = list(itertools.product(*located))
-    boxes = []
-    for combination in combinations:
-        extents = tuple(stop - start for (start, stop), _ in combination)
-        boxes.append(
-            (
-                Box(tuple(start for (start, _), _ in combination), extents),
-                Box(tuple(offset for _, offset in combination), extents),
-                len(combinations) == 1,
-            )
-        )
-    return boxes
 
 
 def _cut(fetch: partial[Tensor], local: Box) -> Tensor:

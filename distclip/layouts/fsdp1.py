@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distclip.errors import UnsupportedGradientError
-from distclip.layouts import dtensor, flat, flat_views
+from distclip.layouts import flat, flat_views, placements
 from distclip.layouts.flat_views import Cut, Source
 from distclip.layouts.names import clean
 from distclip.layouts.piece import Box, Described, Entry, Layout, Piece, held, shared_ranks
@@ -175,7 +175,7 @@ def _describe(name: str, handle: Any, index: int) -> Described:
         f"FSDP1 {handle._sharding_strategy.name}" + ("" if spec is None else f" {spec.placements}"),
         copies=spec is not None
         and any(
-            size > 1 and dtensor.shard_dim(placement) is None
+            size > 1 and placements.shard_dim(placement) is None
             for size, placement in zip(spec.mesh.shape, spec.placements, strict=True)
         ),
     )
@@ -252,7 +252,7 @@ def _within_mesh(
         and all ranks that the tensor is spread over.
     """
     shape, coordinate = tuple(spec.shape), spec.mesh.get_coordinate()
-    spans = dtensor.local_spans(shape, tuple(spec.mesh.shape), coordinate, spec.placements)
+    spans = placements.local_spans(shape, tuple(spec.mesh.shape), coordinate, spec.placements)
     extents = [sum(stop - start for start, stop in dim) for dim in spans]
     if any(len(dim) > 1 for dim in spans) or extents != list(local):
         raise UnsupportedGradientError(
@@ -260,7 +260,7 @@ def _within_mesh(
             f"placements {spec.placements}; distclip cannot tell which elements these are"
         )
     owned = all(
-        dtensor.shard_dim(placement) is not None or coordinate[dim] == 0
+        placements.shard_dim(placement) is not None or coordinate[dim] == 0
         for dim, placement in enumerate(spec.placements)
     )
     tensor_parallel = spec.mesh.mesh.flatten().tolist()

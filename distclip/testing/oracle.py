@@ -16,9 +16,8 @@ import numpy.typing as npt
 
 from distclip.testing import memory as remembered
 from distclip.testing.memory import Memory
+from distclip.testing.norms import Array, norm, norm_of_norms, wide
 
-Array: TypeAlias = npt.NDArray[Any]
-"""float64, or complex128 for complex gradients."""
 Stored: TypeAlias = Callable[[str, Array], Array]
 Policy: TypeAlias = "Mapping[str, Any] | Sequence[Policy] | None"
 NonFinite: TypeAlias = Literal["pass", "zero", "skip", "error"]
@@ -85,7 +84,7 @@ def expected(
         FloatingPointError: ``on_nonfinite="error"`` and a gradient is not finite; names it.
         ValueError: no such policy, or one that needs `groups` without them.
     """
-    table = {n: None if g is None else _wide(g) for n, g in gradients.items()}
+    table = {n: None if g is None else wide(g) for n, g in gradients.items()}
     nonfinite = sorted(n for n, g in table.items() if g is not None and not np.isfinite(g).all())
     if nonfinite and on_nonfinite == "error":
         raise FloatingPointError(f"gradients that are not finite: {', '.join(nonfinite)}")
@@ -93,7 +92,7 @@ def expected(
         table |= {name: np.zeros_like(table[name]) for name in nonfinite}
     run = _Run(
         present={name: g.copy() for name, g in table.items() if g is not None},
-        weights={name: _wide(w) for name, w in weights.items()},
+        weights={name: wide(w) for name, w in weights.items()},
         groups=groups,
         coefficients={name: np.ones(()) for name in table},
         memory={} if memory is None else memory,
@@ -128,39 +127,6 @@ def expected(
         nonfinite=tuple(nonfinite),
         threshold=run.threshold,
     )
-
-
-def norm(values: npt.ArrayLike, norm_type: float = 2.0, axes: tuple[int, ...] | None = None) -> Any:
-    """The p-norm of an array, any p > 0 or inf, without overflow or underflow on the way.
-
-    Args:
-        values: any shape.
-        norm_type: p.
-        axes: the dims to reduce, which stay with extent 1; None reduces all to a float.
-    """
-    magnitudes = np.abs(_wide(values))
-    where = tuple(range(magnitudes.ndim)) if axes is None else axes
-    largest = np.max(magnitudes, axis=where, keepdims=True, initial=0.0)
-    if np.isinf(norm_type):
-        result = largest
-    else:
-        with np.errstate(all="ignore"):
-            # In extended floats where the machine has them: small orders need their exponents.
-            scale = np.where((largest > 0) & np.isfinite(largest), largest, 1.0)
-            scaled = magnitudes.astype(np.longdouble) / scale
-            sums = np.sum(scaled ** np.longdouble(norm_type), axis=where, keepdims=True)
-            result = (sums ** (1 / np.longdouble(norm_type)) * scale).astype(np.float64)
-        result = np.where(np.isfinite(largest), result, largest)
-    return float(result.reshape(())) if axes is None else result
-
-
-def _wide(values: npt.ArrayLike) -> Array:
-    return np.asarray(values, np.complex128 if np.iscomplexobj(values) else np.float64)
-
-
-def norm_of_norms(norms: Iterable[float], norm_type: float = 2.0) -> float:
-    """The norm of all tensors together, from the norm of each."""
-    return float(norm(list(norms), norm_type))
 
 
 @dataclass(slots=True)

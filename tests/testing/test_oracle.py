@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from distclip.testing import expected
-from distclip.testing.oracle import norm
+from distclip.testing.norms import norm
 
 GOLDEN = dict(np.load(Path(__file__).parents[1] / "golden" / "golden_clip.npz").items())
 # float32 references of a few hundred elements; the README of the golden file found 2.1e-7.
