@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from types import ModuleType
@@ -26,9 +25,9 @@ from torch.optim import Optimizer
 from distclip.application.folded import FusedStep
 from distclip.application.stepping import StepHandle
 from distclip.clipper import GradClipper
-from distclip.config import Config, load
+from distclip.config import Config
 from distclip.engine.checkpoint import Source
-from distclip.errors import ConfigurationError, DistclipError
+from distclip.errors import ConfigurationError
 from distclip.functional import get_total_norm
 from distclip.integrations import accelerate_cpu, deepspeed_json, hooks
 from distclip.integrations.accelerate_clippers import Clippers
@@ -38,16 +37,15 @@ from distclip.integrations.accelerate_prepared import (
     innermost,
     parameters_of,
     refuse_engines,
+    refuse_lomo,
 )
 from distclip.integrations.checkpoints import Shelf
+from distclip.integrations.given import PolicyOrConfig, config_of
 from distclip.layouts import fsdp1
 from distclip.layouts.detect import refuse_dummy
-from distclip.policies import Policy
 from distclip.report import ClipReport
 
 _logger = logging.getLogger("distclip.accelerate")
-
-PolicyOrConfig = Policy | str | os.PathLike[str] | Mapping[str, Any] | Config
 
 
 def attach(accelerator: accelerate.Accelerator, policy_or_config: PolicyOrConfig) -> Attachment:
@@ -94,7 +92,7 @@ def attach(accelerator: accelerate.Accelerator, policy_or_config: PolicyOrConfig
             "this Accelerator has a distclip policy already, from an earlier attach() or from "
             "`distclip run`; call remove() on the first handle, or start without `distclip run`"
         )
-    return Attachment(accelerator, _config(policy_or_config))
+    return Attachment(accelerator, config_of(policy_or_config))
 
 
 def enable(module: ModuleType, config: Config | None) -> None:
@@ -120,8 +118,9 @@ def _attaching(original: Any, config: Config | None) -> Any:
         if not on_cpu:
             accelerate_cpu.check_ranks(self)
         engine = self.distributed_type == DistributedType.DEEPSPEED
-        if engine:
-            _resolve_auto(self.state.deepspeed_plugin)
+        if engine:  # "auto" in the JSON gets its value before Accelerate reads it
+            plugin = self.state.deepspeed_plugin
+            deepspeed_json.resolve_auto(plugin.deepspeed_config, plugin.gradient_clipping)
         elif config is None:
             raise ConfigurationError(
                 "run: no configuration, and this launch does not use DeepSpeed, whose JSON might "
@@ -376,11 +375,7 @@ class Attachment:
 
     def _adopt(self, accelerated: Any) -> None:
         """Hook an optimizer. Its parameters are looked at first at a step: FSDP2 replaces them."""
-        if self.accelerator.has_lomo_optimizer:
-            raise DistclipError(
-                "LOMO updates the weights during backward, before there is a norm to clip by; use "
-                "another optimizer, or run without distclip"
-            )
+        refuse_lomo(self.accelerator)
         if not isinstance(accelerated, AcceleratedOptimizer):
             return
         optimizer = innermost(accelerated)
@@ -403,16 +398,3 @@ class Attachment:
                 self.config.policy,
             )
         self._announced = True
-
-
-def _config(policy_or_config: PolicyOrConfig) -> Config:
-    if isinstance(policy_or_config, Config):
-        return policy_or_config
-    if isinstance(policy_or_config, Policy):
-        return Config(policy=policy_or_config)
-    return load(policy_or_config)
-
-
-def _resolve_auto(plugin: Any) -> None:
-    """Give ``"auto"`` in the JSON's section its value before Accelerate stumbles over it."""
-    deepspeed_json.resolve_auto(plugin.deepspeed_config, plugin.gradient_clipping)

@@ -22,47 +22,25 @@ import functools
 import logging
 import os
 from collections.abc import Iterable, Mapping, MutableMapping
-from dataclasses import dataclass
 from typing import Any
 
 from distclip._foreign import clean
 from distclip.errors import ConfigurationError, DistclipError
+from distclip.integrations.accelerate_cpu_asked import (
+    SWITCH,
+    flag,
+    is_launched_rank,
+    launch,
+    requested,
+)
 
 __all__ = ["check_ranks", "examine", "faults_of_config", "install", "requested", "verify"]
 
 _logger = logging.getLogger(__name__)
 
-_SWITCH = "DISTCLIP_CPU"
-_TRUE = frozenset({"1", "true", "yes", "on", "y", "t"})
-_FALSE = frozenset({"", "0", "false", "no", "off", "n", "f"})
-
-# Programs behind which the arguments of a launch stand, as they appear in a command line.
-_LAUNCH_PROGRAMS = frozenset(
-    {"accelerate", "accelerate_cli.py", "accelerate.commands.accelerate_cli"}
-)
-_LAUNCH_ONLY_PROGRAMS = frozenset({"accelerate-launch", "accelerate.commands.launch"})
-
 # What FSDP cannot do with parameters on CPU. Both settings only say how the *initial* weights
 # reach the ranks; without them each rank keeps the ones that it made or loaded itself.
 _GPU_ONLY = ("FSDP_CPU_RAM_EFFICIENT_LOADING", "FSDP_SYNC_MODULE_STATES")
-
-
-def requested(environ: Mapping[str, str] | None = None) -> bool:
-    """Whether this process was asked to be a CPU rank.
-
-    Args:
-        environ: the environment of the rank; ``os.environ`` when None.
-
-    Raises:
-        ConfigurationError: ``DISTCLIP_CPU`` is neither a yes nor a no.
-    """
-    environ = os.environ if environ is None else environ
-    if _SWITCH in environ:
-        return _flag(environ, _SWITCH)
-    if environ.get("ACCELERATE_USE_CPU", "").strip().lower() in _TRUE:
-        return True
-    launch = _launch() if _is_launched_rank(environ) else None
-    return launch is not None and launch.use_cpu
 
 
 def install(*, cpu: bool = False) -> bool:
@@ -81,10 +59,10 @@ def install(*, cpu: bool = False) -> bool:
             ``PartialState._prepare_backend``.
     """
     if cpu:
-        os.environ[_SWITCH] = "1"
+        os.environ[SWITCH] = "1"
     if not requested(os.environ):
         return False
-    os.environ[_SWITCH] = "1"
+    os.environ[SWITCH] = "1"
     _set_environment(os.environ)
     _patch_backend()
     return True
@@ -112,7 +90,7 @@ def verify(accelerator: Any, *prepared: Any) -> None:
             "or PartialState was made before distclip took over, or the script chose a device. "
             "Start the script with `distclip run --cpu`, and leave the device to Accelerate."
         )
-    if world_size > 1 or _flag(os.environ, "ACCELERATE_USE_FSDP"):
+    if world_size > 1 or flag(os.environ, "ACCELERATE_USE_FSDP"):
         _verify_models(accelerator, prepared)
 
 
@@ -202,80 +180,6 @@ def faults_of_config(path: str | None = None, *, devices: int = 0) -> list[str]:
     return []
 
 
-# ---- the request -----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Launch:
-    """What the command line and the YAML of ``accelerate launch`` say."""
-
-    use_cpu: bool
-    num_processes: int
-    distributed_type: str
-    config_file: str
-
-
-def _flag(environ: Mapping[str, str], name: str) -> bool:
-    value = environ.get(name, "").strip().lower()
-    if value in _TRUE:
-        return True
-    if value in _FALSE:
-        return False
-    raise ConfigurationError(f"{name}={environ[name]!r} is neither a yes nor a no: set 1 or 0.")
-
-
-def _is_launched_rank(environ: Mapping[str, str]) -> bool:
-    # Set by every branch of `accelerate launch`: it spares other programs the look at the parent.
-    return "ACCELERATE_MIXED_PRECISION" in environ
-
-
-@functools.lru_cache(maxsize=1)
-def _launch() -> _Launch | None:
-    """Read the launch that started this process; None when it cannot be known.
-
-    ``use_cpu`` of the YAML reaches no environment variable of the ranks (only Accelerate's
-    single-process launcher exports it), so it is read where the launcher read it. Whatever goes
-    wrong here means "not asked": :func:`check_ranks` then says what to do.
-    """
-    try:
-        import psutil
-
-        launcher = psutil.Process(os.getppid())
-        arguments = _launch_arguments(launcher.cmdline())
-        return None if arguments is None else _read_launch(arguments, launcher.cwd())
-    except (Exception, SystemExit) as error:  # another program's arguments and files
-        _logger.debug("the accelerate launch command could not be read: %r", error)
-        return None
-
-
-def _launch_arguments(command: list[str]) -> list[str] | None:
-    """The arguments of ``accelerate launch`` in a process's command line, None if it is not one."""
-    for index, word in enumerate(command):
-        program = os.path.basename(word).removesuffix(".exe")
-        if program in _LAUNCH_ONLY_PROGRAMS:
-            return command[index + 1 :]
-        if program in _LAUNCH_PROGRAMS and command[index + 1 : index + 2] == ["launch"]:
-            return command[index + 2 :]
-    return None
-
-
-def _read_launch(arguments: list[str], folder: str) -> _Launch | None:
-    from accelerate.commands.config.config_args import default_config_file, load_config_from_file
-    from accelerate.commands.launch import launch_command_parser
-
-    # Accelerate's own parser: it knows where the options end and the user's script begins.
-    options = launch_command_parser().parse_args(arguments)
-    path = os.path.join(folder, options.config_file or default_config_file)
-    config = load_config_from_file(path) if os.path.isfile(path) else None
-    distributed_type = getattr(config, "distributed_type", "NO")
-    return _Launch(
-        use_cpu=bool(options.cpu or getattr(config, "use_cpu", False)),
-        num_processes=int(options.num_processes or getattr(config, "num_processes", 1) or 1),
-        distributed_type=str(getattr(distributed_type, "value", distributed_type)),
-        config_file=path if config is not None else "",
-    )
-
-
 # ---- the rank --------------------------------------------------------------------------------
 
 
@@ -329,9 +233,7 @@ def _patch_backend() -> None:
         if int(environ.get("LOCAL_RANK", "-1")) == -1:  # no launcher: one process, or MPI
             backend, kind = original(self, *args, **kwargs)
             return backend, kind
-        sharded = _flag(environ, "ACCELERATE_USE_FSDP") or _flag(
-            environ, "ACCELERATE_USE_DEEPSPEED"
-        )
+        sharded = flag(environ, "ACCELERATE_USE_FSDP") or flag(environ, "ACCELERATE_USE_DEEPSPEED")
         # Accelerate upgrades to FSDP only from a multi-GPU type. Plain DDP must not have that type:
         # it would be given device_ids, which DistributedDataParallel refuses for CPU modules.
         return "gloo", DistributedType.MULTI_GPU if sharded else DistributedType.MULTI_CPU
@@ -349,9 +251,9 @@ def _world_size(environ: Mapping[str, str]) -> int:
 
 def _engine(environ: Mapping[str, str]) -> str:
     """Which engine the launch names, in the words of its user."""
-    if _flag(environ, "ACCELERATE_USE_DEEPSPEED"):
+    if flag(environ, "ACCELERATE_USE_DEEPSPEED"):
         return "DeepSpeed"
-    if _flag(environ, "ACCELERATE_USE_FSDP"):
+    if flag(environ, "ACCELERATE_USE_FSDP"):
         return f"FSDP{environ.get('FSDP_VERSION', '1')}"
     return "DDP"
 
@@ -375,15 +277,15 @@ def _verify_world(accelerator: Any, world_size: int) -> None:
 
 def _check_spawned(accelerator: Any) -> None:
     """A MULTI_CPU launch without MPI starts a single process, whatever num_processes says."""
-    if accelerator.num_processes > 1 or not _is_launched_rank(os.environ):
+    if accelerator.num_processes > 1 or not is_launched_rank(os.environ):
         return
-    launch = _launch()
-    if launch is None or launch.num_processes <= 1 or _world_size(os.environ) > 1:
+    launched = launch()
+    if launched is None or launched.num_processes <= 1 or _world_size(os.environ) > 1:
         return
-    where = f" in {launch.config_file}" if launch.config_file else ""
+    where = f" in {launched.config_file}" if launched.config_file else ""
     raise DistclipError(
-        f"accelerate launch was asked for {launch.num_processes} processes{where}, but started "
-        f"one: for distributed_type {launch.distributed_type} (and with its own --cpu) it relies "
+        f"accelerate launch was asked for {launched.num_processes} processes{where}, but started "
+        f"one: for distributed_type {launched.distributed_type} (and with its own --cpu) it relies "
         "on an MPI launcher. Write `distributed_type: MULTI_GPU` (or FSDP) with `use_cpu: true` in "
         "the YAML, as configs/accelerate/ddp_cpu.yaml does, or pass --cpu to `distclip run` rather "
         "than to `accelerate launch`."

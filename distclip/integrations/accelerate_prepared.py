@@ -172,3 +172,16 @@ def refuse_engines(accelerator: Any) -> None:
         )
     if kind in (DistributedType.XLA, DistributedType.MEGATRON_LM):
         raise DistclipError(f"distclip does not know how gradients are laid out under {kind.value}")
+
+
+def refuse_lomo(accelerator: Any) -> None:
+    """Refuse an optimizer that steps during backward.
+
+    Raises:
+        DistclipError: it is LOMO.
+    """
+    if accelerator.has_lomo_optimizer:
+        raise DistclipError(
+            "LOMO updates the weights during backward, before there is a norm to clip by; use "
+            "another optimizer, or run without distclip"
+        )

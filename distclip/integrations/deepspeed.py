@@ -34,11 +34,14 @@ from distclip.integrations.checkpoints import Shelf
 from distclip.integrations.deepspeed_json import (
     CLIPPING,
     SECTION,
-    PolicyOrConfig,
     configured,
+    configured_of,
     declines,
-    resolve_auto,
+    json_of,
+    resolve_for_trainer,
 )
+from distclip.integrations.given import PolicyOrConfig
+from distclip.integrations.replaced import Replaced
 from distclip.layouts import zero
 from distclip.options import OnNonfinite, refuse_late
 from distclip.report import ClipReport
@@ -77,7 +80,7 @@ def attach(engine: Any, policy_or_config: PolicyOrConfig | None = None) -> Attac
             "this DeepSpeed engine has a distclip policy already, from an earlier attach() or from "
             "`distclip run`; call remove() on the first handle, or start without `distclip run`"
         )
-    return Attachment(engine, _configured(engine, policy_or_config))
+    return Attachment(engine, configured_of(engine, policy_or_config))
 
 
 def enable(module: ModuleType, config: Config | None) -> None:
@@ -102,47 +105,18 @@ def enable(module: ModuleType, config: Config | None) -> None:
         build(self, *args, **kwargs)
         if not hasattr(self.optimizer, "step"):  # an engine for inference has nothing to clip
             return
-        if config is None and declines(_json_of(self._config)):
+        if config is None and declines(json_of(self._config)):
             if self.global_rank == 0:
                 _logger.info('"%s": 0 and no policy: this engine is not clipped', CLIPPING)
             return
-        Attachment(self, _configured(self, config))
+        Attachment(self, configured_of(self, config))
 
     DeepSpeedConfig._initialize_params = checked
     module.DeepSpeedEngine.__init__ = init
-    hooks.on_import("transformers.integrations.deepspeed", _resolve_for_trainer)
+    hooks.on_import("transformers.integrations.deepspeed", resolve_for_trainer)
     if accelerate_cpu.requested():
         # Would be compiled in the first collective, by every rank: that takes 40 s and a compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-
-def _configured(engine: Any, policy_or_config: PolicyOrConfig | None) -> Config:
-    config = configured(_json_of(engine._config), policy_or_config)
-    if config is None:
-        raise ConfigurationError(
-            f'no policy: the DeepSpeed JSON has neither a "{SECTION}" section nor '
-            f'"{CLIPPING}" > 0; write "{SECTION}": {{"policy": {{"name": "global_norm", '
-            f'"max_norm": 1.0}}}}. For an engine that `distclip run` is not to clip, write '
-            f'"{CLIPPING}": 0.0'
-        )
-    return config
-
-
-def _resolve_for_trainer(module: ModuleType) -> None:
-    """Give the Trainer's ``max_grad_norm`` to an ``"auto"`` in the section."""
-    original = module.HfTrainerDeepSpeedConfig.trainer_config_process
-
-    @functools.wraps(original)
-    def process(self: Any, args: Any, *more: Any, **kwargs: Any) -> Any:
-        resolve_auto(self.config, args.max_grad_norm)
-        return original(self, args, *more, **kwargs)
-
-    module.HfTrainerDeepSpeedConfig.trainer_config_process = process
-
-
-def _json_of(config: Any) -> Mapping[str, Any]:
-    document = getattr(config, "_param_dict", None)
-    return document if isinstance(document, Mapping) else {}
 
 
 class Attachment:
@@ -185,7 +159,7 @@ class Attachment:
             owner = piece.gradient.stretch.owner
             self._cuts.setdefault(id(owner), []).append((position, piece.gradient))
         self._clipping = (engine._config.gradient_clipping, getattr(outer, "clip_grad", None))
-        self._replaced: list[tuple[Any, str]] = []
+        self._replaced = Replaced()
         self._handles = [
             StepHandle(inner, functools.partial(self._before_inner_step, weakref.ref(inner)))
             for inner in self._inners
@@ -197,20 +171,13 @@ class Attachment:
         open_log(self.clipper, config)
         hooks.mark_active("deepspeed")
         if engine.global_rank == 0:
-            _logger.info("clipping %d parameters by %r", len(self._extents), config.policy)
-        if engine.global_rank == 0 and config.overlap:
-            _logger.warning(
-                "overlap has no effect under DeepSpeed, which says of no gradient that it has been "
-                "reduced; all are measured at the step"
-            )
+            deepspeed_engines.announce(len(self._extents), config)
 
     def remove(self) -> None:
         """Give the engine its own clipping back; a second call does nothing."""
         if getattr(self.engine, "_distclip", None) is not self:
             return
-        for owner, name in self._replaced:
-            del owner.__dict__[name]
-        self._replaced.clear()
+        self._replaced.undo()
         for handle in self._handles:
             handle.remove()
         self._unmark()
@@ -238,13 +205,13 @@ class Attachment:
     def _take_over(self) -> None:
         """Put our methods before DeepSpeed's, on these objects only."""
         self._switch_off()
-        self._replace(self.engine, "save_checkpoint", self._save)
-        self._replace(self.engine, "load_checkpoint", self._load)
-        self._replace(self.engine, "backward", self._backward)
+        self._replaced.put(self.engine, "save_checkpoint", self._save)
+        self._replaced.put(self.engine, "load_checkpoint", self._load)
+        self._replaced.put(self.engine, "backward", self._backward)
         if self._plain:
             return
         outer = self.outer
-        self._replace(outer, "step", self._step)
+        self._replaced.put(outer, "step", self._step)
         # Its own passes over all gradients, and their all-reduces, for what is known already. A
         # call from outside of a step gets DeepSpeed's own answer.
         replacements: dict[str, Callable[..., Any]] = {
@@ -255,29 +222,18 @@ class Attachment:
         }
         for name, ours in replacements.items():
             if hasattr(outer, name):
-                self._replace(outer, name, ours, within_step=True)
+                self._replaced.put(outer, name, ours, self._is_within_step)
 
         def overflowed(original: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:
             return self._overflowed
 
         if type(outer).__name__.startswith("DeepSpeedZeroOptimizer"):
-            self._replace(outer, "has_overflow", overflowed, within_step=True)
+            self._replaced.put(outer, "has_overflow", overflowed, self._is_within_step)
         if hasattr(outer, "overflow_checker"):
-            self._replace(outer.overflow_checker, "check", overflowed, within_step=True)
+            self._replaced.put(outer.overflow_checker, "check", overflowed, self._is_within_step)
 
-    def _replace(
-        self, owner: Any, name: str, function: Callable[..., Any], *, within_step: bool = False
-    ) -> None:
-        original = getattr(owner, name)
-
-        @functools.wraps(original)
-        def ours(*args: Any, **kwargs: Any) -> Any:
-            if within_step and self._apply is None:
-                return original(*args, **kwargs)
-            return function(original, *args, **kwargs)
-
-        setattr(owner, name, ours)
-        self._replaced.append((owner, name))
+    def _is_within_step(self) -> bool:
+        return self._apply is not None
 
     def _switch_off(self) -> None:
         """DeepSpeed's own clipping; a loaded checkpoint brings its `clip_grad` back."""
@@ -425,12 +381,11 @@ class Attachment:
                 load.append(self.clipper.prepare_state_dict(checkpoint[SECTION], source))
             return module(checkpoint, *args, **kwargs)
 
-        self._replace(self.engine, "load_module_state_dict", look)
+        self._replaced.put(self.engine, "load_module_state_dict", look)
         try:
             loaded = original(*args, **kwargs)
         finally:
-            self._replaced.pop()
-            del self.engine.__dict__["load_module_state_dict"]
+            self._replaced.undo_last()
             self._switch_off()
         path, client_state = loaded
         state = client_state.pop(SECTION, None) if isinstance(client_state, dict) else None

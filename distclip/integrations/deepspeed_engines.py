@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from typing import Any
 
 import deepspeed
 from torch import Tensor
 
+from distclip.config import Config
 from distclip.errors import DistclipError
 from distclip.layouts.names import named_parameters
+
+_logger = logging.getLogger("distclip.deepspeed")
 
 RAN_WITH = ("0.16.9", "0.18.0", "0.19.8")
 """The versions that the tests were run with; pyproject.toml says the same."""
@@ -94,3 +98,13 @@ def groups(outer: Any) -> Any:
     found = Groups()
     found.param_groups = [{"params": list(group)} for group in lists]
     return found
+
+
+def announce(count: int, config: Config) -> None:
+    """Log what is clipped, and by what; for one rank to call."""
+    _logger.info("clipping %d parameters by %r", count, config.policy)
+    if config.overlap:
+        _logger.warning(
+            "overlap has no effect under DeepSpeed, which says of no gradient that it has been "
+            "reduced; all are measured at the step"
+        )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import os
+import functools
 from collections.abc import Mapping
+from types import ModuleType
 from typing import Any
 
 from distclip import policies
@@ -11,9 +12,7 @@ from distclip._foreign import clean
 from distclip.config import Config, Examined, examine, load
 from distclip.config.problems import shown
 from distclip.errors import ConfigurationError
-from distclip.policies import Policy
-
-PolicyOrConfig = Policy | str | os.PathLike[str] | Mapping[str, Any] | Config
+from distclip.integrations.given import PolicyOrConfig, config_of
 
 SECTION, CLIPPING = "distclip", "gradient_clipping"
 
@@ -40,11 +39,7 @@ def configured(
                 f'the DeepSpeed JSON has a "{SECTION}" section and another policy was given '
                 f"(attach(engine, policy), --config or DISTCLIP_CONFIG): remove one of the two"
             )
-        if isinstance(policy_or_config, Config):
-            return policy_or_config
-        if isinstance(policy_or_config, Policy):
-            return Config(policy=policy_or_config)
-        return load(policy_or_config)
+        return config_of(policy_or_config)
     if section is None:
         return _threshold(document.get(CLIPPING))
     return load(_checked(section, document), name=_NAME)
@@ -157,3 +152,38 @@ def _refuse_auto(value: Any, path: str, depth: int = 0) -> None:
         for key, part in pairs:
             step = f".{key}" if isinstance(key, str) else f"[{shown(key)}]"
             _refuse_auto(part, path + step, depth + 1)
+
+
+def configured_of(engine: Any, policy_or_config: PolicyOrConfig | None) -> Config:
+    """The one configuration of an engine.
+
+    Raises:
+        ConfigurationError: none, several, or a bad one.
+    """
+    config = configured(json_of(engine._config), policy_or_config)
+    if config is None:
+        raise ConfigurationError(
+            f'no policy: the DeepSpeed JSON has neither a "{SECTION}" section nor '
+            f'"{CLIPPING}" > 0; write "{SECTION}": {{"policy": {{"name": "global_norm", '
+            f'"max_norm": 1.0}}}}. For an engine that `distclip run` is not to clip, write '
+            f'"{CLIPPING}": 0.0'
+        )
+    return config
+
+
+def resolve_for_trainer(module: ModuleType) -> None:
+    """Give the Trainer's ``max_grad_norm`` to an ``"auto"`` in the section."""
+    original = module.HfTrainerDeepSpeedConfig.trainer_config_process
+
+    @functools.wraps(original)
+    def process(self: Any, args: Any, *more: Any, **kwargs: Any) -> Any:
+        resolve_auto(self.config, args.max_grad_norm)
+        return original(self, args, *more, **kwargs)
+
+    module.HfTrainerDeepSpeedConfig.trainer_config_process = process
+
+
+def json_of(config: Any) -> Mapping[str, Any]:
+    """The JSON behind a ``DeepSpeedConfig``; empty where it keeps none."""
+    document = getattr(config, "_param_dict", None)
+    return document if isinstance(document, Mapping) else {}

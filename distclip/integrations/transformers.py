@@ -23,7 +23,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 from distclip.config import Config
 from distclip.errors import ConfigurationError, DistclipError
 from distclip.integrations import accelerate, deepspeed_json
-from distclip.integrations.accelerate import PolicyOrConfig
+from distclip.integrations.given import PolicyOrConfig
 from distclip.report import ClipReport
 
 _logger = logging.getLogger("distclip.transformers")

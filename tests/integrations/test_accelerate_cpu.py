@@ -18,7 +18,7 @@ import pytest
 pytest.importorskip("accelerate")
 
 from distclip.errors import ConfigurationError, DistclipError
-from distclip.integrations import accelerate_cpu
+from distclip.integrations import accelerate_cpu, accelerate_cpu_asked
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs" / "accelerate"
@@ -254,14 +254,14 @@ def test_install_does_nothing_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_launch_is_found_in_a_command_line(command: list[str], expected: list[str] | None) -> None:
-    assert accelerate_cpu._launch_arguments(command) == expected
+    assert accelerate_cpu_asked._launch_arguments(command) == expected
 
 
 def test_options_of_the_script_are_not_taken_for_the_launcher_s(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("distributed_type: FSDP\nnum_processes: 3\nuse_cpu: true\n")
     arguments = ["--config_file", "a.yaml", "-m", "distclip", "run", "--config", "b.yaml", "--cpu"]
 
-    launch = accelerate_cpu._read_launch(arguments, str(tmp_path))
+    launch = accelerate_cpu_asked._read_launch(arguments, str(tmp_path))
 
     assert launch is not None
     assert (launch.use_cpu, launch.num_processes, launch.distributed_type) == (True, 3, "FSDP")

@@ -120,7 +120,7 @@ def test_auto_is_the_trainers_max_grad_norm(tmp_path: Path) -> None:
     module = transformers.integrations.deepspeed
     original = module.HfTrainerDeepSpeedConfig.trainer_config_process
     try:
-        integration._resolve_for_trainer(module)
+        deepspeed_json.resolve_for_trainer(module)
         document = {
             "distclip": {"policy": {**POLICY, "max_norm": "auto"}},
             "zero_optimization": {"stage": 2},
