@@ -176,6 +176,15 @@ def test_a_framework_is_imported_by_its_own_files_only(framework: str) -> None:
     assert importers == IMPORTERS[framework]
 
 
+LONG = {"clipper.py": "the docstrings of the public class, which are its reference"}
+"""Files of more than 400 lines, each with the reason."""
+
+
+def test_no_file_is_long_without_a_reason() -> None:
+    lengths = {name: path.read_bytes().count(b"\n") for name, path in SOURCES.items()}
+    assert {name for name, length in lengths.items() if length > 400} == set(LONG)
+
+
 def test_one_file_issues_the_collectives() -> None:
     found = {
         name: what

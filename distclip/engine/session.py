@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from distclip.application.notices import Absence, warn
-from distclip.engine import agreement, checkpoint, handshake
+from distclip.engine import agreement, checkpoint, handshake, mentions
 from distclip.engine.attaching import stepped_by
 from distclip.engine.late import LateError
 from distclip.engine.opening import open_together
@@ -31,7 +31,7 @@ from distclip.kernels import transfer
 from distclip.layouts import names as naming
 from distclip.layouts.names import Target
 from distclip.policies import ParameterInfo, Policy
-from distclip.policies.compose import reads_loss, stages, unmatched
+from distclip.policies.compose import reads_loss, stages
 from distclip.statistics import buckets, collectives, waiting
 from distclip.statistics.overlap import Overlap
 
@@ -99,9 +99,9 @@ class Session:
         if self.options.overlap:
             self.early = Overlap(self.plan, buckets.modules_of(self.watched.modules))
             if not self.early.active:
-                _warn_of_no_overlap(self.early)
+                mentions.warn_of_no_overlap(self.early)
         self.program = self._compiled(optimizers)
-        self._mention_unmatched()
+        mentions.mention_unmatched(self.policy, self.plan)
 
     @property
     def policy(self) -> Policy:
@@ -190,7 +190,7 @@ class Session:
             )
         # The first backward may have been over when this was built.
         elif self._clips == 2 and early.active and not early.calls:
-            _warn_of_no_overlap(early)
+            mentions.warn_of_no_overlap(early)
 
     def close(self) -> None:
         """Stop measuring during backward."""
@@ -347,21 +347,6 @@ class Session:
         shown = report_order(self.policy, parameters)
         return Program.of(self.plan, parameters, passes, shown, self.early)
 
-    def _mention_unmatched(self) -> None:
-        """A pattern for nothing is mostly a typing error, or meant for another model.
-
-        Or for other parameters of a script that clips by parts: so it is no warning.
-        """
-        patterns = unmatched(self.policy, self.plan.names)
-        if patterns and collectives.is_first(self.plan.group):
-            _logger.warning(
-                "by_name: no parameter's name matches %s, so what is said of it concerns none of "
-                "the %d parameters here (%s)",
-                ", ".join(map(repr, patterns)),
-                len(self.plan.names),
-                ", ".join(self.plan.names[:3]) + (", ..." if len(self.plan.names) > 3 else ""),
-            )
-
     def _warn_of_no_loss(self) -> None:
         if not self._warned_of_no_loss:
             warn(
@@ -402,15 +387,3 @@ class Session:
     def _owner(self) -> checkpoint.Owner:
         parameters = self.program.parameters
         return checkpoint.Owner(self.policy, stages(self.policy, parameters), parameters)
-
-
-def _warn_of_no_overlap(early: Overlap) -> None:
-    reasons = early.refused
-    warn(
-        reasons[0] + ". Until then overlap=True has no effect, and all gradients are measured "
-        "at the clip"
-        if reasons
-        else "overlap=True has no effect here: no gradient comes from FSDP2 (fully_shard), nor "
-        "from a DistributedDataParallel module given as target, to the device of the "
-        "statistics, so all are measured at the clip, as without it",
-    )
