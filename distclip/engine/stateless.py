@@ -284,12 +284,13 @@ class Fingerprint:
 
     @staticmethod
     def _shardings(parameters: Sequence[Tensor]) -> list[object]:
-        """Per parameter, what changes with how it is spread over ranks."""
+        """What changes with how the parameters are spread over ranks."""
         if all(issubclass(kind, DTensor) for kind in set(map(type, parameters))):
             return list(map(_spec, parameters))
         if not declared.is_in_use() and not any(map(_attributes, parameters)):
             return list(map(_shape, parameters))  # nobody has said anything of any of them
-        return list(map(_sharding, parameters))
+        asks = [each.fingerprint for each in LAYOUTS if each.fingerprint is not None]
+        return [list(map(ask, parameters)) for ask in (_sharding, *asks)]
 
 
 def _are_same(some: Sequence[Tensor | None], others: Sequence[Tensor]) -> bool:
@@ -301,9 +302,7 @@ _spec, _shape, _attributes = map(operator.attrgetter, ("_spec", "shape", "__dict
 
 
 def _sharding(parameter: Tensor) -> object:
-    if isinstance(parameter, DTensor):
-        return parameter._spec
-    return parameter.shape, [ask(parameter) for each in LAYOUTS if (ask := each.fingerprint)]
+    return parameter._spec if isinstance(parameter, DTensor) else parameter.shape
 
 
 def _stepped_in_backward(parameters: Sequence[Tensor]) -> list[bool]:
