@@ -375,9 +375,9 @@ def test_gradients_that_nothing_clips_count_as_changed_before_every_way() -> Non
         bench = CASES[name].build()
         owner: GradClipper = bench.ways[OURS].__self__  # type: ignore[attr-defined]
         bench.ways[OURS]()
-        assert owner._last.is_repeated()
+        assert owner._session._last.is_repeated()
         bench.before()
-        assert not owner._last.is_repeated()
+        assert not owner._session._last.is_repeated()
 
 
 @pytest.mark.ranks(2)
