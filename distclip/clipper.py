@@ -229,7 +229,9 @@ class GradClipper:
         """The report of the last ``clip_``, if no gradient on any rank has changed since."""
         if self._by_hand is None:
             return None
-        changed = self._by_hand.differ(self._gradients())
+        gradients = self._gradients()
+        unseen = all(gradient is None for gradient in gradients)  # they are somewhere else
+        changed = unseen or self._by_hand.differ(gradients)
         if self.plan.group is not None:
             changed = self._session.on_any_rank(changed)
         if changed:
@@ -238,7 +240,10 @@ class GradClipper:
         return self._hand_report
 
     def _gradients(self) -> list[Tensor | None]:
-        return [parameter.grad for _, parameter in self._session.named]
+        return [
+            getattr(parameter, "main_grad", None) if parameter.grad is None else parameter.grad
+            for _, parameter in self._session.named
+        ]
 
     @property
     def _changes_gradients(self) -> bool:
@@ -393,7 +398,8 @@ class GradClipper:
         """Raise now what the next step would, under ``on_nonfinite="error_late"``; else nothing.
 
         For the end of a training loop, and after replays of a CUDA graph, which run no Python.
-        ``state_dict()`` and ``handle.remove()`` call it. Reads the host. Each error is raised once.
+        ``state_dict()`` and ``handle.remove()`` call it. Reads the host. Raises once for each
+        error, and so does the step that follows, on all ranks alike.
 
         Raises:
             NonFiniteGradientError: a step so far had a gradient that is not finite.

@@ -39,7 +39,7 @@ from distclip.kernels import changing
 from distclip.layouts import dtensor, soundness
 from distclip.layouts import names as naming
 from distclip.layouts.plan import Plan
-from distclip.policies import AGC, GlobalNorm, Measure, Value
+from distclip.policies import AGC, ByName, GlobalNorm, Measure, Value
 from distclip.policies.norm_threshold import norm_coefficient
 from distclip.statistics import collectives
 
@@ -195,7 +195,7 @@ def clip_grads_with_norm_(
             f"{list(norm.shape)}; give the joint norm, as get_total_norm returns it"
         )
     given = _given(parameters)
-    _, plan = clip(given, Measure(), "pass", norms=False)  # looks at the gradients, on all ranks
+    _, plan = clip(given, ByName({}), "pass", norms=False)  # looks at the gradients, and no more
     with torch.no_grad():
         _scale_(plan, norm_coefficient(norm.reshape(()), limit))
     _note(given, "distclip.clip_grads_with_norm_")
@@ -228,7 +228,7 @@ def get_total_norm(
     def program_of() -> Program:
         described = [describe_tensor(str(number), tensor) for number, tensor in enumerate(listed)]
         program = compiled(described, policy, device_of(listed), norms=True)
-        program.memory.inspected.add("unchanged")
+        program.memory.only_measures = True
         agree(program, policy)
         return program
 

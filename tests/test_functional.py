@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 import distclip
 from distclip.errors import ConfigurationError
 from distclip.testing import assert_rounded
+from tests.helpers.watching import watch
 from tests.sharded import mesh_of, shard, whole
 
 
@@ -142,6 +143,17 @@ def test_clip_grads_with_norm_reduces_partial_gradients_first() -> None:
         ulps=2.0,
         coefficient_error=1e-6,
     )
+
+
+@pytest.mark.ranks(2)
+def test_clip_grads_with_norm_talks_to_nobody() -> None:
+    sharded = shard("fsdp2", values := whole(seed=5))
+    sharded.set_gradients(values.gradients)
+    parameters = list(sharded.parameters.values())
+    for _ in range(2):
+        with watch() as seen:
+            distclip.clip_grads_with_norm_(parameters, 1.0, 2.0)
+    assert seen.collectives == []
 
 
 @pytest.mark.ranks(2)

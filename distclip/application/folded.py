@@ -47,7 +47,7 @@ class Scope:
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         self._parameters = tuple(parameters)
         self._known = frozenset(map(id, parameters))
-        self._stepped: list[int] = []
+        self._stepped: list[tuple[int, torch.dtype, torch.device]] = []
         self._suits = self._sharded = False
         self._strangers: list[tuple[int, int]] = []
         """Group and position of what the optimizer steps and the clipper does not know."""
@@ -62,7 +62,7 @@ class Scope:
         if not multiplies(optimizer):
             return False
         groups = [group["params"] for group in optimizer.param_groups]
-        stepped = [id(parameter) for group in groups for parameter in group]
+        stepped = [(id(p), p.dtype, p.device) for group in groups for p in group]
         if stepped != self._stepped:
             self._look(groups)
             self._stepped = stepped

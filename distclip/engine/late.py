@@ -29,6 +29,8 @@ class LateError:
         """Bool ``(parameters,)`` on the device: not finite in any step since the last error."""
         self._copy: transfer.HostCopy | None = None
         self._step = 0
+        self._told = False
+        """Whether this rank has raised already for what the flags say."""
 
     def note(self, flags: Tensor, step: int) -> None:
         """Keep the flags of a step. Waits for nothing, and may be captured in a CUDA graph.
@@ -40,34 +42,43 @@ class LateError:
         if self._flags is None:
             self._flags = torch.zeros_like(flags)
         self._flags.logical_or_(flags)
+        self._told = False
         self._step = step
         captured = transfer.is_capturing(flags.device)
         self._copy = None if captured else transfer.HostCopy(self._flags, self._copy)
 
     def raise_earlier(self) -> None:
         """Raise for the steps before this one. Waits for the last of them, and for none later."""
-        if self._copy is not None:
-            self._raise(self._copy.read())
+        if self._copy is not None and (bad := self._names_of(self._copy.read())):
+            self.forget()
+            raise self._error(bad)
 
     def raise_now(self) -> None:
-        """Raise for all steps so far, replays of a CUDA graph included. Waits for the device."""
-        if self._flags is not None:
-            self._raise(self._flags)
+        """Raise for all steps so far, replays of a CUDA graph included. Waits for the device.
+
+        This may be asked on one rank alone: the step to come raises on all of them all the same.
+        """
+        if self._flags is None or self._told or not (bad := self._names_of(self._flags)):
+            return
+        if self._copy is None:  # captured: no step to come runs Python
+            self.forget()
+        else:
+            self._told = True
+        raise self._error(bad)
 
     def forget(self) -> None:
         """Raise for no step so far."""
-        self._copy = None
+        self._copy, self._told = None, False
         if self._flags is not None:
             self._flags.zero_()
 
-    def _raise(self, flags: Tensor) -> None:
-        bad = [name for name, flag in zip(self._names, flags.tolist(), strict=True) if flag]
-        if not bad:
-            return
-        self.forget()
+    def _names_of(self, flags: Tensor) -> list[str]:
+        return [name for name, flag in zip(self._names, flags.tolist(), strict=True) if flag]
+
+    def _error(self, bad: Sequence[str]) -> NonFiniteGradientError:
         more = f" and {len(bad) - 8} more" if len(bad) > 8 else ""
         listed = ", ".join(map(repr, bad[:8])) + more
-        raise NonFiniteGradientError(
+        return NonFiniteGradientError(
             f"step {self._step} (counted from 0): NaN or inf in the gradient of {listed}, or "
             f"a norm that float64 cannot hold. Its update was dropped, and nothing was clipped "
             f"since. on_nonfinite='error' raises in the step itself; to go on without such steps "

@@ -224,7 +224,8 @@ class Programs:
         if found is not None and found[0].is_of(parameters):
             fetched = found[0].gradients(found[1])
             if fetched is not None or found[0].fits(parameters):
-                self._known.move_to_end(key)
+                with contextlib.suppress(KeyError):  # another thread has let go of it
+                    self._known.move_to_end(key)
                 return Found(found[1], fetched)
         named = naming.meant(given.named())
         meant = [parameter for _, parameter in named]
@@ -238,7 +239,7 @@ class Programs:
         if norms or program.plan.replicated:  # else the call talks to nobody
             agree(program, policy)
         self._known[key] = (Fingerprint(parameters, meant), program)
-        if len(self._known) > self._size:
+        while len(self._known) > self._size:
             self._known.popitem(last=False)
         return Found(program, None)
 
@@ -261,8 +262,12 @@ class Fingerprint:
         return _are_same([alive() for alive in self._references], parameters)
 
     def gradients(self, program: Program) -> Fetched | None:
-        """The gradients, where they tell that nothing has changed: as one is, its parameter is."""
-        if self._meant is not None or program.has_units or declared.is_in_use():
+        """The gradients, where they tell that nothing has changed: as one is, its parameter is.
+
+        Where there are other ranks, all have to see alike whether to compile anew: not so here.
+        """
+        alone = program.plan.group is None and not declared.is_in_use()
+        if self._meant is not None or program.has_units or not alone:
             return None
         if any(map(_attributes, [alive() for alive in self._references])):
             return None

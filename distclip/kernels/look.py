@@ -42,14 +42,18 @@ class Look:
     owners: Sequence[Tensor]
 
     def have_memory_of_their_own(self) -> bool:
-        """Whether no two start at the same address, and only empty ones at none."""
-        ordered = np.sort(self.addresses)
-        if len(ordered) and ordered[0] == 0:
-            nowhere = np.flatnonzero(self.addresses == 0)
-            if any(self.numels[each] for each in nowhere.tolist()):
-                return False
-            ordered = ordered[len(nowhere) :]
-        return not bool((ordered[1:] == ordered[:-1]).any())
+        """Whether no two share an element, and only empty ones lie nowhere."""
+        kinds = set(self.dtypes)
+        numels = np.array(self.numels, np.int64)
+        if len(kinds) == 1:
+            sizes = numels * kinds.pop().itemsize
+        else:
+            sizes = numels * np.array([each.itemsize for each in self.dtypes], np.int64)
+        order = np.argsort(self.addresses)
+        starts = self.addresses[order]
+        ends = starts + sizes[order]
+        lost = bool(len(starts)) and starts[0] == 0 and bool(sizes[self.addresses == 0].any())
+        return not lost and not bool((ends[:-1] > starts[1:]).any())
 
     def at(self, positions: list[int]) -> Look:
         """The same of some of the tensors."""

@@ -208,6 +208,8 @@ class Watched:
         self._modules = [target] if isinstance(target, nn.Module) else []
         if is_list_of_modules(target):
             self._modules = list(cast(Sequence[nn.Module], target))
+        self._frozen: list[torch.Tensor] = []
+        """Newcomers that are not trained: to be asked again whether they are."""
         self._look()
 
     @property
@@ -237,19 +239,24 @@ class Watched:
         """Names of the parameters whose ``id`` is not in ``known``; cheap if nothing changed."""
         now = self._contents()
         same = len(now) == len(self._seen) and all(map(operator.is_, now, self._seen))
-        if same and not any(self._empty):
+        if same and not any(self._empty) and not any(map(_trains, self._frozen)):
             return []
         unknown: Named = [
             (clean(name), parameter)
             for module in self._modules
             for name, parameter in module.named_parameters()
-            if parameter.requires_grad and id(parameter) not in known
+            if id(parameter) not in known
         ]
         # FSDP2 puts other objects into its modules whenever it gathers or shards.
-        found = [name for name, parameter in meant(unknown) if id(parameter) not in known]
+        unknown = [(name, each) for name, each in meant(unknown) if id(each) not in known]
+        self._frozen = [parameter for _, parameter in unknown if not parameter.requires_grad]
+        found = [name for name, parameter in unknown if parameter.requires_grad]
         if not found:
             self._look()
         return found
+
+
+_trains = operator.attrgetter("requires_grad")
 
 
 def refuse_meta(named: Iterable[tuple[str, torch.Tensor]]) -> None:

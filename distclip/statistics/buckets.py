@@ -43,6 +43,8 @@ def refusal(module: DistributedDataParallel) -> str | None:
         return None
     if getattr(module, "mixed_precision", None) is not None:
         return "DDP(mixed_precision=...) reduces by a communication hook of its own: use autocast"
+    if module.__dict__.get("register_comm_hook") is _registered_on_copy:
+        return "this DDP module is a copy of one whose buckets are followed: wrap its .module anew"
     if module._comm_hooks:
         return (
             "DDP has a communication hook already and takes only one: build the GradClipper before "
@@ -114,8 +116,13 @@ class _Kept:
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
         return _registered_on_copy
 
-    def __reduce__(self) -> str:
-        return "_registered_on_copy"
+    def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
+        return _for_copies, ()
+
+
+def _for_copies() -> Callable[..., None]:
+    """What a pickled module gets in place of it."""
+    return _registered_on_copy
 
 
 def _registered_on_copy(state: object, hook: CommHook) -> None:

@@ -76,15 +76,16 @@ class Memory:
         habits: ``"misplaced"`` once gradients had to be redistributed, ``"rehearsed"`` once the
             policies of later passes were tried; the same on every rank.
         overlap: what measures during backward for the first pass.
-        inspected: ``"memory"`` once it was looked at whose memory gradients share, ``"unchanged"``
-            where they are only measured.
+        inspected: the places of the pieces whose gradients' memory and shape were looked at.
+        only_measures: whether nothing is changed, so that memory may be shared.
         kinds: of what kinds the gradients were when every piece had one.
     """
 
     tables: Tables = field(default_factory=Tables)
     habits: set[str] = field(default_factory=set)
     overlap: Overlap | None = None
-    inspected: set[str] = field(default_factory=set)
+    inspected: set[int] = field(default_factory=set)
+    only_measures: bool = False
     kinds: Kinds | None = None
 
     def find(self, plan: Plan) -> Fetched | None:
@@ -114,7 +115,7 @@ def measure(
     result = LocalMeasurement()
     if fetched is None:
         fetched = plan.fetching() or Fetched(_fetched(plan, result), None)
-    present = _inspected(plan, fetched, result, memory)
+    present = _inspected(plan, request, fetched, result, memory)
     counted = _counted(plan, request, present)
     bounds = [request.bounds.get(piece.index) for piece in plan.pieces] if request.bounds else None
     weights: Sequence[Tensor | None] = [None] * len(plan.pieces)  # the step is lost with trouble
@@ -201,22 +202,28 @@ def _fetched(plan: Plan, result: LocalMeasurement) -> list[Tensor | None]:
 
 def _inspected(
     plan: Plan,
+    request: Request,
     fetched: Fetched,
     result: LocalMeasurement,
     memory: Memory,
 ) -> Sequence[Tensor | None]:
     """What of the fetched gradients is measured and acted on; what is wrong is noted."""
-    first = "memory" not in memory.inspected
-    changed = "unchanged" not in memory.inspected
     gradients, seen = fetched
+    here: Sequence[int] = range(len(gradients))
+    if seen is None or len(seen.tensors) < len(gradients):
+        here = [place for place, gradient in enumerate(gradients) if gradient is not None]
+    first = len(memory.inspected) < len(here) or not memory.inspected.issuperset(here)
+    if request.unit_dims and not first:  # rows of another shape are other rows
+        shapes = zip(plan.pieces, gradients, strict=True)
+        first = any(g is not None and g.shape != piece.box.extents for piece, g in shapes)
     present, trouble, result.seen = soundness.inspect(
-        plan, gradients, seen, first=first, changed=changed
+        plan, gradients, seen, first=first, changed=not memory.only_measures
     )
     if memory.kinds is None and result.seen is not None:
         everywhere = len(result.seen.tensors) == len(plan.pieces)
         memory.kinds = _kinds_of(result.seen) if everywhere else None
-    if trouble is None and any(gradient is not None for gradient in present):
-        memory.inspected.add("memory")
+    if trouble is None and first:
+        memory.inspected.update(here)
     result.present, result.trouble = present, result.trouble or trouble
     if present is not gradients:  # something unusual was found, or looked for
         result.sparse = any(each is not None and sparse.is_sparse(each) for each in gradients)

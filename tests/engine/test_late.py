@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 import distclip
@@ -234,3 +235,21 @@ def test_a_copy_has_nothing_to_raise() -> None:
 def test_from_a_configuration() -> None:
     clipper = distclip.from_config({"policy": "measure", "on_nonfinite": "error_late"}, small())
     assert clipper.on_nonfinite == "error_late"
+
+
+@pytest.mark.ranks(2, 3)
+def test_asked_on_one_rank_alone_the_next_step_raises_on_all() -> None:
+    """Saving the state of one rank is enough, so one rank alone may come to ask."""
+    model = shard("fsdp2", values := whole())
+    clipper = GradClipper(model.named(), policies.global_norm(1.0), on_nonfinite="error_late")
+    model.set_gradients(poisoned(math.nan).gradients)
+    clipper.clip_()
+    if dist.get_rank() == 0:
+        with pytest.raises(distclip.NonFiniteGradientError):
+            clipper.state_dict()
+        clipper.state_dict()  # once is enough
+    model.set_gradients(values.gradients)
+    with pytest.raises(distclip.NonFiniteGradientError):
+        clipper.clip_()
+    clipper.clip_()
+    clipper.raise_late()

@@ -219,7 +219,8 @@ class Idle(torch.optim.AdamW):
 @pytest.mark.parametrize("scaler", [False, True])
 def test_several_handles_take_their_found_inf_back(scaler: bool) -> None:
     optimizer = Idle(make().parameters(), fused=True)
-    flag = SimpleNamespace(skipped=torch.zeros((), dtype=torch.bool, device="meta"))
+    unread = torch.zeros((), dtype=torch.bool, device="meta")
+    flag = SimpleNamespace(skipped=unread, leave_out=unread)
     skipped: list[Any] = []
     handles = [StepHandle(optimizer, lambda *_: flag, skipped.append) for _ in range(2)]
     for _ in range(2):

@@ -154,6 +154,19 @@ def test_adapters_that_come_after_the_clipper(where: str) -> None:
     dist.barrier()
 
 
+def test_frozen_newcomers_that_are_trained_later_are_named() -> None:
+    model = nn.Sequential(nn.Linear(3, 3))
+    clipper = GradClipper(model, policies.global_norm(0.1))
+    model.append(nn.Linear(3, 3).requires_grad_(False))
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    for _ in range(2):
+        clipper.clip_()  # nothing of them is stepped
+    model.requires_grad_(True)
+    with pytest.raises(distclip.ConfigurationError, match=r"'1.weight' and 1 more came"):
+        clipper.clip_()
+
+
 @pytest.mark.ranks(2, timeout=SECONDS)
 def test_offloaded_adapters() -> None:
     """FSDP2's CPUOffloadPolicy: on a CPU everything is there already, and it runs as without."""

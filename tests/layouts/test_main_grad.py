@@ -160,3 +160,16 @@ def test_laprop_steps_from_grad_alone() -> None:
     before = {name: p.detach().clone() for name, p in named.items()}
     LaProp(named, lr=0.1).step()
     assert all(torch.equal(p, before[name]) for name, p in named.items())
+
+
+def test_a_main_gradient_that_changes_after_a_clip_by_hand_is_clipped_by_the_step() -> None:
+    parameter = nn.Parameter(torch.ones(4))
+    parameter.main_grad = torch.full((4,), 5.0)  # type: ignore[attr-defined]
+    clipper = GradClipper([parameter], policies.global_norm(1.0))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    clipper.attach(optimizer)
+    with pytest.warns(UserWarning, match="clip_\\(\\) is called too"):
+        clipper.clip_()
+    parameter.main_grad.fill_(10.0)  # type: ignore[attr-defined]
+    optimizer.step()
+    assert parameter.main_grad.norm().item() == pytest.approx(1.0, rel=1e-4)  # type: ignore[attr-defined]

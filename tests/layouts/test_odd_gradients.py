@@ -348,3 +348,36 @@ def test_everything_in_inference_mode_is_clipped() -> None:
         for bound in (0.05, 0.05):  # a second time: nobody can tell whether anything has changed
             clipper.clip_()
             assert made.grad.norm().item() == pytest.approx(bound, rel=1e-4)
+
+
+def test_memory_that_comes_to_be_shared_later_is_refused() -> None:
+    one, other = (nn.Parameter(torch.ones(4)) for _ in range(2))
+    clipper = GradClipper([one, other], policies.global_norm(1.0))
+    one.grad = torch.full((4,), 9.0)
+    clipper.clip_()
+    one.grad, other.grad = torch.full((4,), 9.0), other.data  # its first gradient: the weights
+    with pytest.raises(distclip.UnsupportedGradientError, match="share memory"):
+        clipper.clip_()
+    assert other.tolist() == [1.0] * 4
+    other.grad = torch.ones(4)
+    clipper.clip_()
+    both = torch.full((6,), 9.0)
+    one.grad, other.grad = both[:4], both[2:]
+    with pytest.raises(distclip.UnsupportedGradientError, match="share memory"):
+        clipper.clip_()
+    assert both.tolist() == [9.0] * 6
+
+
+@pytest.mark.parametrize(
+    "ways", [policies.agc(0.01), policies.chain(policies.value(0.5), policies.agc(0.01))]
+)
+def test_rows_of_another_shape_are_refused_at_any_step(ways: policies.Policy) -> None:
+    parameter = nn.Parameter(torch.ones(6, 4))
+    clipper = GradClipper([parameter], ways)
+    parameter.grad = torch.full((6, 4), 9.0)
+    clipper.clip_()
+    parameter.data, parameter.grad = torch.ones(4, 6), None
+    parameter.grad = torch.full((4, 6), 9.0)
+    with pytest.raises(distclip.UnsupportedGradientError, match=r"shape \[4, 6\]"):
+        clipper.clip_()
+    assert bool((parameter.grad == 9.0).all())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
+import io
 import time
 import warnings
 from collections.abc import Callable
@@ -321,6 +322,24 @@ def test_what_cannot_be_followed_is_named() -> None:
     with pytest.raises(ConfigurationError, match=r"wrap the copied \.module"):
         model.register_comm_hook.__deepcopy__({})(None, default_hooks.allreduce_hook)
     assert copy.deepcopy(model.register_comm_hook) is buckets._registered_on_copy
+
+
+@pytest.mark.ranks(2)
+def test_a_followed_module_is_saved_and_copied() -> None:
+    model = make()
+    clipper = warm(model)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    copied = copy.deepcopy(model)
+    clipper.close()
+    for each in (loaded, copied):
+        assert all(map(torch.equal, each.parameters(), model.parameters()))
+        with pytest.raises(ConfigurationError, match=r"wrap the copied \.module"):
+            each.register_comm_hook(None, default_hooks.allreduce_hook)
+        with pytest.warns(UserWarning, match=r"a copy of one whose buckets are followed"):
+            GradClipper(each, policies.global_norm(1.0), overlap=True)
 
 
 @pytest.mark.ranks(2)
