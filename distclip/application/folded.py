@@ -120,7 +120,7 @@ class FusedStep:
 
     @property
     def optimizer(self) -> Optimizer:
-        """The one that steps."""
+        """The optimizer whose step this is."""
         return self._optimizer
 
     def suits(self, scope: Scope) -> bool:

@@ -64,7 +64,7 @@ class Argument:
 
     @property
     def required(self) -> bool:
-        """Whether it has no default."""
+        """Whether the argument has no default."""
         return self.default is inspect.Parameter.empty
 
 

@@ -29,7 +29,7 @@ class Problems:
         self._lines: list[str] = []
 
     def add(self, path: Path, message: str) -> None:
-        """Note one fault."""
+        """Add one problem to the list."""
         where = "" if self.full else render(path)
         self._lines.append(clean(f"{where}: {message}" if where else message, 1000))
 
@@ -165,7 +165,7 @@ def _nearest_literal(value: object, fault: ErrorDetails) -> str:
 
 
 def key_text(key: object) -> str:
-    """A key of any type, for a path."""
+    """The text of a mapping key, of any type, for a key path."""
     return key if isinstance(key, str) else shown(key)
 
 

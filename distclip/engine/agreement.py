@@ -54,7 +54,7 @@ class LastClip:
         self._left: list[tuple[weakref.ref[Tensor], int, int] | None] = []
 
     def remember(self) -> None:
-        """They are clipped now."""
+        """Record the watched gradients as the clip that has just been made left them."""
         gradients = [parameter.grad for parameter in self._watched]
         self._left = [
             None if g is None or g.is_inference() else (weakref.ref(g), *_versions(g))

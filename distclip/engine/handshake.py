@@ -19,7 +19,7 @@ Options = tuple[tuple[str, str], ...]
 
 @dataclass(frozen=True, slots=True)
 class Notes:
-    """One rank's view.
+    """What one rank tells the others when a clipper is built.
 
     Attributes:
         versions: of distclip and torch.
@@ -95,9 +95,9 @@ class Agreements:
         digest, shown = self._digest(what, entries)
         heard = collectives.gather((digest, f"{what} of {shown}", ""), group)
         ranks = collectives.ranks_of(group)
-        for rank, (_, _, sorrow) in zip(ranks, heard, strict=True):
-            if sorrow:
-                raise RankMismatchError(f"rank {rank} cannot clip or measure: {sorrow}")
+        for rank, (_, _, problem) in zip(ranks, heard, strict=True):
+            if problem:
+                raise RankMismatchError(f"rank {rank} cannot clip or measure: {problem}")
         if any(other != digest for other, _, _ in heard):
             raise RankMismatchError(
                 f"the ranks were given different parameters: "

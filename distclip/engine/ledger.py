@@ -96,7 +96,7 @@ class Ledger:
 
     @property
     def scaled(self) -> Tensor:
-        """The same, without what is decided unit by unit."""
+        """As :attr:`total`, without the coefficients that are decided per unit."""
         self._settle()
         return self._scaled
 
@@ -142,7 +142,7 @@ class Ledger:
         return state
 
     def _statistics(self, stage: Stage) -> Statistics:
-        """What one stage is given."""
+        """The statistics that one stage is given."""
         needs, where = stage.policy.needs, self._where(stage.members)
         return Statistics(
             self._infos(stage.members),

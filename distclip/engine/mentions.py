@@ -23,8 +23,8 @@ def mention_unmatched(policy: Policy, plan: Plan) -> None:
     patterns = unmatched(policy, plan.names)
     if patterns and collectives.is_first(plan.group):
         _logger.warning(
-            "by_name: no parameter's name matches %s, so what is said of it concerns none of "
-            "the %d parameters here (%s)",
+            "by_name: no parameter's name matches %s, so that part of the policy applies to "
+            "none of the %d parameters here (%s)",
             ", ".join(map(repr, patterns)),
             len(plan.names),
             ", ".join(plan.names[:3]) + (", ..." if len(plan.names) > 3 else ""),

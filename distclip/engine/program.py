@@ -61,7 +61,7 @@ class Program:
 
     @cached_property
     def no_skip(self) -> Tensor:
-        """0-dim bool, false; shared too."""
+        """0-dim bool tensor, false; shared by all steps, never changed in place."""
         return torch.zeros((), dtype=torch.bool, device=self.plan.device)
 
     @cached_property

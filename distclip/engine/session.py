@@ -305,7 +305,7 @@ class Session:
         ]
 
     def optimizers(self) -> list[Optimizer]:
-        """Those that are followed, as far as they are alive."""
+        """The optimizers that this session follows and that still exist."""
         return [each for reference, _ in self._optimizers if (each := reference())]
 
     def _compiled(self, optimizers: Sequence[Optimizer]) -> Program:

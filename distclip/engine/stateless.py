@@ -49,11 +49,11 @@ class Given(NamedTuple):
 
     @classmethod
     def of(cls, named: Named) -> Given:
-        """From (name, parameter) pairs."""
+        """Build from (name, parameter) pairs."""
         return cls([parameter for _, parameter in named], [name for name, _ in named])
 
     def named(self) -> Named:
-        """The pairs."""
+        """The (name, parameter) pairs."""
         names = map(str, range(len(self.parameters))) if self.names is None else self.names
         return list(zip(names, self.parameters, strict=True))
 
@@ -139,7 +139,7 @@ def device_of(tensors: Sequence[Tensor]) -> torch.device:
 
 
 def describe_tensor(name: str, tensor: Tensor) -> Described:
-    """Of a tensor that is measured itself, and not its gradient."""
+    """The entry and piece of a tensor that is measured itself (not its gradient)."""
     if isinstance(tensor, DTensor):
         return dtensor.describe_tensor(name, tensor)
     shape = tuple(tensor.shape)
@@ -211,7 +211,7 @@ class Programs:
         self._known: OrderedDict[object, tuple[Fingerprint, Program]] = OrderedDict()
 
     def get(self, given: Given, policy: Policy, *, norms: bool) -> Program:
-        """The program for these parameters."""
+        """The compiled program for these parameters."""
         return self.find(given, policy, norms=norms).program
 
     def find(self, given: Given, policy: Policy, *, norms: bool) -> Found:
@@ -258,7 +258,7 @@ class Fingerprint:
         self._sharding = self._shardings(meant)
 
     def is_of(self, parameters: Sequence[Tensor]) -> bool:
-        """Whether these are the parameters."""
+        """Whether the fingerprint is of exactly these tensors, in this order."""
         return _are_same([alive() for alive in self._references], parameters)
 
     def gradients(self, program: Program) -> Fetched | None:

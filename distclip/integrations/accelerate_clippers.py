@@ -49,7 +49,7 @@ class Clippers:
         self._config = config
 
     def forget(self) -> None:
-        """Their models are gone."""
+        """Forget the clippers of models that no longer exist."""
         for clipper in self.known.values():
             clipper.close()
             release_log(clipper)

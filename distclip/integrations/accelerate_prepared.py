@@ -145,7 +145,7 @@ class Prepared:
 
 
 def innermost(accelerated: AcceleratedOptimizer) -> Optimizer:
-    """The torch optimizer within."""
+    """The torch optimizer that a wrapper holds."""
     optimizer: Optimizer = accelerated
     while isinstance(optimizer, AcceleratedOptimizer):
         optimizer = optimizer.optimizer
@@ -153,7 +153,7 @@ def innermost(accelerated: AcceleratedOptimizer) -> Optimizer:
 
 
 def parameters_of(optimizer: Optimizer) -> list[Tensor]:
-    """Those of all its groups."""
+    """All parameters of an optimizer's groups."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 

@@ -73,7 +73,7 @@ def trained(engine: Any) -> list[Tensor]:
 
 
 def named(engine: Any, parameters: list[Tensor]) -> list[tuple[str, Tensor]]:
-    """These parameters, with their names in the module."""
+    """(name, parameter) pairs, with the names that the parameters have in the module."""
     names = {id(p): name for name, p in named_parameters(engine.module)}
     return [(names.get(id(p), f"unnamed.{place}"), p) for place, p in enumerate(parameters)]
 

@@ -45,7 +45,7 @@ class Replaced:
         del owner.__dict__[name]
 
     def undo(self) -> None:
-        """Put all of them back."""
+        """Restore every attribute that was replaced."""
         for owner, name in self._known:
             del owner.__dict__[name]
         self._known.clear()

@@ -56,7 +56,7 @@ class Look:
         return not lost and not bool((ends[:-1] > starts[1:]).any())
 
     def at(self, positions: list[int]) -> Look:
-        """The same of some of the tensors."""
+        """The look at some of the tensors."""
         tensors = [self.tensors[each] for each in positions]
         return replace(
             self,
@@ -69,7 +69,7 @@ class Look:
 
 
 def there(tensors: Sequence[Tensor | None]) -> Sequence[Tensor]:
-    """Those of the tensors that are not missing."""
+    """The tensors that are not None."""
     if NoneType not in set(map(type, tensors)):
         return cast(Sequence[Tensor], tensors)
     return [tensor for tensor in tensors if tensor is not None]

@@ -20,7 +20,7 @@ def sides(ranks: Sequence[int], values: Sequence[Value]) -> list[tuple[Value, li
 
 
 def ranked(ranks: Sequence[int]) -> str:
-    """``rank 2``, ``ranks 0, 1, 3``."""
+    """Ranks in words: ``rank 2``, ``ranks 0, 1, 3``."""
     shown = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" * (len(ranks) > 8))
     return f"rank{'s' if len(ranks) > 1 else ''} {shown}"
 

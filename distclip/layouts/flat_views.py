@@ -31,7 +31,7 @@ class Source:
     """Whether it is the shard of a DTensor."""
 
     def parameter(self) -> Tensor:
-        """The tensor, if it is sharded now.
+        """The flat or original parameter, provided it is sharded now.
 
         Raises:
             UnsupportedGradientError: it is gathered, or its gradient is not reduced.
@@ -58,7 +58,7 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """One box out of a flat tensor."""
+    """One box of a parameter, as a view into a flat tensor."""
 
     source: Source
     first: int

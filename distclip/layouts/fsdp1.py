@@ -86,7 +86,7 @@ one). An id may have been given to another tensor since: what is found is checke
 
 
 def _locate(name: str, parameter: Tensor) -> tuple[Any, int | None]:
-    """The handle of a parameter.
+    """The ``FlatParamHandle`` of a parameter, and the parameter's index in it.
 
     torch leaves no way from a parameter to its handle, so the handles themselves are looked for
     among the live objects, once for all parameters there are.

@@ -17,7 +17,7 @@ from torch.distributed import _composable_state
 
 
 def sharded(parameters: Iterable[Tensor]) -> list[Tensor]:
-    """The same parameters in the same order, each gathered one replaced by the sharded one."""
+    """The parameters in order, with each gathered one replaced by its sharded parameter."""
     owners = {id(gathered): parameter for gathered, parameter in _gathered()}
     return [owners.get(id(parameter), parameter) for parameter in parameters]
 

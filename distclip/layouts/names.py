@@ -214,7 +214,7 @@ class Watched:
 
     @property
     def modules(self) -> list[nn.Module]:
-        """Those that the target is, or lists; none where it lists parameters."""
+        """The modules that the target is or lists; empty where it lists parameters."""
         return self._modules
 
     def copied(self, memo: dict[int, Any]) -> list[nn.Module]:

@@ -112,7 +112,7 @@ class Piece:
     spread: Holder | None = None
 
     def numbered(self, index: int, share: float) -> Piece:
-        """The same piece under another table row, its share multiplied."""
+        """This piece under another table row, with its share multiplied."""
         return replace(self, index=index, share=self.share * share)
 
 

@@ -19,7 +19,7 @@ Table = Sequence[Entry]
 def settle(
     described: Sequence[Described], tables: Sequence[Table], ranks: Sequence[int], me: int
 ) -> tuple[list[Described], list[Table]]:
-    """The same, with the logical shapes and the places that the slices of all ranks make together.
+    """Descriptions with the logical shapes and offsets that the slices of all ranks make together.
 
     Args:
         described: of this rank.

@@ -102,7 +102,7 @@ def mark(parameter: Tensor, extent: Extent | None) -> None:
 
 
 def extent_of(parameter: Tensor) -> Extent | None:
-    """What :func:`mark` said."""
+    """Where a parameter lies in ZeRO's flat buffers, as :func:`mark` recorded it."""
     return cast("Extent | None", _marked.get(parameter))
 
 

@@ -101,7 +101,7 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> None:
 
 
 def backend() -> tuple[Any, Any]:
-    """The module, and its ``Figure``.
+    """The matplotlib module and its ``Figure`` class.
 
     Raises:
         DistclipError: matplotlib is not installed.

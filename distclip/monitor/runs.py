@@ -185,7 +185,7 @@ class Summary:
 
     @classmethod
     def of(cls, run: Run) -> Summary:
-        """Sum up a run."""
+        """Summarise a run."""
         finite = run.total_norm[np.isfinite(run.total_norm)]
         known = run.threshold[np.isfinite(run.threshold)]
         fractions = run.clipped_fraction[np.isfinite(run.clipped_fraction)]
@@ -230,7 +230,7 @@ class Summary:
 
 
 def summaries(runs: Sequence[Run]) -> list[Summary]:
-    """One summary a run."""
+    """The summary of each run."""
     return [Summary.of(run) for run in runs]
 
 
@@ -258,7 +258,7 @@ class Suggestion:
     def of(
         cls, runs: Sequence[Run], percentile: float = 90.0, first_step: float = 0.0
     ) -> Suggestion:
-        """From recorded runs.
+        """Build from recorded runs.
 
         Args:
             runs: of one model, at the learning rate that is meant.

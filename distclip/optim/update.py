@@ -66,7 +66,7 @@ class Tensors:
     squares: list[Tensor]
 
     def append(self, param: Tensor, gradient: Tensor, average: Tensor, square: Tensor) -> None:
-        """Add one parameter's."""
+        """Add the coefficients of one parameter."""
         self.params.append(param)
         self.gradients.append(gradient)
         self.averages.append(average)

@@ -64,7 +64,7 @@ class GroupNorm(NormThreshold):
 
 @functools.lru_cache(maxsize=64)
 def _placed(indices: tuple[int, ...], device: torch.device) -> Tensor:
-    """The same at every step: brought to a device once, so that no later step waits for it."""
+    """Group numbers on a device. They never change, so they are copied there once."""
     return torch.tensor(indices, device=device)
 
 

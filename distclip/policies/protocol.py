@@ -199,7 +199,7 @@ class Policy(abc.ABC):
 
     @property
     def needs(self) -> Needs:
-        """The statistics that it reads."""
+        """The statistics that the policy reads."""
         return Needs()
 
     def init(self, parameters: Sequence[ParameterInfo]) -> State:

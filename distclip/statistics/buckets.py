@@ -134,7 +134,7 @@ def _registered_on_copy(state: object, hook: CommHook) -> None:
 
 
 def _average(reference: weakref.ref[DistributedDataParallel], bucket: Any) -> Any:
-    """What DDP does without a hook.
+    """Average a bucket over the ranks, as DDP does without a hook.
 
     To the bit, but for gradients that are views of the bucket and stay from step to step: DDP
     divides those where it multiplies others, which differ in the last bit on three ranks, say.
@@ -151,7 +151,7 @@ def _average(reference: weakref.ref[DistributedDataParallel], bucket: Any) -> An
 
 
 class Bucket:
-    """One bucket in one backward.
+    """One gradient bucket of DDP in one backward.
 
     Args:
         overlap: who asked.

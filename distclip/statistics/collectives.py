@@ -74,7 +74,7 @@ def rank_in(group: ProcessGroup) -> int:
 
 
 def global_rank() -> int:
-    """Of this process; 0 outside of a distributed run."""
+    """The global rank of this process; 0 outside of a distributed run."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
@@ -103,7 +103,7 @@ def sends_anything(group: ProcessGroup) -> bool:
 
 
 def is_mixed(group: ProcessGroup) -> bool:
-    """Whether tensors of different devices go to different backends, deaf to each other."""
+    """Whether tensors of different devices go to different backends, which do not communicate."""
     pairs = dist.get_backend_config(group).split(",")
     return len({pair.partition(":")[2] for pair in pairs}) > 1
 

@@ -195,13 +195,13 @@ class Early:
 
     @cached_property
     def positions(self) -> frozenset[int]:
-        """The pieces that they are of."""
+        """Positions of the pieces that were measured early."""
         return frozenset(each for batch in self.batches for each in batch.pattern.positions)
 
     def rest(
         self, tensors: Sequence[Tensor | None], positions: Sequence[int]
     ) -> list[Tensor | None]:
-        """Those of the pieces at ``positions`` that are left to be measured."""
+        """The positions, of those given, that are still to be measured."""
         known = self.positions
         pairs = zip(positions, tensors, strict=True)
         return [None if each in known else tensor for each, tensor in pairs]

@@ -45,7 +45,7 @@ class Encoding:
 
     @property
     def slots(self) -> int:
-        """Numbers per norm."""
+        """How many float64 numbers encode one norm."""
         if not self.wide:
             return 1
         return math.floor(1030 * self.norm_type / SLOT_BITS) - self.lowest + 1

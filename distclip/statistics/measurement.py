@@ -233,7 +233,7 @@ def _inspected(
 def _counted(
     plan: Plan, request: Request, present: Sequence[Tensor | None]
 ) -> Sequence[Tensor | None]:
-    """Those that are measured as a whole, and by this rank."""
+    """The gradients that are measured as a whole and counted by this rank; None for all others."""
     if not request.unit_dims and plan.shares is None:
         return present
     return [

@@ -98,7 +98,7 @@ class Overlap:
 
     @property
     def device(self) -> torch.device:
-        """Where the statistics go."""
+        """The device of the statistics."""
         return self._plan.device
 
     @property
@@ -121,7 +121,7 @@ class Overlap:
         self._done.update(dict.fromkeys(batch.pattern.positions, batch))
 
     def close(self) -> None:
-        """Take the hooks off."""
+        """Remove the hooks."""
         self._drop()
         self._wanted = frozenset()
         self._followed = []

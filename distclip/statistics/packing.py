@@ -109,7 +109,7 @@ class Stamp:
     idle: bool = False
 
     def pair(self, *, maximum: bool) -> tuple[float, float]:
-        """What this rank sends."""
+        """The two numbers that this rank sends."""
         number = float(self.number)
         return number, self.limit - number if maximum else number * number
 

@@ -55,7 +55,7 @@ class StepCheck(Watcher):
         self._before: tuple[Whole, Tensor | None] | None = None
 
     def install(self) -> StepCheck:
-        """Watch from now on."""
+        """Start watching every GradClipper of this process."""
         clippers.watchers.append(self)
         return self
 

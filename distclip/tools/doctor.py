@@ -30,7 +30,7 @@ LIMIT = 120.0
 
 @dataclass(frozen=True)
 class Line:
-    """One thing that was looked at.
+    """One finding of the doctor.
 
     Attributes:
         topic: ``"versions"``, ``"layouts"``, ``"ranks"``, ``"machine"`` or ``"launch"``.
@@ -59,7 +59,7 @@ def look(launch_config: Path | None, ranks: int) -> list[Line]:
 
 
 def as_json(lines: list[Line]) -> str:
-    """For other programs."""
+    """The findings as JSON."""
     document = {
         "distclip": __version__,
         "sound": all(line.state != "wrong" for line in lines),
@@ -72,7 +72,7 @@ def as_json(lines: list[Line]) -> str:
 
 
 def versions() -> list[Line]:
-    """Of Python and of packages, beside the ranges that the tests were run with."""
+    """Versions of Python and of packages, beside the ranges that were tested."""
     tested = ranges()
     python = platform.python_version()
     inside = within(python, tested["python"])

@@ -50,7 +50,7 @@ def scale_(tensors: Sequence[Tensor], coefficients: Tensor) -> None:
 
 
 def _by_way(tensors: Sequence[Tensor]) -> tuple[Sequence[int], Sequence[int]]:
-    """Those that the Triton kernels take, and the others."""
+    """Indices of the tensors that the Triton kernels take, and of all others."""
     usable = multi_tensor.is_usable(tensors[0].device)
     if usable and multi_tensor.scales_all(tensors):
         return range(len(tensors)), ()

@@ -23,7 +23,7 @@ PART = 1 << 20
 
 
 class Kind(enum.IntEnum):
-    """Formats that the loops read."""
+    """Number formats that the compiled loops read."""
 
     FLOAT32 = 0
     BFLOAT16 = 1

@@ -82,7 +82,7 @@ def choose(
     seen: Look | None = None,
     pairs: bool = False,
 ) -> Chosen | None:
-    """Those of the tensors that the loops take; None where there are none.
+    """Select the tensors that the compiled loops take; None where there are none.
 
     Args:
         tensors: any; None stands for a tensor that is missing.
@@ -220,7 +220,7 @@ def unit_norms(chosen: Chosen, norm_type: float) -> tuple[Floats, list[int]]:
 
 
 def _of_float64(chosen: Chosen, numbers: Integers) -> list[int]:
-    """Those of the tensors whose squares can leave the range of float64."""
+    """Indices of the tensors whose squares can leave the range of float64."""
     return [n for n in dict.fromkeys(numbers.tolist()) if chosen.tensors[n].dtype is torch.float64]
 
 

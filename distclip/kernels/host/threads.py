@@ -22,7 +22,7 @@ WORTHWHILE = 1 << 18
 def run(
     loop: Callable[[int, int, int, int], None], table: Table, blocks: Integers, values: int
 ) -> None:
-    """Let ``loop`` work on all blocks.
+    """Run ``loop`` over all blocks, on as many threads as pay.
 
     Args:
         loop: a compiled function.

@@ -80,7 +80,7 @@ def wrap_units(root: nn.Module, layout: str) -> nn.Module:
 
 
 def flattened(parameter: Tensor) -> bool:
-    """Whether FSDP1 has flattened it."""
+    """Whether FSDP1 has flattened this parameter."""
     return bool(getattr(parameter, "_fsdp_flattened", False))
 
 

@@ -90,7 +90,7 @@ class Sharded:
     """Plain parameters that are another tensor on each rank of a group: to be declared."""
 
     def named(self) -> list[tuple[str, Tensor]]:
-        """What a GradClipper takes."""
+        """The (name, parameter) pairs, as a GradClipper takes them."""
         return list(self.parameters.items())
 
     def set_gradients(self, gradients: Mapping[str, Tensor | None]) -> None:

@@ -46,7 +46,7 @@ class Request(NamedTuple):
 
 
 class Reply(NamedTuple):
-    """What came of it."""
+    """What a rank sends back for a call."""
 
     kind: Kind
     value: bytes = b""  # pickled result

@@ -40,7 +40,7 @@ _ELEMENTS = {SMALL: "288 parameters, 1.2 M elements", LARGE: "144 parameters, 38
 
 @dataclass(frozen=True)
 class Case:
-    """One table.
+    """One case of the benchmark: a table of ways to clip the same gradients.
 
     Attributes:
         name: as the command line takes it.

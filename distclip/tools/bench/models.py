@@ -25,7 +25,7 @@ LARGE: Size = (12, 512)
 
 @dataclass(frozen=True)
 class Model:
-    """What the ways of a case clip.
+    """A model with gradients, which the ways of a case clip.
 
     Attributes:
         target: what a ``GradClipper`` is built for.

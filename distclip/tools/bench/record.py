@@ -31,7 +31,7 @@ PEERS = (
 
 @dataclass(frozen=True)
 class WayRecord:
-    """One way in one run.
+    """The timings of one way in one run.
 
     Attributes:
         wall_ms: of each round, the slowest rank's time.
@@ -46,7 +46,7 @@ class WayRecord:
 
 @dataclass(frozen=True)
 class CaseRecord:
-    """One case in one run.
+    """The results of one case in one run.
 
     Attributes:
         title: of its table.
@@ -74,14 +74,14 @@ class CaseRecord:
 
 @dataclass(frozen=True)
 class Record:
-    """A run."""
+    """A whole run of the benchmark."""
 
     machine: dict[str, str]
     ranks: int
     cases: dict[str, CaseRecord]
 
     def write(self, path: Path) -> None:
-        """As JSON."""
+        """Write the record as JSON."""
         path.parent.mkdir(parents=True, exist_ok=True)
         document = {"format": FORMAT, **asdict(self)}
         cases = [
@@ -94,7 +94,7 @@ class Record:
 
 
 def read(path: Path) -> Record:
-    """A run that was kept.
+    """Read a recorded run.
 
     Raises:
         DistclipError: the file is not there, or not one that this version wrote.
@@ -151,7 +151,7 @@ def _rounded(
 
 @dataclass(frozen=True)
 class Row:
-    """One way's result.
+    """One row of a table: the result of one way.
 
     Attributes:
         name: of the way.
@@ -172,7 +172,7 @@ class Row:
 
 
 def rows(case: CaseRecord) -> list[Row]:
-    """The table of a case."""
+    """The rows of a case's table."""
     found = []
     for name, way in case.ways.items():
         low, _, high = (

@@ -26,7 +26,7 @@ class Way:
     before: Callable[[], object]
 
     def __call__(self) -> None:
-        """What is timed."""
+        """Clip once; this call is timed."""
         self.act()
 
 
@@ -136,7 +136,7 @@ def _prepare(bench: Bench, name: str) -> None:
 
 
 def _once(bench: Bench, name: str) -> tuple[float, float]:
-    """Wall and CPU time in ms."""
+    """Run once; wall and CPU time in ms."""
     way = bench.ways[name]
     _prepare(bench, name)
     computed = time.process_time()

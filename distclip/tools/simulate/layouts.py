@@ -38,7 +38,7 @@ LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR
 
 @dataclass(frozen=True)
 class Launch:
-    """What is to be started.
+    """How one layout is launched.
 
     Attributes:
         layout: its name.
@@ -60,7 +60,7 @@ def uses_accelerate(layout: str) -> bool:
 
 
 def check(layout: str) -> None:
-    """Refuse what there is not.
+    """Refuse a layout, or a number of ranks, that cannot be launched.
 
     Raises:
         ConfigurationError: names the layout, or the package that is missing and its extra.

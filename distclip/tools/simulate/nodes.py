@@ -58,7 +58,7 @@ def filled(command: Sequence[str], node: int | None) -> list[str]:
 
 
 def address(node: int) -> str:
-    """Of a node in its namespace."""
+    """The address of a node in its network namespace."""
     return f"{NETWORK}.{node + 1}"
 
 

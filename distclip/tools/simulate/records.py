@@ -13,7 +13,7 @@ from distclip.tools.simulate.task import journal_of, output_of
 
 
 class Box(NamedTuple):
-    """Which part of which parameter."""
+    """A box of a logical parameter that a rank holds."""
 
     name: str
     offsets: tuple[int, ...]
@@ -69,7 +69,7 @@ class Step:
 
 @dataclass
 class Rank:
-    """All that one rank wrote down.
+    """The journal of one rank.
 
     Attributes:
         number: its rank.
@@ -100,7 +100,7 @@ class Rank:
 
     @property
     def done(self) -> int:
-        """How many steps it has taken."""
+        """How many steps the rank has taken."""
         return sum(step.done for step in self.steps)
 
     @property
@@ -114,7 +114,7 @@ class Rank:
         return self.done, len(last.sizes), len(last.losses), last.begun
 
     def take(self, record: dict[str, Any]) -> None:
-        """Add one line."""
+        """Add one line of the journal."""
         self.events += 1
         event = record["event"]
         if event == "start":
@@ -186,7 +186,7 @@ class Reader:
         return found
 
     def read_output(self) -> None:
-        """Take in what the ranks printed."""
+        """Read what the ranks printed."""
         for rank in self.ranks:
             path = output_of(self.folder, rank.number)
             rank.output = path.read_text(errors="replace") if path.exists() else ""

@@ -23,7 +23,7 @@ OURS = re.compile(r"task\.json|rank\d+\.(jsonl|out|stacks)|node\d+\.log|accelera
 
 @dataclass(frozen=True)
 class Simulation:
-    """What is simulated.
+    """One simulation: a script under one or several layouts.
 
     Attributes:
         script: path, or module.

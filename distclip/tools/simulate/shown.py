@@ -88,7 +88,7 @@ def _cells(first: Outcome, outcome: Outcome, number: int, tolerance: float) -> l
 
 
 def show(outcomes: Sequence[Outcome], tolerance: float, console: Console) -> None:
-    """Everything, for a person."""
+    """Print the whole result for a reader."""
     if any(outcome.rows for outcome in outcomes):
         console.print(table(outcomes, tolerance))
     for outcome in outcomes:

@@ -17,7 +17,7 @@ _LIBRARY = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib")}
 
 
 class Frame(NamedTuple):
-    """One frame."""
+    """One stack frame of a stuck rank."""
 
     file: str
     line: int

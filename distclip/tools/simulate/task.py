@@ -39,24 +39,24 @@ class Task:
     log: str | None = None
 
     def save(self) -> Path:
-        """Write it into its folder."""
+        """Write the task into its folder."""
         path = Path(self.folder) / "task.json"
         path.write_text(json.dumps(dataclasses.asdict(self)))
         return path
 
     @classmethod
     def load(cls, path: str) -> Task:
-        """Read it again."""
+        """Read a task from its folder."""
         return cls(**json.loads(Path(path).read_text()))
 
 
 def journal_of(folder: Path, rank: int) -> Path:
-    """What a rank wrote down."""
+    """The path of a rank's journal."""
     return folder / f"rank{rank}.jsonl"
 
 
 def output_of(folder: Path, rank: int) -> Path:
-    """What it printed."""
+    """The path of a rank's output."""
     return folder / f"rank{rank}.out"
 
 

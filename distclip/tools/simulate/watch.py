@@ -50,7 +50,7 @@ How = Literal["ended", "failed", "hung", "not started"]
 
 @dataclass
 class Ending:
-    """What became of a launch.
+    """How a launch ended.
 
     Attributes:
         how: ``"ended"`` (every script came to its end), ``"failed"`` (one raised or died),

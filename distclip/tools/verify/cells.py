@@ -30,7 +30,7 @@ from distclip.testing.models.sharded import shard, whole
 
 @dataclass(frozen=True)
 class Cell:
-    """A place in the matrix."""
+    """One cell of the matrix: layout, policy, dtype and number of ranks."""
 
     layout: str
     policy: str
@@ -39,7 +39,7 @@ class Cell:
 
 
 class Found(NamedTuple):
-    """What came of a cell.
+    """The result of one cell.
 
     Attributes:
         status: ``"passed"``, ``"failed"`` or ``"not run"``.

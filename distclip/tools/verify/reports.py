@@ -20,7 +20,7 @@ from distclip.tools.verify.cells import Cell, Found
 
 @dataclass
 class Matrix:
-    """Results, and what they are of.
+    """All results of a run, and what was run.
 
     Attributes:
         model: the built-in one, or the user's.
@@ -50,7 +50,7 @@ class Matrix:
 
     @property
     def versions(self) -> dict[str, str]:
-        """Where and when."""
+        """Versions, platform and date of the run."""
         return {
             "distclip": __version__,
             "torch": torch.__version__,
@@ -72,7 +72,7 @@ class Matrix:
         return f"{failed} of {len(run)} FAILED" if failed else "yes"
 
     def summary(self) -> str:
-        """The counts, in words."""
+        """The number of cells of each status, in words."""
         counts = [f"{self.count('passed')} passed", f"{self.count('failed')} failed"]
         return f"{', '.join(counts)}, {self.count('not run')} not run, in {self.seconds:.0f} s"
 
@@ -90,7 +90,7 @@ class Matrix:
 
 
 def table(matrix: Matrix) -> Table:
-    """For the terminal."""
+    """The matrix as a table for the terminal."""
     result = Table(title=escape(f"{clean(matrix.model)} against the float64 oracle"))
     result.add_column("policy")
     for layout in matrix.layouts:
