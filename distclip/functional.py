@@ -20,7 +20,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
 from distclip.application.eager import eagerly
-from distclip.application.notices import note_clip, sample, warn
+from distclip.application.notices import forget_clips, note_clip, sample, warn
 from distclip.engine.joint import joint_norm
 from distclip.engine.program import Program
 from distclip.engine.stateless import (
@@ -276,6 +276,18 @@ def grad_norms(
     }
 
 
+def clear_cache() -> None:
+    """Forget what the functions of this module remember of parameters they were given.
+
+    They remember it by weak references, which keep nothing alive; but torch refuses to convert
+    DTensor parameters (``model.to(...)``, ``.cpu()``, ``.half()`` under FSDP2 or tensor
+    parallelism) while there are any. Call this first; the next call of a function looks anew. What
+    a :class:`distclip.GradClipper` refers to goes with the clipper.
+    """
+    programs.clear()
+    forget_clips()
+
+
 def _given(parameters: Parameters) -> Given:
     if isinstance(parameters, (nn.ParameterList, nn.ParameterDict)):
         parameters = parameters.parameters()
@@ -335,6 +347,7 @@ def _norm_dtype(dtypes: Iterable[str]) -> torch.dtype:
 
 
 __all__ = [
+    "clear_cache",
     "clip_grad_agc_",
     "clip_grad_norm_",
     "clip_grad_value_",

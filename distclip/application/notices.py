@@ -79,6 +79,11 @@ def note_clip(chosen: Sequence[Tensor], by: str, owner: int = 0) -> None:
         _clipped.popitem(last=False)
 
 
+def forget_clips() -> None:
+    """Forget all of them."""
+    _clipped.clear()
+
+
 def earlier_clip(chosen: Sequence[Tensor], owner: int) -> str | None:
     """Who else has clipped these gradients, with no backward and no step since.
 

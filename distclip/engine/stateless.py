@@ -210,6 +210,10 @@ class Programs:
         self._size = size
         self._known: OrderedDict[object, tuple[Fingerprint, Program]] = OrderedDict()
 
+    def clear(self) -> None:
+        """Forget all of them."""
+        self._known.clear()
+
     def get(self, given: Given, policy: Policy, *, norms: bool) -> Program:
         """The compiled program for these parameters."""
         return self.find(given, policy, norms=norms).program
