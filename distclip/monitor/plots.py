@@ -75,6 +75,9 @@ def draw(
                 panel.set_title(f"Gradient norm, {group}")
         _keep_in_view(norms, [run.total_norm for run in runs])
         _share(share, runs, colours)
+        named = [*norms, *([share] if len(groups) > 1 else []), *([loss] if loss else [])]
+        for panel in named:
+            _legend(panel)
     return figure
 
 
@@ -167,7 +170,6 @@ def _loss(axes: Axes, losses: Sequence[Curve], colours: dict[str, str], quantity
     axes.set_title(quantity)
     axes.set_ylabel(quantity.lower())
     _keep_in_view([axes], [curve.values for curve in losses])
-    _legend(axes)
 
 
 def _norms(axes: Axes, runs: Sequence[Run], colour: str) -> None:
@@ -181,7 +183,6 @@ def _norms(axes: Axes, runs: Sequence[Run], colour: str) -> None:
     axes.set_yscale("log")
     axes.set_title("Gradient norm")
     axes.set_ylabel("norm (log scale)")
-    _legend(axes)
 
 
 def _thresholds(runs: Sequence[Run]) -> list[tuple[float, str]]:
@@ -212,8 +213,6 @@ def _share(axes: Axes, runs: Sequence[Run], colours: dict[str, str]) -> None:
     axes.set_title("Clipped share of the parameters")
     axes.set_ylabel("running mean, %")
     axes.set_ylim(-2, 102)
-    if len(colours) > 1:
-        _legend(axes)
 
 
 def _curves_of(runs: Iterable[Run], value: Callable[[Run], Floats]) -> list[Curve]:
@@ -232,7 +231,14 @@ def _curves(axes: Axes, curves: Sequence[Curve], colour: str, label: str) -> Non
 
 
 def _legend(axes: Axes) -> None:
-    axes.legend(loc="upper right", handlelength=1.6)
+    """Above the panel, at the right of its title's line: never on the curves."""
+    handles, labels = axes.get_legend_handles_labels()
+    axes.legend(
+        handles, labels, loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=min(len(labels), 2),
+        handlelength=1.6, borderaxespad=0.1, columnspacing=1.2,
+    )  # fmt: skip
+    rows = -(-len(labels) // 2)
+    axes.set_title(axes.get_title(loc="left"), loc="left", pad=6 + 15 * rows)
 
 
 def _mean(curves: Sequence[Curve]) -> tuple[Floats, Floats]:
