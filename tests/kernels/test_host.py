@@ -8,10 +8,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from distclip.kernels import changing, measuring
@@ -304,6 +306,21 @@ def test_many_threads_may_measure_at_once() -> None:
         found = list(pool.map(lambda each: measuring.norms(each, 2.0, device=CPU), tensors * 20))
     for each, norms in zip(tensors * 20, found, strict=True):
         assert torch.equal(norms, measuring.norms(each, 2.0, device=CPU))
+
+
+@pytest.mark.ranks(4)
+def test_ranks_that_compile_at_once_agree_to_the_bit() -> None:
+    tensors = [drawn(size, seed=size) for size in SIZES]
+    compiler.function.cache_clear()
+    compiler.kinds.cache_clear()
+    dist.barrier()
+    norms = measuring.norms(tensors, 2.0, device=CPU)
+    assert compiler.function("squares") is not None
+    everyones: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyones, norms)
+    assert all(torch.equal(norms, each) for each in everyones)
+    wanted = [reference(tensor, 2.0) for tensor in tensors]
+    np.testing.assert_allclose(norms.numpy(), wanted, rtol=1e-12)
 
 
 WITHOUT = """
