@@ -23,6 +23,8 @@ SECONDS = 60
 @pytest.mark.parametrize("framework", ["deepspeed", "megatron"])
 def test_marks_of_frameworks(framework: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Asked for where the framework is loaded (here: a stand-in for it), else refused by name."""
+    for loaded in ("deepspeed.utils.groups", "megatron.core.parallel_state"):  # by other tests
+        monkeypatch.delitem(sys.modules, loaded, raising=False)
     group = expert_mesh()["ep"].get_group()
     rank = dist.get_rank(group)
     p = nn.Parameter(torch.ones(3))
