@@ -25,8 +25,11 @@ CONFIGS = ROOT / "configs" / "accelerate"
 
 # What `distclip run` does with the mode, and nothing else of it.
 RUNNER = """
-import runpy, sys
+import atexit, runpy, sys
 from distclip.integrations import accelerate_cpu
+from distclip.tools.launch.leaving import let_gloo_finish
+
+atexit.register(let_gloo_finish)  # torch may abort a rank that leaves too soon; `run` waits too
 
 arguments = sys.argv[1:]
 cpu = arguments[0] == "--cpu"
