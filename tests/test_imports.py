@@ -22,8 +22,8 @@ IMPORTERS: dict[str, set[str]] = {
     "accelerate": {
         "tools/bench/peers.py",
         "integrations/accelerate.py",
-        "integrations/accelerate_cpu.py",
-        "integrations/accelerate_cpu_asked.py",
+        "tools/launch/accelerate_cpu.py",
+        "tools/launch/accelerate_cpu_asked.py",
         "integrations/accelerate_prepared.py",
     },
     "deepspeed": {
@@ -43,7 +43,7 @@ IMPORTERS: dict[str, set[str]] = {
         "kernels/host/loops.py",
     },
     "matplotlib": {"monitor/plots.py"},
-    "psutil": {"integrations/accelerate_cpu_asked.py"},
+    "psutil": {"tools/launch/accelerate_cpu_asked.py"},
     "pydantic": {"config/document.py", "config/policies.py", "config/problems.py"},
     "pydantic_core": {"config/problems.py"},
     "yaml": {"config/files.py", "tools/simulate/layouts.py"},

@@ -2,8 +2,8 @@
 
 The policy takes the place of ``Accelerator.clip_grad_norm_`` and ``clip_grad_value_``, and a hook
 before the optimizer's step clips for scripts that never call them. Whichever comes first, a
-gradient is clipped once per update. Only this file, ``accelerate_prepared`` and ``accelerate_cpu``
-import ``accelerate``.
+gradient is clipped once per update. Only this file and ``accelerate_prepared`` import
+``accelerate``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import logging
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any
 
@@ -26,10 +26,9 @@ from distclip.application.folded import FusedStep
 from distclip.application.stepping import StepHandle
 from distclip.clipper import GradClipper
 from distclip.config import Config
-from distclip.engine.checkpoint import Source
 from distclip.errors import ConfigurationError
 from distclip.functional import get_total_norm
-from distclip.integrations import accelerate_cpu, deepspeed_json, hooks
+from distclip.integrations import deepspeed_json, hooks
 from distclip.integrations.accelerate_clippers import Clippers
 from distclip.integrations.accelerate_marks import Mark, Together
 from distclip.integrations.accelerate_prepared import (
@@ -39,8 +38,10 @@ from distclip.integrations.accelerate_prepared import (
     refuse_engines,
     refuse_lomo,
 )
+from distclip.integrations.attachment import Attachment
 from distclip.integrations.checkpoints import Shelf
 from distclip.integrations.given import PolicyOrConfig, config_of
+from distclip.integrations.patches import replace
 from distclip.layouts import fsdp1
 from distclip.layouts.detect import refuse_dummy
 from distclip.report import ClipReport
@@ -48,7 +49,9 @@ from distclip.report import ClipReport
 _logger = logging.getLogger("distclip.accelerate")
 
 
-def attach(accelerator: accelerate.Accelerator, policy_or_config: PolicyOrConfig) -> Attachment:
+def attach(
+    accelerator: accelerate.Accelerator, policy_or_config: PolicyOrConfig
+) -> AcceleratorAttachment:
     """Let a policy do all the clipping of an ``Accelerator``.
 
     ::
@@ -87,65 +90,48 @@ def attach(accelerator: accelerate.Accelerator, policy_or_config: PolicyOrConfig
             step: a policy that reads the loss, where several sets of parameters are clipped.
         DistclipError: DeepSpeed, XLA or Megatron-LM, which need other hooks than these.
     """
-    if getattr(accelerator, "_distclip", None) is not None:
-        raise ConfigurationError(
-            "this Accelerator has a distclip policy already, from an earlier attach() or from "
-            "`distclip run`; call remove() on the first handle, or start without `distclip run`"
-        )
-    return Attachment(accelerator, config_of(policy_or_config))
+    return AcceleratorAttachment(accelerator, config_of(policy_or_config))
 
 
 def enable(module: ModuleType, config: Config | None) -> None:
     """Attach ``config`` to every ``Accelerator`` of this process, once it prepares something.
 
-    What ``distclip run`` does as soon as the script imports Accelerate. It also sees to it that the
-    ranks of a CPU launch are really there. Under DeepSpeed the engine gets the policy instead.
+    What ``distclip run`` does as soon as the script imports Accelerate. Under DeepSpeed the engine
+    gets the policy instead.
 
     Args:
         module: ``accelerate.accelerator``.
         config: a checked configuration; None: a DeepSpeed JSON has it.
     """
-    for name in ("prepare", "prepare_model", "prepare_optimizer"):
-        setattr(module.Accelerator, name, _attaching(getattr(module.Accelerator, name), config))
 
-
-def _attaching(original: Any, config: Config | None) -> Any:
-    alone = original.__name__ == "prepare_optimizer"
-
-    @functools.wraps(original)
-    def prepare(self: Any, *args: Any, **kwargs: Any) -> Any:
-        on_cpu = accelerate_cpu.requested()
-        if not on_cpu:
-            accelerate_cpu.check_ranks(self)
-        engine = self.distributed_type == DistributedType.DEEPSPEED
+    def prepare(original: Callable[..., Any], accelerator: Any, *args: Any, **kwargs: Any) -> Any:
+        engine = accelerator.distributed_type == DistributedType.DEEPSPEED
         if engine:  # "auto" in the JSON gets its value before Accelerate reads it
-            plugin = self.state.deepspeed_plugin
+            plugin = accelerator.state.deepspeed_plugin
             deepspeed_json.resolve_auto(plugin.deepspeed_config, plugin.gradient_clipping)
         elif config is None:
             raise ConfigurationError(
                 "run: no configuration, and this launch does not use DeepSpeed, whose JSON might "
                 "have one: give --config policy.yaml before the script"
             )
-        elif getattr(self, "_distclip", None) is None:
-            Attachment(self, config)
-        prepared = original(self, *args, **kwargs)
-        if alone and not engine:
-            self._distclip._adopt(prepared)
-        elif on_cpu and not alone and not kwargs.get("evaluation_mode"):
-            accelerate_cpu.verify(self, *(prepared if isinstance(prepared, tuple) else (prepared,)))
+        elif getattr(accelerator, "_distclip", None) is None:
+            AcceleratorAttachment(accelerator, config)
+        prepared = original(accelerator, *args, **kwargs)
+        if original.__name__ == "prepare_optimizer" and not engine:
+            accelerator._distclip._adopt(prepared)
         return prepared
 
-    return prepare
+    for name in ("prepare", "prepare_model", "prepare_optimizer"):
+        replace(module.Accelerator, name, prepare)
 
 
-class Attachment:
+class AcceleratorAttachment(Attachment):
     """A policy on one ``Accelerator``; made by :func:`attach`."""
 
     def __init__(self, accelerator: Any, config: Config) -> None:
+        super().__init__(accelerator, "Accelerator", config)
         refuse_engines(accelerator)
         self.accelerator = accelerator
-        self.config = config
-        self.last_report: ClipReport | None = None
         self._prepared = Prepared(accelerator)
         self._clippers = Clippers(self._prepared, config)
         self._handles: weakref.WeakKeyDictionary[Optimizer, StepHandle]
@@ -153,79 +139,35 @@ class Attachment:
         self._called: dict[int, Mark] = {}
         """Parameters (by id) that a call of the script has clipped since their last update."""
         self._announced = False
-        self.loss_factor: Callable[[], float] = lambda: 1
-        """What a loss that was given to ``backward`` has to be multiplied by."""
-        replaced: dict[str, Any] = {
-            "clip_grad_norm_": self.clip_grad_norm_,
-            "clip_grad_value_": self.clip_grad_value_,
+        replaced: dict[str, Callable[..., Any]] = {
+            "clip_grad_norm_": lambda original, *a, **k: self.clip_grad_norm_(*a, **k),
+            "clip_grad_value_": lambda original, *a, **k: self.clip_grad_value_(*a, **k),
             "prepare_optimizer": self._prepare_optimizer,
             "free_memory": self._free_memory,
         }
         if self._clippers.reads_loss:
             replaced["backward"] = self._backward
-        self._originals = {
-            name: (getattr(accelerator, name), accelerator.__dict__.get(name)) for name in replaced
-        }
+        self._undo += [self._forget_models, self._release]
         for name, replacement in replaced.items():
-            setattr(accelerator, name, replacement)
-        accelerator._distclip = self
-        self._hooks = [
-            accelerator.register_save_state_pre_hook(self._save),
-            accelerator.register_load_state_pre_hook(self._load),
+            self._replace(accelerator, name, replacement)
+        self._undo += [
+            accelerator.register_save_state_pre_hook(self._save).remove,
+            accelerator.register_load_state_pre_hook(self._load).remove,
         ]
+        self._begin()
         for optimizer in accelerator._optimizers:
             self._adopt(optimizer)
 
-    def remove(self) -> None:
-        """Give the ``Accelerator`` its own clipping back; a second call does nothing.
-
-        Raises:
-            NonFiniteGradientError: under ``on_nonfinite="error_late"``, when all is undone: the
-                last step had a gradient that is not finite.
-        """
-        if self.accelerator._distclip is not self:
-            return
-        clippers = list(self._clippers.known.values())
-        for name, (_, before) in self._originals.items():
-            if before is None:
-                del self.accelerator.__dict__[name]
-            else:
-                setattr(self.accelerator, name, before)
-        self.accelerator._distclip = None
-        for hook in self._hooks:
-            hook.remove()
+    def _release(self) -> None:
+        """Take the hooks off all optimizers."""
         for optimizer, handle in self._handles.items():
             handle.remove()
             for accelerated in self._prepared.wrappers(optimizer):
                 if accelerated.scaler is None:  # then Accelerate itself never touches it again
                     accelerated._is_overflow = False
         self._handles.clear()
-        self._forget_models()
-        for clipper in clippers:
-            clipper.raise_late()
-
-    def state_dict(self) -> dict[str, Any]:
-        """The memory of all clippers, for checkpoints that ``save_state`` does not make.
-
-        Tensors and plain values, the same on every rank.
-        """
-        return self._clippers.shelf.state_dict(self._clippers.known.values())
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load what :meth:`state_dict` gave, on every rank, before the first step or later.
-
-        An empty state (a checkpoint from before distclip was in use) gives a warning in the log.
-
-        Raises:
-            StateError: no such state, that of another policy or model (of another model perhaps at
-                the next step, when the clipper is built), or a damaged one.
-        """
-        known = self._clippers.known.values()
-        source = Source("what load_state_dict was given")
-        self._clippers.shelf.load_state_dict(state, known, source)
 
     def memory(self) -> tuple[Shelf, Iterable[GradClipper]]:
-        """The shelf and the clippers, for another integration's checkpoints."""
         return self._clippers.shelf, self._clippers.known.values()
 
     def _save(self, models: object, weights: object, folder: str) -> None:
@@ -349,25 +291,20 @@ class Attachment:
             self._called.pop(id(parameter), None)
 
     def observe(self, loss: Tensor | float) -> None:
-        """Tell a loss of the update to come, as :meth:`distclip.GradClipper.observe`.
-
-        For scripts that do not go through ``accelerator.backward(loss)``.
-        """
         self._clippers.observe(loss)
 
-    def _backward(self, loss: Tensor, **kwargs: Any) -> None:
-        self._originals["backward"][0](loss, **kwargs)
-        factor = self.loss_factor()
-        self.observe(loss if factor == 1 else loss.detach() * factor)
+    def _backward(self, original: Callable[..., Any], loss: Tensor, **kwargs: Any) -> None:
+        original(loss, **kwargs)
+        self._observe_backward(loss)
 
-    def _prepare_optimizer(self, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
-        prepared = self._originals["prepare_optimizer"][0](optimizer, *args, **kwargs)
+    def _prepare_optimizer(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        prepared = original(*args, **kwargs)
         self._adopt(prepared)
         return prepared
 
-    def _free_memory(self, *objects: Any) -> Any:
+    def _free_memory(self, original: Callable[..., Any], *objects: Any) -> Any:
         self._forget_models()
-        return self._originals["free_memory"][0](*objects)
+        return original(*objects)
 
     def _forget_models(self) -> None:
         self._clippers.forget()

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable, Mapping
 from types import ModuleType
 from typing import Any
 
-import deepspeed
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -28,8 +27,8 @@ from distclip.config import Config
 from distclip.config.build import open_log, release_log
 from distclip.engine.checkpoint import Source
 from distclip.engine.walked import Apply
-from distclip.errors import ConfigurationError
-from distclip.integrations import accelerate_cpu, deepspeed_engines, hooks
+from distclip.integrations import deepspeed_engines, hooks
+from distclip.integrations.attachment import Attachment
 from distclip.integrations.checkpoints import Shelf
 from distclip.integrations.deepspeed_json import (
     CLIPPING,
@@ -41,7 +40,7 @@ from distclip.integrations.deepspeed_json import (
     resolve_for_trainer,
 )
 from distclip.integrations.given import PolicyOrConfig
-from distclip.integrations.replaced import Replaced
+from distclip.integrations.patches import replace
 from distclip.layouts import zero
 from distclip.options import OnNonfinite, refuse_late
 from distclip.report import ClipReport
@@ -49,7 +48,7 @@ from distclip.report import ClipReport
 _logger = logging.getLogger("distclip.deepspeed")
 
 
-def attach(engine: Any, policy_or_config: PolicyOrConfig | None = None) -> Attachment:
+def attach(engine: Any, policy_or_config: PolicyOrConfig | None = None) -> EngineAttachment:
     """Let a policy do all the clipping of a DeepSpeed engine.
 
     ::
@@ -75,12 +74,7 @@ def attach(engine: Any, policy_or_config: PolicyOrConfig | None = None) -> Attac
         UnsupportedGradientError: an optimizer wrapper that distclip does not know.
         DistclipError: a mode of DeepSpeed that distclip cannot clip in, with the reason.
     """
-    if getattr(engine, "_distclip", None) is not None:
-        raise ConfigurationError(
-            "this DeepSpeed engine has a distclip policy already, from an earlier attach() or from "
-            "`distclip run`; call remove() on the first handle, or start without `distclip run`"
-        )
-    return Attachment(engine, configured_of(engine, policy_or_config))
+    return EngineAttachment(engine, configured_of(engine, policy_or_config))
 
 
 def enable(module: ModuleType, config: Config | None) -> None:
@@ -93,15 +87,11 @@ def enable(module: ModuleType, config: Config | None) -> None:
     """
     from deepspeed.runtime.config import DeepSpeedConfig  # DeepSpeed is only half imported
 
-    build, read = module.DeepSpeedEngine.__init__, DeepSpeedConfig._initialize_params
-
-    @functools.wraps(read)
-    def checked(self: Any, document: Any) -> None:
-        configured(document, config)  # mistakes are told before anything is built
+    def checked(read: Callable[..., None], self: Any, document: Any) -> None:
+        configured(document, config)  # mistakes are reported before anything is built
         read(self, document)
 
-    @functools.wraps(build)
-    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+    def init(build: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
         build(self, *args, **kwargs)
         if not hasattr(self.optimizer, "step"):  # an engine for inference has nothing to clip
             return
@@ -109,32 +99,27 @@ def enable(module: ModuleType, config: Config | None) -> None:
             if self.global_rank == 0:
                 _logger.info('"%s": 0 and no policy: this engine is not clipped', CLIPPING)
             return
-        Attachment(self, configured_of(self, config))
+        EngineAttachment(self, configured_of(self, config))
 
-    DeepSpeedConfig._initialize_params = checked
-    module.DeepSpeedEngine.__init__ = init
+    replace(DeepSpeedConfig, "_initialize_params", checked)
+    replace(module.DeepSpeedEngine, "__init__", init)
     hooks.on_import("transformers.integrations.deepspeed", resolve_for_trainer)
-    if accelerate_cpu.requested():
-        # Would be compiled in the first collective, by every rank: that takes 40 s and a compiler.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-class Attachment:
+class EngineAttachment(Attachment):
     """A policy on one DeepSpeed engine; made by :func:`attach`."""
 
     def __init__(self, engine: Any, config: Config) -> None:
+        super().__init__(engine, "DeepSpeed engine", config)
         deepspeed_engines.warn_untested()
         deepspeed_engines.refuse(engine)
         refuse_late(config.on_nonfinite, "DeepSpeed")
-        self.engine, self.config = engine, config
+        self.engine = engine
         self.outer = outer = engine.optimizer
-        self.last_report: ClipReport | None = None
         self._apply: Apply | None = None
         self._factor: float | Tensor | None = 1.0
         self._growth: Callable[[], Any] | None = None
         self._skips, self._overflowed = False, False
-        self.loss_factor: Callable[[], float] = lambda: 1
-        """What a loss that was given to ``backward`` has to be multiplied by."""
         self._extents = zero.extents(outer, deepspeed_engines.trained(engine))
         self._plain = isinstance(outer, Optimizer) and type(outer).__name__ not in zero.READERS
         self._inners: list[Optimizer] = [outer] if self._plain else [outer.optimizer]
@@ -159,41 +144,32 @@ class Attachment:
             owner = piece.gradient.stretch.owner
             self._cuts.setdefault(id(owner), []).append((position, piece.gradient))
         self._clipping = (engine._config.gradient_clipping, getattr(outer, "clip_grad", None))
-        self._replaced = Replaced()
-        self._handles = [
-            StepHandle(inner, functools.partial(self._before_inner_step, weakref.ref(inner)))
+        self._undo += [self._release]
+        self._undo += [
+            StepHandle(inner, functools.partial(self._before_inner_step, weakref.ref(inner))).remove
             for inner in self._inners
         ]
         if self._plain:
             outer.overflow = False  # Accelerate looks now whether it will say so of a skipped step
         self._take_over()
-        engine._distclip = self
         open_log(self.clipper, config)
-        hooks.mark_active("deepspeed")
+        self._begin("deepspeed")
         if engine.global_rank == 0:
             deepspeed_engines.announce(len(self._extents), config)
 
-    def remove(self) -> None:
-        """Give the engine its own clipping back; a second call does nothing."""
-        if getattr(self.engine, "_distclip", None) is not self:
-            return
-        self._replaced.undo()
-        for handle in self._handles:
-            handle.remove()
+    def _release(self) -> None:
+        """Restore what is not a method: DeepSpeed's clipping, marks, the name of the log."""
         self._unmark()
         self._switch_on()
         release_log(self.clipper)
         if self._plain:
             for name in ("overflow", "_global_grad_norm"):
                 self.outer.__dict__.pop(name, None)
-        self.engine._distclip = None
 
     def observe(self, loss: Tensor | float) -> None:
-        """Tell the loss to a policy that reads it; ``engine.backward(loss)`` does so by itself."""
         self.clipper.observe(loss)
 
     def memory(self) -> tuple[Shelf, Iterable[GradClipper]]:
-        """A shelf and the clipper, for another integration's checkpoints."""
         return Shelf(self.config.policy), [self.clipper]
 
     def _unmark(self) -> None:
@@ -205,13 +181,13 @@ class Attachment:
     def _take_over(self) -> None:
         """Put our methods before DeepSpeed's, on these objects only."""
         self._switch_off()
-        self._replaced.put(self.engine, "save_checkpoint", self._save)
-        self._replaced.put(self.engine, "load_checkpoint", self._load)
-        self._replaced.put(self.engine, "backward", self._backward)
+        self._replace(self.engine, "save_checkpoint", self._save)
+        self._replace(self.engine, "load_checkpoint", self._load)
+        self._replace(self.engine, "backward", self._backward)
         if self._plain:
             return
         outer = self.outer
-        self._replaced.put(outer, "step", self._step)
+        self._replace(outer, "step", self._step)
         # Its own passes over all gradients, and their all-reduces, for what is known already. A
         # call from outside of a step gets DeepSpeed's own answer.
         replacements: dict[str, Callable[..., Any]] = {
@@ -222,15 +198,15 @@ class Attachment:
         }
         for name, ours in replacements.items():
             if hasattr(outer, name):
-                self._replaced.put(outer, name, ours, self._is_within_step)
+                self._replace(outer, name, ours, self._is_within_step)
 
         def overflowed(original: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:
             return self._overflowed
 
         if type(outer).__name__.startswith("DeepSpeedZeroOptimizer"):
-            self._replaced.put(outer, "has_overflow", overflowed, self._is_within_step)
+            self._replace(outer, "has_overflow", overflowed, self._is_within_step)
         if hasattr(outer, "overflow_checker"):
-            self._replaced.put(outer.overflow_checker, "check", overflowed, self._is_within_step)
+            self._replace(outer.overflow_checker, "check", overflowed, self._is_within_step)
 
     def _is_within_step(self) -> bool:
         return self._apply is not None
@@ -248,8 +224,7 @@ class Attachment:
 
     def _backward(self, original: Callable[..., Any], loss: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(loss, Tensor) and loss.numel() == 1:
-            factor = self.loss_factor()
-            self.clipper.observe(loss if factor == 1 else loss.detach() * factor)
+            self._observe_backward(loss)
         return original(loss, *args, **kwargs)
 
     def _step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -381,11 +356,11 @@ class Attachment:
                 load.append(self.clipper.prepare_state_dict(checkpoint[SECTION], source))
             return module(checkpoint, *args, **kwargs)
 
-        self._replaced.put(self.engine, "load_module_state_dict", look)
+        restore = replace(self.engine, "load_module_state_dict", look)
         try:
             loaded = original(*args, **kwargs)
         finally:
-            self._replaced.undo_last()
+            restore()
             self._switch_off()
         path, client_state = loaded
         state = client_state.pop(SECTION, None) if isinstance(client_state, dict) else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
@@ -13,6 +12,7 @@ from distclip.config import Config, Examined, examine, load
 from distclip.config.problems import shown
 from distclip.errors import ConfigurationError
 from distclip.integrations.given import PolicyOrConfig, config_of
+from distclip.integrations.patches import replace
 
 SECTION, CLIPPING = "distclip", "gradient_clipping"
 
@@ -173,14 +173,12 @@ def configured_of(engine: Any, policy_or_config: PolicyOrConfig | None) -> Confi
 
 def resolve_for_trainer(module: ModuleType) -> None:
     """Give the Trainer's ``max_grad_norm`` to an ``"auto"`` in the section."""
-    original = module.HfTrainerDeepSpeedConfig.trainer_config_process
 
-    @functools.wraps(original)
-    def process(self: Any, args: Any, *more: Any, **kwargs: Any) -> Any:
+    def process(original: Any, self: Any, args: Any, *more: Any, **kwargs: Any) -> Any:
         resolve_auto(self.config, args.max_grad_norm)
         return original(self, args, *more, **kwargs)
 
-    module.HfTrainerDeepSpeedConfig.trainer_config_process = process
+    replace(module.HfTrainerDeepSpeedConfig, "trainer_config_process", process)
 
 
 def json_of(config: Any) -> Mapping[str, Any]:

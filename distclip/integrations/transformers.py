@@ -13,6 +13,7 @@ import inspect
 import logging
 import os
 import weakref
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -24,6 +25,7 @@ from distclip.config import Config
 from distclip.errors import ConfigurationError, DistclipError
 from distclip.integrations import accelerate, deepspeed_json
 from distclip.integrations.given import PolicyOrConfig
+from distclip.integrations.patches import replace
 from distclip.report import ClipReport
 
 _logger = logging.getLogger("distclip.transformers")
@@ -53,6 +55,11 @@ class ClipCallback(TrainerCallback):
         ConfigurationError: when training begins: a bad configuration, none, or two of them.
         DistclipError: when training begins: an engine in which distclip cannot clip.
     """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> ClipCallback:
+        """Also what unpickling calls, so that the Trainer of another process is known too."""
+        _watch_trainers()
+        return super().__new__(cls)
 
     def __init__(self, policy_or_config: PolicyOrConfig | None = None) -> None:
         self.policy_or_config = policy_or_config
@@ -182,35 +189,30 @@ def enable(module: ModuleType, config: Config | None) -> None:
     """
     global _everywhere
     _everywhere = True
+    _watch_trainers()
 
 
 _everywhere = False
 """Whether every Trainer of this process gets a callback: under ``distclip run``."""
 
 
-def _train(original: Any) -> Any:
-    signature = inspect.signature(original)
-
-    @functools.wraps(original)
-    def train(self: Any, *args: Any, **kwargs: Any) -> Any:
-        callbacks = [c for c in self.callback_handler.callbacks if isinstance(c, ClipCallback)]
-        if len(callbacks) > 1:
-            raise ConfigurationError(
-                f"this Trainer has {len(callbacks)} ClipCallbacks; leave one, and compose policies "
-                f"with policies.chain(...)"
-            )
-        if not callbacks and _everywhere:
-            callbacks = [ClipCallback()]
-            self.add_callback(callbacks[0])
-        if callbacks:
-            given = signature.bind(self, *args, **kwargs).arguments
-            resume = given.get("resume_from_checkpoint")
-            callbacks[0]._begin(self, resume)
-        return original(self, *args, **kwargs)
-
-    return train
+@functools.cache
+def _watch_trainers() -> None:
+    """Have ``Trainer.train`` say which Trainer begins: a callback gets to know all else."""
+    replace(Trainer, "train", _train)
 
 
-# Here, since a callback is told everything but which Trainer it belongs to. Without a ClipCallback
-# it changes nothing.
-Trainer.train = _train(Trainer.train)  # type: ignore[method-assign]
+def _train(original: Callable[..., Any], trainer: Any, *args: Any, **kwargs: Any) -> Any:
+    callbacks = [c for c in trainer.callback_handler.callbacks if isinstance(c, ClipCallback)]
+    if len(callbacks) > 1:
+        raise ConfigurationError(
+            f"this Trainer has {len(callbacks)} ClipCallbacks; leave one, and compose policies "
+            f"with policies.chain(...)"
+        )
+    if not callbacks and _everywhere:
+        callbacks = [ClipCallback()]
+        trainer.add_callback(callbacks[0])
+    if callbacks:
+        given = inspect.signature(original).bind(trainer, *args, **kwargs).arguments
+        callbacks[0]._begin(trainer, given.get("resume_from_checkpoint"))
+    return original(trainer, *args, **kwargs)

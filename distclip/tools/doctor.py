@@ -169,7 +169,7 @@ def layouts() -> list[Line]:
 def launch_file(path: Path | None) -> list[Line]:
     """Traps in a YAML of ``accelerate launch``, or in the default one."""
     try:
-        from distclip.integrations import accelerate_cpu
+        from distclip.tools.launch import accelerate_cpu
 
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         faults = accelerate_cpu.faults_of_config(None if path is None else str(path), devices=count)
@@ -224,7 +224,7 @@ def launch() -> list[Line]:
     try:
         text = f"{wanted} ranks"
         if by == "accelerate launch":
-            from distclip.integrations import accelerate_cpu
+            from distclip.tools.launch import accelerate_cpu
 
             text = accelerate_cpu.examine()
         elif not dist.is_initialized():

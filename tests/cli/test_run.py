@@ -113,7 +113,10 @@ def test_an_integration_is_enabled_when_the_script_imports_its_framework(
     fake = tmp_path / "fake" / "accelerate"
     fake.mkdir(parents=True)
     (fake / "__init__.py").write_text("")
-    (fake / "accelerator.py").write_text("class Accelerator: pass\n")
+    (fake / "accelerator.py").write_text(
+        "class Accelerator:\n    def prepare(self): pass\n"
+        "    prepare_model = prepare_optimizer = prepare\n"
+    )
     (tmp_path / "train.py").write_text(
         textwrap.dedent(
             """
@@ -201,7 +204,7 @@ def test_a_check_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_cpu_without_accelerate(monkeypatch: pytest.MonkeyPatch) -> None:
-    from distclip.integrations import accelerate_cpu
+    from distclip.tools.launch import accelerate_cpu
 
     def install(*, cpu: bool) -> bool:
         raise ModuleNotFoundError("No module named 'accelerate'")

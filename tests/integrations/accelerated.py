@@ -95,7 +95,7 @@ def start(layout: str, **options: Any) -> Any:
     from accelerate.state import AcceleratorState, GradientState
     from accelerate.utils import DistributedDataParallelKwargs
 
-    from distclip.integrations import accelerate_cpu
+    from distclip.tools.launch import accelerate_cpu
 
     if layout == "fsdp2":
         os.environ |= {

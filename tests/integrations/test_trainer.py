@@ -223,3 +223,22 @@ def test_deepspeed_underneath(tmp_path: Path) -> None:
         assert watch.rates == [LR] * 4, stage
         close(weights_of(trainer), dict(model().named_parameters()), 0.0)
         engines.close(trainer.model_wrapped)
+
+
+def test_importing_the_integration_changes_nothing() -> None:
+    import importlib.util
+
+    from transformers import Trainer
+
+    from distclip.integrations import transformers as integration
+
+    before = Trainer.train
+    spec = importlib.util.spec_from_file_location("distclip_again", integration.__file__)
+    assert spec is not None
+    assert spec.loader is not None
+    again = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(again)
+    assert Trainer.train is before
+    again.ClipCallback.__new__(again.ClipCallback)  # as unpickling does
+    assert Trainer.train is not before
+    Trainer.train = before

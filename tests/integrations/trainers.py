@@ -19,8 +19,8 @@ from torch.utils.data import SequentialSampler
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from distclip.integrations import accelerate_cpu
 from distclip.testing import expected
+from distclip.tools.launch import accelerate_cpu
 
 LR, ROWS = 0.3, 8
 

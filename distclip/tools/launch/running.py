@@ -13,6 +13,7 @@ from distclip import clipper
 from distclip import config as configuration
 from distclip.errors import ConfigurationError, DistclipError
 from distclip.integrations import hooks
+from distclip.tools.launch import accelerate_cpu
 from distclip.tools.launch.leaving import let_gloo_finish
 from distclip.tools.launch.script import ENVIRONMENT, Script
 
@@ -51,6 +52,7 @@ def prepare(
         os.environ[ENVIRONMENT] = str(path.absolute())
     prepare_cpu(cpu)
     hooks.install(loaded)
+    accelerate_cpu.watch()
     checking = None if check_steps is None else _check(check_steps)
 
     def start() -> None:
@@ -90,8 +92,6 @@ def names_deepspeed(program: Script) -> bool:
 
 def prepare_cpu(cpu: bool) -> None:
     """Give Accelerate real gloo ranks on CPU, where ``cpu`` or the environment asks for it."""
-    from distclip.integrations import accelerate_cpu
-
     if cpu:  # ranks of this machine: a store of theirs is nobody else's
         from distclip.testing.ranks import loopback
 

@@ -19,8 +19,10 @@ from typing import Any
 
 from distclip import config as configuration
 from distclip.integrations import hooks
+from distclip.integrations.patches import replace
 from distclip.testing.ranks import loopback
 from distclip.testing.ranks.zygote import die_with_parent
+from distclip.tools.launch import accelerate_cpu
 from distclip.tools.launch.leaving import let_gloo_finish
 from distclip.tools.launch.script import ENVIRONMENT, Script
 from distclip.tools.simulate.recorder import Journal, Recorder
@@ -67,14 +69,12 @@ def main() -> None:
 
 def _prepare(task: Task, recorder: Recorder) -> None:
     hooks.on_import("deepspeed.runtime.engine", recorder.watch_engine)
-    hooks.on_import("deepspeed.ops", _without_compiler)
+    hooks.on_import("deepspeed.ops", accelerate_cpu.without_compiler)
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
         # The launcher's default, 1, would take the place of what the script asks for.
         os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)
         hooks.on_import("accelerate.accelerator", _with_batch_size)
     if task.accelerate:
-        from distclip.integrations import accelerate_cpu
-
         accelerate_cpu.install(cpu=True)
     if task.config is not None:
         loaded = configuration.load(task.config)
@@ -83,41 +83,21 @@ def _prepare(task: Task, recorder: Recorder) -> None:
             log = loaded.log.model_copy(update={"jsonl": str(Path(task.folder) / task.log)})
             loaded = dataclasses.replace(loaded, log=log)
         hooks.install(loaded)
-    elif task.accelerate:
-        hooks.on_import("accelerate.accelerator", _verify_ranks)
-
-
-def _verify_ranks(module: Any) -> None:
-    """As ``distclip run`` does: refuse ranks that Accelerate trains each alone."""
-    from distclip.integrations import accelerate_cpu
-
-    original = module.Accelerator.prepare
-
-    def prepare(self: Any, *args: Any, **kwargs: Any) -> Any:
-        prepared = original(self, *args, **kwargs)
-        accelerate_cpu.verify(self, *(prepared if isinstance(prepared, tuple) else (prepared,)))
-        return prepared
-
-    module.Accelerator.prepare = prepare
+    if task.accelerate:
+        accelerate_cpu.watch()
 
 
 def _with_batch_size(module: Any) -> None:
     """Let a script prepare no DataLoader: Accelerate wants a batch size then, for its logs."""
-    original = module.Accelerator._prepare_deepspeed
     key = "train_micro_batch_size_per_gpu"
 
-    def prepare(self: Any, *args: Any) -> Any:
-        plugin = self.state.deepspeed_plugin
+    def prepare(original: Any, accelerator: Any, *args: Any) -> Any:
+        plugin = accelerator.state.deepspeed_plugin
         if plugin.is_auto(key) and not any(hasattr(each, "batch_size") for each in args):
             plugin.deepspeed_config[key] = 1
-        return original(self, *args)
+        return original(accelerator, *args)
 
-    module.Accelerator._prepare_deepspeed = prepare
-
-
-def _without_compiler(module: Any) -> None:
-    """The shared-memory op would be compiled at first use, which takes most of a minute."""
-    module.__compatible_ops__["deepspeed_shm_comm"] = False
+    replace(module.Accelerator, "_prepare_deepspeed", prepare)
 
 
 def _telling(journal: Journal, hook: Any) -> Any:

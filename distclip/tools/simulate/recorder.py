@@ -15,7 +15,6 @@ came before. Nothing here talks to other ranks: the journals are compared by who
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import os
@@ -41,6 +40,7 @@ from torch.utils.data import DataLoader
 from distclip import clipper
 from distclip.clipper import GradClipper, Watcher
 from distclip.errors import DistclipError
+from distclip.integrations.patches import replace
 from distclip.layouts.detect import detect
 from distclip.layouts.names import clean, named_parameters
 from distclip.layouts.piece import Entry, MisplacedError, Piece
@@ -123,14 +123,7 @@ class Recorder(Watcher):
         self._replace(module.DeepSpeedEngine, "step", self._engine_step)
 
     def _replace(self, owner: Any, name: str, function: Callable[..., Any]) -> None:
-        original = getattr(owner, name)
-
-        @functools.wraps(original)
-        def ours(*args: Any, **kwargs: Any) -> Any:
-            return function(original, *args, **kwargs)
-
-        setattr(owner, name, ours)
-        self._undo.append(functools.partial(setattr, owner, name, original))
+        self._undo.append(replace(owner, name, function))
 
     def _depth(self, name: str, change: int = 0) -> int:
         depth: int = getattr(self._within, name, 0) + change

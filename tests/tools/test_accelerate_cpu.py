@@ -18,7 +18,7 @@ import pytest
 pytest.importorskip("accelerate")
 
 from distclip.errors import ConfigurationError, DistclipError
-from distclip.integrations import accelerate_cpu, accelerate_cpu_asked
+from distclip.tools.launch import accelerate_cpu, accelerate_cpu_asked
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs" / "accelerate"
@@ -26,7 +26,7 @@ CONFIGS = ROOT / "configs" / "accelerate"
 # What `distclip run` does with the mode, and nothing else of it.
 RUNNER = """
 import atexit, runpy, sys
-from distclip.integrations import accelerate_cpu
+from distclip.tools.launch import accelerate_cpu
 from distclip.tools.launch.leaving import let_gloo_finish
 
 atexit.register(let_gloo_finish)  # torch may abort a rank that leaves too soon; `run` waits too

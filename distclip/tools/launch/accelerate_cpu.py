@@ -12,21 +12,24 @@ It acts only when asked, by one of
 * ``use_cpu: true`` in the YAML of ``accelerate launch`` (or ``ACCELERATE_USE_CPU=true``), which
   Accelerate itself does not pass on to the ranks of a multi-process launch.
 
-Call order in a rank: :func:`install` before the user's script, :func:`verify` after
-``Accelerator.prepare``; where the mode was not asked for, :func:`check_ranks`.
+Call order in a rank: :func:`install` and :func:`watch` before the user's script. The second has
+every ``Accelerator.prepare`` end with :func:`verify`, or, where the mode was not asked for, begin
+with :func:`check_ranks`.
 """
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from types import ModuleType
 from typing import Any
 
 from distclip._foreign import clean
 from distclip.errors import ConfigurationError, DistclipError
-from distclip.integrations.accelerate_cpu_asked import (
+from distclip.integrations import hooks
+from distclip.integrations.patches import replace
+from distclip.tools.launch.accelerate_cpu_asked import (
     SWITCH,
     flag,
     is_launched_rank,
@@ -34,7 +37,7 @@ from distclip.integrations.accelerate_cpu_asked import (
     requested,
 )
 
-__all__ = ["check_ranks", "examine", "faults_of_config", "install", "requested", "verify"]
+__all__ = ["check_ranks", "examine", "faults_of_config", "install", "requested", "verify", "watch"]
 
 _logger = logging.getLogger(__name__)
 
@@ -66,6 +69,41 @@ def install(*, cpu: bool = False) -> bool:
     _set_environment(os.environ)
     _patch_backend()
     return True
+
+
+def watch() -> None:
+    """Check the ranks of every ``Accelerator`` of this process, once it prepares something.
+
+    Raises:
+        DistclipError: from ``prepare``: what :func:`verify` and :func:`check_ranks` raise.
+    """
+    hooks.on_import("accelerate.accelerator", _watch)
+    if SWITCH in os.environ and requested():
+        hooks.on_import("deepspeed.ops", without_compiler)
+
+
+def without_compiler(module: ModuleType) -> None:
+    """Leave DeepSpeed's shared-memory collectives away, which each rank would compile for 40 s.
+
+    Args:
+        module: ``deepspeed.ops``.
+    """
+    module.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _watch(module: ModuleType) -> None:
+    def prepare(original: Callable[..., Any], accelerator: Any, *args: Any, **kwargs: Any) -> Any:
+        on_cpu = requested()
+        if not on_cpu:
+            check_ranks(accelerator)
+        prepared = original(accelerator, *args, **kwargs)
+        models = original.__name__ != "prepare_optimizer" and not kwargs.get("evaluation_mode")
+        if on_cpu and models:
+            verify(accelerator, *(prepared if isinstance(prepared, tuple) else (prepared,)))
+        return prepared
+
+    for name in ("prepare", "prepare_model", "prepare_optimizer"):
+        replace(module.Accelerator, name, prepare)
 
 
 def verify(accelerator: Any, *prepared: Any) -> None:
@@ -227,19 +265,17 @@ def _patch_backend() -> None:
             "first one."
         )
 
-    @functools.wraps(original)
-    def prepare_backend(self: Any, *args: Any, **kwargs: Any) -> tuple[str | None, Any]:
+    def prepare_backend(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
         environ = os.environ
         if int(environ.get("LOCAL_RANK", "-1")) == -1:  # no launcher: one process, or MPI
-            backend, kind = original(self, *args, **kwargs)
-            return backend, kind
+            return original(self, *args, **kwargs)
         sharded = flag(environ, "ACCELERATE_USE_FSDP") or flag(environ, "ACCELERATE_USE_DEEPSPEED")
         # Accelerate upgrades to FSDP only from a multi-GPU type. Plain DDP must not have that type:
         # it would be given device_ids, which DistributedDataParallel refuses for CPU modules.
         return "gloo", DistributedType.MULTI_GPU if sharded else DistributedType.MULTI_CPU
 
-    prepare_backend._distclip_cpu = True  # type: ignore[attr-defined]
-    PartialState._prepare_backend = prepare_backend
+    replace(PartialState, "_prepare_backend", prepare_backend)
+    PartialState._prepare_backend._distclip_cpu = True
 
 
 # ---- the verdict -----------------------------------------------------------------------------
