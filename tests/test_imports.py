@@ -38,6 +38,8 @@ IMPORTERS: dict[str, set[str]] = {
     "tensorboard": set(),
     "triton": {"kernels/device/_triton.py", "kernels/device/multi_tensor.py"},
     "llvmlite": {
+        "kernels/host/building.py",
+        "kernels/host/changes.py",
         "kernels/host/compiler.py",
         "kernels/host/formats.py",
         "kernels/host/loops.py",

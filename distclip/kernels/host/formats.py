@@ -18,6 +18,25 @@ Builder: TypeAlias = Any
 Value: TypeAlias = Any
 
 
+MARGIN = 2.0**-22
+"""Relative error, with something to spare, of the float32 product of a float32 number and a
+float64 number that is rounded to float32 first."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Single:
+    """How numbers of one kind become float32 and back.
+
+    Attributes:
+        widen: from their bits.
+        narrow: to their bits, rounded to nearest; and for which numbers that is doubtful, as a
+            number within :data:`MARGIN` is rounded to another one.
+    """
+
+    widen: Callable[[Builder, Value], Value]
+    narrow: Callable[[Builder, Value], tuple[Value, Value]]
+
+
 @dataclasses.dataclass(frozen=True)
 class Format:
     """How numbers of one kind lie in memory.
@@ -27,6 +46,7 @@ class Format:
         size: bytes.
         widen: from those bits to float64, for a number or for a vector of them.
         narrow: the reverse, rounded to nearest, ties to even.
+        single: how they become float32 and back, where products need no more in most cases.
         exact_squares: whether the square of every number is exact in float64, so that a fused
             multiplication and addition gives the same bits as two instructions.
     """
@@ -35,6 +55,7 @@ class Format:
     size: int
     widen: Callable[[Builder, Value], Value]
     narrow: Callable[[Builder, Value], Value]
+    single: Single | None = None
     exact_squares: bool = True
 
 
@@ -73,31 +94,75 @@ def _widen_half(b: Builder, bits: Value) -> Value:
     return b.fpext(b.fpext(half, _like(FLOAT, bits)), _like(DOUBLE, bits))
 
 
+def _rounded(b: Builder, value: Value, digits: int, least: int, most: int) -> Value:
+    """Float64 numbers to nearest, ties to even, with so many binary digits.
+
+    Exponents below ``least`` have fewer, as they are spaced like those of ``least``. Numbers beyond
+    ``most``, the largest exponent, stay beyond it.
+    """
+    bits = b.bitcast(value, _like(INT64, value))
+    power = b.bitcast(b.and_(bits, constant(INT64, 0x7FF << 52, bits)), value.type)
+    for sign, limit in (("<", 2.0**least), (">", 2.0**most)):
+        bound = constant(DOUBLE, limit, value)
+        power = b.select(b.fcmp_ordered(sign, power, bound), bound, power)
+    # Next to this number float64 numbers are as far apart as the rounded ones.
+    large = b.fmul(power, constant(DOUBLE, 1.5 * 2.0 ** (53 - digits), value))
+    rounded = b.bitcast(b.fsub(b.fadd(value, large), large), bits.type)
+    sign = b.and_(bits, constant(INT64, -(1 << 63), bits))  # of a zero
+    return b.bitcast(b.or_(rounded, sign), value.type)
+
+
 def _narrow_half(b: Builder, value: Value) -> Value:
-    single = b.fptrunc(value, _like(FLOAT, value))
+    single = b.fptrunc(_rounded(b, value, 11, -14, 15), _like(FLOAT, value))
     return b.bitcast(b.fptrunc(single, _like(HALF, value)), _like(INT16, value))
 
 
-def _widen_bfloat(b: Builder, bits: Value) -> Value:
+def _single_of_half(b: Builder, bits: Value) -> Value:
+    return b.fpext(b.bitcast(bits, _like(HALF, bits)), _like(FLOAT, bits))
+
+
+def _half_of_single(b: Builder, value: Value) -> tuple[Value, Value]:
+    ends = [
+        b.bitcast(
+            b.fptrunc(b.fmul(value, constant(FLOAT, factor, value)), _like(HALF, value)),
+            _like(INT16, value),
+        )
+        for factor in (1.0 - MARGIN, 1.0 + MARGIN)
+    ]
+    return ends[1], b.icmp_unsigned("!=", *ends)
+
+
+def _single_of_bfloat(b: Builder, bits: Value) -> Value:
     """A bfloat16 number is the upper half of the same number in float32."""
     upper = b.shl(b.zext(bits, _like(INT32, bits)), constant(INT32, 16, bits))
-    return _widen_float(b, upper)
+    return b.bitcast(upper, _like(FLOAT, bits))
+
+
+def _widen_bfloat(b: Builder, bits: Value) -> Value:
+    return b.fpext(_single_of_bfloat(b, bits), _like(DOUBLE, bits))
 
 
 def _narrow_bfloat(b: Builder, value: Value) -> Value:
-    bits = _narrow_float(b, value)
-    sixteen = constant(INT32, 16, bits)
-    odd = b.and_(b.lshr(bits, sixteen), constant(INT32, 1, bits))
-    rounded = b.add(bits, b.add(odd, constant(INT32, 0x7FFF, bits)))
-    # Rounding could carry the payload of a NaN away; a NaN stays one.
-    quiet = b.or_(bits, constant(INT32, 0x400000, bits))
-    chosen = b.select(b.fcmp_unordered("uno", value, value), quiet, rounded)
-    return b.trunc(b.lshr(chosen, sixteen), _like(INT16, bits))
+    bits = _narrow_float(b, _rounded(b, value, 8, -126, 127))
+    return b.trunc(b.lshr(bits, constant(INT32, 16, bits)), _like(INT16, bits))
+
+
+def _bfloat_of_single(b: Builder, value: Value) -> tuple[Value, Value]:
+    bits = b.bitcast(value, _like(INT32, value))
+    lower = b.and_(bits, constant(INT32, 0xFFFF, bits))
+    from_tie = b.sub(lower, constant(INT32, 0x8000 - 4, bits))
+    doubtful = b.icmp_unsigned("<=", from_tie, constant(INT32, 8, bits))
+    rounded = b.add(bits, constant(INT32, 0x8000, bits))
+    return b.trunc(b.lshr(rounded, constant(INT32, 16, bits)), _like(INT16, bits)), doubtful
 
 
 FORMATS = {
     Kind.FLOAT32: Format(INT32, 4, _widen_float, _narrow_float),
-    Kind.BFLOAT16: Format(INT16, 2, _widen_bfloat, _narrow_bfloat),
-    Kind.FLOAT16: Format(INT16, 2, _widen_half, _narrow_half),
+    Kind.BFLOAT16: Format(
+        INT16, 2, _widen_bfloat, _narrow_bfloat, Single(_single_of_bfloat, _bfloat_of_single)
+    ),
+    Kind.FLOAT16: Format(
+        INT16, 2, _widen_half, _narrow_half, Single(_single_of_half, _half_of_single)
+    ),
     Kind.FLOAT64: Format(INT64, 8, _widen_double, _narrow_double, exact_squares=False),
 }

@@ -18,13 +18,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from llvmlite import ir
 
 from distclip.kernels.host.blocks import BOUNDED, COLUMNS, STRIDED, Column, Kind
+from distclip.kernels.host.building import WIDTH, at, counting, splat, tree, variable
+from distclip.kernels.host.changes import change_function, clamped
 from distclip.kernels.host.formats import (
     DOUBLE,
     FORMATS,
@@ -37,52 +38,8 @@ from distclip.kernels.host.formats import (
     constant,
 )
 
-WIDTH = 8
-"""Numbers in a vector: 512 bits of float64, which narrower processors take in several parts."""
 UNROLLED = 4
 """Vectors that are summed side by side, so that no addition waits for the one before it."""
-
-# ---- control flow ----------------------------------------------------------------------------
-
-
-@contextmanager
-def _counting(b: Builder, start: Value, stop: Value, step: int) -> Iterator[Value]:
-    """``for index in range(start, stop, step)``; yields the index, int64."""
-    before = b.block
-    head, body = b.append_basic_block("head"), b.append_basic_block("body")
-    after = b.append_basic_block("after")
-    b.branch(head)
-    b.position_at_end(head)
-    index = b.phi(INT64)
-    index.add_incoming(start, before)
-    b.cbranch(b.icmp_signed("<", index, stop), body, after)
-    b.position_at_end(body)
-    yield index
-    index.add_incoming(b.add(index, ir.Constant(INT64, step)), b.block)
-    b.branch(head)
-    b.position_at_end(after)
-
-
-def _variable(b: Builder, initial: Value) -> Value:
-    """A place on the stack, which the compiler turns into a register."""
-    with b.goto_entry_block():
-        place = b.alloca(initial.type)
-    b.store(initial, place)
-    return place
-
-
-def _at(b: Builder, address: Value, index: Value, size: int) -> Value:
-    """Pointer to the element ``index`` of an array of ``size`` bytes each."""
-    offset = b.mul(index, ir.Constant(INT64, size))
-    return b.inttoptr(b.add(address, offset), POINTER)
-
-
-def _tree(b: Builder, add: Callable[[Value, Value], Value], parts: Sequence[Value]) -> Value:
-    """Combine in pairs, the first with the second and so on."""
-    while len(parts) > 1:
-        parts = [add(parts[n], parts[n + 1]) for n in range(0, len(parts), 2)]
-    return parts[0]
-
 
 # ---- measuring -------------------------------------------------------------------------------
 
@@ -105,17 +62,8 @@ class Measure:
     finish: Callable[[Builder, Format, Value], Value]
 
 
-def _clamped(b: Builder, value: Value, bound: Value | None) -> Value:
-    """``value`` clamped to +-``bound``, a scalar or as many as there are values; NaN stays NaN."""
-    if bound is None:
-        return value
-    upper = b.select(b.fcmp_ordered(">", value, bound), bound, value)
-    lower = b.fsub(constant(DOUBLE, -0.0, value), bound)
-    return b.select(b.fcmp_ordered("<", upper, lower), lower, upper)
-
-
 def _add_square(b: Builder, f: Format, total: Value, bits: Value, bound: Value | None) -> Value:
-    value = _clamped(b, f.widen(b, bits), bound)
+    value = clamped(b, f.widen(b, bits), bound)
     flags = ("contract",) if f.exact_squares else ()
     return b.fadd(b.fmul(value, value, flags=flags), total, flags=flags)
 
@@ -125,7 +73,7 @@ def _without_sign(b: Builder, f: Format, bits: Value) -> Value:
 
 
 def _add_magnitude(b: Builder, f: Format, total: Value, bits: Value, bound: Value | None) -> Value:
-    value = _clamped(b, f.widen(b, _without_sign(b, f, bits)), bound)
+    value = clamped(b, f.widen(b, _without_sign(b, f, bits)), bound)
     return b.fadd(value, total)
 
 
@@ -166,23 +114,23 @@ def _row_function(
     if not strided:
         vector, memory = ir.VectorType(scalar, WIDTH), ir.VectorType(form.bits, WIDTH)
         nothing = ir.Constant(vector, [0] * WIDTH)
-        bounds = _splat(b, bound) if bounded else None
-        lanes = [_variable(b, nothing) for _ in range(UNROLLED)]
+        bounds = splat(b, bound) if bounded else None
+        lanes = [variable(b, nothing) for _ in range(UNROLLED)]
         turn = WIDTH * UNROLLED
         whole = b.mul(b.sdiv(length, ir.Constant(INT64, turn)), ir.Constant(INT64, turn))
-        with _counting(b, done, whole, turn) as index:
+        with counting(b, done, whole, turn) as index:
             for number, lane in enumerate(lanes):
                 place = b.add(index, ir.Constant(INT64, number * WIDTH))
-                bits = b.load(_at(b, address, place, form.size), align=form.size, typ=memory)
+                bits = b.load(at(b, address, place, form.size), align=form.size, typ=memory)
                 total = b.load(lane, typ=vector)
                 b.store(measure.take(b, form, total, bits, bounds), lane)
         done = whole
         combine = functools.partial(measure.combine, b)
-        summed = _tree(b, combine, [b.load(lane, typ=vector) for lane in lanes])
+        summed = tree(b, combine, [b.load(lane, typ=vector) for lane in lanes])
         parts = [b.extract_element(summed, ir.Constant(INT32, n)) for n in range(WIDTH)]
-        totals.append(_tree(b, combine, parts))
-    rest = _variable(b, ir.Constant(scalar, 0))
-    with _counting(b, done, length, 1) as index:
+        totals.append(tree(b, combine, parts))
+    rest = variable(b, ir.Constant(scalar, 0))
+    with counting(b, done, length, 1) as index:
         place = b.inttoptr(b.add(address, b.mul(index, step)), POINTER)
         bits = b.load(place, align=form.size, typ=form.bits)
         total = b.load(rest, typ=scalar)
@@ -191,57 +139,8 @@ def _row_function(
     total = totals[0] if len(totals) == 1 else measure.combine(b, *totals)
     result = measure.finish(b, form, total)
     if bounded and measure is MEASURES["largest"]:
-        result = _clamped(b, result, bound)
+        result = clamped(b, result, bound)
     b.ret(result)
-    return function
-
-
-def _splat(b: Builder, value: Value) -> Value:
-    vector = ir.VectorType(value.type, WIDTH)
-    one = b.insert_element(ir.Constant(vector, ir.Undefined), value, ir.Constant(INT32, 0))
-    mask = ir.Constant(ir.VectorType(INT32, WIDTH), [0] * WIDTH)
-    return b.shuffle_vector(one, one, mask)
-
-
-# ---- changing --------------------------------------------------------------------------------
-
-Change: TypeAlias = Callable[[Builder, Value, Value], Value]
-"""From the value and the row's number (a coefficient or a bound) to the new value."""
-
-
-def _multiplied(b: Builder, value: Value, factor: Value) -> Value:
-    return b.fmul(value, factor)
-
-
-CHANGES: dict[str, Change] = {"scale": _multiplied, "clamp": _clamped}
-
-
-def _change_function(module: Any, name: str, change: Change, form: Format, *, strided: bool) -> Any:
-    """``void name(i64 address, i64 length, i64 step, double number)``: one row changed."""
-    kind = ir.FunctionType(ir.VoidType(), [INT64, INT64, INT64, DOUBLE])
-    function = ir.Function(module, kind, name)
-    function.linkage = "internal"
-    b = ir.IRBuilder(function.append_basic_block("entry"))
-    address, length, step, number = function.args
-    done: Value = ir.Constant(INT64, 0)
-
-    def changed(place: Value, memory: Any, by: Value) -> None:
-        bits = b.load(place, align=form.size, typ=memory)
-        b.store(form.narrow(b, change(b, form.widen(b, bits), by)), place, align=form.size)
-
-    if not strided:
-        turn = 2 * WIDTH
-        several = _splat(b, number)
-        whole = b.mul(b.sdiv(length, ir.Constant(INT64, turn)), ir.Constant(INT64, turn))
-        with _counting(b, done, whole, turn) as index:
-            for part in range(0, turn, WIDTH):
-                place = b.add(index, ir.Constant(INT64, part))
-                memory = ir.VectorType(form.bits, WIDTH)
-                changed(_at(b, address, place, form.size), memory, several)
-        done = whole
-    with _counting(b, done, length, 1) as index:
-        changed(b.inttoptr(b.add(address, b.mul(index, step)), POINTER), form.bits, number)
-    b.ret_void()
     return function
 
 
@@ -274,7 +173,7 @@ def _over_blocks(module: Any, name: str, numbers: str, variants: Mapping[int, An
     function = ir.Function(module, kind, name)
     b = ir.IRBuilder(function.append_basic_block("entry"))
     table, first, last, values = function.args
-    with _counting(b, first, last, 1) as number:
+    with counting(b, first, last, 1) as number:
         block = _Block(b, table, number)
         after = b.append_basic_block("after")
         choice = b.switch(block[Column.VARIANT], after)
@@ -293,9 +192,9 @@ def _rows(b: Builder, block: _Block, row: Any, values: Value, numbers: str) -> N
     address, length, step = (block[c] for c in (Column.ADDRESS, Column.LENGTH, Column.STEP))
     distance, index = block[Column.ROW_STEP], block[Column.INDEX]
     bound = b.bitcast(block[Column.BOUND], DOUBLE)
-    with _counting(b, ir.Constant(INT64, 0), block[Column.ROWS], 1) as number:
+    with counting(b, ir.Constant(INT64, 0), block[Column.ROWS], 1) as number:
         start = b.add(address, b.mul(number, distance))
-        place = _at(b, values, b.add(index, number), 8)
+        place = at(b, values, b.add(index, number), 8)
         if numbers == "writes":
             b.store(b.call(row, [start, length, step, bound]), place)
         elif numbers == "bound":
@@ -309,7 +208,7 @@ def _rows(b: Builder, block: _Block, row: Any, values: Value, numbers: str) -> N
 def module_text(name: str, kinds: Iterable[Kind]) -> str:
     """One exported function, for numbers of the given kinds, as the text of an LLVM module."""
     module = ir.Module(f"distclip_{name}")
-    measure, change = MEASURES.get(name), CHANGES.get(name)
+    measure = MEASURES.get(name)
     variants: dict[int, Any] = {}
     for kind in kinds:
         for flags in range(4):
@@ -320,8 +219,7 @@ def module_text(name: str, kinds: Iterable[Kind]) -> str:
             elif bounded:  # changing takes no notice of the bound of a measurement
                 row = variants[4 * kind + flags - BOUNDED]
             else:
-                assert change is not None
-                row = _change_function(module, title, change, form, strided=strided)
+                row = change_function(module, title, name, form, strided=strided)
             variants[4 * kind + flags] = row
     numbers = "writes" if measure is not None else "reads" if name == "scale" else "bound"
     _over_blocks(module, name, numbers, variants)
