@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
@@ -21,7 +22,6 @@ from distclip.application.stepping import skips_by_found_inf
 from distclip.engine import attaching, checkpoint
 from distclip.engine.attaching import listed
 from distclip.engine.session import Session
-from distclip.engine.walk import Fold
 from distclip.engine.walked import Apply
 from distclip.errors import ConfigurationError
 from distclip.layouts import plan as plans
@@ -54,8 +54,14 @@ class Watcher:
     def before(self, clipper: GradClipper, loss_scale: Tensor | None) -> None:
         """Gradients are as backward left them, ``loss_scale`` times too large where it is given."""
 
-    def after(self, clipper: GradClipper, report: ClipReport) -> None:
-        """They are clipped; called after the sinks."""
+    def after(self, clipper: GradClipper, report: ClipReport, loss_scale: Tensor | None) -> None:
+        """They are clipped; called after the sinks.
+
+        Where a fused optimizer multiplies as it steps, this is called after that step, which has
+        written the clipped gradients, unscaled, to ``.grad``. ``loss_scale`` is as in ``before``,
+        and None once the step has unscaled the gradients. Not called for a step that a gradient
+        scaler dropped, of which nothing is left.
+        """
 
 
 watchers: list[Watcher] = []
@@ -382,10 +388,11 @@ class GradClipper:
         mode: OnNonfinite = "skip" if overflow_drops else self.on_nonfinite
         if found_inf is not None and mode in ("error", "error_late"):
             mode = "skip"
-        # Watchers are shown what has been clipped.
-        folds = coming is not None and self.fold and not watchers and coming.suits(self._scope)
-        multiply = coming.multiply if coming and folds else None
-        return self._clip(mode, loss_scale, fold=multiply, leaves_out=self._leaves_out(coming))
+        folds = coming is not None and self.fold and coming.suits(self._scope)
+        if watchers and coming is not None and not coming.alone:
+            folds = False  # they are to see what this clipper did, and no other hook
+        fold = coming if folds else None
+        return self._clip(mode, loss_scale, fold=fold, leaves_out=self._leaves_out(coming))
 
     def _leaves_out(self, coming: FusedStep | None) -> bool:
         """Whether the steps to come leave an update out, without a read of a device."""
@@ -548,7 +555,7 @@ class GradClipper:
         loss_scale: Tensor | None,
         *,
         later: bool = False,
-        fold: Fold | None = None,
+        fold: FusedStep | None = None,
         leaves_out: bool = False,
     ) -> ClipReport:
         global in_use
@@ -558,7 +565,8 @@ class GradClipper:
         for watcher in watchers:
             watcher.before(self, loss_scale)
         step = session.step
-        walked = session.clip(mode, loss_scale, later=later, fold=fold, leaves_out=leaves_out)
+        multiply = None if fold is None else fold.multiply
+        walked = session.clip(mode, loss_scale, later=later, fold=multiply, leaves_out=leaves_out)
         self._apply = walked.apply
         asks = leaves_out or walked.may_skip or mode != "error_late"
         never = walked.skipped is session.program.no_skip or not asks
@@ -572,12 +580,27 @@ class GradClipper:
         )
         self.last_report = report
         error = self._hand_out(step, report)
-        for watcher in watchers:
-            watcher.after(self, report)
+        if watchers and fold is not None and fold.multiplies:
+            fold.then = functools.partial(self._show_stepped, report, loss_scale)
+        else:
+            self._show(report, loss_scale)
         session.look_at_overlap()
         if error is not None:
             raise error
         return report
+
+    def _show(self, report: ClipReport, loss_scale: Tensor | None) -> None:
+        for watcher in watchers:
+            watcher.after(self, report, loss_scale)
+
+    def _show_stepped(
+        self, report: ClipReport, loss_scale: Tensor | None, skipped: bool | Tensor
+    ) -> None:
+        """As :meth:`_show`, after a step that was to multiply and unscale the gradients."""
+        if not bool(skipped):
+            self._show(report, None)
+        elif bool(report.skipped):
+            self._show(report, loss_scale)
 
     def _hand_out(self, step: int, report: ClipReport) -> Exception | None:
         """Call every sink, though one raises; returns the first error, for when all is done."""

@@ -95,7 +95,7 @@ HARMLESS = {
 ALLOWED_TO_TALK = (
     "statistics/collectives.py", "statistics/waiting.py", "testing/", "tools/bench/models.py",
     "tools/bench/ways.py", "tools/bench/peers.py", "tools/bench/timing.py", "tools/check.py",
-    "tools/doctor.py", "tools/verify/",
+    "tools/doctor.py", "tools/verify/", "layouts/gathering.py",
 )  # fmt: skip
 """The one file that issues collectives, the one that waits for them and notes so in the store, and
 what is no part of a training run."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -117,11 +117,21 @@ class FusedStep:
         self._watched = watched
         self.told = False
         """Whether the optimizer has been told to multiply; to be taken back after the step."""
+        self.multiplies = False
+        """Whether the step will multiply the gradients."""
+        self.then: Callable[[bool | Tensor], None] | None = None
+        """Called after the step with whether it was skipped."""
 
     @property
     def optimizer(self) -> Optimizer:
         """The optimizer whose step this is."""
         return self._optimizer
+
+    @property
+    def alone(self) -> bool:
+        """Whether nobody else has a hook before the optimizer's steps."""
+        hooks: Any = getattr(self._optimizer, "_optimizer_step_pre_hooks", {})
+        return len(hooks) == 1
 
     def suits(self, scope: Scope) -> bool:
         """Whether :meth:`multiply` may be called for a clipper of these parameters."""
@@ -146,7 +156,8 @@ class FusedStep:
         elif divisor is not None:
             tell(self._optimizer, "grad_scale", divisor)
             self.told = True
-        return divisor is not None
+        self.multiplies = divisor is not None
+        return self.multiplies
 
     def _reaches(self, coefficient: float | Tensor) -> bool:
         """False under CPU offload: torch copies ``grad_scale`` to the host and does not wait."""

@@ -23,6 +23,7 @@ from distclip.application.copies import FollowedCopy
 from distclip.application.folded import FusedStep
 from distclip.application.stepping import Decision, StepHandle
 from distclip.errors import ConfigurationError
+from distclip.layouts.gradients import version_of
 
 
 class Clip(Protocol):
@@ -222,15 +223,6 @@ class GradientsSeen:
             if reference is None or reference() is not gradient or version_of(gradient) != version:
                 return True
         return False
-
-
-def version_of(tensor: Tensor) -> int:
-    """Counts the changes in place; a DTensor's local tensor has its own count.
-
-    Always 0 for a tensor of ``torch.inference_mode()``, which has no count.
-    """
-    local: Tensor = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
-    return 0 if local.is_inference() else local._version
 
 
 def _gradients(optimizer: Optimizer) -> list[Tensor | None]:

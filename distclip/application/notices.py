@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from distclip.application.joint import version_of
+from distclip.layouts.gradients import version_of
 from distclip.layouts.plan import Plan
 
 _OURS = ("distclip", "torch")

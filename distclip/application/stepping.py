@@ -70,6 +70,7 @@ class StepHandle:
         self._hidden: list[tuple[Tensor, Tensor]] = []
         self._settings: list[dict[str, Any]] = []
         self._asked = False
+        self._then: Callable[[bool | Tensor], None] | None = None
         self._skipped: bool | Tensor = False
         self._step: FrameType | None = None
         """The call of ``step`` that is under way, or that raised."""
@@ -144,7 +145,7 @@ class StepHandle:
         except BaseException:
             take_back(optimizer)  # there will be no step, whatever other handles have told it
             raise
-        self._asked = coming.told
+        self._asked, self._then = coming.told, coming.then
         self._skipped = False if found_inf is None else _lazy((found_inf > 0).any())
         skips = None if decision is None else decision.leave_out
         if skips is None:
@@ -177,6 +178,9 @@ class StepHandle:
         self._take_back(optimizer)
         if self._after is not None:
             self._after(self._skipped)
+        then, self._then = self._then, None
+        if then is not None:
+            then(self._skipped)
 
     def _take_back(self, optimizer: Optimizer) -> None:
         for parameter, gradient in self._hidden:

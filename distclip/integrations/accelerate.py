@@ -30,7 +30,7 @@ from distclip.errors import ConfigurationError
 from distclip.functional import get_total_norm
 from distclip.integrations import deepspeed_json, hooks
 from distclip.integrations.accelerate_clippers import Clippers
-from distclip.integrations.accelerate_marks import Mark, Together
+from distclip.integrations.accelerate_marks import JointDecision, Mark
 from distclip.integrations.accelerate_prepared import (
     Prepared,
     innermost,
@@ -42,8 +42,8 @@ from distclip.integrations.attachment import Attachment
 from distclip.integrations.checkpoints import Shelf
 from distclip.integrations.given import PolicyOrConfig, config_of
 from distclip.integrations.patches import replace
-from distclip.layouts import fsdp1
 from distclip.layouts.detect import refuse_dummy
+from distclip.layouts.gradients import is_reduced
 from distclip.report import ClipReport
 
 _logger = logging.getLogger("distclip.accelerate")
@@ -207,7 +207,7 @@ class AcceleratorAttachment(Attachment):
         if not chosen or not self.accelerator.sync_gradients:
             # Left scaled: more gradients are to come on top of them.
             scale = torch.tensor(scaler.get_scale()) if scaling else None
-            if not all(map(fsdp1.is_reduced, chosen)):
+            if not all(map(is_reduced, chosen)):
                 norm = get_total_norm([p.grad for p in chosen if p.grad is not None])
                 return norm if scale is None else norm / scale
             return self._clippers.of(chosen, measuring=True).clip_before_step(scale).total_norm
@@ -242,14 +242,14 @@ class AcceleratorAttachment(Attachment):
         loss_scale: Tensor | None,
         found_inf: Tensor | None,
         coming: FusedStep,
-    ) -> ClipReport | Together:
+    ) -> ClipReport | JointDecision:
         stepping = optimizer()
         assert stepping is not None  # it is calling
         parameters = parameters_of(stepping)
         self._forget_dropped(stepping)
         called = [mark.report for p in parameters if (mark := self._called.get(id(p)))]
         if called:  # the script chose what to clip: the rest is left alone
-            return Together({id(report): report for report in called}.values())
+            return JointDecision({id(report): report for report in called}.values())
         clipper = self._clippers.of(parameters)
         self.last_report = clipper.clip_before_step(loss_scale, found_inf, coming)
         return self.last_report

@@ -8,9 +8,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from distclip.layouts import fsdp1
+from distclip.layouts.gradients import owner_of, version_of
 from distclip.report import ClipReport
 
 
@@ -28,25 +27,20 @@ class Mark(NamedTuple):
     @classmethod
     def of(cls, parameter: Tensor, report: ClipReport) -> Mark:
         """The mark of a parameter that was clipped just now."""
-        gradient = fsdp1.owner_of_gradient(parameter).grad
+        gradient = owner_of(parameter).grad
         if gradient is None:
             return cls(report, None, 0)
-        return cls(report, weakref.ref(gradient), _version(gradient))
+        return cls(report, weakref.ref(gradient), version_of(gradient))
 
     def outdated(self, parameter: Tensor) -> bool:
         """Whether there has been a backward since, be it ``loss.backward()``."""
-        gradient = fsdp1.owner_of_gradient(parameter).grad
+        gradient = owner_of(parameter).grad
         if gradient is None or self.gradient is None:
             return (gradient is None) != (self.gradient is None)
-        return self.gradient() is not gradient or self.version != _version(gradient)
+        return self.gradient() is not gradient or self.version != version_of(gradient)
 
 
-def _version(gradient: Tensor) -> int:
-    """Counts the changes in place; a DTensor's local tensor has its own count."""
-    return (gradient._local_tensor if isinstance(gradient, DTensor) else gradient)._version
-
-
-class Together:
+class JointDecision:
     """Several reports about the parameters of one optimizer: skipped if any of them says so."""
 
     def __init__(self, reports: Iterable[ClipReport]) -> None:

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from distclip.errors import DistclipError
 from distclip.layouts import fsdp2
+from distclip.layouts.gradients import is_uneven
 from distclip.layouts.names import named_parameters
 from distclip.statistics import collectives
 
@@ -79,8 +80,7 @@ class Prepared:
         ]
         present = {id(p) for shown, p in pairs if shown.grad is not None}
         gathered = any(shown is not p for shown, p in pairs)
-        sharded = self.accelerator.distributed_type == DistributedType.FSDP
-        if sharded and not getattr(self.accelerator, "is_fsdp2", False):
+        if any(map(is_uneven, self._known().values())):
             chosen, present = self._agreed(chosen, present)
         if frozenset(chosen) in known:
             return list(chosen.values())
@@ -91,6 +91,11 @@ class Prepared:
                     return list(whole.values())
         return list(chosen.values())
 
+    def _known(self) -> dict[int, Tensor]:
+        """All parameters of all prepared models and optimizers, by id."""
+        known = {id(p): p for model in self.accelerator._models for p in model.parameters()}
+        return known | {id(p): p for p in self.stepped()}
+
     def _agreed(
         self, chosen: dict[int, Tensor], present: set[int]
     ) -> tuple[dict[int, Tensor], set[int]]:
@@ -98,8 +103,7 @@ class Prepared:
 
         One small reduction per call, over the parameters that all ranks have in the same order.
         """
-        known = {id(p): p for model in self.accelerator._models for p in model.parameters()}
-        known |= {id(p): p for p in self.stepped()}
+        known = self._known()
         group = collectives.default_group(None)
         if group is None:
             return chosen, present

@@ -2,15 +2,15 @@
 
 Before and after clipping every gradient is gathered whole (``DTensor.full_tensor``, FSDP1's
 ``summon_full_params``, plain tensors as they are), and what distclip did is held against the
-float64 reference of :mod:`distclip.testing`, which shares no code with it. Costs memory for whole
-gradients and weights on every rank, in those steps only.
+float64 reference of :mod:`distclip.testing`, which shares no code with it. Where a fused optimizer
+multiplies as it steps, the gradients are looked at after the step, as in a run without the check.
+Costs memory for whole gradients and weights on every rank, in those steps only.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import gc
 import math
 import os
 import sys
@@ -21,8 +21,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
 
 from distclip import clipper as clippers
 from distclip._foreign import clean_lines
@@ -30,15 +28,13 @@ from distclip.clipper import GradClipper, Watcher
 from distclip.engine.passes import report_order
 from distclip.errors import DistclipError
 from distclip.integrations import hooks
-from distclip.layouts import fsdp1
+from distclip.layouts.gathering import Whole, can_gather, gather
+from distclip.layouts.gradients import is_uneven
 from distclip.policies import ByName, Chain, Policy
 from distclip.report import ClipReport
 from distclip.testing import Expected, expected
 from distclip.testing.oracle import WITHOUT_MEMORY
 from distclip.tools.verify.cells import judge, together
-
-Whole = dict[str, tuple["Tensor | None", Tensor]]
-"""Name -> whole gradient (None: there is none) and whole weights, on the CPU."""
 
 
 class StepCheck(Watcher):
@@ -52,7 +48,7 @@ class StepCheck(Watcher):
         self.steps = steps
         self.checked = 0
         self._done: weakref.WeakKeyDictionary[GradClipper, int] = weakref.WeakKeyDictionary()
-        self._before: tuple[Whole, Tensor | None] | None = None
+        self._before: Whole | None = None
 
     def install(self) -> StepCheck:
         """Start watching every GradClipper of this process."""
@@ -62,12 +58,12 @@ class StepCheck(Watcher):
     def before(self, clipper: GradClipper, loss_scale: Tensor | None) -> None:
         self._before = None
         if self._done.get(clipper, 0) < self.steps:
-            self._before = gathered(clipper, loss_scale), loss_scale
+            self._before = gathered(clipper, loss_scale)
 
-    def after(self, clipper: GradClipper, report: ClipReport) -> None:
+    def after(self, clipper: GradClipper, report: ClipReport, loss_scale: Tensor | None) -> None:
         if self._before is None:
             return
-        (before, loss_scale), self._before = self._before, None
+        before, self._before = self._before, None
         step = self._done.get(clipper, 0)
         self._done[clipper] = step + 1
         after = gathered(clipper, loss_scale)
@@ -108,20 +104,13 @@ def gathered(clipper: GradClipper, loss_scale: Tensor | None = None) -> Whole:
         DistclipError: parameters that cannot be gathered independently of distclip; on all ranks.
     """
     problem = ""
-    mine: Whole = {}
     try:
         _refuse(clipper)
     except DistclipError as error:
         problem = str(error)
-    present = {n: p.grad is not None for n, p in clipper.here.items() if not fsdp1.is_flattened(p)}
-    _agree(problem, present)
-    flattened = {n: p for n, p in clipper.here.items() if fsdp1.is_flattened(p)}
-    if flattened:
-        mine |= _summoned(flattened)
-    for name, parameter in clipper.here.items():
-        if name not in flattened:
-            gradient = None if parameter.grad is None else _full(parameter.grad)
-            mine[name] = gradient, _full(parameter.detach())
+    here = clipper.here
+    _agree(problem, {n: p.grad is not None for n, p in here.items() if not is_uneven(p)})
+    mine = gather(here)
     whole = _exchanged(mine, clipper)
     scale = 1.0 if loss_scale is None else float(loss_scale)
     return {
@@ -136,10 +125,9 @@ def _refuse(clipper: GradClipper) -> None:
             "check: DeepSpeed keeps its gradients to itself until it steps, so they cannot be "
             "gathered; leave --check away, and compare layouts with `distclip simulate` instead"
         )
+    shapes = {info.name: info.shape for info in clipper.parameters}
     for name, parameter in clipper.here.items():
-        info = next(i for i in clipper.parameters if i.name == name)
-        plain = not isinstance(parameter, DTensor) and not fsdp1.is_flattened(parameter)
-        if plain and tuple(parameter.shape) != tuple(info.shape):
+        if not can_gather(parameter, shapes[name]):
             raise DistclipError(
                 f"check: {name!r} is a declared slice of a tensor, which only distclip could put "
                 f"together again; leave --check away"
@@ -165,47 +153,6 @@ def _agree(problem: str, present: Mapping[str, bool]) -> None:
                     f"check: rank {rank} has {'a' if there else 'no'} gradient of {name!r}, unlike "
                     f"a rank before it: were gradients synchronised?"
                 )
-
-
-def _summoned(flattened: Mapping[str, Tensor]) -> Whole:
-    """Through FSDP1 itself, which is asked for by every module that holds one of these."""
-    found: Whole = {}
-    wanted = {id(parameter): name for name, parameter in flattened.items()}
-    for module in _roots():
-        if wanted.keys().isdisjoint(map(id, module.parameters())):
-            continue  # another model's
-        try:
-            summoned = FullyShardedDataParallel.summon_full_params(
-                module, writeback=False, with_grads=True
-            )
-            with summoned:
-                for parameter in module.parameters():
-                    if name := wanted.get(id(parameter)):
-                        gradient = parameter.grad
-                        kept = None if gradient is None else gradient.detach().cpu().clone()
-                        found[name] = kept, parameter.detach().cpu().clone()
-        except (NotImplementedError, AssertionError, ValueError) as error:
-            raise DistclipError(
-                f"check: FSDP1 cannot gather gradients here ({error}); wrap with "
-                f"use_orig_params=True, or leave --check away"
-            ) from None
-    if lacking := [name for name in flattened if name not in found]:
-        raise DistclipError(
-            f"check: no FullyShardedDataParallel in this process has a parameter called "
-            f"{lacking[0]!r}; leave --check away"
-        )
-    return found
-
-
-def _roots() -> list[FullyShardedDataParallel]:
-    modules = [m for m in gc.get_objects() if type(m) is FullyShardedDataParallel]
-    inner = {id(part) for module in modules for part in module.modules() if part is not module}
-    return [module for module in modules if id(module) not in inner]
-
-
-def _full(tensor: Tensor) -> Tensor:
-    whole: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return whole.detach().cpu().clone()
 
 
 def _exchanged(mine: Whole, clipper: GradClipper) -> Whole:

@@ -157,14 +157,20 @@ def test_who_looks_between_clipping_and_step_sees_clipped_gradients(
     after.remove()
 
     class Looking(clipper.Watcher):
-        def after(self, clipper: GradClipper, report: ClipReport) -> None:
+        def after(self, clipper: Any, report: ClipReport, loss_scale: Any) -> None:
             look()
 
     monkeypatch.setattr(clipper, "watchers", [Looking()])
     give(model, 2)
     optimizer.step()
-    assert len(told) == 1
+    assert len(told) == 2  # a watcher looks when the step has multiplied
     assert norms.pop() == pytest.approx(MAX_NORM, rel=1e-5)
+    other = GradClipper(model, policies.measure()).attach(optimizer)
+    give(model, 3)
+    optimizer.step()
+    assert len(told) == 2  # with another hook it would see what both of them did
+    assert norms == [pytest.approx(MAX_NORM, rel=1e-5)] * 2
+    other.remove()
     handle.remove()
 
 

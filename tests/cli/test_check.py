@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import pytest
@@ -16,6 +17,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from distclip import DistclipError, GradClipper, clipper, policies
+from distclip.application import folded
 from distclip.integrations import hooks
 from distclip.tools import check
 from distclip.tools.check import StepCheck
@@ -90,7 +92,7 @@ def test_clipping_that_is_off_is_seen_on_all_ranks(world_size: int) -> None:
     class Wrong(StepCheck):
         """The last rank changes one element of its gradients once they are clipped."""
 
-        def after(self, clipper: GradClipper, report: Any) -> None:
+        def after(self, clipper: GradClipper, report: Any, loss_scale: Any) -> None:
             if not dist.is_initialized() or dist.get_rank() == world_size - 1:
                 for parameter in clipper.here.values():
                     gradient: Any = parameter.grad
@@ -98,7 +100,7 @@ def test_clipping_that_is_off_is_seen_on_all_ranks(world_size: int) -> None:
                         local = getattr(gradient, "_local_tensor", gradient)
                         if local.numel():
                             local.view(-1)[0] *= 1 + 1e-5
-            super().after(clipper, report)
+            super().after(clipper, report, loss_scale)
 
     for layout in layouts(world_size)[-2 if world_size == 1 else 1 :]:
         for policy in (policies.agc(0.01), Own()):
@@ -109,6 +111,46 @@ def test_clipping_that_is_off_is_seen_on_all_ranks(world_size: int) -> None:
                     ours.clip_()
             finally:
                 clipper.watchers.remove(watching)
+
+
+@pytest.mark.ranks(1, 3)
+def test_a_folded_step_is_checked_as_it_is_run(
+    world_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    divisors: list[float] = []
+    off = [1.0]
+
+    def divisor_of(*given: Any) -> torch.Tensor | None:
+        divisor = folded_divisor_of(*given)
+        assert divisor is not None
+        divisors.append(float(divisor))
+        return divisor * off[0]
+
+    folded_divisor_of = folded.divisor_of
+    monkeypatch.setattr(folded, "divisor_of", divisor_of)
+    for layout in ("ddp", "fsdp1", "fsdp2"):
+        for scaler in (None, torch.amp.GradScaler("cpu", init_scale=8.0)):
+            for wrong in (False, True):
+                off[:], divisors[:] = [1.0], []
+                model = trained(layout)
+                optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+                handle = GradClipper(model, policies.global_norm(0.1)).attach(optimizer)
+                if scaler is not None:
+                    scaler.scale(torch.ones(()))  # makes its state
+                    for parameter in model.parameters():
+                        if parameter.grad is not None:
+                            parameter.grad.mul_(8.0)
+                step = optimizer.step if scaler is None else partial(scaler.step, optimizer)
+                off[0] = 1 - 1e-4 * wrong
+                with checking() as watching:
+                    if wrong:
+                        with pytest.raises(DistclipError, match="did not do what it does"):
+                            step()
+                    else:
+                        step()
+                        assert watching.checked == 1
+                assert len(divisors) == 1, (layout, scaler)
+                handle.remove()
 
 
 @pytest.mark.ranks(2)

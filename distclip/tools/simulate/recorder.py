@@ -199,7 +199,7 @@ class Recorder(Watcher):
 
     # ---- clipping and steps --------------------------------------------------------------
 
-    def after(self, clipper: GradClipper, report: ClipReport) -> None:
+    def after(self, clipper: GradClipper, report: ClipReport, loss_scale: Tensor | None) -> None:
         numbers = report.to_dict(per_parameter=False)
         numbers.pop("nonfinite")
         self.journal.write("clip", step=self.step, parameters=len(clipper.names), **numbers)
