@@ -129,6 +129,7 @@ def clip_grad_agc_(
     clip_factor: float = 0.01,
     eps: float = 1e-3,
     unit: Literal["row", "tensor"] = "row",
+    norm_type: float = 2.0,
     *,
     process_group: ProcessGroup | None = None,
 ) -> Tensor:
@@ -142,21 +143,22 @@ def clip_grad_agc_(
         clip_factor: finite, > 0.
         eps: floor of the weight norm; finite, > 0.
         unit: ``"row"`` or ``"tensor"``.
+        norm_type: order p > 0 or inf of all norms here.
         process_group: its members hold different parameters (pipeline stages).
 
     Returns:
-        The joint 2-norm of all gradients before clipping, as :func:`clip_grad_norm_`.
+        The joint p-norm of all gradients before clipping, as :func:`clip_grad_norm_`.
     """
     given = _given(parameters)
-    policy = AGC(clip_factor, eps, unit)
+    policy = AGC(clip_factor, eps, unit, norm_type=norm_type)
     if process_group is None:
         walked, plan = clip(given, policy, "pass")
         _note(given, "distclip.clip_grad_agc_")
         return walked.total_norm.to(_norm_dtype(plan.dtypes))
     # A unit lies on one member, or on its mesh: only the joint norm concerns the other members.
     with torch.no_grad():
-        find = functools.partial(programs.get, given, Measure(), norms=True)
-        total = joint_norm(find, 2.0, process_group, False)
+        find = functools.partial(programs.get, given, Measure(policy.norm_type), norms=True)
+        total = joint_norm(find, policy.norm_type, process_group, False)
     _, plan = clip(given, policy, "pass", norms=False)
     _note(given, "distclip.clip_grad_agc_")
     return total.to(_norm_dtype(plan.dtypes))

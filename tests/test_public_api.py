@@ -112,7 +112,8 @@ SIGNATURES = {
     "clip_grad_value_": "(parameters: Parameters, clip_value: float, foreach: bool | None = None) "
     "-> None",
     "clip_grad_agc_": "(parameters: Parameters, clip_factor: float = 0.01, eps: float = 0.001, "
-    "unit: Literal[row, tensor] = row, *, process_group: ProcessGroup | None = None) -> Tensor",
+    "unit: Literal[row, tensor] = row, "
+    "norm_type: float = 2.0, *, process_group: ProcessGroup | None = None) -> Tensor",
     "get_total_norm": "(tensors: Tensors, norm_type: float = 2.0, "
     "error_if_nonfinite: bool = False, foreach: bool | None = None, *, "
     "process_group: ProcessGroup | None = None) -> Tensor",
@@ -145,8 +146,8 @@ SIGNATURES = {
     "policies.group_norm": "(max_norm: float, norm_type: float = 2.0) -> None",
     "policies.block_rms": "(threshold: float) -> None",
     "policies.agc": "(clip_factor: float = 0.01, eps: float = 0.001, "
-    "unit: Literal[row, tensor] = row, unit_dims: Mapping[str, Sequence[int]] | None = None) "
-    "-> None",
+    "unit: Literal[row, tensor] = row, unit_dims: Mapping[str, Sequence[int]] | None = None, "
+    "norm_type: float = 2.0) -> None",
     "policies.dreamer_agc": "(clip: float = 0.3, pmin: float = 0.001) -> None",
     "policies.autoclip": "(percentile: float = 10.0, window: int | None = None) -> None",
     "policies.zclip": "(z_thresh: float = 2.5, alpha: float = 0.97, warmup_steps: int = 25, "

@@ -70,9 +70,8 @@ class Ledger:
         self.units = dict(measurement.units)
         self.ones = self._total = self._scaled = program.ones
         self._common: Tensor | None = None
-        self.unit_total = (
-            torch.ones_like(measurement.unit_weights) if self.table.summed.size else None
-        )
+        summed = self.table.summed.size
+        self.unit_total = self.ones.new_ones(summed) if summed else None
         self.rounds = [Round(bounds=self.one.request.bounds)]
         self.threshold: Tensor | float | None = None
         self.late_clamped = program.all_finite
@@ -281,12 +280,13 @@ class Ledger:
         whole, members = self.one.whole[position], self.one.divided[position]
         if whole:
             where = self._where(whole)
-            norms, weights = self.norms[2.0][where], self.measurement.weights[2.0][where]
+            norms = self.norms[policy.norm_type][where]
+            weights = self.measurement.weights[policy.norm_type][where]
             self._scale(where, policy.unit_coefficients(norms, weights))
         if not members or self.unit_total is None:  # parameters of shape (0, n) have no units
             return
-        weights = self.measurement.unit_weights
-        factors = decide((policy,), self.units[2.0], weights, torch.empty_like(weights))
+        room = torch.empty_like(self.unit_total)
+        factors = decide((policy,), self.units, self.measurement.unit_weights, room)
         if len(members) < len(self.table.rows):
             chosen = torch.zeros_like(self.ones, dtype=torch.bool)
             chosen[self._where(members)] = True

@@ -66,6 +66,7 @@ class _Draft:
     stages: list[Stage] = field(default_factory=list)
     bounds: dict[int, float] = field(default_factory=dict)
     unit_dims: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    unit_orders: dict[float, None] = field(default_factory=dict)
     acted: Counter[int] = field(default_factory=Counter)
     unknown: set[int] = field(default_factory=set)
     unit_prefix: dict[int, list[UnitPolicy]] = field(default_factory=dict)
@@ -151,6 +152,7 @@ def _add(
         dims = _unit_dims(stage, parameters, member)
         if dims and isinstance(stage.policy, UnitPolicy):
             draft.unit_dims[member] = dims
+            draft.unit_orders[stage.policy.norm_type] = None
             prefix = draft.unit_prefix.setdefault(member, [])
             if draft.acted[member] == len(prefix):
                 prefix.append(stage.policy)
@@ -241,6 +243,7 @@ def _finished(
         weighted=frozenset(weighted),
         unit_dims=dict(draft.unit_dims),
         decided_locally=frozenset(local),
+        deciding_orders=tuple(draft.unit_orders),
         bounds=dict(draft.bounds),
         raw_orders=(shown,) if shown is not None and first and draft.bounds else (),
         # What each rank decides on units of its own, all have to know for the report.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import cast
 
@@ -23,25 +23,32 @@ CHUNK = 4096
 
 
 def decide(
-    policies: Sequence[UnitPolicy], norms: Tensor, weights: Tensor, result: Tensor
+    policies: Sequence[UnitPolicy],
+    norms: Mapping[float, Tensor],
+    weights: Mapping[float, Tensor],
+    result: Tensor,
+    span: slice = slice(None),
 ) -> Tensor:
     """Coefficients of units by several policies, one after another.
 
     Args:
         policies: each sees the gradients as scaled by those before it.
-        norms: float64 ``(units,)``, 2-norms of the gradients; not changed.
+        norms: order -> float64 ``(units,)``, norms of the gradients; not changed.
         weights: the same of the weights.
-        result: where the coefficients go, float64 ``(units,)``; may be ``weights``.
+        result: where the coefficients go, float64 ``(units,)``; may be one of ``weights``.
+        span: the units to decide on, of all.
     """
-    step = CHUNK if norms.device.type == "cpu" else max(len(norms), 1)
-    for start in range(0, len(norms), step):
-        part = slice(start, start + step)
-        running, weight = norms[part], weights[part]
+    first, stop, _ = span.indices(len(result))
+    step = CHUNK if result.device.type == "cpu" else max(stop - first, 1)
+    for start in range(first, stop, step):
+        part = slice(start, min(start + step, stop))
         total: Tensor | None = None
         for policy in policies:
-            factors = policy.unit_coefficients(running, weight)
+            order = policy.norm_type
+            # After a scaling by c a norm of any order is c times what it was.
+            running = norms[order][part] if total is None else norms[order][part] * total
+            factors = policy.unit_coefficients(running, weights[order][part])
             total = factors if total is None else total * factors
-            running = running * factors if len(policies) > 1 else running
         if total is not None:
             result[part] = total
     return result
@@ -75,10 +82,10 @@ def decide_locally(
     nothing = replace(nothing, after=dict(measured.norms))
     if not whole.size:
         return nothing
-    total = units.weights[: whole.size]
+    total = units.weights[request.deciding_orders[0]][: whole.size]
     for key, span in table.runs:
         policies = cast("tuple[UnitPolicy, ...]", key)
-        decide(policies, units.norms[2.0][span], total[span], total[span])
+        decide(policies, units.norms, units.weights, total, span)
     missing = [number for number in units.missing if number < table.decided]
     if missing:
         total.index_fill_(0, table.units_of(missing), 1.0)

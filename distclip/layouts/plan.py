@@ -95,11 +95,6 @@ class Plan:
         )
 
     @cached_property
-    def no_units(self) -> Tensor:
-        """float64 ``(0,)``: the statistics of units where there are none."""
-        return torch.zeros(0, dtype=torch.float64, device=self.device)
-
-    @cached_property
     def _flags(self) -> tuple[Tensor, Tensor]:
         both = torch.tensor([0.0, 1.0], dtype=torch.float64, device=self.device)
         return both[:1], both[1:]

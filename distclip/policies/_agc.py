@@ -27,6 +27,8 @@ class AGC(UnitPolicy):
     With ``m_u = clip_factor * max(||w_u||, eps)``: where ``||g_u|| > m_u``,
     ``g_u *= m_u / max(||g_u||, 1e-6)``. Brock et al. 2021 (arXiv 2102.06171, equation 3).
 
+    Norms are p-norms of the order ``norm_type``, of gradients and weights alike, as in timm.
+
     A unit is an output row: index over dim 0, reduced over all other dims (as timm; torch's layout
     is output first). A vector or scalar is one unit. The authors exclude only the final linear
     layer: ``by_name({"head.weight": None}, default=agc(0.01))``.
@@ -37,16 +39,18 @@ class AGC(UnitPolicy):
         unit: ``"row"``, or ``"tensor"`` for one unit per parameter.
         unit_dims: name pattern -> dims that index the units of the parameters that match, first
             match wins; stacked experts ``[E, out, in]``: ``{"*.experts.*": (0, 1)}``.
+        norm_type: order p > 0 or inf of the norms that are compared.
 
     Raises:
-        ConfigurationError: ``clip_factor <= 0``, ``eps <= 0``, an unknown unit, dims that a
-            matching parameter does not have.
+        ConfigurationError: ``clip_factor <= 0``, ``eps <= 0``, an unknown unit, ``norm_type <= 0``,
+            dims that a matching parameter does not have.
     """
 
     clip_factor: float = 0.01
     eps: float = 1e-3
     unit: Literal["row", "tensor"] = "row"
     unit_dims_by_name: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    norm_type: float = 2.0
     name: ClassVar[str] = "agc"
 
     def __init__(
@@ -55,6 +59,7 @@ class AGC(UnitPolicy):
         eps: float = 1e-3,
         unit: Literal["row", "tensor"] = "row",
         unit_dims: Mapping[str, Sequence[int]] | None = None,
+        norm_type: float = 2.0,
     ) -> None:
         if unit not in ("row", "tensor"):
             raise ConfigurationError(f'agc: unit must be "row" or "tensor", got {unit!r}')
@@ -64,12 +69,15 @@ class AGC(UnitPolicy):
         set_(self, "unit", unit)
         items = tuple((name, _dims(name, dims)) for name, dims in (unit_dims or {}).items())
         set_(self, "unit_dims_by_name", items)
+        set_(self, "norm_type", checks.norm_order(self.name, norm_type))
 
     def __repr__(self) -> str:
         dims = dict(self.unit_dims_by_name) or None
+        # Left out where it is 2: ranks, logs and digests compare this text with older ones.
+        order = "" if self.norm_type == 2.0 else f", norm_type={self.norm_type!r}"
         return (
             f"AGC(clip_factor={self.clip_factor!r}, eps={self.eps!r}, unit={self.unit!r}, "
-            f"unit_dims={dims!r})"
+            f"unit_dims={dims!r}{order})"
         )
 
     @property

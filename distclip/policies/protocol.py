@@ -248,7 +248,8 @@ _MENDS = {
     "scaling from a second policy in policies.chain(...)), or give the member another name",
     "UnitPolicy": "derive it from policies.UnitPolicy to decide per unit, or give the member "
     "another name",
-    "": "every UnitPolicy is given the 2-norms of gradients and weights; remove the member",
+    "": "every UnitPolicy is given the norms of gradients and weights of its `norm_type`; remove "
+    "the member",
 }
 
 
@@ -350,9 +351,14 @@ class UnitPolicy(Policy):
     }
 
     @property
+    def norm_type(self) -> float:
+        """Order p > 0, or ``math.inf``, of the norms that :meth:`unit_coefficients` is given."""
+        return 2.0
+
+    @property
     def needs(self) -> Needs:
-        """The 2-norms of gradients and weights."""
-        return _UNIT_NEEDS
+        """The norms of gradients and weights, of the order :attr:`norm_type`."""
+        return Needs.of(gradients=[self.norm_type], weights=[self.norm_type])
 
     @abc.abstractmethod
     def unit_dims(self, parameter: ParameterInfo) -> tuple[int, ...]:
@@ -360,12 +366,9 @@ class UnitPolicy(Policy):
 
     @abc.abstractmethod
     def unit_coefficients(self, gradient_norms: Tensor, weight_norms: Tensor) -> Tensor:
-        """Coefficients of units from their 2-norms; all float64 of one shape ``(units,)``."""
+        """Coefficients of units from their norms; all float64 of one shape ``(units,)``."""
 
     @property
     def threshold(self) -> float | None:
         """What the report shows as threshold."""
         return None
-
-
-_UNIT_NEEDS = Needs.of(gradients=[2.0], weights=[2.0])

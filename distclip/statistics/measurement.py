@@ -265,7 +265,7 @@ def _measure_units(
     memory: Memory,
     early: Early | None,
 ) -> LocalUnits:
-    """Norms of all units on this rank, in one vector for the gradients and one for the weights.
+    """Norms of all units on this rank, of each order a vector for gradients and one for weights.
 
     Pieces of a replica that is counted elsewhere have the norm 0, unless they are decided here.
     """
@@ -305,7 +305,8 @@ def _measure_units(
         norms[order] = of(late, order, "gradients of units")
         if early is not None:
             early.insert_units(norms[order], order)
-    return LocalUnits(norms, of(weighted, 2.0, "weights of units"), missing)
+    sizes = {order: of(weighted, order, "weights of units") for order in request.deciding_orders}
+    return LocalUnits(norms, sizes, missing)
 
 
 def piece_norms(

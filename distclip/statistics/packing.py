@@ -56,7 +56,7 @@ class Measurement:
         norms: the same as clamped and scaled before the reduction: what the next stage sees.
         weights: order -> ``(parameters,)`` weight norms.
         units: order -> ``(units,)`` gradient norms of the units summed over ranks.
-        unit_weights: ``(units,)`` their weight 2-norms.
+        unit_weights: order -> ``(units,)`` their weight norms.
         clipped: ``(parameters,)`` units scaled before the reduction.
         smallest: 0-dim, the smallest coefficient decided before the reduction.
         flags: the first is >= 1 if any rank ran into an error, else > 0 if any has a gradient that
@@ -72,7 +72,7 @@ class Measurement:
     norms: Mapping[float, Tensor]
     weights: Mapping[float, Tensor]
     units: Mapping[float, Tensor]
-    unit_weights: Tensor
+    unit_weights: Mapping[float, Tensor]
     clipped: Tensor
     smallest: Tensor
     flags: Tensor
@@ -280,8 +280,11 @@ def reduce(
         for order in request.unit_orders:
             units = measured.units.norms[order][first:]
             packet.add_norms(("units", order), units, order, table.places, table.shares, size)
-        units = measured.units.weights[first:]
-        packet.add_norms("unit weights", units, 2.0, table.places, table.shares, size)
+        for order in request.deciding_orders:
+            units = measured.units.weights[order][first:]
+            packet.add_norms(
+                ("unit weights", order), units, order, table.places, table.shares, size
+            )
     if request.decided_locally and group is not None:
         packet.add_sum("clipped", decided.clipped)
         packet.add_sum("smallest", _own_slot(decided.smallest, group))
@@ -296,14 +299,17 @@ def reduce(
     def reduced(kind: str) -> dict[float, Tensor]:
         return {order: got[kind, order] for order in kinds[kind]}
 
+    def per_unit(kind: str, orders: Sequence[float]) -> dict[float, Tensor]:
+        return {order: got[kind, order] for order in orders if table.summed.size}
+
     clamped = reduced("norms")
     return Measurement(
         raw={**clamped, **reduced("raw")},
         clamped=clamped,
         norms={**clamped, **reduced("after")},
         weights=reduced("weights"),
-        units={order: got["units", order] for order in request.unit_orders if table.summed.size},
-        unit_weights=got.get("unit weights", plan.no_units),
+        units=per_unit("units", request.unit_orders),
+        unit_weights=per_unit("unit weights", request.deciding_orders),
         clipped=got.get("clipped", decided.clipped),
         smallest=got["smallest"].min() if "smallest" in got else decided.smallest,
         flags=got["flags"],

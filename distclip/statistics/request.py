@@ -18,6 +18,7 @@ class Request:
         unit_dims: parameters measured per unit -> the dims that index their units.
         decided_locally: those of them whose units lie whole on a rank and are decided there,
             before the reduction; the others' units are summed over ranks.
+        deciding_orders: orders of the unit norms, of gradients and weights, that decisions read.
         bounds: parameters to measure as if clamped to +-bound.
         raw_orders: orders to measure also without the clamping.
         reduced: whether anything has to be known on all ranks.
@@ -29,6 +30,7 @@ class Request:
     weighted: frozenset[int] = frozenset()
     unit_dims: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     decided_locally: frozenset[int] = frozenset()
+    deciding_orders: tuple[float, ...] = ()
     bounds: Mapping[int, float] = field(default_factory=dict)
     raw_orders: tuple[float, ...] = ()
     reduced: bool = True
@@ -36,5 +38,5 @@ class Request:
 
     @cached_property
     def unit_orders(self) -> tuple[float, ...]:
-        """Orders measured per unit: 2 for the decision, and what is asked of the parameters."""
-        return tuple(dict.fromkeys((2.0, *self.orders)))
+        """Orders of the gradients' unit norms: for decisions, and for norms of whole parameters."""
+        return tuple(dict.fromkeys((*self.deciding_orders, *self.orders)))

@@ -210,10 +210,10 @@ class LocalUnits:
 
     Attributes:
         norms: order -> float64 ``(local.size,)`` gradient norms, 0 where a gradient is missing.
-        weights: float64 ``(local.size,)`` weight 2-norms.
+        weights: order -> float64 ``(local.size,)`` weight norms.
         missing: numbers of the pieces that have no gradient.
     """
 
     norms: dict[float, Tensor] = field(default_factory=dict)
-    weights: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+    weights: dict[float, Tensor] = field(default_factory=dict)
     missing: list[int] = field(default_factory=list)

@@ -43,6 +43,7 @@ POLICIES: dict[str, Any] = {
     "agc": {"name": "agc", "clip_factor": 0.1},
     "agc strict": {"name": "agc", "clip_factor": 0.001},
     "agc tensor": {"name": "agc", "clip_factor": 0.1, "unit": "tensor"},
+    "agc p=1": {"name": "agc", "clip_factor": 0.1, "norm_type": 1.0},
     "agc experts": {"name": "agc", "clip_factor": 0.1, "unit_dims": {"experts.*": [0, 1]}},
     "agc columns": {"name": "agc", "clip_factor": 0.1, "unit_dims": {"*.weight": [1]}},
     "dreamer": {"name": "dreamer_agc"},
@@ -70,6 +71,12 @@ POLICIES: dict[str, Any] = {
         {"name": "agc", "clip_factor": 0.1},
         {"name": "agc", "clip_factor": 0.05, "unit_dims": {"experts.*": [0, 1]}},
         {"name": "global_norm", "max_norm": 0.1},
+    ],
+    "chain agc orders": [
+        {"name": "agc", "clip_factor": 0.2, "norm_type": math.inf},
+        {"name": "agc", "clip_factor": 0.1},
+        {"name": "agc", "clip_factor": 0.1, "norm_type": 1.0, "unit": "tensor"},
+        {"name": "global_norm", "max_norm": 0.5},
     ],
     "chain value first": [
         {"name": "value", "clip_value": 0.5},

@@ -272,13 +272,14 @@ def _agc(
     eps: float = 1e-3,
     unit: Literal["row", "tensor"] = "row",
     unit_dims: Mapping[str, Sequence[int]] | None = None,
+    norm_type: float = 2.0,
 ) -> None:
-    # Brock et al. 2021, arXiv 2102.06171, eq. 3, with the units and the 1e-6 of timm.
+    # Brock et al. 2021, arXiv 2102.06171, eq. 3, with the units, the order and the 1e-6 of timm.
     for name in names:
         gradient = run.present[name]
         axes = _reduced(name, gradient.ndim, unit, unit_dims or {})
-        size = norm(gradient, 2.0, axes)
-        most = clip_factor * np.maximum(norm(run.weights[name], 2.0, axes), eps)
+        size = norm(gradient, float(norm_type), axes)
+        most = clip_factor * np.maximum(norm(run.weights[name], float(norm_type), axes), eps)
         # Asked this way round a unit with a NaN becomes all NaN, as in timm.
         coefficient = np.where(size <= most, 1.0, most / np.maximum(size, 1e-6))
         run.scale(name, coefficient if len(axes) < gradient.ndim else coefficient.reshape(()))

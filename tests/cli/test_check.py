@@ -203,5 +203,6 @@ def test_what_is_said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
 def test_policies_in_words() -> None:
     assert check.in_words(policies.agc(0.1, unit_dims={"e.*": [0, 1]})) == {
         "name": "agc", "clip_factor": 0.1, "eps": 1e-3, "unit": "row", "unit_dims": {"e.*": (0, 1)},
+        "norm_type": 2.0,
     }  # fmt: skip
     assert check.in_words(policies.chain(policies.measure(), Own())) is None

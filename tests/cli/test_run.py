@@ -103,7 +103,7 @@ def test_a_faulty_configuration_is_told_before_the_script_starts(
     assert (ours.returncode, ours.stdout) == (2, "")
     assert ours.stderr == (
         "distclip [rank 3]: policy.yaml: policy.clip_factr: unknown key (value 1), "
-        "did you mean 'clip_factor'? agc takes clip_factor, eps, unit, unit_dims\n"
+        "did you mean 'clip_factor'? agc takes clip_factor, eps, unit, unit_dims, norm_type\n"
     )
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
 import distclip
-from distclip import policies
+from distclip import ConfigurationError, policies
 from tests.policies.golden import assert_golden, clip, parameters
 
 RTOL = 1e-6
@@ -20,6 +22,30 @@ def test_timm_agc(golden: dict[str, np.ndarray], clip_factor: float) -> None:
     have = parameters(golden)
     distclip.clip_grad_agc_(have.values(), clip_factor)
     assert_golden(have, golden, key)
+
+
+@pytest.mark.parametrize("clip_factor", [0.01, 0.1])
+@pytest.mark.parametrize("norm_type", [1.0, 3.0, math.inf])
+def test_timm_agc_of_other_orders(
+    golden: dict[str, np.ndarray], norm_type: float, clip_factor: float
+) -> None:
+    key = f"timm.adaptive_clip_grad norm_type|{norm_type}|{clip_factor}"
+    assert_golden(clip(golden, policies.agc(clip_factor, norm_type=norm_type)), golden, key)
+    have = parameters(golden)
+    total = distclip.clip_grad_agc_(have.values(), clip_factor, norm_type=norm_type)
+    assert_golden(have, golden, key)
+    gradients = [golden[f"in|g|{name}"].astype(np.float64).ravel() for name in have]
+    want = np.linalg.norm(np.concatenate(gradients), norm_type)
+    assert float(total) == pytest.approx(want, rel=1e-6)
+
+
+def test_the_order_is_checked_and_shown() -> None:
+    assert "norm_type" not in repr(policies.agc())
+    assert repr(policies.agc(norm_type=1)).endswith("unit_dims=None, norm_type=1.0)")
+    with pytest.raises(ConfigurationError, match="agc: norm_type must be > 0 or inf"):
+        policies.agc(norm_type=0)
+    with pytest.raises(ConfigurationError, match=r"unit must be .*got 2\.0"):
+        distclip.clip_grad_agc_([], 0.01, 1e-3, 2.0)  # type: ignore[arg-type]  # timm's place
 
 
 OPTAX_TORCH_LAYOUT = {"conv1d": (0, 1), "col": ()}

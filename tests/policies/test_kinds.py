@@ -76,7 +76,7 @@ MAKERS: dict[str, tuple[type, dict[str, Any], str]] = {
             ("init", "ScalingPolicy"),
             ("bound", "ClampingPolicy"),
             ("update_bound", "ClampingPolicy"),
-            ("needs", "2-norms"),
+            ("needs", "`norm_type`"),
         ]
     },
     "inherited": (policies.AGC, {"update": lambda self, *a: ((), {})}, "defines `update`"),

@@ -27,6 +27,7 @@ COUNTS = {
     "chain value between": 2,
     # A max beside sums.
     "chain global, agc": 2,
+    "chain agc orders": 2,
     # Other units for the same experts: other statistics, of what the first stage left.
     "chain agc twice": 2,
 }
