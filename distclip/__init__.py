@@ -18,6 +18,7 @@ import importlib
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
+from distclip import _tested
 from distclip import errors as errors
 from distclip import policies as policies
 from distclip._version import __version__ as __version__
@@ -99,8 +100,11 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _NAMES:
+        _tested.check("torch")
         found = getattr(importlib.import_module(_NAMES[name]), name)
     elif name in _NAMESPACES:
+        for package in ("torch", name, *_BESIDES.get(name, ())):
+            _tested.check(package)
         try:
             found = importlib.import_module(_NAMESPACES[name])
         except ModuleNotFoundError as error:

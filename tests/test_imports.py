@@ -29,7 +29,6 @@ IMPORTERS: dict[str, set[str]] = {
     "deepspeed": {
         "tools/bench/zero.py",
         "integrations/deepspeed.py",
-        "integrations/deepspeed_engines.py",
         "testing/ranks/on_rank.py",
     },
     "lightning": set(),

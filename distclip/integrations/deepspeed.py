@@ -111,7 +111,6 @@ class EngineAttachment(Attachment):
 
     def __init__(self, engine: Any, config: Config) -> None:
         super().__init__(engine, "DeepSpeed engine", config)
-        deepspeed_engines.warn_untested()
         deepspeed_engines.refuse(engine)
         refuse_late(config.on_nonfinite, "DeepSpeed")
         self.engine = engine

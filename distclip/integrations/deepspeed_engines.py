@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from typing import Any
 
-import deepspeed
 from torch import Tensor
 
 from distclip.config import Config
@@ -15,22 +13,7 @@ from distclip.layouts.names import named_parameters
 
 _logger = logging.getLogger("distclip.deepspeed")
 
-RAN_WITH = ("0.16.9", "0.18.0", "0.19.8")
-"""The versions that the tests were run with; pyproject.toml says the same."""
 _OWN_REDUCTION = ("OnebitAdam", "ZeroOneAdam", "OnebitLamb")
-_warned: set[str] = set()
-
-
-def warn_untested() -> None:
-    """Say once that this version of DeepSpeed was not run."""
-    version = str(deepspeed.__version__).split("+")[0]
-    if version not in RAN_WITH and version not in _warned:
-        _warned.add(version)
-        warnings.warn(
-            f"distclip was not run with DeepSpeed {version}, but with {', '.join(RAN_WITH)}; "
-            f"compare engine.get_global_grad_norm() once with a run without distclip",
-            stacklevel=5,
-        )
 
 
 def refuse(engine: Any) -> None:

@@ -18,6 +18,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
+from distclip import _tested
 from distclip._version import __version__
 from distclip.errors import DistclipError
 
@@ -72,35 +73,35 @@ def as_json(lines: list[Line]) -> str:
 
 
 def versions() -> list[Line]:
-    """Versions of Python and of packages, beside the ranges that were tested."""
-    tested = ranges()
+    """Versions of Python and of packages, beside what is needed, and what was tested."""
+    needed = ranges()
     python = platform.python_version()
-    inside = within(python, tested["python"])
+    inside = within(python, needed["python"])
     lines = [
         Line("versions", "distclip", "good", __version__),
         Line("versions", "python", "good" if inside else "wrong",
-             f"{python}, needs {tested['python'] or 'nothing that is known'}"),
+             f"{python}, needs {needed['python'] or 'nothing that is known'}"),
     ]  # fmt: skip
-    return lines + [_package(name, tested.get(name, "")) for name in PACKAGES]
+    return lines + [_package(name, needed.get(name, "")) for name in PACKAGES]
 
 
-def _package(name: str, tested: str) -> Line:
-    try:
-        found = metadata.version(name)
-    except metadata.PackageNotFoundError:
+def _package(name: str, needed: str) -> Line:
+    tested = _tested.TESTED.get(name)
+    shown = f"tested with {tested.oldest} to {tested.newest}" if tested else f"needs {needed}"
+    known = bool(tested or needed)
+    found = _tested.installed(name)
+    if not found:
         state: State = "wrong" if name in NEEDED else "note"
-        return Line(
-            "versions", name, state, f"not installed{f', supported {tested}' if tested else ''}"
-        )
-    if not tested:
+        return Line("versions", name, state, f"not installed{f'; {shown}' if known else ''}")
+    if not known:
         return Line("versions", name, "note", f"{found}; nothing is said of it")
-    if within(found, tested):
-        return Line("versions", name, "good", f"{found}, supported {tested}")
-    return Line("versions", name, "note", f"{found} is outside of what is supported: {tested}")
+    place = _tested.place(name, found) if tested else -int(not within(found, needed))
+    state = "wrong" if place < 0 else "note" if place else "good"
+    return Line("versions", name, state, f"{found}, {shown}")
 
 
 def ranges() -> dict[str, str]:
-    """Package -> the range that distclip states, which its tests were run within."""
+    """Package -> the range that distclip requires."""
     try:
         found = {"python": metadata.metadata("distclip")["Requires-Python"] or ""}
         requirements = [Requirement(each) for each in metadata.requires("distclip") or []]
@@ -113,7 +114,7 @@ def ranges() -> dict[str, str]:
 
 
 def within(version: str, wanted: str) -> bool:
-    """Whether a version is in a range such as ``>=2.13,<2.14``, pre-releases too."""
+    """Whether a version is in a range such as ``>=2.13``, pre-releases too."""
     try:
         return SpecifierSet(wanted).contains(Version(version), prereleases=True)
     except InvalidVersion:

@@ -10,9 +10,11 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import torch
 import typer.testing
 import yaml
 
+from distclip._tested import TESTED
 from distclip.cli import app as application
 from distclip.testing import run_on_ranks
 from distclip.tools import doctor
@@ -142,10 +144,15 @@ def test_ranges(version: str, wanted: str, inside: bool) -> None:
     assert doctor.within(version, wanted) == inside
 
 
-def test_a_version_that_was_not_tested(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metadata, "version", lambda name: "9.9")
-    monkeypatch.setattr(doctor, "ranges", lambda: {"python": "", "torch": "<2.14"})
+@pytest.mark.parametrize(
+    ("version", "state"),
+    [("99.9", "note"), ("2.0.1", "wrong"), (torch.__version__, "good")],
+)
+def test_a_version_beside_the_tested_ones(
+    monkeypatch: pytest.MonkeyPatch, version: str, state: str
+) -> None:
+    monkeypatch.setattr(metadata, "version", lambda name: version)
     lines = {line.what: line for line in doctor.versions()}
-    assert (lines["torch"].state, lines["torch"].text) == (
-        "note", "9.9 is outside of what is supported: <2.14",
-    )  # fmt: skip
+    oldest, newest = TESTED["torch"]
+    assert lines["torch"].state == state
+    assert lines["torch"].text == f"{version}, tested with {oldest} to {newest}"

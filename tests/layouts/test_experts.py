@@ -53,7 +53,7 @@ def model(mesh: Any, known: dict[str, tuple[Tensor, Tensor]], *, idle: bool = Fa
     for name, parameter in dense.named_parameters():
         assert isinstance(parameter, DTensor)
         found[f"dense.{name}"] = parameter
-        full = known[f"dense.{name}"][1]
+        full = known[f"dense.{name}"][1].clone()  # torch 2.9 gives a view of it
         parameter.grad = torch.distributed.tensor.distribute_tensor(
             full, parameter.device_mesh, parameter.placements, src_data_rank=None
         )
