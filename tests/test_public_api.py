@@ -66,6 +66,7 @@ EXPORTED = {
         "Scale",
         "ScalingPolicy",
         "Skip",
+        "SkipNorm",
         "SkipSpikes",
         "State",
         "Statistics",
@@ -84,6 +85,7 @@ EXPORTED = {
         "measure",
         "parameter_norm",
         "register",
+        "skip_norm",
         "skip_spikes",
         "value",
         "zclip",
@@ -155,7 +157,9 @@ SIGNATURES = {
     "policies.adagc": "(lambda_rel: float = 1.05, beta: float = 0.98, warmup_steps: int = 100, "
     "lambda_abs: float = 1.0, floor: float = 1e-06, max_growth: float | None = None) -> None",
     "policies.skip_spikes": "(window: int = 128, sigma: float = 6.0, min_history: int = 64, "
-    "max_consecutive: int = 10, loss: bool = False) -> None",
+    "max_consecutive: int = 10, loss: bool = False, clip_sigma: float | None = None) -> None",
+    "policies.skip_norm": "(max_norm: float, norm_type: float = 2.0, "
+    "clip_norm: float | None = None) -> None",
     "policies.chain": "(*policies: Policy) -> None",
     "policies.by_name": "(mapping: Mapping[str, Policy | None], default: Policy | None = None) "
     "-> None",

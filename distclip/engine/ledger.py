@@ -212,8 +212,10 @@ class Ledger:
         return to_device(members, self.program.plan.device)
 
     def _show(self, threshold: Tensor | float | None) -> None:
-        if self.threshold is None:
-            self.threshold = threshold
+        if self.threshold is None or threshold is None:
+            self.threshold = threshold if self.threshold is None else self.threshold
+        elif isinstance(self.threshold, Tensor):  # NaN where a stage has none in this step
+            self.threshold = torch.where(torch.isnan(self.threshold), threshold, self.threshold)
 
     def _clamp(self, late: Sequence[int], bound: float | Tensor) -> None:
         """Clamps at the head of the pass are booked and measured already; these are the others."""

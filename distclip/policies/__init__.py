@@ -26,6 +26,8 @@ from distclip.policies._measure import Measure as Measure
 from distclip.policies._measure import measure as measure
 from distclip.policies._parameter_norm import ParameterNorm as ParameterNorm
 from distclip.policies._parameter_norm import parameter_norm as parameter_norm
+from distclip.policies._skip_norm import SkipNorm as SkipNorm
+from distclip.policies._skip_norm import skip_norm as skip_norm
 from distclip.policies._skip_spikes import SkipSpikes as SkipSpikes
 from distclip.policies._skip_spikes import skip_spikes as skip_spikes
 from distclip.policies._value import Value as Value

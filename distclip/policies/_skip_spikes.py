@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
@@ -9,10 +10,12 @@ from typing import TYPE_CHECKING, ClassVar
 from distclip.errors import ConfigurationError
 from distclip.policies import _history, checks
 from distclip.policies._torch import torch
+from distclip.policies.norm_threshold import coefficient_to
 from distclip.policies.protocol import (
     Action,
     Needs,
     ParameterInfo,
+    Scale,
     ScalingPolicy,
     Skip,
     State,
@@ -52,6 +55,9 @@ class SkipSpikes(ScalingPolicy):
         loss: also skip where the loss is a spike, by the same rule over a window of its own. Give
             it by ``clipper.observe(loss)`` or ``clipper.clip_(loss=loss)``; it is averaged over
             the ranks. A step without a loss, or with one that is not finite, is judged by its norm.
+        clip_sigma: what is not skipped is scaled to at most this many deviations above the mean,
+            > 0 and at most ``sigma``; also the step that ends a series. None scales nothing. The
+            window takes the norm as it was before.
 
     Raises:
         ConfigurationError: a value outside of these ranges.
@@ -62,6 +68,7 @@ class SkipSpikes(ScalingPolicy):
     min_history: int = 64
     max_consecutive: int = 10
     loss: bool = False
+    clip_sigma: float | None = None
     name: ClassVar[str] = "skip_spikes"
     memory_fields: ClassVar[frozenset[str] | None] = frozenset(("window", "loss"))
 
@@ -79,6 +86,13 @@ class SkipSpikes(ScalingPolicy):
             )
         if not isinstance(self.loss, bool):
             raise ConfigurationError(f"skip_spikes: loss must be true or false, got {self.loss!r}")
+        if self.clip_sigma is not None:
+            set_(self, "clip_sigma", checks.positive(self.name, "clip_sigma", self.clip_sigma))
+            if self.clip_sigma > self.sigma:
+                raise ConfigurationError(
+                    f"skip_spikes: clip_sigma must be at most sigma, which is {self.sigma}, got "
+                    f"{self.clip_sigma}; nothing would be clipped, since larger norms are skipped"
+                )
 
     @property
     def needs(self) -> Needs:
@@ -113,7 +127,16 @@ class SkipSpikes(ScalingPolicy):
             new |= remember("losses", "losses_seen", loss, torch.isfinite(loss))
         longer = torch.where(spike & ~over, series + 1, 0)
         new["series"] = torch.where(finite, longer, series)
-        return (Skip(skip),), new
+        if self.clip_sigma is None:
+            return (Skip(skip),), new
+        return (Skip(skip), self._clip(state, total, self.clip_sigma)), new
+
+    def _clip(self, state: State, total: Tensor, sigma: float) -> Scale:
+        mean, deviation = _history.mean_and_deviation(state["norms"], state["seen"])
+        known = state["seen"] >= self.min_history
+        limit = torch.where(known, mean + sigma * deviation, math.inf)
+        shown = torch.where(known, limit, math.nan)
+        return Scale(coefficient_to(total, limit), shown)
 
     def _is_spike(self, ring: Tensor, seen: Tensor, value: Tensor) -> Tensor:
         mean, deviation = _history.mean_and_deviation(ring, seen)

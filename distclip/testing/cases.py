@@ -52,6 +52,8 @@ POLICIES: dict[str, Any] = {
     "zclip": {"name": "zclip"},
     "adagc": {"name": "adagc"},
     "skip spikes": {"name": "skip_spikes"},
+    "skip norm": {"name": "skip_norm", "max_norm": 1.0, "clip_norm": 0.5},
+    "skip norm loose": {"name": "skip_norm", "max_norm": 1e4, "norm_type": 3.0, "clip_norm": 1.0},
     "chain scales": [
         {"name": "global_norm", "max_norm": 5.0},
         {"name": "parameter_norm", "max_norm": 1.0},

@@ -122,6 +122,7 @@ def skip_spikes(
     min_history: int = 64,
     max_consecutive: int = 10,
     loss: bool = False,
+    clip_sigma: float | None = None,
 ) -> tuple[bool, Memory]:
     """Whether to skip. OLMo's skip-step rule, with spikes kept out and series ended."""
     if not math.isfinite(norm):
@@ -142,6 +143,17 @@ def skip_spikes(
         "losses": [*losses, *([given_loss] if judged else [])][-window:],
         "series": 0,
     }
+
+
+def spike_limit(
+    memory: Memory, clip_sigma: float | None = None, min_history: int = 64, **others: Any
+) -> float:
+    """What norms that are not skipped are clipped to; inf for nothing."""
+    norms = memory.get("norms", [])
+    if clip_sigma is None or len(norms) < min_history:
+        return math.inf
+    wide = np.array(norms, np.longdouble)
+    return float(np.mean(wide) + clip_sigma * np.std(wide, ddof=1))
 
 
 def is_spike(history: Sequence[float], value: float, sigma: float, least: int) -> bool:

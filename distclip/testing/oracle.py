@@ -345,6 +345,23 @@ def _skip_spikes(run: _Run, names: list[str], path: str, memory: Memory, **argum
     run.asked[path], run.remembers[path] = remembered.skip_spikes(
         memory, total, run.loss, **arguments
     )
+    run.clip_to(here, remembered.spike_limit(memory, **arguments), total)
+
+
+def _skip_norm(
+    run: _Run,
+    names: list[str],
+    path: str,
+    memory: Memory,
+    max_norm: float,
+    norm_type: float = 2.0,
+    clip_norm: float | None = None,
+) -> None:
+    # Megatron-LM, ChainedOptimizer.step: no step where grad_norm > grad_norm_skip_threshold.
+    here = [name for name in names if name in run.present]
+    total = run.norm(here, float(norm_type))
+    run.asked[path] = not np.isfinite(total) or total > max_norm
+    run.clip_to(here, np.inf if clip_norm is None else clip_norm, total)
 
 
 _REMEMBERING: dict[str, Callable[..., None]] = {
@@ -353,6 +370,7 @@ _REMEMBERING: dict[str, Callable[..., None]] = {
     "adagc": _adagc,
     "running_max": _running_max,
     "skip_spikes": _skip_spikes,
+    "skip_norm": _skip_norm,
 }
 
 _POLICIES: dict[str, Callable[..., None]] = {
@@ -366,5 +384,5 @@ _POLICIES: dict[str, Callable[..., None]] = {
     "dreamer_agc": _dreamer_agc,
 }
 
-WITHOUT_MEMORY = frozenset(_POLICIES)
+WITHOUT_MEMORY = frozenset({*_POLICIES, "skip_norm"})
 """Names of the policies of which one step can be repeated without those before it."""

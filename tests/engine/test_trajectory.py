@@ -32,14 +32,22 @@ COUNTED = {"name": "autoclip", "percentile": 60.0}
 AUTOCLIP = {"name": "autoclip", "percentile": 60.0, "window": 50}
 ZCLIP = {"name": "zclip", "max_norm": None}
 ADAGC = {"name": "adagc", "warmup_steps": 40, "lambda_abs": 40.0}
-SKIP = {"name": "skip_spikes", "window": 32, "min_history": 16, "max_consecutive": 3, "loss": True}
+SKIP = {
+    "name": "skip_spikes",
+    "window": 32,
+    "min_history": 16,
+    "max_consecutive": 3,
+    "loss": True,
+    "clip_sigma": 1.0,
+}
+FIXED = {"name": "skip_norm", "max_norm": 2000.0, "clip_norm": 60.0}
 POLICIES: dict[str, Any] = {
     "autoclip": COUNTED,
     "autoclip window": AUTOCLIP,
     "zclip": ZCLIP,
     "adagc": ADAGC,
     "skip_spikes": SKIP,
-    "chain": [SKIP, AUTOCLIP, ADAGC, {"name": "global_norm", "max_norm": 30.0}],
+    "chain": [SKIP, FIXED, AUTOCLIP, ADAGC, {"name": "global_norm", "max_norm": 30.0}],
     "each": {
         "by_name": {"e*": COUNTED, "conv*": AUTOCLIP, "wide*": ZCLIP, "scalar": SKIP},
         "default": ADAGC,

@@ -52,6 +52,8 @@ def test_every_golden_is_used_or_left_out_for_a_reason(published: dict[str, np.n
         (lambda: policies.skip_spikes(window=32), "min_history must be at most window"),
         (lambda: policies.skip_spikes(max_consecutive=0), "max_consecutive must be a whole"),
         (lambda: policies.skip_spikes(loss=1), "loss must be true or false"),  # type: ignore
+        (lambda: policies.skip_spikes(clip_sigma=7), "clip_sigma must be at most sigma"),
+        (lambda: policies.skip_spikes(clip_sigma=0), "clip_sigma must be finite and > 0"),
     ],
 )
 def test_impossible_arguments(make: Any, message: str) -> None:

@@ -32,6 +32,8 @@ OURS: list[Callable[[], Policy]] = [
     policies.adagc,
     lambda: policies.adagc(max_growth=2.0, warmup_steps=10),
     policies.skip_spikes,
+    lambda: policies.skip_spikes(16, min_history=4, clip_sigma=2.0),
+    lambda: policies.skip_norm(10.0, clip_norm=1.0),
     lambda: policies.skip_spikes(16, min_history=4, loss=True),
     lambda: policies.agc(unit="tensor"),
     RunningMax,

@@ -168,6 +168,8 @@ def judge(
     near("total_norm", report.total_norm.item(), want.total_norm, 1e-6)
     for name, norm in report.parameter_norms.items():
         near(f"norm of {name!r}", norm, want.parameter_norms[name], 1e-6)
+    if bool(report.skipped) != want.skipped:
+        faults.append(f"skipped is {bool(report.skipped)}, should be {want.skipped}")
     clipped = report.clipped_norm.item()
     if not math.isnan(clipped):
         near("clipped_norm", clipped, want.clipped_norm, 1e-6 if exact else 4e-3)
