@@ -26,7 +26,9 @@ def decide(policy: policies.SkipNorm, row: np.ndarray) -> tuple[bool, float]:
 
 def test_megatrons_rule(frontier: dict[str, np.ndarray]) -> None:
     want = frontier["skip_norm|20,5"]
-    assert 0 < (want == 0).sum() < 20 and ((want > 0) & (want < 1)).any() and (want == 1).any()
+    assert 0 < (want == 0).sum() < 20
+    assert ((want > 0) & (want < 1)).any()
+    assert (want == 1).any()
     policy = policies.skip_norm(20.0, clip_norm=5.0)
     for row, expected in zip(frontier["in|norms"], want, strict=True):
         skipped, coefficient = decide(policy, row)
@@ -36,8 +38,14 @@ def test_megatrons_rule(frontier: dict[str, np.ndarray]) -> None:
 
 @pytest.mark.parametrize(
     ("norm", "skips"),
-    [(0.0, False), (2.0, False), (2.0000001, True), (1e308, True), (math.inf, True)]
-    + [(math.nan, True)],
+    [
+        (0.0, False),
+        (2.0, False),
+        (2.0000001, True),
+        (1e308, True),
+        (math.inf, True),
+        (math.nan, True),
+    ],
 )
 def test_the_bound_itself_is_not_skipped(norm: float, skips: bool) -> None:
     assert decide(policies.skip_norm(2.0), np.array([norm]))[0] == skips
@@ -73,7 +81,7 @@ def test_impossible_bounds() -> None:
 
 
 def test_skip_spikes_clips_below_its_bound() -> None:
-    """Between two deviations above the mean and six a norm is scaled to two; above it is skipped."""
+    """Between two deviations above the mean and six, a norm is scaled to two; above six skipped."""
     parameter = torch.nn.Parameter(torch.zeros(2))
     policy = policies.skip_spikes(64, 6.0, 32, max_consecutive=1, clip_sigma=2.0)
     clipper = GradClipper([("p", parameter)], policy)
