@@ -189,6 +189,11 @@ class GradClipper:
         return self._session.here
 
     @property
+    def norm_type(self) -> float:
+        """Order of the norms in the reports: that of the policy, 2 where it has none."""
+        return self._session.program.shown
+
+    @property
     def names(self) -> tuple[str, ...]:
         """Names of the parameters, in the order of every per-parameter statistic."""
         return self._session.plan.names

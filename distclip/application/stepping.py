@@ -84,6 +84,11 @@ class StepHandle:
         """Whether the hooks are on."""
         return bool(self._handles)
 
+    @property
+    def stepping(self) -> bool:
+        """Whether this is asked from within a step of the optimizer."""
+        return self._step is not None and _is_within(sys._getframe(), self._step)
+
     def remove(self) -> None:
         """Take the hooks off; the optimizer steps as it did before."""
         for handle in self._handles:
@@ -202,6 +207,12 @@ class StepHandle:
         if self not in owners:  # removed by the closure
             return True
         return not all(isinstance(o, StepHandle) for o in owners[owners.index(self) :])
+
+
+def is_attached(optimizer: Any) -> bool:
+    """Whether a :class:`StepHandle` is on this optimizer."""
+    hooks = getattr(optimizer, "_optimizer_step_pre_hooks", {})
+    return any(isinstance(getattr(h, "__self__", None), StepHandle) for h in hooks.values())
 
 
 _STATE_MAKERS = {

@@ -32,6 +32,11 @@ class Mark(NamedTuple):
             return cls(report, None, 0)
         return cls(report, weakref.ref(gradient), version_of(gradient))
 
+    def is_of(self, parameter: Tensor) -> bool:
+        """Whether the gradient is still the same tensor, changed or not."""
+        gradient = owner_of(parameter).grad
+        return gradient is not None and self.gradient is not None and self.gradient() is gradient
+
     def outdated(self, parameter: Tensor) -> bool:
         """Whether there has been a backward since, be it ``loss.backward()``."""
         gradient = owner_of(parameter).grad

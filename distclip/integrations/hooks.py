@@ -31,6 +31,7 @@ INTEGRATIONS = {
     "accelerate": "accelerate.accelerator",
     "deepspeed": "deepspeed.runtime.engine",
     "transformers": "transformers.trainer",
+    "torch_scripts": "torch.optim.optimizer",
 }
 """Integration -> the module upon whose import ``distclip.integrations.<name>.enable`` is called."""
 

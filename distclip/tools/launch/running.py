@@ -109,17 +109,16 @@ def prepare_cpu(cpu: bool) -> None:
 
 
 def warn_if_idle() -> None:
-    """Say so if the script came to its end and no integration ever clipped."""
+    """Warn if the script ended and no integration ever clipped."""
     if hooks.activated or clipper.in_use or os.environ.get("RANK", "0") != "0":
         return
-    seen = [name for name, module in hooks.INTEGRATIONS.items() if module in sys.modules]
+    frameworks = {n: m for n, m in hooks.INTEGRATIONS.items() if n != "torch_scripts"}
+    seen = [name for name, module in frameworks.items() if module in sys.modules]
     if seen:
-        why = f"{' and '.join(seen)} was imported, but no optimizer was prepared with it"
+        why = f"{' and '.join(seen)} was imported, but no optimizer was prepared with it, and none"
     else:
-        why = (
-            "the script uses no framework that distclip takes up by itself "
-            f"({', '.join(hooks.INTEGRATIONS)})"
-        )
+        why = "no optimizer"
+    why += " of torch.optim has stepped"
     print(
         f"distclip: warning: run clipped nothing: {why}. Unless the script clips with distclip "
         f"itself, add `distclip.from_config(os.environ[{ENVIRONMENT!r}], model).attach(optimizer)`",

@@ -1,0 +1,153 @@
+"""The clipping functions of ``torch.nn.utils``, and FSDP1's method, replaced by a policy."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterable
+from types import ModuleType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate
+from torch.nn import utils
+
+from distclip.application.eager import eagerly
+from distclip.integrations import hooks
+from distclip.integrations.patches import replace
+
+FSDP1 = "torch.distributed.fsdp.fully_sharded_data_parallel"
+
+
+class ByHand(Protocol):
+    """Clips in place of a call of the script."""
+
+    def __call__(
+        self, parameters: list[Tensor], call: str, norm_type: float | None, *, only_measures: bool
+    ) -> Tensor | None:
+        """Apply the policy.
+
+        Args:
+            parameters: what the script has given.
+            call: what it calls, in words.
+            norm_type: order of the norm to return; None: none is wanted.
+            only_measures: whether the call changes nothing (``max_norm=inf``).
+
+        Returns:
+            The norm before clipping; None: torch's own function is to do it.
+        """
+
+
+class Functions:
+    """Calls ``by_hand`` in place of each function, until :meth:`restore`.
+
+    A function is replaced in every module that has it by now, under whatever name.
+    """
+
+    def __init__(self, by_hand: ByHand) -> None:
+        self._by_hand = by_hand
+        ours: dict[str, Callable[..., Any]] = {
+            "clip_grad_norm_": self._clip_grad_norm_,
+            "clip_grad_value_": self._clip_grad_value_,
+            "clip_grads_with_norm_": self._clip_grads_with_norm_,
+        }
+        originals = {getattr(utils, n): ours[n] for n in ours if hasattr(utils, n)}
+        self._undo: list[Callable[[], None]] = []
+        for module in list(sys.modules.values()):
+            name = vars(module).get("__name__") if isinstance(module, ModuleType) else None
+            if not isinstance(name, str) or name.split(".")[0] == "distclip":
+                continue
+            for spelling, value in list(vars(module).items()):
+                if callable(value) and _is_hashable(value) and value in originals:
+                    self._undo.append(replace(module, spelling, originals[value]))
+        self._undo.append(hooks.on_import(FSDP1, self._replace_method).remove)
+
+    def restore(self) -> None:
+        """Put torch's own functions back."""
+        while self._undo:
+            self._undo.pop()()
+
+    def _replace_method(self, module: ModuleType) -> None:
+        kind = module.FullyShardedDataParallel
+        self._undo.append(replace(kind, "clip_grad_norm_", self._method))
+
+    @eagerly
+    def _clip_grad_norm_(
+        self,
+        original: Callable[..., Tensor],
+        parameters: Tensor | Iterable[Tensor],
+        max_norm: float,
+        norm_type: float = 2.0,
+        error_if_nonfinite: bool = False,
+        foreach: bool | None = None,
+    ) -> Tensor:
+        listed = _listed(parameters)
+        call = f"clip_grad_norm_(max_norm={max_norm})"
+        only = math.isinf(max_norm)
+        norm = self._by_hand(listed, call, float(norm_type), only_measures=only)
+        if norm is None:
+            return original(listed, max_norm, norm_type, error_if_nonfinite, foreach)
+        if error_if_nonfinite and not bool(torch.isfinite(norm)):
+            raise RuntimeError(
+                f"The total norm of order {norm_type} for gradients from `parameters` is "
+                f"non-finite, so it cannot be clipped (clip_grad_norm_ was called with "
+                f"error_if_nonfinite=True)"
+            )
+        return _as_torch_returns(norm, listed)
+
+    @eagerly
+    def _method(
+        self, original: Callable[..., Tensor], model: Any, max_norm: float, norm_type: float = 2.0
+    ) -> Tensor:
+        """FSDP1's, of a root module."""
+        call = f"FullyShardedDataParallel.clip_grad_norm_(max_norm={max_norm})"
+        only = math.isinf(max_norm)
+        listed = list(model.parameters())
+        norm = self._by_hand(listed, call, float(norm_type), only_measures=only)
+        return original(model, max_norm, norm_type) if norm is None else norm
+
+    @eagerly
+    def _clip_grad_value_(
+        self,
+        original: Callable[..., None],
+        parameters: Tensor | Iterable[Tensor],
+        clip_value: float,
+        foreach: bool | None = None,
+    ) -> None:
+        listed = _listed(parameters)
+        call = f"clip_grad_value_(clip_value={clip_value})"
+        if self._by_hand(listed, call, None, only_measures=math.isinf(clip_value)) is None:
+            original(listed, clip_value, foreach)
+
+    @eagerly
+    def _clip_grads_with_norm_(
+        self,
+        original: Callable[..., None],
+        parameters: Tensor | Iterable[Tensor],
+        max_norm: float,
+        total_norm: Tensor,
+        foreach: bool | None = None,
+    ) -> None:
+        listed = _listed(parameters)
+        call = f"clip_grads_with_norm_(max_norm={max_norm})"
+        if self._by_hand(listed, call, None, only_measures=math.isinf(max_norm)) is None:
+            original(listed, max_norm, total_norm, foreach)
+
+
+def _listed(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
+    return [parameters] if isinstance(parameters, Tensor) else list(parameters)
+
+
+def _is_hashable(value: object) -> bool:
+    return type(value).__hash__ is object.__hash__
+
+
+def _as_torch_returns(norm: Tensor, parameters: list[Tensor]) -> Tensor:
+    """The norm as torch gives it for DTensors of one mesh: scripts call ``full_tensor()`` on it."""
+    meshes = {p.device_mesh if isinstance(p, DTensor) else None for p in parameters}
+    mesh = meshes.pop() if len(meshes) == 1 else None
+    if mesh is None:
+        return norm
+    replicas = [Replicate()] * mesh.ndim
+    return DTensor.from_local(norm.to(mesh.device_type), mesh, replicas, run_check=False)

@@ -1,0 +1,340 @@
+"""Plain torch scripts under ``distclip run``: DDP, FSDP1, FSDP2 or one process, and no change.
+
+torch's hook for all optimizers finds an optimizer at its first step; from then on the policy clips
+before its steps. The clipping functions of ``torch.nn.utils``, and FSDP1's method, apply the policy
+in place of their own rule to what they are given, and the step that follows does not clip again.
+Optimizers that another integration clips for are left alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import weakref
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from distclip.application.eager import eagerly
+from distclip.application.folded import FusedStep
+from distclip.application.stepping import Decision, StepHandle
+from distclip.config import Config
+from distclip.engine.attaching import stepped_by
+from distclip.errors import UnsupportedGradientError
+from distclip.functional import get_total_norm
+from distclip.integrations import charge, hooks
+from distclip.integrations.accelerate_marks import JointDecision, Mark
+from distclip.integrations.torch_clippers import Clippers
+from distclip.integrations.torch_functions import Functions
+from distclip.integrations.torch_objects import TorchObjects
+from distclip.layouts import fsdp2
+from distclip.layouts.detect import refuse_dummy
+from distclip.layouts.gradients import is_uneven, owner_of
+from distclip.report import ClipReport
+from distclip.statistics import collectives
+
+_logger = logging.getLogger("distclip.torch")
+
+UNSTEPPED = 20
+"""Calls of a clipping function in a row, with no step of an optimizer, that are mentioned."""
+
+
+def enable(module: ModuleType, config: Config | None) -> TorchScripts | None:
+    """Apply ``config`` to every torch optimizer that no other integration clips for.
+
+    Args:
+        module: ``torch.optim.optimizer``.
+        config: a checked configuration; None, where a DeepSpeed JSON has it: nothing is done.
+
+    Returns:
+        What :meth:`TorchScripts.remove` undoes.
+    """
+    return None if config is None else TorchScripts(config)
+
+
+class TorchScripts:
+    """A policy on all optimizers of this process; :meth:`remove` undoes it.
+
+    Args:
+        config: a checked configuration.
+
+    Attributes:
+        last_report: the newest report; None before the first clip.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.last_report: ClipReport | None = None
+        self._objects = TorchObjects()
+        self._clippers = Clippers(self._objects, config)
+        self._handles: weakref.WeakKeyDictionary[Optimizer, StepHandle]
+        self._handles = weakref.WeakKeyDictionary()
+        self._marks: dict[int, Mark] = {}
+        """Parameters (by id) that have been clipped since their last step, by a call or a step."""
+        self._calls: dict[frozenset[int], int] = {}
+        """How often a call of the script has clipped a set of parameters since the last step."""
+        self._late: dict[frozenset[int], list[Tensor]] = {}
+        """Sets that the script clips several times for one step: they are clipped at the step."""
+        self._said: set[str] = set()
+        self._undo = [self._objects.forget]
+        self._undo += [register_optimizer_step_pre_hook(self._meet).remove]
+        self._undo += [Functions(self._by_hand).restore]
+
+    def remove(self) -> None:
+        """Restore torch's own functions, and let optimizers step as they did before.
+
+        Raises:
+            NonFiniteGradientError: under ``on_nonfinite="error_late"``, of the last step.
+        """
+        while self._undo:
+            self._undo.pop()()
+        for optimizer, handle in list(self._handles.items()):
+            handle.remove()
+            charge.release(optimizer)
+        self._handles.clear()
+        clippers = self._clippers.forget()
+        for clipper in clippers:
+            clipper.raise_late()
+
+    # ---- the step --------------------------------------------------------------------------------
+
+    @eagerly
+    def _meet(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
+        """Before every step of every optimizer: adopt it, unless something else clips for it."""
+        if optimizer in self._handles or charge.of(optimizer) is not None:
+            return
+        stepped = stepped_by(optimizer)
+        ids = set(map(id, stepped))
+        for other, handle in self._handles.items():
+            if handle.stepping and ids <= set(map(id, stepped_by(other))):
+                return  # a part of a container of optimizers, whose step has clipped
+        _refuse_in_backward(optimizer)
+        refuse_dummy(optimizer)
+        self._objects.optimizers.add(optimizer)
+        reference = weakref.ref(optimizer)
+        self._handles[optimizer] = StepHandle(
+            optimizer,
+            functools.partial(self._before_step, reference),
+            functools.partial(self._after_step, reference),
+        )
+        charge.take(optimizer, charge.Charge("torch"))
+        hooks.mark_active("torch_scripts")
+        self._mention_dead(optimizer, stepped)
+
+    def _before_step(
+        self,
+        reference: weakref.ref[Optimizer],
+        loss_scale: Tensor | None,
+        found_inf: Tensor | None,
+        coming: FusedStep,
+    ) -> Decision:
+        optimizer = reference()
+        assert optimizer is not None  # it is calling
+        parameters = stepped_by(optimizer)
+        marks = [(self._marks.get(id(parameter)), parameter) for parameter in parameters]
+        sound = [mark.report for mark, p in marks if mark and not mark.outdated(p)]
+        if sound:  # what the script has left out is left alone
+            return JointDecision({id(report): report for report in sound}.values())
+        ids = set(map(id, parameters))
+        late = [key for key in self._late if not ids.isdisjoint(key)]
+        if not late or any(key <= ids for key in late):
+            report = self._clippers.of(parameters).clip_before_step(loss_scale, found_inf, coming)
+            self.last_report = report
+            return report
+        # Several optimizers share what the script clips as one: the first of them clips for all.
+        scaled = found_inf is not None
+        reports = [self._clip(self._late[key], loss_scale, scaled) for key in late]
+        return JointDecision(reports)
+
+    def _after_step(self, reference: weakref.ref[Optimizer], skipped: bool | Tensor) -> None:
+        optimizer = reference()
+        assert optimizer is not None  # it is calling
+        ids = set(map(id, stepped_by(optimizer)))
+        for key in ids:
+            self._marks.pop(key, None)
+        for called in [called for called in self._calls if not ids.isdisjoint(called)]:
+            del self._calls[called]
+
+    # ---- calls of the script -----------------------------------------------------------------
+
+    def _chosen(self, listed: list[Tensor]) -> list[Tensor] | charge.Charge:
+        """The parameters that a call means, by their part in the model and not in this step.
+
+        Where only parameters without a gradient are missing (``if p.grad is not None``), all that
+        their optimizers step are meant: so the list, and with it the policy's state, does not
+        depend on what happens to be there. Of FSDP1's flattened parameters all are meant: which
+        of them have a gradient differs between ranks.
+
+        Returns:
+            An empty list: no optimizer steps them. A charge: another integration clips for them.
+        """
+        listed = fsdp2.sharded(listed)
+        given = {id(parameter): parameter for parameter in listed}
+        owners = self._objects.owners(listed)
+        for owner in owners:
+            other = charge.of(owner)
+            if other is not None and other.name != "torch":
+                return other
+        if not owners:
+            return []
+        whole = {id(p): p for owner in owners for p in stepped_by(owner)}
+        if any(map(is_uneven, listed)):
+            return list(whole.values())
+        chosen = {key: p for key, p in given.items() if p.requires_grad or key in whole}
+        if frozenset(chosen) in self._clippers.known:
+            return list(chosen.values())
+        missing = [p for key, p in whole.items() if key not in chosen]
+        if chosen.keys() < whole.keys() and all(p.grad is None for p in missing):
+            return list(whole.values())
+        return list(chosen.values())
+
+    def _by_hand(
+        self, parameters: list[Tensor], call: str, norm_type: float | None, *, only_measures: bool
+    ) -> Tensor | None:
+        """See :class:`ByHand`. Of gradients that an earlier call has clipped, the norm it found."""
+        chosen = self._chosen(parameters)
+        if isinstance(chosen, charge.Charge):
+            return None if chosen.clip is None or only_measures else chosen.clip(parameters)
+        if not chosen:
+            return None
+        scaling, scale = self._objects.scale(self._objects.owners(chosen))
+        if not self._clippers.synchronised(chosen):  # more is to come, and this is of one rank
+            norm = get_total_norm([p.grad for p in chosen if p.grad is not None], norm_type or 2.0)
+            return norm if scale is None else norm / scale
+        if only_measures:
+            return self._measured(chosen, norm_type or 2.0, scale)
+        self._mention(
+            call, "the script calls %s; the configured policy is applied in its place: %r", call,
+            self.config.policy,
+        )  # fmt: skip
+        if self._has_no_gradient(chosen, call):
+            return torch.zeros(())
+        return self._clip_by_hand(chosen, call, norm_type, scaling, scale)
+
+    def _clip_by_hand(
+        self,
+        chosen: list[Tensor],
+        call: str,
+        norm_type: float | None,
+        scaling: bool,
+        scale: Tensor | None,
+    ) -> Tensor:
+        key = frozenset(map(id, chosen))
+        self._count(key, call)
+        marks = [self._marks.get(id(parameter)) for parameter in chosen]
+        outdated = [
+            mark is not None and mark.outdated(p) for mark, p in zip(marks, chosen, strict=True)
+        ]
+        if not scaling and any(
+            out and mark is not None and mark.is_of(p)
+            for out, mark, p in zip(outdated, marks, chosen, strict=True)
+        ):
+            self._clip_at_step(key, chosen, call)
+        if key in self._late:
+            return self._measured(chosen, norm_type or 2.0, scale)
+        fresh = [p for mark, p in zip(marks, chosen, strict=True) if mark is None]
+        if any(outdated):
+            fresh = chosen
+        if not fresh and marks[0] is not None:
+            return marks[0].report.total_norm
+        clipper = self._clippers.of(fresh)
+        other = norm_type is not None and norm_type != clipper.norm_type
+        norm = self._measured(fresh, norm_type or 2.0, scale) if other else None
+        report = self._clip(fresh, scale, scaling)
+        return report.total_norm if norm is None else norm
+
+    def _measured(self, chosen: list[Tensor], norm_type: float, scale: Tensor | None) -> Tensor:
+        measuring = self._clippers.of(chosen, measuring=norm_type)
+        return measuring.clip_before_step(scale).total_norm
+
+    def _clip(self, chosen: list[Tensor], scale: Tensor | None, scaling: bool) -> ClipReport:
+        """Clip, and mark what has been clipped.
+
+        Gradients may be views of one buffer (FSDP1, DDP), and share its count of changes: what is
+        clipped now changes the marks of the others, which are made anew.
+        """
+        stepped = {id(p): p for each in self._objects.optimizers for p in stepped_by(each)}
+        sound = {
+            key: mark.report
+            for key, mark in self._marks.items()
+            if key in stepped and not mark.outdated(stepped[key])
+        }
+        # While a gradient scaler looks for its scale, an overflow is its business and no error.
+        watched = torch.zeros(1) if scaling else None
+        report = self._clippers.of(chosen).clip_before_step(scale, watched)
+        sound |= {id(parameter): report for parameter in chosen}
+        stepped |= {id(parameter): parameter for parameter in chosen}
+        self._marks.update({key: Mark.of(stepped[key], known) for key, known in sound.items()})
+        self.last_report = report
+        return report
+
+    def _clip_at_step(self, key: frozenset[int], chosen: list[Tensor], call: str) -> None:
+        """From now on calls on these parameters measure, and the step clips."""
+        if key not in self._late:
+            self._mention(
+                "late",
+                "the script calls %s again on gradients that have grown since, with no step in "
+                "between: from now on these calls only return the norm, and the policy is applied "
+                "once, when the optimizer steps",
+                call,
+            )
+            self._late[key] = chosen
+
+    # ---- what is mentioned, once ---------------------------------------------------------------
+
+    def _mention(self, what: str, message: str, *values: object) -> None:
+        if what not in self._said and collectives.is_first():
+            _logger.warning(message, *values)
+        self._said.add(what)
+
+    def _count(self, key: frozenset[int], call: str) -> None:
+        self._calls[key] = self._calls.get(key, 0) + 1
+        if self._calls[key] == UNSTEPPED:
+            self._mention(
+                "unstepped",
+                "the script has called %s %d times, and no torch optimizer that has these %d "
+                "parameters has stepped since: the calls clip, but a step that is not made by "
+                "torch.optim.Optimizer.step is not seen, and cannot be skipped",
+                call, UNSTEPPED, len(key),
+            )  # fmt: skip
+
+    def _has_no_gradient(self, chosen: list[Tensor], call: str) -> bool:
+        """Whether none is there, and no other rank may have one."""
+        if any(owner_of(parameter).grad is not None for parameter in chosen):
+            return False
+        self._mention(
+            "no gradient",
+            "%s: none of the %d parameters has a gradient, so nothing is clipped: call it after "
+            "backward (with synchronisation), and before zero_grad()",
+            call, len(chosen),
+        )  # fmt: skip
+        return collectives.default_group(None) is None
+
+    def _mention_dead(self, optimizer: Optimizer, stepped: list[Tensor]) -> None:
+        if stepped and all(owner_of(p).grad is None for p in stepped):
+            self._mention(
+                f"dead {id(optimizer)}",
+                "%s steps %d parameters, and none of them has a gradient at its first step: this "
+                "step changes nothing. If the optimizer was built before fully_shard(model) or "
+                "FullyShardedDataParallel(model), which replace parameters, build it after that",
+                type(optimizer).__name__, len(stepped),
+            )  # fmt: skip
+
+
+def _refuse_in_backward(optimizer: Optimizer) -> None:
+    """Refuse a step within backward.
+
+    Raises:
+        UnsupportedGradientError: the gradients of other parameters are not there yet.
+    """
+    running = getattr(torch._C, "_current_graph_task_id", lambda: -1)()
+    if running != -1:
+        raise UnsupportedGradientError(
+            f"{type(optimizer).__name__} steps during backward (a hook of "
+            f"register_post_accumulate_grad_hook, or an optimizer that DDP runs in its "
+            f"communication hook): the gradients of other parameters are not there yet, so no norm "
+            f"over the model can clip these; step after backward, or run without distclip"
+        )
