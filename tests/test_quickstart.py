@@ -1,0 +1,58 @@
+"""The quick start, followed to the letter in an empty folder."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_docs import blocks
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8")
+SECTIONS = dict(re.findall(r"^## ([^\n]+)\n(.*?)(?=^## |\Z)", PAGE, re.MULTILINE | re.DOTALL))
+NEEDS = {"Accelerate": "accelerate", "DeepSpeed": "deepspeed", "Transformers": "transformers"}
+SHOWN = [title for title, text in SECTIONS.items() if "```bash" in text]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """With every file that the page says to save."""
+    for block in blocks(PAGE):
+        if named := re.match(r"# ([\w.]+\.(?:py|yaml))\n", block.text):
+            (tmp_path / named[1]).write_text(block.text, encoding="utf-8")
+        if block.language == "json":
+            (tmp_path / "ds.json").write_text(block.text, encoding="utf-8")
+    return tmp_path
+
+
+@pytest.mark.parametrize("title", SHOWN)
+def test_a_section(title: str, folder: Path) -> None:
+    if (framework := NEEDS.get(re.split(r"[ ,]", title)[0])) is not None:
+        pytest.importorskip(framework)
+    commands = [block.text for block in blocks(SECTIONS[title]) if block.language == "bash"]
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("ACCELERATE_", "FSDP_", "DISTCLIP_", "TORCHELASTIC_"))
+    }
+    for command in commands:
+        done = subprocess.run(
+            ["bash", "-euc", command],
+            cwd=folder,
+            env={**kept, "PATH": path, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert len((folder / "clip.jsonl").read_text(encoding="utf-8").splitlines()) >= 20
+
+
+def test_every_section_is_run() -> None:
+    assert len(SHOWN) >= 5
