@@ -4,7 +4,8 @@ A plain pickle names a function by its module, and the receiver must be able to 
 module. Test modules often cannot be imported: pytest loads them from a path. So a function or a
 class is sent as (module name, module file, qualified name), and the rank loads that very file. A
 local function or a lambda has no name to look up; its code object is sent, with its defaults and
-the values it closes over. Both ends run the same interpreter, so ``marshal`` is safe.
+the values it closes over. Both ends run the same interpreter, so ``marshal`` is safe. What a
+notebook or a prompt defines lies in no file; cloudpickle sends it by value.
 """
 
 from __future__ import annotations
@@ -60,6 +61,8 @@ class _Shipper(pickle.Pickler):
 def _reduce_function(function: FunctionType) -> Any:
     if _is_everywhere(function.__module__) and _finds(function):
         return NotImplemented
+    if _in_no_file(function.__globals__.get("__name__")):
+        return _by_value(function)
     if _finds(function):
         reference = _reference(sys.modules[function.__module__])
         return (load_attribute, (reference, function.__qualname__)) if reference else NotImplemented
@@ -85,10 +88,28 @@ def _reduce_function(function: FunctionType) -> Any:
 
 
 def _reduce_class(cls: type) -> Any:
+    if _in_no_file(cls.__module__):
+        return _by_value(cls)
     if _is_everywhere(cls.__module__) or not _finds(cls):
         return NotImplemented  # local classes: pickle's own error says it well
     reference = _reference(sys.modules[cls.__module__])
     return (load_attribute, (reference, cls.__qualname__)) if reference else NotImplemented
+
+
+def _in_no_file(module: str | None) -> bool:
+    """Whether that is the main module of a notebook, a prompt or standard input."""
+    return module == "__main__" and _reference(sys.modules[module]) is None
+
+
+def _by_value(obj: Any) -> Any:
+    try:
+        import cloudpickle
+    except ImportError:
+        raise pickle.PicklingError(
+            f"{obj.__qualname__} is defined in no file, so it has to be sent by value, which needs "
+            "another package; pip install cloudpickle, or put it into a file"
+        ) from None
+    return cloudpickle.loads, (cloudpickle.dumps(obj),)
 
 
 def _is_everywhere(module: str | None) -> bool:
