@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.reliability import fuzz
+from benchmarks.reliability import fuzz, fuzz_guards
 from distclip import _foreign, config, policies
 from distclip.cli.app import main
 from distclip.errors import ConfigurationError, DistclipError
@@ -55,29 +55,29 @@ def canary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], bool
 @pytest.mark.parametrize("kind", list(fuzz.KINDS))
 def test_fuzzed(kind: str) -> None:
     _, _, share = fuzz.KINDS[kind]
-    with fuzz.folder() as here:
+    with fuzz_guards.folder() as here:
         fuzzer = fuzz.KINDS[kind][0](here)
         ends = [fuzz.attempt(kind, fuzzer, here, number) for number in range(4 * share)]
     assert [end for end in ends if end.startswith("FAILED")] == []
 
 
 def test_the_fuzzer_sees_what_it_looks_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    def ends(sabotage: Callable[[fuzz.Folder], object]) -> str:
+    def ends(sabotage: Callable[[fuzz_guards.Folder], object]) -> str:
         def fuzzer(rng: object) -> str:
             sabotage(here)
             return "accepted"
 
         return fuzz.attempt("sabotage", fuzzer, here, 0)
 
-    monkeypatch.setattr(fuzz, "LIMIT", 0.05)
-    with fuzz.folder() as here:
+    monkeypatch.setattr(fuzz_guards, "LIMIT", 0.05)
+    with fuzz_guards.folder() as here:
         assert ends(lambda here: None) == "accepted"
         assert "wrote 'left'" in ends(lambda here: (here.path / "left").touch())
         assert "SIGPROF" in ends(lambda here: [None for _ in iter(int, 1)])
         assert "ZeroDivisionError" in ends(lambda here: 1 / 0)
 
         def examined_too_much(source: object, name: str) -> object:
-            __import__(fuzz.CANARY)
+            __import__(fuzz_guards.CANARY)
             raise ConfigurationError("no")
 
         monkeypatch.setattr(config, "examine", examined_too_much)

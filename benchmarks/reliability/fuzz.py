@@ -9,128 +9,43 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import copy
 import io
-import math
 import os
-import signal
 import sys
-import tempfile
 import traceback
-import types
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from typing import Any
 from unittest import mock
 
-import torch
-
 from benchmarks.reliability import hostile
+from benchmarks.reliability.fuzz_guards import (
+    BrokenPromiseError,
+    Folder,
+    Fuzzer,
+    Outcome,
+    TooLongError,
+    folder,
+    limit,
+    printable,
+    refused,
+)
+from benchmarks.reliability.fuzz_states import states
 from benchmarks.reliability.hostile import CANARY
 from benchmarks.reliability.rows import Row
-from distclip import GradClipper, config, policies
+from distclip import config, policies
 from distclip.cli import run as run_command
 from distclip.cli.app import main
 from distclip.config.files import read
-from distclip.engine.checkpoint_form import checksum
 from distclip.errors import DistclipError
 from distclip.integrations.deepspeed_json import configured, examined
 from distclip.monitor import runs, table
 from distclip.policies.registry import registered
 
 COUNT = 50_000
-LIMIT = 1.0
-"""Seconds of CPU time for one input."""
-HANG = 20.0
-"""Seconds by the clock: for what waits and takes no CPU time."""
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-class BrokenPromiseError(Exception):
-    """An input did not end as promised."""
-
-
-class TooLongError(BaseException):
-    """Raised by the timer, past every ``except Exception``."""
-
-
-Outcome = str
-Fuzzer = Callable[[Random], Outcome]
-
-
-class Folder:
-    """The working directory of all inputs, in which only named files may appear."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.runs: list[str] = []
-        """What was executed by an input."""
-        (path / f"{CANARY}.py").write_text(f"import sys\nsys.modules[{CANARY + '_seen'!r}].run()\n")
-        seen = types.ModuleType(CANARY + "_seen")
-        seen.run = lambda *a: self.runs.append("run")  # type: ignore[attr-defined]
-        sys.modules[CANARY + "_seen"] = seen
-
-    def file(self, rng: Random, names: tuple[str, ...], content: bytes) -> Path:
-        path = self.path / rng.choice(names)
-        path.write_bytes(content)
-        return path
-
-    def sweep(self, *allowed: str) -> None:
-        """Forget the input; complain of what it left behind."""
-        self.runs.clear()
-        sys.modules.pop(CANARY, None)
-        for path in self.path.iterdir():
-            if path.name.startswith("in") or path.suffix == ".png" or path.name in allowed:
-                path.unlink()
-            elif path.name not in (f"{CANARY}.py", "__pycache__"):
-                path.unlink()
-                raise BrokenPromiseError(f"wrote {path.name!r}")
-
-
-@contextlib.contextmanager
-def folder() -> Iterator[Folder]:
-    before = os.getcwd()
-    with tempfile.TemporaryDirectory() as name, mock.patch.object(sys, "path", [*sys.path, name]):
-        os.chdir(name)
-        try:
-            yield Folder(Path(name))
-        finally:
-            os.chdir(before)
-            sys.modules.pop(CANARY + "_seen", None)
-
-
-@contextlib.contextmanager
-def limit() -> Iterator[None]:
-    def expired(number: int, frame: object) -> None:
-        raise TooLongError(signal.Signals(number).name)
-
-    timers = (
-        (signal.SIGPROF, signal.ITIMER_PROF, LIMIT),
-        (signal.SIGALRM, signal.ITIMER_REAL, HANG),
-    )
-    before = [signal.signal(number, expired) for number, _, _ in timers]
-    try:
-        for _, timer, seconds in timers:
-            signal.setitimer(timer, seconds)
-        yield
-    finally:
-        for (number, timer, _), handler in zip(timers, before, strict=True):
-            signal.setitimer(timer, 0)
-            signal.signal(number, handler)
-
-
-def printable(text: str, what: str) -> None:
-    bad = {c for c in text if not c.isprintable() and c != "\n"}
-    if bad:
-        raise BrokenPromiseError(f"{what} has control characters: {sorted(map(ascii, bad))}")
-
-
-def refused(error: DistclipError) -> Outcome:
-    printable(str(error), "the message")
-    return "refused"
 
 
 # ---- configurations ----------------------------------------------------------------------------
@@ -306,114 +221,6 @@ def _suggested(path: Path, here: Folder) -> Outcome:
         if here.runs or not isinstance(loaded.policy, policies.GlobalNorm):
             raise BrokenPromiseError("suggest wrote something else than its policy")
     return outcome
-
-
-# ---- states ------------------------------------------------------------------------------------
-
-MEMORIES = (
-    policies.adagc(), policies.zclip(), policies.autoclip(window=4), policies.autoclip(),
-    policies.skip_spikes(window=4, min_history=2), policies.agc(),
-    policies.by_name({"*.bias": policies.zclip()}, default=policies.chain(policies.adagc(),
-    policies.agc())),
-)  # fmt: skip
-
-
-def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, torch.Tensor):
-        return isinstance(other, torch.Tensor) and torch.equal(one, other)
-    if isinstance(one, dict):
-        same = isinstance(other, dict) and one.keys() == other.keys()
-        return same and all(_same(part, other[key]) for key, part in one.items())
-    if isinstance(one, list):
-        return isinstance(other, list) and len(one) == len(other) and all(map(_same, one, other))
-    return bool(one == other)
-
-
-TENSORS: tuple[Any, ...] = (
-    torch.tensor(float("nan")), torch.tensor(-1.0), torch.zeros(3), torch.ones((),
-    dtype=torch.int64),
-    torch.tensor(1j), torch.tensor(True), torch.empty(0), torch.empty((), device="meta"),
-    torch.tensor(1.0).to_sparse(),
-)  # fmt: skip
-
-
-def states(here: Folder) -> Fuzzer:
-    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1))
-    clippers = [GradClipper(model, policy) for policy in MEMORIES]
-    for _ in range(3):
-        for clipper in clippers:
-            for parameter in model.parameters():
-                parameter.grad = torch.ones_like(parameter)
-            clipper.clip_()
-    saved = [clipper.state_dict() for clipper in clippers]
-
-    def one(rng: Random) -> Outcome:
-        number = rng.randrange(len(clippers))
-        state = rng.choice(saved) if rng.random() < 0.1 else saved[number]
-        if rng.random() < 0.6:
-            state = hostile.bent(rng, state, strange=True)
-        else:
-            state = _disturbed(rng, state)
-        clipper = clippers[number]
-        if isinstance(state, dict) and rng.random() < 0.6:
-            state = _signed(rng, state, clipper)
-        try:
-            return _loaded(clipper, state, saved[number])
-        finally:
-            clipper.load_state_dict(saved[number])
-
-    return one
-
-
-def _signed(rng: Random, state: Any, clipper: GradClipper) -> Any:
-    """Past the checksum: with one that is right, or in the form from before there were any."""
-    if rng.random() < 0.5:
-        return {**state, "version": 1, "policy": repr(clipper.policy)}
-    try:
-        return {**state, "version": [1, checksum(state)]}
-    except Exception:  # nobody can sign this
-        return state
-
-
-def _loaded(clipper: GradClipper, state: Any, before: dict[str, object]) -> Outcome:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            clipper.load_state_dict(state)
-    except DistclipError as error:
-        if not _same(clipper.state_dict(), before):
-            raise BrokenPromiseError("a refused state has changed the clipper") from None
-        return refused(error)
-    present = clipper.state_dict()
-    if present.keys() != before.keys() or not _finite(present):
-        raise BrokenPromiseError("took a state with NaN, or of another form")
-    return "accepted"
-
-
-def _finite(tree: Any) -> bool:
-    if isinstance(tree, dict):
-        return all(map(_finite, tree.values()))
-    return not isinstance(tree, torch.Tensor) or not bool(tree.isnan().any())
-
-
-def _disturbed(rng: Random, state: Any) -> Any:
-    """With another tensor in the place of one."""
-    state = copy.deepcopy(state)
-    places = [
-        (holder, key)
-        for holder in hostile.holders_of(state)
-        if isinstance(holder, dict)
-        for key, value in holder.items()
-        if isinstance(value, torch.Tensor)
-    ]
-    if places:
-        holder, key = rng.choice(places)
-        there = holder[key]
-        odd = [there * 2, there + 1, -there, there.expand(2, *there.shape)]
-        if there.is_floating_point():
-            odd += [torch.full_like(there, value) for value in (math.nan, math.inf, -math.inf)]
-        holder[key] = rng.choice((*TENSORS, *odd))
-    return state
 
 
 # ---- the command line --------------------------------------------------------------------------

@@ -44,8 +44,9 @@ CASES = [
     (16384, "fsdp2", "405B"),
     (16384, "hsdp", "8B"),
     (16384, "fsdp2_tp", "405B"),
+    (16384, "fsdp2_ep", "671B"),
 ]
-MODELS = {"8B": tracing.LLAMA_8B, "405B": tracing.LLAMA_405B}
+MODELS = {"8B": tracing.LLAMA_8B, "405B": tracing.LLAMA_405B, "671B": tracing.DEEPSEEK_671B}
 
 PEERS_ON = (1024, 16384)
 
@@ -55,7 +56,7 @@ def trace_ours() -> list[dict[str, Any]]:
     rows = []
     for ranks, layout, model in CASES:
         with tracing.world(ranks):
-            dtype = torch.bfloat16 if model == "405B" else torch.float32
+            dtype = torch.bfloat16 if model in ("405B", "671B") else torch.float32
             mesh = tracing.mesh_of(layout, ranks)
             named = tracing.sharded(MODELS[model], layout, mesh, dtype)
             for name, policy in POLICIES.items():

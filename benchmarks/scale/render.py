@@ -11,7 +11,13 @@ from typing import Any
 from benchmarks.scale.model import Network, Way
 from benchmarks.scale.tracing import Collective
 
-LAYOUTS = {"fsdp2": "FSDP2", "hsdp": "HSDP", "fsdp2_tp": "FSDP2 over TP 8"}
+LAYOUTS = {
+    "fsdp2": "FSDP2",
+    "hsdp": "HSDP",
+    "fsdp2_tp": "FSDP2 over TP 8",
+    "fsdp2_ep": "FSDP2, EP 64",
+}
+MODELS = {"8B": "Llama 3 8B", "405B": "Llama 3 405B", "671B": "DeepSeek-V3 671B"}
 
 GRADIENTS = 405e9 * 4
 """Bytes of the fp32 gradients that the model is drawn for: a model of 405 B parameters."""
@@ -48,10 +54,15 @@ def step_table(document: dict[str, Any]) -> str:
     """What a step of distclip sends."""
     rows = []
     for row in document["distclip"]:
-        shown = f"{row['ranks']:,}", LAYOUTS[row["layout"]], row["model"], str(row["parameters"])
+        shown = (
+            f"{row['ranks']:,}",
+            LAYOUTS[row["layout"]],
+            MODELS[row["model"]],
+            str(row["parameters"]),
+        )
         first = "the same" if row["first"] == row["later"] else _collectives(row["first"])
         rows.append((*shown, f"`{row['policy']}`", _collectives(row["later"]), first))
-    heads = "ranks", "sharding", "Llama 3", "parameters", "policy", "every step", "the first step"
+    heads = "ranks", "sharding", "model", "parameters", "policy", "every step", "the first step"
     return _table(heads, rows)
 
 

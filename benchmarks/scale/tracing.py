@@ -38,6 +38,9 @@ SILENT = {"wait_tensor", "_wrap_tensor_autograd"}
 TP = 8
 """Ranks of a tensor-parallel group: those of one node."""
 
+EP = 64
+"""Ranks that share out the experts of a layer."""
+
 
 @contextmanager
 def world(ranks: int, rank: int = 0) -> Iterator[None]:
@@ -130,21 +133,52 @@ def llama(layers: int, width: int, hidden: int, keys: int, vocabulary: int) -> l
     return [*weights, Weight("norm", (width,), None), Weight("output", (vocabulary, width), 0)]
 
 
+def deepseek() -> list[Weight]:
+    """The parameters of DeepSeek-V3 (671 B): multi-head latent attention, 58 layers of 256 experts.
+
+    Experts are stacked, ``(256, out, in)``, as torchtitan has them; nothing is cut by tensor
+    parallelism.
+    """
+    width, hidden, expert, vocabulary = 7168, 18432, 2048, 129280
+    weights = [Weight("embedding", (vocabulary, width), None)]
+    for layer in range(61):
+        shapes: dict[str, tuple[int, ...]] = {
+            "wq_a": (1536, width), "q_norm": (1536,), "wq_b": (24576, 1536),
+            "wkv_a": (576, width), "kv_norm": (512,), "wkv_b": (32768, 512),
+            "wo": (width, 16384), "attention_norm": (width,), "ffn_norm": (width,),
+        }  # fmt: skip
+        inner = expert if layer >= 3 else hidden
+        shapes |= {"w1": (inner, width), "w2": (width, inner), "w3": (inner, width)}
+        if layer >= 3:
+            shapes |= {"router": (256, width), "experts.w1": (256, expert, width)}
+            shapes |= {"experts.w2": (256, width, expert), "experts.w3": (256, expert, width)}
+        weights += [Weight(f"{layer}.{name}", shape, None) for name, shape in shapes.items()]
+    return [*weights, Weight("norm", (width,), None), Weight("output", (vocabulary, width), None)]
+
+
 LLAMA_8B = llama(32, 4096, 14336, 1024, 128256)
 LLAMA_405B = llama(126, 16384, 53248, 1024, 128256)
+DEEPSEEK_671B = deepseek()
 
 
 def mesh_of(layout: str, ranks: int) -> DeviceMesh:
-    """The mesh of ``fsdp2``, ``hsdp`` (512 shards or fewer) or ``fsdp2_tp`` on so many ranks."""
+    """The mesh of a layout on so many ranks.
+
+    ``fsdp2``, ``hsdp`` (512 shards or fewer), ``fsdp2_tp``, and ``experts``: those of expert
+    parallelism, beside ``fsdp2`` for the rest of the model.
+    """
     # DTensor's caches hand out an equal mesh of before, which believes to be on another rank: so
     # no two ranks have equal ones here.
     here = f"_of_rank_{dist.get_rank()}"
-    if layout == "fsdp2":
+    if layout in ("fsdp2", "fsdp2_ep"):
         return init_device_mesh("cpu", (ranks,), mesh_dim_names=(f"fsdp{here}",))
     if layout == "hsdp":
         shards = min(512, ranks // 4)
         names = f"replicate{here}", f"fsdp{here}"
         return init_device_mesh("cpu", (ranks // shards, shards), mesh_dim_names=names)
+    if layout == "experts":
+        names = f"efsdp{here}", f"ep{here}"
+        return init_device_mesh("cpu", (ranks // EP, EP), mesh_dim_names=names)
     if layout == "fsdp2_tp":
         names = f"fsdp{here}", f"tp{here}"
         return init_device_mesh("cpu", (ranks // TP, TP), mesh_dim_names=names)
@@ -157,6 +191,8 @@ def placements_of(layout: str, weight: Weight) -> tuple[Placement, ...]:
         return (Shard(0),)
     if layout == "hsdp":
         return (Replicate(), Shard(0))
+    if layout == "experts":  # FSDP2 cuts dim 1 where a rank has fewer experts than there are ranks
+        return (Shard(1), Shard(0))
     if weight.cut is None:
         return (Shard(0), Replicate())
     if weight.cut == 0:  # FSDP2 cuts what tensor parallelism has left
@@ -170,10 +206,19 @@ Named = list[tuple[str, nn.Parameter]]
 def sharded(
     weights: Sequence[Weight], layout: str, mesh: DeviceMesh, dtype: torch.dtype = torch.float32
 ) -> Named:
-    """This rank's shards of weights and gradients; no rank ever has more."""
+    """This rank's shards of weights and gradients; no rank ever has more.
+
+    ``fsdp2_ep`` is ``fsdp2`` on ``mesh``, and expert parallelism for what is stacked.
+    """
+    dense = mesh
+    expert = mesh_of("experts", mesh.size()) if layout == "fsdp2_ep" else mesh
     named = []
     for weight in weights:
-        placements = placements_of(layout, weight)
+        kind = layout
+        if layout == "fsdp2_ep":
+            kind = "experts" if len(weight.shape) == 3 else "fsdp2"
+        mesh = expert if kind == "experts" else dense
+        placements = placements_of(kind, weight)
         coordinate = mesh.get_coordinate()
         assert coordinate is not None
         # torch's own function takes minutes for strided shards of this size.

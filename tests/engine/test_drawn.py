@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from benchmarks.reliability import properties
+from benchmarks.reliability import drawing, properties
 
 CASES = 80
 
 
 def test_drawn_cases_are_as_the_oracle_says() -> None:
     failures = properties.failures(5, CASES)
-    shown = {number: (why, properties.draw(5, number)) for number, why in failures.items()}
+    shown = {number: (why, drawing.draw(5, number)) for number, why in failures.items()}
     assert not shown
 
 
@@ -34,20 +34,20 @@ def test_the_comparison_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_draws_reach_the_extremes() -> None:
     seen: Counter[str] = Counter()
     for number in range(properties.BATCH * 4):
-        case = properties.draw(1, number)
+        case = drawing.draw(1, number)
         seen.update([case.group, case.mode])
         for parameter in case.parameters:
             seen.update([parameter.dtype, parameter.fill, str(parameter.shape)])
             seen[f"placed {parameter.placement}"] += 1
             seen[f"{parameter.dtype} 1e{parameter.exponent}"] += 1
         text = str(case.policy)
-        seen.update(name for name in (*properties.SCALING, *properties.MEMORY) if name in text)
-        seen.update(f"p={order}" for order in properties.ORDERS if f"'norm_type': {order}" in text)
-    groups = [f"{kind}|{dtype}" for kind in properties.NAMES for dtype in properties.KINDS]
-    want = [*groups, *properties.MODES, *properties.DTYPES, *properties.SCALING, *properties.MEMORY]
-    want += [str(shape) for shape in properties.SHAPES]
-    want += [f"p={order}" for order in properties.ORDERS]
-    want += [f"{dtype} 1e{e}" for dtype, es in properties.EXPONENTS.items() for e in es]
+        seen.update(name for name in (*drawing.SCALING, *drawing.MEMORY) if name in text)
+        seen.update(f"p={order}" for order in drawing.ORDERS if f"'norm_type': {order}" in text)
+    groups = [f"{kind}|{dtype}" for kind in properties.NAMES for dtype in drawing.KINDS]
+    want = [*groups, *drawing.MODES, *drawing.DTYPES, *drawing.SCALING, *drawing.MEMORY]
+    want += [str(shape) for shape in drawing.SHAPES]
+    want += [f"p={order}" for order in drawing.ORDERS]
+    want += [f"{dtype} 1e{e}" for dtype, es in drawing.EXPONENTS.items() for e in es]
     want += ["zeros", "mixed", "nan", "inf", "placed None", "placed -1", "placed 0", "placed 1"]
     groups_of_value = {"value|complex"}  # complex numbers have no order to clamp by
     assert not {each for each in want if not seen[each]} - groups_of_value
