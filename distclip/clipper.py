@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, NoReturn, SupportsIndex, TypeAlias
 
-import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
@@ -156,7 +155,7 @@ class GradClipper:
             "overlap": overlap,
             "stuck_after": stuck_after,
         }
-        self._session = session = Session(target, given, process_group, listed(optimizer))
+        self._session = session = Session.open(target, given, process_group, listed(optimizer))
         self._options = session.options
         self.sinks: tuple[Sink, ...] = (sinks,) if callable(sinks) else tuple(sinks)
         self.last_report: ClipReport | None = None
@@ -164,8 +163,6 @@ class GradClipper:
         tensors = [parameter for _, parameter in session.named]
         self._scope = Scope(tensors)
         self._sample = sample(tensors)
-        wide = any(entry.dtype in ("float64", "complex128") for entry in session.plan.entries)
-        self._dtype = torch.float64 if wide else torch.float32
         self._attached: AttachHandle | None = None
         self._by_hand: GradientsSeen | None = None
         """Gradients as a ``clip_`` has left them, where this is attached too."""
@@ -579,7 +576,7 @@ class GradClipper:
             names=self.names,
             skipped=walked.skipped,
             _norm_type=session.program.shown,
-            _dtype=self._dtype,
+            _dtype=self.plan.norm_dtype,
             _walked=walked,
             leave_out=None if never else walked.skipped,
         )

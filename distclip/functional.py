@@ -8,46 +8,30 @@ hold different parameters instead (pipeline stages), which are then all counted.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterable, Mapping
 from typing import Literal, TypeAlias
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.distributed.tensor import DTensor
 
 from distclip.application.eager import eagerly
-from distclip.application.notices import forget_clips, note_clip, sample, warn
+from distclip.application.notices import forget_clips, note_clip, sample
+from distclip.engine import calls
+from distclip.engine.calls import on_parameters, on_tensors
+from distclip.engine.given import Given, listed
 from distclip.engine.joint import joint_norm
-from distclip.engine.program import Program
-from distclip.engine.stateless import (
-    GO_ON,
-    Given,
-    agree,
-    clip,
-    compiled,
-    describe_tensor,
-    device_of,
-    programs,
-)
-from distclip.engine.walk import walk
 from distclip.errors import ConfigurationError
-from distclip.kernels import changing
-from distclip.layouts import dtensor, soundness
 from distclip.layouts import names as naming
-from distclip.layouts.plan import Plan
+from distclip.layouts import tensors as layouts
+from distclip.layouts.plan import DOUBLE
 from distclip.policies import AGC, ByName, GlobalNorm, Measure, Value
 from distclip.policies.norm_threshold import norm_coefficient
 from distclip.statistics import collectives
 
 Parameters: TypeAlias = Tensor | Iterable[Tensor]
 Tensors: TypeAlias = Tensor | Iterable[Tensor]
-
-DOUBLE = ("float64", "complex128")
-"""Names of the dtypes whose norms are float64."""
 
 
 @eagerly
@@ -83,20 +67,19 @@ def clip_grad_norm_(
         NonFiniteGradientError: (a RuntimeError) under ``error_if_nonfinite``.
         UnsupportedGradientError: a sparse shard, or a ``Partial`` that cannot be reduced.
     """
-    given = _given(parameters)
+    given = Given.listed(parameters)
     policy = GlobalNorm(max_norm, norm_type)
     if process_group is None:
-        walked, plan = clip(given, policy, "error" if error_if_nonfinite else "pass")
-        if policy.max_norm < math.inf:
-            _note(given, "distclip.clip_grad_norm_")
-        return walked.total_norm.to(_norm_dtype(plan.dtypes))
-    find = functools.partial(programs.get, given, Measure(policy.norm_type), norms=True)
-    with torch.no_grad():
-        total = joint_norm(find, policy.norm_type, process_group, error_if_nonfinite)
-        plan = find().plan
-        _scale_(plan, norm_coefficient(total, policy.max_norm))
-    _note(given, "distclip.clip_grad_norm_")
-    return total.to(_norm_dtype(plan.dtypes))
+        with on_parameters(given, policy) as session:
+            norm = session.clip(_mode(error_if_nonfinite), None).total_norm
+    else:
+        measuring = on_parameters(given, Measure(policy.norm_type))
+        with joint_norm(measuring, policy.norm_type, process_group, error_if_nonfinite) as found:
+            norm, session = found
+            session.scale(norm_coefficient(norm, policy.max_norm))
+    if policy.max_norm < math.inf:
+        _note(given, "distclip.clip_grad_norm_")
+    return norm.to(session.plan.norm_dtype)
 
 
 @eagerly
@@ -118,8 +101,9 @@ def clip_grad_value_(
         ConfigurationError: a negative or NaN threshold.
         UnsupportedGradientError: a sparse shard, or a ``Partial`` that cannot be reduced.
     """
-    given = _given(parameters)
-    clip(given, Value(clip_value), "pass", norms=False)
+    given = Given.listed(parameters)
+    with on_parameters(given, Value(clip_value), norms=False) as session:
+        session.clip("pass", None)
     _note(given, "distclip.clip_grad_value_")
 
 
@@ -149,19 +133,18 @@ def clip_grad_agc_(
     Returns:
         The joint p-norm of all gradients before clipping, as :func:`clip_grad_norm_`.
     """
-    given = _given(parameters)
+    given = Given.listed(parameters)
     policy = AGC(clip_factor, eps, unit, norm_type=norm_type)
-    if process_group is None:
-        walked, plan = clip(given, policy, "pass")
-        _note(given, "distclip.clip_grad_agc_")
-        return walked.total_norm.to(_norm_dtype(plan.dtypes))
-    # A unit lies on one member, or on its mesh: only the joint norm concerns the other members.
-    with torch.no_grad():
-        find = functools.partial(programs.get, given, Measure(policy.norm_type), norms=True)
-        total = joint_norm(find, policy.norm_type, process_group, False)
-    _, plan = clip(given, policy, "pass", norms=False)
+    total = None
+    if process_group is not None:
+        # A unit lies on one member, or on its mesh: only the joint norm concerns other members.
+        measuring = on_parameters(given, Measure(policy.norm_type))
+        with joint_norm(measuring, policy.norm_type, process_group) as (total, _):
+            pass
+    with on_parameters(given, policy, norms=process_group is None) as session:
+        walked = session.clip("pass", None)
     _note(given, "distclip.clip_grad_agc_")
-    return total.to(_norm_dtype(plan.dtypes))
+    return (walked.total_norm if total is None else total).to(session.plan.norm_dtype)
 
 
 @eagerly
@@ -188,18 +171,18 @@ def clip_grads_with_norm_(
         UnsupportedGradientError: a sparse shard, or a ``Partial`` that cannot be reduced.
     """
     limit = GlobalNorm(max_norm).max_norm
-    if isinstance(total_norm, DTensor):
-        total_norm = dtensor.replicated(total_norm)
+    if isinstance(total_norm, Tensor):
+        total_norm = layouts.whole(total_norm)
     norm = torch.as_tensor(total_norm, dtype=torch.float64).detach()
     if norm.numel() != 1:
         raise ConfigurationError(
             f"clip_grads_with_norm_: total_norm must be one number, got a tensor of shape "
             f"{list(norm.shape)}; give the joint norm, as get_total_norm returns it"
         )
-    given = _given(parameters)
-    _, plan = clip(given, ByName({}), "pass", norms=False)  # looks at the gradients, and no more
-    with torch.no_grad():
-        _scale_(plan, norm_coefficient(norm.reshape(()), limit))
+    given = Given.listed(parameters)
+    with on_parameters(given, ByName({}), norms=False) as session:
+        session.clip("pass", None)  # looks at the gradients, and no more
+        session.scale(norm_coefficient(norm.reshape(()), limit))
     _note(given, "distclip.clip_grads_with_norm_")
 
 
@@ -224,23 +207,15 @@ def get_total_norm(
     Returns:
         0-dim float32, or float64 if a tensor is float64.
     """
-    listed = _listed(tensors)
     policy = Measure(norm_type)
-
-    def program_of() -> Program:
-        described = [describe_tensor(str(number), tensor) for number, tensor in enumerate(listed)]
-        program = compiled(described, policy, device_of(listed), norms=True)
-        program.memory.only_measures = True
-        agree(program, policy)
-        return program
-
-    with torch.no_grad():
-        if process_group is not None:
-            total = joint_norm(program_of, policy.norm_type, process_group, error_if_nonfinite)
-        else:
-            mode = "error" if error_if_nonfinite else "pass"
-            total = walk(program_of(), {}, on_nonfinite=mode, go_on=GO_ON).total_norm
-    return total.to(_norm_dtype(str(tensor.dtype).removeprefix("torch.") for tensor in listed))
+    measuring = on_tensors(listed(tensors), policy)
+    if process_group is None:
+        with measuring as session:
+            norm = session.clip(_mode(error_if_nonfinite), None).total_norm
+    else:
+        with joint_norm(measuring, policy.norm_type, process_group, error_if_nonfinite) as found:
+            norm, session = found
+    return norm.to(session.plan.norm_dtype)
 
 
 @eagerly
@@ -264,88 +239,37 @@ def grad_norms(
     """
     target = module_or_named_parameters
     if isinstance(target, Iterable) and not isinstance(target, (nn.Module, Mapping)):
-        target = _listed(target)  # type: ignore[arg-type, assignment]
+        target = listed(target)  # type: ignore[arg-type, assignment]
     given = Given.of(naming.named_parameters(target))
     if process_group is not None:
         # Other members have other parameters, whose norms nothing here is added to: each DTensor
         # is reduced over its own mesh.
         collectives.check_open(process_group)
-    policy = Measure(norm_type)
-    walked, plan = clip(given, policy, "pass")
+    with on_parameters(given, Measure(norm_type)) as session:
+        norms = session.clip("pass", None).raw.unbind()
     return {
         entry.name: norm.to(torch.float64 if entry.dtype in DOUBLE else torch.float32)
-        for entry, norm in zip(plan.entries, walked.raw.unbind(), strict=True)
+        for entry, norm in zip(session.plan.entries, norms, strict=True)
     }
 
 
 def clear_cache() -> None:
     """Forget what the functions of this module remember of parameters they were given.
 
-    They remember it by weak references, which keep nothing alive; but torch refuses to convert
-    DTensor parameters (``model.to(...)``, ``.cpu()``, ``.half()`` under FSDP2 or tensor
-    parallelism) while there are any. Call this first; the next call of a function looks anew. What
-    a :class:`distclip.GradClipper` refers to goes with the clipper.
+    Never needed for a right answer: parameters that have changed are looked at anew. They are
+    remembered by shape, sharding and ``id``, at most 16 sets of them, and nothing is kept alive.
     """
-    programs.clear()
+    calls.forget()
     forget_clips()
 
 
-def _given(parameters: Parameters) -> Given:
-    if isinstance(parameters, (nn.ParameterList, nn.ParameterDict)):
-        parameters = parameters.parameters()
-    if isinstance(parameters, nn.Module):
-        raise ConfigurationError(
-            "expected parameters, got a module; pass module.parameters(), or use a GradClipper"
-        )
-    alone = not (dist.is_initialized() and dist.get_world_size() > 1)
-    named = isinstance(parameters, Mapping) or not isinstance(parameters, Iterable)
-    if named or (isinstance(parameters, (set, frozenset)) and not alone):
-        return Given.of(naming.named_parameters(parameters))
-    listed = _listed(parameters)
-    kinds = set(map(type, listed))
-    if not all(issubclass(kind, Tensor) for kind in kinds):
-        if any(issubclass(kind, dict) for kind in kinds):
-            raise ConfigurationError(
-                "expected parameters, got optimizer parameter groups; pass "
-                '[p for group in optimizer.param_groups for p in group["params"]]'
-            )
-        return Given.of(naming.named_parameters(listed))
-    if len(set(map(id, listed))) == len(listed):
-        return Given(listed)
-    positions: dict[int, tuple[str, Tensor]] = {}
-    for position, parameter in enumerate(listed):
-        positions.setdefault(id(parameter), (str(position), parameter))
-    return Given.of(list(positions.values()))
-
-
-def _listed(tensors: Tensors) -> list[Tensor]:
-    if isinstance(tensors, Tensor):
-        return [tensors]
-    used = naming.used_up(tensors)
-    listed = list(tensors)
-    if used or naming.is_empty_iterator(tensors, listed):
-        warn(
-            f"the given {type(tensors).__name__} {used or 'gives nothing'}: an optimizer, or an "
-            f"earlier call, may have used it up. What it no longer gives is neither measured nor "
-            f"clipped; call with model.parameters() anew, or with a list"
-        )
-    return listed
-
-
-def _scale_(plan: Plan, coefficient: Tensor) -> None:
-    """Multiply all gradients of a plan, found sound before, by one number."""
-    gradients, *_ = soundness.inspect(plan, [p.gradient() for p in plan.pieces], first=False)
-    present = [gradient for gradient in gradients if gradient is not None]
-    changing.scale_(present, coefficient.to(plan.device).expand(len(present)))
+def _mode(error_if_nonfinite: bool) -> str:
+    return "error" if error_if_nonfinite else "pass"
 
 
 def _note(given: Given, by: str) -> None:
     """See :func:`note_clip`."""
     note_clip(sample(given.parameters), by)
-
-
-def _norm_dtype(dtypes: Iterable[str]) -> torch.dtype:
-    return torch.float32 if set(dtypes).isdisjoint(DOUBLE) else torch.float64
 
 
 __all__ = [

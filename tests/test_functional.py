@@ -11,11 +11,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import distclip
-from distclip import functional
 from distclip.errors import ConfigurationError
 from distclip.testing import assert_rounded
 from tests.helpers.watching import watch
@@ -157,20 +155,6 @@ def test_clip_grads_with_norm_talks_to_nobody() -> None:
         with watch() as seen:
             distclip.clip_grads_with_norm_(parameters, 1.0, 2.0)
     assert seen.collectives == []
-
-
-@pytest.mark.ranks(1, 2)
-def test_a_sharded_model_is_converted_once_the_functions_have_forgotten_it() -> None:
-    model = nn.Linear(4, 4)
-    fully_shard(model, mesh=mesh_of((dist.get_world_size(),), ("dp",)))
-    for _ in range(2):
-        model(torch.ones(1, 4)).sum().backward()
-        distclip.clip_grad_norm_(model.parameters(), 0.1)
-        functional.clear_cache()
-        model = model.to(torch.bfloat16).float()
-    assert distclip.clip_grad_norm_(model.parameters(), 0.1).item() > 0.0
-    with pytest.raises(RuntimeError, match="swap"):  # why it is needed
-        model.to(torch.bfloat16)
 
 
 @pytest.mark.ranks(2)

@@ -196,7 +196,7 @@ def test_one_file_issues_the_collectives() -> None:
     # tensor parallelism), which only the DTensor itself can put right; and the type of a tensor
     # that an asynchronous collective has not brought yet.
     assert found == {
-        "layouts/dtensor.py": ["redistribute"],
+        "layouts/dtensor_gradients.py": ["redistribute"],
         "layouts/plain.py": ["_functional_collectives"],
     }
 

@@ -16,14 +16,13 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from distclip.application.copies import FollowedCopy
 from distclip.application.folded import FusedStep
 from distclip.application.stepping import Decision, StepHandle
 from distclip.errors import ConfigurationError
-from distclip.layouts.gradients import version_of
+from distclip.layouts.tensors import own, version_of
 
 
 class Clip(Protocol):
@@ -204,7 +203,7 @@ class GradientsSeen:
     """
 
     def __init__(self, gradients: Sequence[Tensor | None]) -> None:
-        self._references = [None if g is None else weakref.ref(g) for g in gradients]
+        self._references = [None if g is None else weakref.ref(own(g)) for g in gradients]
         self._versions = [None if g is None else version_of(g) for g in gradients]
 
     def differ(self, gradients: Sequence[Tensor | None]) -> bool:
@@ -220,7 +219,9 @@ class GradientsSeen:
         ):
             if gradient is None:
                 continue
-            if reference is None or reference() is not gradient or version_of(gradient) != version:
+            if reference is None or reference() is not own(gradient):
+                return True
+            if version_of(gradient) != version:
                 return True
         return False
 
@@ -253,7 +254,7 @@ def _scale_of(scaler: torch.amp.GradScaler, loss_scale: Tensor | None) -> Tensor
 @contextmanager
 def _unscaled(gradients: Sequence[Tensor], scale: float) -> Iterator[None]:
     """Divide these by the scale for a while."""
-    tensors = [g._local_tensor if isinstance(g, DTensor) else g for g in gradients]
+    tensors = list(map(own, gradients))
     torch._foreach_mul_(tensors, 1.0 / scale)
     try:
         yield

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from distclip.layouts.gradients import version_of
 from distclip.layouts.plan import Plan
+from distclip.layouts.tensors import own, version_of
 
 _OURS = ("distclip", "torch")
 
@@ -38,7 +38,9 @@ class Clipped(NamedTuple):
     """A gradient as a clip left it."""
 
     parameter: weakref.ref[Tensor]
+    """What it owns: see :func:`distclip.layouts.tensors.own`."""
     gradient: weakref.ref[Tensor]
+    """The same."""
     versions: tuple[int, int]
     """How often the gradient, and the weights, had been changed in place."""
     by: str
@@ -72,7 +74,7 @@ def note_clip(chosen: Sequence[Tensor], by: str, owner: int = 0) -> None:
         if gradient is not None and not gradient.is_inference():
             versions = version_of(gradient), version_of(parameter)
             _clipped[id(parameter)] = Clipped(
-                weakref.ref(parameter), weakref.ref(gradient), versions, by, owner
+                weakref.ref(own(parameter)), weakref.ref(own(gradient)), versions, by, owner
             )
             _clipped.move_to_end(id(parameter))
     while len(_clipped) > _KEPT:
@@ -97,9 +99,9 @@ def earlier_clip(chosen: Sequence[Tensor], owner: int) -> str | None:
         if gradient is None:
             continue
         known = _clipped.get(id(parameter))
-        if known is None or known.owner == owner or known.parameter() is not parameter:
+        if known is None or known.owner == owner or known.parameter() is not own(parameter):
             return None
-        if known.gradient() is not gradient:
+        if known.gradient() is not own(gradient):
             return None
         if known.versions != (version_of(gradient), version_of(parameter)):
             return None

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from distclip.errors import RankMismatchError
+from distclip.layouts import tensors
 from distclip.layouts.differences import listed, told
 from distclip.statistics import collectives
 from distclip.statistics.packing import Measurement, Stamp
@@ -51,13 +52,15 @@ class LastClip:
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         step = max(1, len(parameters) // WITNESSES)
         self._watched = list(parameters[::step][:WITNESSES])
-        self._left: list[tuple[weakref.ref[Tensor], int, int] | None] = []
+        self._left: list[tuple[weakref.ref[Tensor], tensors.Versions] | None] = []
 
     def remember(self) -> None:
         """Record the watched gradients as the clip that has just been made left them."""
         gradients = [parameter.grad for parameter in self._watched]
         self._left = [
-            None if g is None or g.is_inference() else (weakref.ref(g), *_versions(g))
+            None
+            if g is None or g.is_inference()
+            else (weakref.ref(tensors.own(g)), tensors.versions_of(g))
             for g in gradients  # of inference tensors torch counts no changes
         ]
 
@@ -68,16 +71,12 @@ class LastClip:
             gradient = parameter.grad
             if gradient is None:
                 continue
-            if left is None or left[0]() is not gradient or left[1:] != _versions(gradient):
+            if left is None or left[0]() is not tensors.own(gradient):
+                return False
+            if left[1] != tensors.versions_of(gradient):
                 return False
             seen = True
         return seen
-
-
-def _versions(gradient: Tensor) -> tuple[int, int]:
-    """How often it was changed in place; torch counts for a DTensor and its local part apart."""
-    local = getattr(gradient, "_local_tensor", gradient)
-    return gradient._version, local._version
 
 
 class Agreement:

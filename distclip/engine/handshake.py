@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from torch.distributed import ProcessGroup
 
+from distclip._version import __version__
 from distclip.errors import DistclipError, RankMismatchError
 from distclip.layouts.differences import told
 from distclip.layouts.piece import Entry
@@ -59,17 +60,20 @@ class Hail(NamedTuple):
 
     Attributes:
         version: of distclip.
-        digest: of its notes; empty where this rank cannot build its clipper.
+        digest: of what has to be the same; empty where this rank cannot go on.
         trouble: why it cannot.
+        call: of a function without memory: its name and its parameters, in words; empty where a
+            clipper is built.
     """
 
     version: str
     digest: bytes
     trouble: str = ""
+    call: str = ""
 
 
 class Agreements:
-    """What the drop-ins have compared between ranks already: each kind of call once in each group.
+    """What functions without memory have compared between ranks: each call once in each group.
 
     They keep no names and compare shapes and dtypes only. A rank asks if it has not agreed with
     its group on what it has now; since agreeing means that all had the same, all of them ask then.
@@ -93,15 +97,13 @@ class Agreements:
         if self.knows(group, what, entries):
             return
         digest, shown = self._digest(what, entries)
-        heard = collectives.gather((digest, f"{what} of {shown}", ""), group)
+        hail = Hail(__version__, digest, call=f"{what} of {shown}")
         ranks = collectives.ranks_of(group)
-        for rank, (_, _, problem) in zip(ranks, heard, strict=True):
-            if problem:
-                raise RankMismatchError(f"rank {rank} cannot clip or measure: {problem}")
-        if any(other != digest for other, _, _ in heard):
+        heard = refuse_troubled(collectives.gather(tuple(hail), group), ranks)
+        if any(other.digest != digest for other in heard):
             raise RankMismatchError(
                 f"the ranks were given different parameters: "
-                f"{told(ranks, [each for _, each, _ in heard])}. Give every rank its part of the "
+                f"{told(ranks, [each.call for each in heard])}. Give every rank its part of the "
                 f"same parameters, gradients there or not (process_group= is for stages)"
             )
         alive = {
@@ -140,16 +142,15 @@ class Agreements:
             self._devices = {**alive, id(group): known}
         return known[1]
 
-    def tell(self, group: ProcessGroup, error: Exception) -> None:
-        """Say, at a first call, that this rank cannot take part: the others are asking."""
-        told = f"{type(error).__name__}: {error}" if not isinstance(error, DistclipError) else error
-        collectives.gather((b"", "", str(told)), group)
-
     @staticmethod
     def _digest(what: str, entries: Sequence[Entry]) -> tuple[bytes, str]:
         # Slices that are declared need not be of one size.
         table = tuple((entry.dtype, _compared(entry)) for entry in entries)
         return hashlib.sha256(repr((what, table)).encode()).digest(), _shown(table)
+
+
+agreements = Agreements()
+"""Of this process."""
 
 
 def _compared(entry: Entry) -> tuple[int | str, ...]:
@@ -168,7 +169,7 @@ def _shown(table: Sequence[tuple[str, tuple[int | str, ...]]]) -> str:
     return f"{len(table)} parameter{'s' * (len(table) != 1)} ({some}{more})"
 
 
-def meet(mine: Notes, version: str, group: ProcessGroup) -> list[Notes]:
+def meet(mine: Notes, group: ProcessGroup) -> list[Notes]:
     """Exchange notes with the ranks of a group, and refuse what does not go together.
 
     Returns:
@@ -179,7 +180,7 @@ def meet(mine: Notes, version: str, group: ProcessGroup) -> list[Notes]:
         RankMismatchError: on every rank.
     """
     ranks = collectives.ranks_of(group)
-    heard = collectives.gather(tuple(Hail(version, mine.digest())), group)
+    heard = collectives.gather(tuple(Hail(__version__, mine.digest())), group)
     digests = [hail.digest for hail in refuse_troubled(heard, ranks)]
     if len(set(digests)) == 1:
         return [mine] * len(ranks)
@@ -188,10 +189,11 @@ def meet(mine: Notes, version: str, group: ProcessGroup) -> list[Notes]:
     return notes
 
 
-def trouble(version: str, error: Exception) -> tuple[object, ...]:
-    """What a rank says before it raises, so that the others do not wait for it."""
+def tell_trouble(error: Exception, group: ProcessGroup, call: str = "") -> None:
+    """Say that this rank cannot go on, before it raises, so that the others do not wait for it."""
     known = isinstance(error, DistclipError)
-    return tuple(Hail(version, b"", str(error) if known else f"{type(error).__name__}: {error}"))
+    trouble = str(error) if known else f"{type(error).__name__}: {error}"
+    collectives.gather(tuple(Hail(__version__, b"", trouble, call)), group)
 
 
 def refuse_troubled(hails: Sequence[object], ranks: Sequence[int]) -> list[Hail]:
@@ -209,7 +211,14 @@ def refuse_troubled(hails: Sequence[object], ranks: Sequence[int]) -> list[Hail]
     _refuse_apart("distclip versions", "Install the same", ranks, [h.version for h in heard])
     for rank, hail in zip(ranks, heard, strict=True):
         if hail.trouble:
-            raise RankMismatchError(f"rank {rank} cannot build its GradClipper: {hail.trouble}")
+            doing = "clip or measure" if hail.call else "build its GradClipper"
+            raise RankMismatchError(f"rank {rank} cannot {doing}: {hail.trouble}")
+    calls = [hail.call or "a GradClipper is built" for hail in heard]
+    if len({bool(hail.call) for hail in heard}) > 1:
+        raise RankMismatchError(
+            f"the ranks do different things: {told(ranks, calls)}. Build the GradClipper, and call "
+            f"the functions, at the same points on every rank"
+        )
     return heard
 
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from distclip.engine.program import Program
-from distclip.engine.stateless import GO_ON, agreements
-from distclip.engine.walk import raise_together, walk
+from distclip.engine import handshake
+from distclip.engine.session import GO_ON_OF_CALLS, Session
+from distclip.engine.walk import raise_together
 from distclip.errors import DistclipError, NonFiniteGradientError
 from distclip.kernels.plain import is_wide
 from distclip.layouts import declared
@@ -20,26 +21,63 @@ from distclip.statistics import collectives
 from distclip.statistics.packing import Packet
 
 
+@contextlib.contextmanager
 def joint_norm(
-    find: Callable[[], Program], norm_type: float, group: ProcessGroup, error_if_nonfinite: bool
-) -> Tensor:
-    """The p-norm over the members of ``group``, who hold different parameters; 0-dim float64.
+    measuring: contextlib.AbstractContextManager[Session],
+    norm_type: float,
+    group: ProcessGroup,
+    error_if_nonfinite: bool = False,
+) -> Iterator[tuple[Tensor, Session]]:
+    """The p-norm over the members of ``group``, who hold different parameters.
 
-    First over each parameter's own mesh, which may reach beyond the group, then over the group: a
-    parameter whose mesh has several members in the group counts once among them. The members need
-    not have equally many parameters, or any.
+    Args:
+        measuring: gives the session that measures this member's parameters.
+        norm_type: the order p.
+        group: the members; all of them call this.
+        error_if_nonfinite: raise on all of them if the norm is not finite.
+
+    Returns:
+        The norm, 0-dim float64, and the session, for the ``with`` block.
     """
     collectives.check_open(group)
-    trouble: DistclipError | None = None
-    entries: tuple[Entry, ...] = ()
-    norms = torch.zeros(0, dtype=torch.float64)
-    try:
-        program = find()
-        norms, entries = walk(program, {}).raw, program.plan.entries
-    except DistclipError as error:  # the other members have to learn of it before it is raised
-        trouble = error
+    with contextlib.ExitStack() as stack:
+        trouble: DistclipError | None = None
+        entries: tuple[Entry, ...] = ()
+        norms = torch.zeros(0, dtype=torch.float64)
+        try:
+            session = stack.enter_context(measuring)
+            norms, entries = session.clip("pass", None).raw, session.plan.entries
+        except DistclipError as error:  # the other members have to learn of it before it is raised
+            trouble = error
+        with torch.no_grad():
+            total = _over(group, norms, entries, norm_type, trouble)
+        if error_if_nonfinite and not bool(torch.isfinite(total)):
+            raise NonFiniteGradientError(
+                f"the {norm_type}-norm over the process group is {total.item()}; nothing was "
+                f"changed{GO_ON_OF_CALLS}",
+                [
+                    entry.name
+                    for entry, norm in zip(entries, norms.tolist(), strict=True)
+                    if not math.isfinite(norm)
+                ],
+            )
+        yield total, session
+
+
+def _over(
+    group: ProcessGroup,
+    norms: Tensor,
+    entries: tuple[Entry, ...],
+    norm_type: float,
+    trouble: DistclipError | None,
+) -> Tensor:
+    """The joint norm from this member's norms, each over its own mesh; 0-dim float64.
+
+    A mesh may reach beyond the group: a parameter whose mesh has several members in the group
+    counts once among them. The members need not have equally many parameters, or any.
+    """
     here = norms.device.type if entries else ""
-    common = agreements.device(group, here)
+    common = handshake.agreements.device(group, here)
     device = collectives.device_for(group, norms.device if here == common else torch.device(common))
     members = set(collectives.ranks_of(group))
     spread = [e.ranks is not None or bool(e.others) for e in entries]
@@ -61,15 +99,4 @@ def joint_norm(
     packet.add_flag("trouble", flag)
     got = packet.exchange()
     raise_together(trouble, got["trouble"].item())
-    total = got["norm"].squeeze(0)
-    if error_if_nonfinite and not bool(torch.isfinite(total)):
-        raise NonFiniteGradientError(
-            f"the {norm_type}-norm over the process group is {total.item()}; nothing was changed"
-            + GO_ON,
-            [
-                entry.name
-                for entry, norm in zip(entries, norms.tolist(), strict=True)
-                if not math.isfinite(norm)
-            ],
-        )
-    return total
+    return got["norm"].squeeze(0)

@@ -1,7 +1,8 @@
-"""What a clipper keeps from step to step: the plan, the compiled policy, its memory, the ranks.
+"""What is kept from step to step: the plan, the compiled policy, its memory, the ranks.
 
-A session is opened by all ranks at one point, where they compare what they were given. From then on
-:meth:`Session.clip` is one step: measure, reduce, decide, act.
+A session is opened by all ranks at one point, where they compare what they were given: by a
+GradClipper for a run, by a function without memory for a call (:mod:`distclip.engine.calls`). From
+then on :meth:`Session.clip` is one step: measure, reduce, decide, act.
 """
 
 from __future__ import annotations
@@ -14,24 +15,26 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from distclip.application.notices import Absence, warn
 from distclip.engine import agreement, checkpoint, handshake, mentions
 from distclip.engine.attaching import stepped_by
 from distclip.engine.late import LateError
-from distclip.engine.opening import open_together
+from distclip.engine.losses import Losses
+from distclip.engine.opening import Opened, open_together
 from distclip.engine.passes import compile_passes, report_order
 from distclip.engine.program import Program, States
 from distclip.engine.walk import Fold, walk
 from distclip.engine.walked import Walked
 from distclip.errors import ConfigurationError, DistclipError
-from distclip.kernels import transfer
+from distclip.kernels import changing, transfer
 from distclip.layouts import names as naming
+from distclip.layouts import soundness
+from distclip.layouts.fetching import Fetched
 from distclip.layouts.names import Target
 from distclip.policies import ParameterInfo, Policy
-from distclip.policies.compose import reads_loss, stages
+from distclip.policies.compose import stages
 from distclip.statistics import buckets, collectives, waiting
 from distclip.statistics.overlap import Overlap
 
@@ -41,14 +44,15 @@ _GO_ON = (
     '. To go on without such steps use on_nonfinite="skip" (or "zero" to drop only these gradients)'
 )
 
+GO_ON_OF_CALLS = "; error_if_nonfinite=False raises nothing and returns the norm that is not finite"
+
 
 class Session:
     """One model, one policy, and the ranks that hold the model together.
 
     Args:
-        target: as for :class:`distclip.GradClipper`.
-        given: its options by name, not checked yet.
-        process_group: the ranks; all by default.
+        opened: what the ranks agree on.
+        watched: the modules that the parameters came from.
         optimizers: for policies that need parameter groups.
 
     Attributes:
@@ -65,33 +69,29 @@ class Session:
         early: what measures during backward.
         late: errors that are raised one step late.
         expects_gradients: whether a step in which no rank has a gradient is worth a warning.
+        fetched: the gradients of the step to come, where they have been fetched already.
     """
 
     def __init__(
-        self,
-        target: Target,
-        given: Mapping[str, Any],
-        process_group: ProcessGroup | None,
-        optimizers: Sequence[Optimizer],
+        self, opened: Opened, watched: naming.Watched, optimizers: Sequence[Optimizer] = ()
     ) -> None:
-        opened = open_together(target, given, process_group)
+        self._lasting = opened.lasting
         self.options, self.plan, self.named = opened.options, opened.plan, opened.named
         self.parts = opened.parts
         self.here = dict(self.named)
         self._limit, self._agreement = opened.limit, opened.agreement
         self._replicas = opened.replicas
-        self._reads_loss = reads_loss(self.policy)
+        self._losses = Losses(self.policy)
         self.states: States = {}
         self.step = 0
-        self.expects_gradients = True
+        self.expects_gradients = opened.lasting
+        self.fetched: Fetched | None = None
         self._clips = 0
-        self._loss: Tensor | None = None
         self._optimizers: list[tuple[weakref.ref[Optimizer], list[int]]] = []
         """Those that it is attached to, and the ids of the parameters that each had then."""
-        self._warned_of_no_loss = False
         self._mentioned_repetition = False
         self.known = {id(parameter) for _, parameter in self.named}
-        self.watched = naming.Watched(target)
+        self.watched = watched
         self._last = agreement.LastClip([parameter for _, parameter in self.named])
         self._absence = Absence(self.plan, self.named)
         self.late = LateError(self.plan.names)
@@ -101,7 +101,31 @@ class Session:
             if not self.early.active:
                 mentions.warn_of_no_overlap(self.early)
         self.program = self._compiled(optimizers)
-        mentions.mention_unmatched(self.policy, self.plan)
+        if opened.lasting:
+            mentions.mention_unmatched(self.policy, self.plan)
+
+    @classmethod
+    def open(
+        cls,
+        target: Target,
+        given: Mapping[str, Any],
+        process_group: ProcessGroup | None,
+        optimizers: Sequence[Optimizer],
+    ) -> Session:
+        """A session for a run; every rank calls it at the same point.
+
+        Args:
+            target: as for :class:`distclip.GradClipper`.
+            given: its options by name, not checked yet.
+            process_group: the ranks; all by default.
+            optimizers: for policies that need parameter groups.
+        """
+        opened = open_together(target, given, process_group)
+        return cls(opened, naming.Watched(target), optimizers)
+
+    def __del__(self) -> None:
+        if (plan := getattr(self, "plan", None)) is not None:
+            plan.release()  # a report that is kept has the plan, and shall not keep the model
 
     @property
     def policy(self) -> Policy:
@@ -130,6 +154,7 @@ class Session:
         later: bool = False,
         fold: Fold | None = None,
         leaves_out: bool = False,
+        trouble: DistclipError | None = None,
     ) -> Walked:
         """Measure, reduce, decide and act once.
 
@@ -139,28 +164,30 @@ class Session:
             later: leave what the last pass decides to ``Walked.apply``.
             fold: asked to multiply in place of the last pass.
             leaves_out: whether the step to come is left out where the report says so.
+            trouble: what is wrong on this rank already; raised when all ranks have heard of it.
         """
         late = mode == "error_late"
         self._mention_repetition()
         agreed = self._agreed()
-        loss, self._loss = self._loss, None
-        if self._reads_loss and loss is None:
-            self._warn_of_no_loss()
+        loss = self._losses.take()
+        fetched, self.fetched = self.fetched, None
+        wait = waiting.Wait(self.step, self._limit) if self._lasting else waiting.current()
         try:
-            with waiting.waiting_for(waiting.Wait(self.step, self._limit)), torch.no_grad():
+            with waiting.waiting_for(wait), torch.no_grad():
                 walked = walk(
                     self.program,
                     self.states,
                     on_nonfinite="skip" if late else mode,
                     loss_scale=loss_scale,
                     replicas=self._replicas if self._compares_now() else None,
-                    trouble=self._trouble(),
+                    trouble=trouble or self._trouble(),
                     agreed=agreed,
                     loss=loss,
                     later=later,
                     fold=fold,
                     harmless=late and not leaves_out,
-                    go_on=_GO_ON,
+                    fetched=fetched,
+                    go_on=_GO_ON if self._lasting else GO_ON_OF_CALLS,
                 )
         finally:
             if self.early is not None:
@@ -175,6 +202,14 @@ class Session:
         self._last.remember()
         self.step += 1
         return walked
+
+    def scale(self, coefficient: Tensor) -> None:
+        """Multiply all gradients, which a :meth:`clip` has found sound, by one 0-dim number."""
+        with torch.no_grad():
+            fetched = [piece.gradient() for piece in self.plan.pieces]
+            gradients, *_ = soundness.inspect(self.plan, fetched, first=False)
+            present = [gradient for gradient in gradients if gradient is not None]
+            changing.scale_(present, coefficient.to(self.plan.device).expand(len(present)))
 
     def look_at_overlap(self) -> None:
         """Say so where measuring during backward has ended, or never began."""
@@ -200,22 +235,7 @@ class Session:
 
     def observe(self, loss: Tensor | float) -> None:
         """See :meth:`distclip.GradClipper.observe`."""
-        if not self._reads_loss:
-            return
-        if isinstance(loss, DTensor):
-            raise ConfigurationError(
-                "observe: the loss is a DTensor, and to read it the ranks would have to talk; give "
-                "loss.full_tensor()"
-            )
-        value = torch.as_tensor(loss).detach()
-        if value.numel() != 1:
-            raise ConfigurationError(
-                f"observe: the loss must be one number, got a tensor of shape {list(value.shape)}; "
-                f"give its mean"
-            )
-        value = value.to(self.plan.device, torch.float64).reshape(())
-        given = torch.stack([value, torch.ones_like(value)])
-        self._loss = given if self._loss is None else self._loss + given
+        self._losses.add(loss, self.plan.device)
 
     # ---- the ranks ------------------------------------------------------------------------------
 
@@ -235,7 +255,7 @@ class Session:
         Where all ranks have DTensors of all parameters, a backward gives all of them gradients.
         """
         group = self.plan.group
-        if group is None or (self.plan.holds is not None and not self.parts):
+        if group is None or (self.plan.all_spread and not self.parts):
             return here
         return self.on_any_rank(here)
 
@@ -346,16 +366,6 @@ class Session:
             self._agreement.note("parameter groups", numbers)
         shown = report_order(self.policy, parameters)
         return Program.of(self.plan, parameters, passes, shown, self.early)
-
-    def _warn_of_no_loss(self) -> None:
-        if not self._warned_of_no_loss:
-            warn(
-                f"{self.policy!r} reads the loss, and this step has none: call "
-                f"clipper.observe(loss) before the step, or clipper.clip_(loss=loss); with "
-                f"Accelerate accelerator.backward(loss), or the handle's observe(loss). Steps "
-                f"without one are judged by their norm alone",
-            )
-        self._warned_of_no_loss = True
 
     # ---- its memory -----------------------------------------------------------------------------
 

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distclip.layouts.gradients import owner_of, version_of
+from distclip.layouts.gradients import owner_of
+from distclip.layouts.tensors import version_of
 from distclip.report import ClipReport
 
 

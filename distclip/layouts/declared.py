@@ -39,7 +39,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from distclip.errors import ConfigurationError, ProcessGroupError, UnsupportedGradientError
 from distclip.layouts import plain
-from distclip.layouts.piece import Box, Described, Entry, Layout, Piece, Slice, shared_ranks
+from distclip.layouts.piece import Box, Described, Entry, Layout, Slice, shared_ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,7 +225,7 @@ def describe(name: str, parameter: Tensor, spread: Spread) -> Described:
         slice=Slice(parameter.shape[spread.dim], whole=False) if split else None,
     )
     box = Box(tuple(offsets), tuple(parameter.shape))
-    return entry, (Piece(0, box, piece.share, piece.gradient, piece.weight, piece.trainable),)
+    return entry, (replace(piece, box=box),)
 
 
 def holders(entry: Entry, members: set[int]) -> int:

@@ -6,10 +6,13 @@ A new layout is a file with a :class:`~distclip.layouts.piece.Layout`, and its l
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from distclip.errors import UnsupportedGradientError
-from distclip.layouts import declared, dtensor, fsdp1, names, plain, zero
+from distclip.layouts import declared, dtensor, fsdp1, names, plain, tensors, zero
 from distclip.layouts.names import Named
 from distclip.layouts.piece import Described, Layout
 
@@ -72,6 +75,13 @@ def describe(named: Named) -> tuple[Named, list[Described]]:
             described.append((entry, pieces))
     names.refuse_repeated(logical)
     return logical, described
+
+
+def describe_tensor(name: str, tensor: Tensor) -> Described:
+    """The entry and pieces of a tensor that is measured itself, and not its gradient."""
+    if tensors.is_sharded(tensor):
+        return dtensor.describe_tensor(name, cast(DTensor, tensor))
+    return plain.describe_tensor(name, tensor)
 
 
 def detect(name: str, parameter: Tensor) -> list[Described]:

@@ -8,6 +8,7 @@ by one, which say by name what is wrong.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import NamedTuple, TypeAlias
 
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch import Tensor
 from distclip.errors import DistclipError
 from distclip.kernels.look import Look, look, there
 from distclip.layouts.detect import LAYOUTS
-from distclip.layouts.piece import MisplacedError, Piece
+from distclip.layouts.piece import ClaimedWeights, MisplacedError, Piece
 
 Gradients: TypeAlias = Sequence[Tensor | None]
 
@@ -47,6 +48,21 @@ class Fetching:
             seen = look(there(gradients)) if seen is None else seen
             return None if seen is None else Fetched(gradients, seen)
         return self._mixed() if self._ways else None
+
+    def weights(self) -> Sequence[Tensor] | None:
+        """All local weights; None where one of them has to be asked for by itself."""
+        weights: list[Tensor] = []
+        for places, way in self._ways_to_weights:
+            found = way()
+            if found is None or len(places) < len(self._pieces):
+                return None
+            weights = found
+        return weights or None
+
+    @cached_property
+    def _ways_to_weights(self) -> list[ClaimedWeights]:
+        ways = [each.weights_at_once for each in LAYOUTS if each.weights_at_once is not None]
+        return [claimed for way in ways if (claimed := way(self._pieces)) is not None]
 
     def _mixed(self) -> Fetched | None:
         gradients: list[Tensor | None] = [None] * len(self._pieces)

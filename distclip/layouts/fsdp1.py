@@ -22,7 +22,7 @@ from distclip.errors import UnsupportedGradientError
 from distclip.layouts import flat, flat_views, placements
 from distclip.layouts.flat_views import Cut, Source
 from distclip.layouts.names import clean
-from distclip.layouts.piece import Box, Described, Entry, Layout, Piece, held, shared_ranks
+from distclip.layouts.piece import Box, Described, Entry, Layout, Piece, shared_ranks, weakly_held
 
 FLAT_NAME = "_flat_param"
 """What torch calls a ``FlatParameter`` within the module that it belongs to."""
@@ -184,7 +184,7 @@ def _describe(name: str, handle: Any, index: int) -> Described:
     original = flattened._params is not None
     source = Source(
         name,
-        held(flattened),
+        weakly_held(flattened),
         index if original else None,
         max(high - low, 0) if original else part,
         spec is not None,
@@ -203,6 +203,7 @@ def _describe(name: str, handle: Any, index: int) -> Described:
                 cut.gradient,
                 cut.weight,
                 trainable,
+                source.hold,
             )
         )
     return entry, pieces
@@ -293,4 +294,4 @@ def _found(name: str, parameter: Tensor) -> list[Described] | None:
     return describe(name, parameter) if is_flattened(parameter) else None
 
 
-LAYOUT = Layout(_found, flat_views.at_once, is_flattened)
+LAYOUT = Layout(_found, flat_views.at_once, fingerprint=is_flattened)

@@ -22,6 +22,11 @@ def sharded(parameters: Iterable[Tensor]) -> list[Tensor]:
     return [owners.get(id(parameter), parameter) for parameter in parameters]
 
 
+def is_in_use() -> bool:
+    """Whether any module of this process may have such a state."""
+    return bool(getattr(_composable_state, "_module_state_mapping", True))
+
+
 def _gathered() -> Iterator[tuple[Tensor, Tensor]]:
     """``(gathered, sharded)`` of every parameter of this process that FSDP2 has ever gathered."""
     known: Any = getattr(_composable_state, "_module_state_mapping", {})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from distclip.layouts import fsdp1
 
@@ -28,12 +27,3 @@ def is_reduced(parameter: Tensor) -> bool:
     True where the layout keeps no such gradient. The answer is the same on all ranks.
     """
     return fsdp1.is_reduced(parameter)
-
-
-def version_of(tensor: Tensor) -> int:
-    """Counts the changes in place; a DTensor's local tensor has its own count.
-
-    Always 0 for a tensor of ``torch.inference_mode()``, which has no count.
-    """
-    local: Tensor = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
-    return 0 if local.is_inference() else local._version

@@ -6,8 +6,9 @@ import functools
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias, cast
+from typing import Any, Protocol, TypeAlias, cast
 
+import torch
 from torch import Tensor
 
 from distclip.kernels.look import Look
@@ -15,12 +16,43 @@ from distclip.kernels.look import Look
 Fetch: TypeAlias = Callable[[], Tensor | None]
 
 Holder: TypeAlias = Callable[[], Tensor]
-"""Gives a parameter that somebody else keeps alive (a weak reference), so that a plan that is kept
-does not keep a model in memory."""
+"""Gives a parameter."""
 
 
-def held(parameter: Tensor) -> Holder:
-    """A weak hold on ``parameter``."""
+class Hold:
+    """Gives a parameter, until it is let go of.
+
+    A reference that can be emptied and filled again, since a plan may outlive its model (a report
+    that is kept has one). Not a weak reference: while there is one to a DTensor, torch refuses to
+    convert it (``model.cpu()``, ``.to()``, ``.double()`` under FSDP2 and tensor parallelism).
+
+    Attributes:
+        parameter: the parameter; None between :meth:`release` and the next binding.
+    """
+
+    __slots__ = ("parameter",)
+
+    parameter: Any
+
+    def __init__(self, parameter: Tensor) -> None:
+        self.parameter = parameter
+
+    def __call__(self) -> Tensor:
+        """The parameter."""
+        return cast(Tensor, self.parameter)
+
+    def release(self) -> None:
+        """Let go of the parameter."""
+        self.parameter = None
+
+
+def held(parameter: Tensor) -> Hold:
+    """A hold on ``parameter``, which whoever opens the plan releases."""
+    return Hold(parameter)
+
+
+def weakly_held(parameter: Tensor) -> Holder:
+    """A weak reference: for tensors that torch converts in place, as it does plain ones."""
     return cast(Holder, weakref.ref(parameter))
 
 
@@ -86,6 +118,49 @@ class Entry:
     slice: Slice | None = None
 
 
+class Spread(Protocol):
+    """A parameter whose gradient may lie otherwise on its ranks than it does itself.
+
+    Such as autograd leaves it ``Partial`` under tensor parallelism. To bring it into place takes
+    all of these ranks: see :mod:`distclip.statistics.alignment`.
+    """
+
+    @property
+    def whole(self) -> bool:
+        """Whether the piece is all that this rank has of the parameter."""
+        ...
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Global ranks that the parameter is spread over."""
+        ...
+
+    @property
+    def wanted(self) -> object:
+        """How the parameter lies."""
+        ...
+
+    def found(self) -> object | None:
+        """How its gradient lies, to be compared between ranks; None where there is none."""
+        ...
+
+    def check(self) -> None:
+        """Refuse a gradient that can be neither measured nor moved.
+
+        Raises:
+            UnsupportedGradientError: says what is wrong with it.
+        """
+        ...
+
+    def align(self, found: Any) -> None:
+        """Bring the gradient from how it was ``found`` to how the parameter lies; a collective."""
+        ...
+
+    def may_be_hooked(self, device: torch.device) -> bool:
+        """Whether FSDP2 may call a hook of the parameter when its gradient is on ``device``."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Piece:
     """One local piece of one logical parameter.
@@ -98,8 +173,9 @@ class Piece:
         gradient: gives the local gradient, of shape ``box.extents``, or None.
         weight: gives the local weights, of shape ``box.extents``.
         trainable: whether the parameter requires a gradient.
-        hold: the DTensor parameter itself where the piece is all that this rank has of it.
-        spread: the DTensor parameter itself, whatever the piece.
+        hold: gives the parameter that it is a piece of, as :func:`held` has made it. A function
+            without memory describes a parameter anew at each call where this is None.
+        spread: where the gradient may lie otherwise than the parameter, what moves it.
     """
 
     index: int
@@ -109,7 +185,7 @@ class Piece:
     weight: Callable[[], Tensor]
     trainable: bool = True
     hold: Holder | None = None
-    spread: Holder | None = None
+    spread: Spread | None = None
 
     def numbered(self, index: int, share: float) -> Piece:
         """This piece under another table row, with its share multiplied."""
@@ -131,6 +207,10 @@ Claimed: TypeAlias = tuple[Sequence[int], Way]
 """The places of pieces that a layout knows how to fetch at once, and how."""
 
 
+ClaimedWeights: TypeAlias = tuple[Sequence[int], Callable[[], "list[Tensor] | None"]]
+"""The same for their weights."""
+
+
 @dataclass(frozen=True, slots=True)
 class Layout:
     """One way in which parameters lie on ranks, listed in :mod:`distclip.layouts.detect`.
@@ -140,6 +220,8 @@ class Layout:
             it is of another layout. Raises what :func:`distclip.layouts.detect.detect` does.
         at_once: out of all pieces of a plan those of this layout, and a fast way to fetch their
             gradients; without it each piece is asked by itself.
+        weights_at_once: the same for the weights, all of them as tensors; gives None too where one
+            needs a closer look.
         fingerprint: of a parameter, what differs when ``describe`` would give something else than
             before; called at every step of a function without memory, for parameters that have
             attributes of their own. Shape, dtype, device and ``requires_grad`` are compared anyway.
@@ -147,4 +229,5 @@ class Layout:
 
     describe: Callable[[str, Tensor], Sequence[Described] | None]
     at_once: Callable[[Sequence[Piece]], Claimed | None] | None = None
+    weights_at_once: Callable[[Sequence[Piece]], ClaimedWeights | None] | None = None
     fingerprint: Callable[[Tensor], object] | None = None

@@ -14,7 +14,19 @@ from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
 
 from distclip.errors import UnsupportedGradientError
-from distclip.layouts.piece import Box, Claimed, Described, Entry, Holder, Layout, Piece, held
+from distclip.layouts import sparse
+from distclip.layouts.piece import (
+    Box,
+    Claimed,
+    ClaimedWeights,
+    Described,
+    Entry,
+    Hold,
+    Holder,
+    Layout,
+    Piece,
+    held,
+)
 
 TENSOR = {Tensor}
 WEIGHTS = {Tensor, torch.nn.Parameter}
@@ -34,8 +46,24 @@ def describe(name: str, parameter: Tensor) -> Described:
         gradient=partial(fetch, name, hold),
         weight=partial(weight_of, name, hold),
         trainable=parameter.requires_grad,
+        hold=hold,
     )
     return entry, (piece,)
+
+
+def describe_tensor(name: str, tensor: Tensor) -> Described:
+    """The entry and piece of a plain tensor that is measured itself (``get_total_norm``)."""
+    shape, hold = tuple(tensor.shape), held(tensor)
+    entry = Entry(name, shape, str(tensor.dtype).removeprefix("torch."))
+    # What cannot be measured is an error when it is, so that all ranks get to hear of it.
+    fetch = partial(_measurable, name, hold)
+    return entry, (Piece(0, Box((0,) * len(shape), shape), 1.0, fetch, fetch, hold=hold),)
+
+
+def _measurable(name: str, hold: Holder) -> Tensor:
+    """The tensor itself, or a refusal by name."""
+    tensor = hold().detach()
+    return tensor if sparse.is_sparse(tensor) else check_dense(name, tensor)
 
 
 def weight_of(name: str, hold: Holder) -> Tensor:
@@ -92,40 +120,51 @@ def main_gradient_of(name: str, hold: Holder) -> Tensor | None:
     )
 
 
-def holder_of(piece: Piece) -> Holder | None:
-    """The parameter of a piece of this layout; None for a piece of another one."""
+def hold_of(piece: Piece) -> Hold | None:
+    """Of the parameter of a piece of this layout; None for a piece of another one."""
     fetch = piece.gradient
     if isinstance(fetch, partial) and fetch.func is gradient_of:
-        return cast(Holder, fetch.args[1])
+        return cast(Hold, piece.hold)
     return None
+
+
+def _claimed(pieces: Sequence[Piece]) -> tuple[list[int], list[Hold]]:
+    """The pieces of parameters whose gradient is in ``.grad``: their places and holds."""
+    found = [(place, hold_of(piece)) for place, piece in enumerate(pieces)]
+    places = [place for place, hold in found if hold is not None]
+    return places, [hold for _, hold in found if hold is not None]
 
 
 def at_once(pieces: Sequence[Piece]) -> Claimed | None:
     """For :mod:`distclip.layouts.fetching`: parameters whose gradient is in ``.grad``."""
-    found = [(place, holder_of(piece)) for place, piece in enumerate(pieces)]
-    holds = [hold for _, hold in found if hold is not None]
-    places = [place for place, hold in found if hold is not None]
+    places, holds = _claimed(pieces)
     return (places, partial(_gradients, holds)) if holds else None
 
 
-def _gradients(holds: Sequence[Holder]) -> tuple[list[Tensor | None], None] | None:
-    gradients = list(map(_grad, [hold() for hold in holds]))
+def weights_at_once(pieces: Sequence[Piece]) -> ClaimedWeights | None:
+    """The same for their weights."""
+    places, holds = _claimed(pieces)
+    return (places, partial(_weights, holds)) if holds else None
+
+
+def _gradients(holds: Sequence[Hold]) -> tuple[list[Tensor | None], None] | None:
+    gradients = list(map(_grad, [hold.parameter for hold in holds]))
     kinds = set(map(type, gradients))
     if NoneType in kinds:
         gradients = [
-            getattr(hold(), "main_grad", None) if gradient is None else gradient
+            getattr(hold.parameter, "main_grad", None) if gradient is None else gradient
             for hold, gradient in zip(holds, gradients, strict=True)
         ]
         kinds = set(map(type, gradients)) - {NoneType}
     return (gradients, None) if kinds == TENSOR else None
 
 
-def quick_weights(holds: Sequence[Holder]) -> list[Tensor] | None:
+def _weights(holds: Sequence[Hold]) -> list[Tensor] | None:
     """All weights at once; None where any of them is no plain strided tensor.
 
     The parameters themselves: to be read where autograd does not look.
     """
-    weights = [hold() for hold in holds]
+    weights = [hold.parameter for hold in holds]
     usual = set(map(type, weights)) <= WEIGHTS and set(map(_layout, weights)) == {torch.strided}
     return weights if usual else None
 
@@ -201,4 +240,4 @@ def _found(name: str, parameter: Tensor) -> list[Described]:
     return [describe(name, parameter)]
 
 
-LAYOUT = Layout(_found, at_once)
+LAYOUT = Layout(_found, at_once, weights_at_once)

@@ -15,10 +15,12 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from distclip.errors import ProcessGroupError, RankMismatchError, UnsupportedGradientError
-from distclip.layouts import plain
 from distclip.layouts.differences import listed, ranked, sides
 from distclip.layouts.fetching import Fetching
-from distclip.layouts.piece import Described, Entry, Holder, Piece
+from distclip.layouts.piece import Described, Entry, Hold, Piece
+
+DOUBLE = ("float64", "complex128")
+"""Names of the dtypes whose norms are float64."""
 
 
 @dataclass(frozen=True)
@@ -50,21 +52,25 @@ class Plan:
         return frozenset(entry.dtype for entry in self.entries)
 
     @cached_property
+    def norm_dtype(self) -> torch.dtype:
+        """float32, or float64 where a parameter is float64 or complex128."""
+        return torch.float32 if self.dtypes.isdisjoint(DOUBLE) else torch.float64
+
+    @cached_property
     def names(self) -> tuple[str, ...]:
         """Names of the parameters, in table order."""
         return tuple(entry.name for entry in self.entries)
 
     @cached_property
-    def holds(self) -> tuple[Holder, ...] | None:
-        """The parameter of every piece, where all of them are DTensors and uncut."""
-        holds = tuple(piece.hold for piece in self.pieces if piece.hold is not None)
-        return holds if holds and len(holds) == len(self.pieces) else None
+    def all_spread(self) -> bool:
+        """Whether all pieces here are of DTensors: then a backward gives all ranks gradients."""
+        return bool(self.pieces) and all(piece.spread is not None for piece in self.pieces)
 
-    @cached_property
-    def plain_holds(self) -> tuple[Holder, ...] | None:
-        """The parameter of every piece, where all of them are whole tensors of the plain layout."""
-        holds = tuple(hold for piece in self.pieces if (hold := plain.holder_of(piece)) is not None)
-        return holds if holds and len(holds) == len(self.pieces) else None
+    def release(self) -> None:
+        """Let go of the parameters: from now on nothing can be measured, and reports be read."""
+        for piece in self.pieces:
+            if isinstance(piece.hold, Hold):
+                piece.hold.release()
 
     @cached_property
     def fetching(self) -> Fetching:

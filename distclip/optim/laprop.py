@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.distributed import ProcessGroup
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from distclip.errors import ConfigurationError, StateError
-from distclip.layouts import dtensor, plain
+from distclip.layouts import plain, tensors
 from distclip.layouts.names import Target
 from distclip.optim import options as opts
 from distclip.optim.clipping import Clipping
@@ -224,8 +222,7 @@ class LaProp(Optimizer):
         for number, parameter in enumerate(group["params"]):
             if parameter.grad is None:
                 continue
-            read = dtensor.gradient_moved_alone if _is_sharded(parameter) else plain.gradient_of
-            gradient = read(group["param_names"][number], partial(_itself, parameter))
+            gradient = tensors.gradient_here(group["param_names"][number], parameter)
             if gradient is not None:
                 pairs.append((number, gradient))
         return pairs
@@ -269,7 +266,7 @@ class LaProp(Optimizer):
             update_captured_(group, rate, parts, steps, decays)
         else:
             update_(group, float(rate), parts, [step.item() for step in steps], decays)
-        sharded = [parameter for parameter in parameters if _is_sharded(parameter)]
+        sharded = [parameter for parameter in parameters if tensors.is_sharded(parameter)]
         if sharded:  # autograd does not see what becomes of their local tensors
             increment_version(sharded)
 
@@ -277,17 +274,9 @@ class LaProp(Optimizer):
 _ONE = torch.tensor(1.0)
 
 
-def _itself(tensor: Tensor) -> Tensor:
-    return tensor
-
-
-def _is_sharded(tensor: Tensor) -> bool:
-    return isinstance(tensor, DTensor)
-
-
 def _local(tensor: Tensor) -> Tensor:
     """What this rank has of a tensor, complex numbers as pairs."""
-    local = dtensor.local_part(tensor) if isinstance(tensor, DTensor) else tensor.detach()
+    local = tensors.values_here(tensor)
     local = local.resolve_conj().resolve_neg()  # itself, but for gradients that autograd left so
     return torch.view_as_real(local) if local.is_complex() else local
 

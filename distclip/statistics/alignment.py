@@ -9,11 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch.distributed.tensor import Placement
-
 from distclip.errors import DistclipError, UnsupportedGradientError
-from distclip.layouts import dtensor
-from distclip.layouts.piece import Holder, MisplacedError
+from distclip.layouts.piece import Spread
 from distclip.layouts.plan import Plan
 from distclip.statistics import collectives
 
@@ -27,11 +24,11 @@ def align_alone(plan: Plan) -> None:
     Raises:
         UnsupportedGradientError: a gradient that cannot be reduced.
     """
-    for row, hold in _spread(plan).items():
-        found = dtensor.found_placements(hold)
-        if found is not None and found != _own(hold):
-            dtensor.check_movable(plan.names[row], hold().grad, hold())  # type: ignore[arg-type]
-            dtensor.align(hold, found)
+    for spread in _spread(plan).values():
+        found = spread.found()
+        if found is not None and found != spread.wanted:
+            spread.check()
+            spread.align(found)
 
 
 def cannot_move(plan: Plan) -> UnsupportedGradientError:
@@ -40,9 +37,9 @@ def cannot_move(plan: Plan) -> UnsupportedGradientError:
     Of replicated tensors such a gradient is to be expected, and then a flag travels.
     """
     name, found, wanted = next(
-        (plan.names[row], found, _own(hold))
-        for row, hold in _spread(plan).items()
-        if (found := dtensor.found_placements(hold)) is not None and found != _own(hold)
+        (plan.names[row], found, spread.wanted)
+        for row, spread in _spread(plan).items()
+        if (found := spread.found()) is not None and found != spread.wanted
     )
     return UnsupportedGradientError(
         f"the gradient of {name!r} is {found} but its parameter {wanted}. Redistributing it takes "
@@ -62,21 +59,19 @@ def align_together(plan: Plan) -> None:
             of one mesh; on every rank, before any is touched.
     """
     assert plan.group is not None
-    spread = _spread(plan)
+    parameters = _spread(plan)
     mine: dict[int, Any] = {}
-    for row, hold in spread.items():
-        found = dtensor.found_placements(hold)
+    for row, spread in parameters.items():
+        found = spread.found()
         try:
-            dtensor.local_gradient(plan.names[row], hold)
-        except MisplacedError:
-            pass
+            spread.check()
         except DistclipError as error:  # told to all: the others would wait for this rank
             mine[row] = str(error)
             continue
         if found is not None:
-            mine[row] = (_mesh_of(hold), found, found != _own(hold))
+            mine[row] = (spread.ranks, found, found != spread.wanted)
     everybody = collectives.gather(mine, plan.group)
-    moves: dict[tuple[int, object], tuple[Placement, ...]] = {}
+    moves: dict[tuple[int, object], object] = {}
     for there in everybody:
         for row, entry in there.items():
             if isinstance(entry, str):
@@ -92,20 +87,12 @@ def align_together(plan: Plan) -> None:
                     f"the gradient of {plan.names[row]!r} is {entry[1]} on rank {rank} but "
                     f"{wanted} on other ranks of its mesh; redistribute it alike on all of them"
                 )
-    for row, hold in spread.items():
-        placements = moves.get((row, _mesh_of(hold)))
-        if placements is not None:
-            dtensor.align(hold, placements)
+    for row, spread in parameters.items():
+        wanted = moves.get((row, spread.ranks))
+        if wanted is not None:
+            spread.align(wanted)
 
 
-def _spread(plan: Plan) -> dict[int, Holder]:
-    """Table row -> DTensor parameter, of those with a piece here, in table order."""
+def _spread(plan: Plan) -> dict[int, Spread]:
+    """Table row -> what moves its gradient, of those with a piece here, in table order."""
     return {piece.index: piece.spread for piece in plan.pieces if piece.spread is not None}
-
-
-def _own(hold: Holder) -> tuple[Placement, ...]:
-    return tuple(hold().placements)  # type: ignore[attr-defined]
-
-
-def _mesh_of(hold: Holder) -> tuple[int, ...]:
-    return dtensor.mesh_ranks(hold().device_mesh)  # type: ignore[attr-defined]

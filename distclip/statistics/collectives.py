@@ -206,10 +206,11 @@ def _existing_group(ranks: tuple[int, ...]) -> ProcessGroup | None:
 _mesh_groups: dict[tuple[int, ...], tuple[ProcessGroup | None, ProcessGroup]] = {}
 
 
-def group_of_ranks(ranks: tuple[int, ...]) -> ProcessGroup:
-    """A group of exactly these global ranks: all ranks, a mesh's own, or one made and kept.
+def everyone() -> ProcessGroup:
+    """The group of all ranks, for parameters that are spread over some of them.
 
-    Only the members take part in making it.
+    Raises:
+        ProcessGroupError: there is none any more.
     """
     world = dist.group.WORLD
     if world is None:
@@ -217,6 +218,15 @@ def group_of_ranks(ranks: tuple[int, ...]) -> ProcessGroup:
             "the parameters are DTensors but torch.distributed is not initialised any more; clip "
             "before destroy_process_group()"
         )
+    return world
+
+
+def group_of_ranks(ranks: tuple[int, ...]) -> ProcessGroup:
+    """A group of exactly these global ranks: all ranks, a mesh's own, or one made and kept.
+
+    Only the members take part in making it.
+    """
+    world = everyone()
     ranks = tuple(sorted(ranks))
     if ranks == tuple(range(dist.get_world_size())):
         return world

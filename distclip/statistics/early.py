@@ -2,7 +2,7 @@
 
 A norm counts at the clip only if its gradient is untouched. Three things say so:
 
-* identity: the same ``.grad``, the same local tensor, at the same address;
+* identity: the same local tensor, at the same address;
 * versions: torch counts in-place operations, on a DTensor and on its local tensor apart;
 * samples: some elements of each gradient, bit by bit. Operations on lists of DTensors
   (``torch._foreach_*``, and so ``GradScaler.unscale_`` and ``torch.nn.utils.clip_grad_norm_``),
@@ -16,6 +16,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from types import NoneType
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from distclip.kernels import measuring
 from distclip.kernels.measuring import Tables
+from distclip.layouts.tensors import own
 from distclip.statistics.request import Request
 
 SAMPLES = 8
@@ -134,7 +136,6 @@ class Batch:
     # let go of them, and is written next by the next backward, before whose reductions that stream
     # waits for the main one. FSDP2 keeps the gradients themselves by the same two rules.
     pattern: Pattern
-    gradients: list[weakref.ref[Tensor]]
     shards: list[weakref.ref[Tensor]]
     footprint: tuple[list[int], list[int], list[int]]
     norms: Mapping[float, Tensor]
@@ -144,18 +145,12 @@ class Batch:
 
     def untouched(self, gradients: Sequence[Any]) -> list[Tensor] | None:
         """The local gradients, if they are the ones that were measured, as far as torch counts."""
-        known = [ref() for ref in self.gradients]
-        if any(map(operator.is_not, gradients, known)) or any(ref is None for ref in known):
+        if NoneType in set(map(type, gradients)):
             return None
-        shards = local(gradients)
+        shards = list(map(own, gradients))
         if any(map(operator.is_not, shards, [ref() for ref in self.shards])):
             return None
         return shards if footprint(gradients, shards) == self.footprint else None
-
-
-def local(gradients: Sequence[Any]) -> list[Tensor]:
-    """The local tensors of DTensors; plain tensors as they are."""
-    return [getattr(gradient, "_local_tensor", gradient) for gradient in gradients]
 
 
 def batch_of(
@@ -165,12 +160,11 @@ def batch_of(
     units: Mapping[float, Tensor],
 ) -> Batch:
     """What was measured of these gradients, which are now as they were then."""
-    shards = local(gradients)
+    shards = list(map(own, gradients))
     samples = pattern.sampled(shards)
     telling = ((samples != 0) & torch.isfinite(samples)).any()
     return Batch(
         pattern,
-        [weakref.ref(gradient) for gradient in gradients],
         [weakref.ref(shard) for shard in shards],
         footprint(gradients, shards),
         norms,

@@ -15,7 +15,7 @@ from distclip.errors import DistclipError
 from distclip.kernels import measuring
 from distclip.kernels.measuring import Look, Tables
 from distclip.kernels.transfer import to_device
-from distclip.layouts import dtensor, plain, soundness, sparse
+from distclip.layouts import soundness, sparse
 from distclip.layouts.fetching import Fetched
 from distclip.layouts.piece import MisplacedError
 from distclip.layouts.plan import Plan
@@ -166,13 +166,9 @@ def measure(
 
 def _weights(plan: Plan, request: Request, result: LocalMeasurement) -> Sequence[Tensor | None]:
     """The local weights of every piece whose weights are measured."""
-    quick: Sequence[Tensor] | None = None
-    if plan.holds is not None:
-        quick = dtensor.quick_weights(plan.holds)
-    elif plan.plain_holds is not None:
-        quick = plain.quick_weights(plan.plain_holds)
-    if quick is not None:
-        return quick
+    at_once = plan.fetching.weights()
+    if at_once is not None:
+        return at_once
     weights: list[Tensor | None] = []
     for piece, gradient in zip(plan.pieces, result.present, strict=True):
         wanted = piece.index in request.weighted or piece.index in request.unit_dims

@@ -42,7 +42,7 @@ _running = 0
 class Overlap:
     """Hooks that measure during backward what the first pass of a clip will ask for.
 
-    Holds the parameters weakly, and is held weakly by its hooks: when it is gone, so are they.
+    It is held weakly by its hooks: when it is gone, so are they.
 
     Args:
         plan: whose pieces to measure. Hooks go on the parameters that FSDP2 may manage; whether it
@@ -71,8 +71,7 @@ class Overlap:
         self.error: Exception | None = None
         """What ended the measuring during backward, for good."""
         for position, piece in enumerate(plan.pieces):
-            if _is_eligible(piece, plan.device):
-                assert piece.hold is not None
+            if piece.hold is not None and _is_eligible(piece, plan.device):
                 self._holds[position] = piece.hold
                 hook = _hook(weakref.ref(self), position)
                 parameter: Any = piece.hold()
@@ -83,7 +82,7 @@ class Overlap:
         self._followed = [module for module in modules if not buckets.refusal(module)]
         positions: dict[int, int] = {}
         for position, piece in enumerate(plan.pieces):
-            hold = plain.holder_of(piece)
+            hold = plain.hold_of(piece)
             if hold is not None and hold().requires_grad and hold().device == plan.device:
                 positions[id(hold())] = position
                 if self._followed:
@@ -255,18 +254,10 @@ class Overlap:
 
 
 def _is_eligible(piece: Piece, device: torch.device) -> bool:
-    """Whether FSDP2 may call for it; the whole of what a rank has of a sharded parameter.
-
-    Under CPU offload a hook would make FSDP2 wait for the copy to the host.
-    """
-    if piece.hold is None or not piece.trainable:
-        return False
-    parameter: Any = piece.hold()
-    return bool(
-        parameter.requires_grad
-        and parameter.is_leaf
-        and parameter.device.type == parameter.device_mesh.device_type == device.type
-    )
+    """Whether FSDP2 may call for it; the whole of what a rank has of a sharded parameter."""
+    spread = piece.spread
+    whole = spread is not None and spread.whole and piece.trainable
+    return whole and spread is not None and spread.may_be_hooked(device)
 
 
 def _are_alike(shards: Sequence[Tensor], storage: int, device: torch.device) -> bool:

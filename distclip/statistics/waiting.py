@@ -89,6 +89,11 @@ def waiting_for(wait: Wait) -> Iterator[None]:
         _current = before
 
 
+def current() -> Wait:
+    """What this process waits for at present."""
+    return _current
+
+
 def has_limit() -> bool:
     """Whether waits have a limit at present."""
     return _current.limit is not None

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import distclip
-from distclip.engine import joint, stateless
+from distclip.engine import handshake
 from distclip.engine.handshake import Agreements
 from distclip.statistics import collectives
 from tests.helpers.watching import REDUCTION, bits, same_bits, watch
@@ -220,8 +220,7 @@ def test_a_member_without_numbers_goes_where_the_others_are(
         return torch.device("cpu")
 
     fresh = Agreements()
-    for module in (stateless, joint):
-        monkeypatch.setattr(module, "agreements", fresh)
+    monkeypatch.setattr(handshake, "agreements", fresh)
     monkeypatch.setattr(collectives, "is_mixed", lambda group: True)
     monkeypatch.setattr(Agreements, "device", device)
     monkeypatch.setattr(collectives, "device_for", device_for)

@@ -15,7 +15,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import distclip.clipper
 from distclip import DistclipError, GradClipper, RankMismatchError, policies
-from distclip.engine import opening
+from distclip.engine import handshake, opening
 from distclip.engine.handshake import Hail, Notes, common_device, compare, refuse_troubled
 from distclip.layouts.differences import listed, ranked, sides
 from distclip.layouts.piece import Entry
@@ -112,7 +112,7 @@ def test_versions(monkeypatch: pytest.MonkeyPatch) -> None:
         refused(build, f"different torch versions: {last}: 2.99.0", others())
     with monkeypatch.context() as patch:
         if is_odd():
-            patch.setattr(opening, "__version__", "9.9.9")
+            patch.setattr(handshake, "__version__", "9.9.9")
         refused(build, f"different distclip versions: {last}: 9.9.9", others())
     build()
 

@@ -1,0 +1,175 @@
+"""Parameters as a caller gives them to a function without memory, and whether they have changed."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from distclip.application.notices import warn
+from distclip.engine.program import Program
+from distclip.errors import ConfigurationError
+from distclip.layouts import declared, fsdp2, tensors
+from distclip.layouts import names as naming
+from distclip.layouts.detect import LAYOUTS
+from distclip.layouts.fetching import Fetched
+from distclip.layouts.names import Named
+from distclip.statistics import collectives
+
+
+class Given(NamedTuple):
+    """Parameters that a caller gave, each once, and their names; None: their positions."""
+
+    parameters: Sequence[Tensor]
+    names: Sequence[str] | None = None
+
+    @classmethod
+    def of(cls, named: Named) -> Given:
+        """Build from (name, parameter) pairs."""
+        return cls([parameter for _, parameter in named], [name for name, _ in named])
+
+    @classmethod
+    def listed(cls, parameters: Tensor | Iterable[Tensor]) -> Given:
+        """Build from what torch's functions take.
+
+        Raises:
+            ConfigurationError: a module, parameter groups, or something else.
+        """
+        if isinstance(parameters, (nn.ParameterList, nn.ParameterDict)):
+            parameters = parameters.parameters()
+        if isinstance(parameters, nn.Module):
+            raise ConfigurationError(
+                "expected parameters, got a module; pass module.parameters(), or use a GradClipper"
+            )
+        named = isinstance(parameters, Mapping) or not isinstance(parameters, Iterable)
+        is_set = isinstance(parameters, (set, frozenset))
+        if named or (is_set and collectives.default_group(None) is not None):
+            return cls.of(naming.named_parameters(parameters))
+        found = listed(parameters)
+        kinds = set(map(type, found))
+        if not all(issubclass(kind, Tensor) for kind in kinds):
+            if any(issubclass(kind, dict) for kind in kinds):
+                raise ConfigurationError(
+                    "expected parameters, got optimizer parameter groups; pass "
+                    '[p for group in optimizer.param_groups for p in group["params"]]'
+                )
+            return cls.of(naming.named_parameters(found))
+        if len(set(map(id, found))) == len(found):
+            return cls(found)
+        positions: dict[int, tuple[str, Tensor]] = {}
+        for position, parameter in enumerate(found):
+            positions.setdefault(id(parameter), (str(position), parameter))
+        return cls.of(list(positions.values()))
+
+    def named(self) -> Named:
+        """The (name, parameter) pairs."""
+        names = map(str, range(len(self.parameters))) if self.names is None else self.names
+        return list(zip(names, self.parameters, strict=True))
+
+
+def listed(given: Tensor | Iterable[Tensor]) -> list[Tensor]:
+    """One tensor, or all that an iterable gives; warns of an iterator that is used up."""
+    if isinstance(given, Tensor):
+        return [given]
+    used = naming.used_up(given)
+    found = list(given)
+    if used or naming.is_empty_iterator(given, found):
+        warn(
+            f"the given {type(given).__name__} {used or 'gives nothing'}: an optimizer, or an "
+            f"earlier call, may have used it up. What it no longer gives is neither measured nor "
+            f"clipped; call with model.parameters() anew, or with a list"
+        )
+    return found
+
+
+class Fingerprint:
+    """What a session knows of its parameters: ``model.half()`` keeps the objects and changes them.
+
+    Compared at every call, so without a Python loop. An ``id`` may have been given to another
+    tensor since: where more than the facts that are compared may matter, so does whether they are
+    the same objects.
+
+    Args:
+        parameters: as given.
+        meant: those that have the gradients: the sharded ones of those that FSDP2 has gathered.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], meant: Sequence[Tensor]) -> None:
+        self._same = _are_same(parameters, meant)
+        identified = not self._same or fsdp2.is_in_use() or any(map(_attributes, parameters))
+        self._references = _references(parameters) if identified else None
+        self._meant = None if self._same else _references(meant)
+        self._kinds = list(map(type, parameters))
+        self._stepped = _stepped_in_backward(meant)
+        self._facts = [(fact, list(map(fact, meant))) for fact in _FACTS]
+        self._sharding = self._shardings(meant)
+
+    def is_of(self, parameters: Sequence[Tensor]) -> bool:
+        """Whether the fingerprint may be of these tensors: of these only, if it has references."""
+        if self._references is None:
+            return not fsdp2.is_in_use() and self._kinds == list(map(type, parameters))
+        return _are_referred_to(self._references, parameters)
+
+    def meant(self, parameters: Sequence[Tensor]) -> Sequence[Tensor] | None:
+        """The parameters that have the gradients; None if those are others than before.
+
+        FSDP2 never makes a gathered parameter of one that was none.
+        """
+        if self._meant is None:
+            return parameters
+        unique = {id(each): each for each in fsdp2.sharded(parameters)}
+        found = list(unique.values())
+        return found if _are_referred_to(self._meant, found) else None
+
+    def gradients(self, program: Program, parameters: Sequence[Tensor]) -> Fetched | None:
+        """The gradients, where they tell that nothing has changed: as one is, its parameter is.
+
+        Where there are other ranks, all have to see alike whether to compile anew: not so here.
+        """
+        plan = program.plan
+        alone = plan.group is None and not declared.is_in_use()
+        if not self._same or program.has_units or not alone:
+            return None
+        return None if any(map(_attributes, parameters)) else program.memory.find(plan)
+
+    def fits(self, meant: Sequence[Tensor]) -> bool:
+        """Whether the parameters are unchanged."""
+        same = self._stepped == _stepped_in_backward(meant)
+        same = same and all(list(map(fact, meant)) == known for fact, known in self._facts)
+        return same and self._sharding == self._shardings(meant)
+
+    @staticmethod
+    def _shardings(parameters: Sequence[Tensor]) -> list[object]:
+        """What changes with how the parameters are spread over ranks."""
+        if all(map(tensors.is_sharded, parameters)):
+            return list(map(tensors.sharding_of, parameters))
+        if not declared.is_in_use() and not any(map(_attributes, parameters)):
+            return list(map(tensors.sharding_of, parameters))  # nothing is said of any of them
+        asks = [each.fingerprint for each in LAYOUTS if each.fingerprint is not None]
+        return [list(map(ask, parameters)) for ask in (tensors.sharding_of, *asks)]
+
+
+def _references(parameters: Sequence[Tensor]) -> list[weakref.ref[Tensor]]:
+    return list(map(weakref.ref, map(tensors.own, parameters)))
+
+
+def _are_referred_to(references: Sequence[Any], parameters: Sequence[Tensor]) -> bool:
+    return _are_same([alive() for alive in references], list(map(tensors.own, parameters)))
+
+
+def _are_same(some: Sequence[Tensor | None], others: Sequence[Tensor]) -> bool:
+    return len(some) == len(others) and all(map(operator.is_, some, others))
+
+
+_FACTS = tuple(map(operator.attrgetter, ("requires_grad", "dtype", "device")))
+_attributes = operator.attrgetter("__dict__")
+
+
+def _stepped_in_backward(parameters: Sequence[Tensor]) -> list[bool]:
+    if not any(map(_attributes, parameters)):
+        return [False] * len(parameters)
+    return list(map(hasattr, parameters, itertools.repeat("_in_backward_optimizers")))
