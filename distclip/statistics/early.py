@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import NoneType
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -118,6 +118,9 @@ def _places(offsets: Sequence[int], numels: Sequence[int], device: torch.device)
     return places.to(device, torch.int32 if not parts or places[-1] < 2**31 else torch.int64)
 
 
+Footprint: TypeAlias = tuple[list[int], list[int], list[int], list[int]]
+
+
 @dataclass(frozen=True, eq=False)
 class Batch:
     """What was measured of some gradients, and how they were then.
@@ -137,7 +140,7 @@ class Batch:
     # waits for the main one. FSDP2 keeps the gradients themselves by the same two rules.
     pattern: Pattern
     shards: list[weakref.ref[Tensor]]
-    footprint: tuple[list[int], list[int], list[int]]
+    footprint: Footprint
     norms: Mapping[float, Tensor]
     units: Mapping[float, Tensor]
     samples: Tensor
@@ -174,11 +177,13 @@ def batch_of(
     )
 
 
-def footprint(
-    gradients: Sequence[Tensor], shards: Sequence[Tensor]
-) -> tuple[list[int], list[int], list[int]]:
-    """What changes with most changes: versions of both, and where the local tensors lie."""
-    return list(map(_version, gradients)), list(map(_version, shards)), list(map(_address, shards))
+def footprint(gradients: Sequence[Tensor], shards: Sequence[Tensor]) -> Footprint:
+    """What changes with most changes: versions of both, where the shards lie, and which they are.
+
+    Of DTensors the ``id``: a weak reference would keep torch from converting the model.
+    """
+    versions = list(map(_version, gradients)), list(map(_version, shards))
+    return list(map(id, gradients)), *versions, list(map(_address, shards))
 
 
 @dataclass(frozen=True)
