@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distclip._hosted import HostCopy
 from distclip.engine.walked import Walked
 from distclip.policies.protocol import combine_norms
 
@@ -113,22 +114,35 @@ class ClipReport:
         Args:
             per_parameter: with ``"parameters": {name: {"norm": ..., "coefficient": ...}}``.
         """
-        shown: dict[str, Any] = {
-            "total_norm": self.total_norm.item(),
-            "clipped_norm": self.clipped_norm.item(),
-            "coefficient": self.coefficient.item(),
-            "threshold": self.threshold.item(),
-            "skipped": bool(self.skipped.item()),
-            "clipped_fraction": self.clipped_fraction.item(),
-            "nonfinite": list(self.nonfinite),
-        }
-        if per_parameter:
-            coefficients = self.parameter_coefficients
-            shown["parameters"] = {
-                name: {"norm": norm, "coefficient": coefficients[name]}
-                for name, norm in self.parameter_norms.items()
-            }
-        return shown
+        return self.fetch(per_parameter=per_parameter)()
+
+    def fetch(self, *, per_parameter: bool = True) -> ReportFetch:
+        """Start copying what :meth:`to_dict` gives, and wait for nothing.
+
+        Args:
+            per_parameter: as for :meth:`to_dict`.
+
+        Returns:
+            Called, it waits for the copy and gives the numbers; ``ready`` says whether a call waits
+            for nothing.
+        """
+        return ReportFetch(
+            self.names, self._summary, self._of_parameters if per_parameter else None
+        )
+
+    @cached_property
+    def _summary(self) -> HostCopy:
+        scalars = [
+            self.total_norm, self.clipped_norm, self.coefficient, self.threshold,
+            self.clipped_fraction, self.skipped,
+        ]  # fmt: skip
+        whole = torch.stack([scalar.double() for scalar in scalars])
+        return HostCopy(torch.cat((whole, self._walked.nonfinite.double())))
+
+    @cached_property
+    def _of_parameters(self) -> HostCopy:
+        coefficients = torch.where(self.skipped, 1.0, self._walked.coefficients)
+        return HostCopy(torch.stack((self._walked.raw, coefficients)))
 
     def __repr__(self) -> str:
         return f"<ClipReport: {self}>"
@@ -142,3 +156,40 @@ class ClipReport:
             f"norm {self.total_norm.item():.4g} -> {self.clipped_norm.item():.4g} "
             f"(coefficient {self.coefficient.item():.4g}{limit})"
         )
+
+
+class ReportFetch:
+    """Numbers of a :class:`ClipReport` on their way to the host; made by ``ClipReport.fetch``."""
+
+    def __init__(
+        self, names: Sequence[str], summary: HostCopy, parameters: HostCopy | None
+    ) -> None:
+        self._names = names
+        self._summary = summary
+        self._parameters = parameters
+
+    @property
+    def ready(self) -> bool:
+        """Whether a call waits for nothing."""
+        return self._summary.ready and (self._parameters is None or self._parameters.ready)
+
+    def __call__(self) -> dict[str, Any]:
+        """What ``ClipReport.to_dict`` gives; waits for the copy."""
+        values = self._summary.read()
+        before, after, coefficient, threshold, fraction, skipped = values[:6].tolist()
+        shown: dict[str, Any] = {
+            "total_norm": before,
+            "clipped_norm": after,
+            "coefficient": coefficient,
+            "threshold": threshold,
+            "skipped": bool(skipped),
+            "clipped_fraction": fraction,
+            "nonfinite": [self._names[i] for i in values[6:].nonzero()[0].tolist()],
+        }
+        if self._parameters is not None:
+            norms, coefficients = self._parameters.read().tolist()
+            shown["parameters"] = {
+                name: {"norm": norm, "coefficient": coefficient}
+                for name, norm, coefficient in zip(self._names, norms, coefficients, strict=True)
+            }
+        return shown

@@ -34,7 +34,10 @@ IMPORTERS: dict[str, set[str]] = {
     "lightning": set(),
     "pytorch_lightning": set(),
     "transformers": {"integrations/transformers.py"},
-    "tensorboard": set(),
+    "tensorboard": set(),  # through torch.utils.tensorboard
+    "mlflow": {"monitor/trackers.py"},
+    "trackio": {"monitor/trackers.py"},
+    "wandb": {"monitor/trackers.py"},
     "triton": {"kernels/device/_triton.py", "kernels/device/multi_tensor.py"},
     "llvmlite": {
         "kernels/host/building.py",
@@ -45,7 +48,12 @@ IMPORTERS: dict[str, set[str]] = {
     },
     "matplotlib": {"monitor/plots.py"},
     "psutil": {"tools/launch/accelerate_cpu_asked.py"},
-    "pydantic": {"config/document.py", "config/policies.py", "config/problems.py"},
+    "pydantic": {
+        "config/document.py",
+        "config/log.py",
+        "config/policies.py",
+        "config/problems.py",
+    },
     "pydantic_core": {"config/problems.py"},
     "yaml": {"config/files.py", "tools/simulate/layouts.py"},
     "typer": {

@@ -63,7 +63,10 @@ def check(
             plain = json.dumps(value) if value is None or isinstance(value, bool) else value
             typer.echo(f"{name}: {plain}")
     if loaded.log is not None:
-        log = ", ".join(f"{key}: {clean(value)}" for key, value in loaded.log.model_dump().items())
+        log = ", ".join(
+            f"{key}: {clean(value)}"
+            for key, value in loaded.log.model_dump(exclude_defaults=True).items()
+        )
         typer.echo(f"log: {log}")
     if found.imports and not run_imports:
         typer.echo(f"imports: {clean(', '.join(found.imports))} (not run; see --run-imports)")

@@ -8,7 +8,7 @@
       "*.bias": null                         # first match wins, null leaves alone;
       "embed*": {name: value, clip_value: 0.1}   # `policy` is then for all the others
     on_nonfinite: skip                       # error (default) | error_late | skip | zero | pass
-    log: {jsonl: runs/clip.jsonl, every: 10, per_parameter: true}
+    log: {jsonl: runs/clip.jsonl, every: 10, per_parameter: true}   # tensorboard, wandb, ...
     norms: true                              # false: do not measure what only a report would show
     verify_replicas: first                   # compare replicas: first (default) | never | every n
     fold: true                               # false: never leave the multiplying to the optimizer
@@ -36,6 +36,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from distclip import policies
 from distclip.config import schema
 from distclip.config.files import read
+from distclip.config.log import LogConfig, StatesConfig
 from distclip.config.policies import build
 from distclip.config.problems import Path, Problems, key_text, said, shown
 from distclip.errors import ConfigurationError
@@ -44,23 +45,6 @@ from distclip.policies import Policy
 
 HYPERPARAMETER = "gradient_clip_norm"
 """The key of a hyperparameter file that is read as ``global_norm``."""
-
-
-class LogConfig(BaseModel):
-    """Where the report of each step is written."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-    jsonl: Annotated[str, Field(min_length=1)] = Field(
-        description="File that gets one JSON object a line; relative to the working directory. "
-        "Only the main rank writes; an existing file is appended to."
-    )
-    every: Annotated[int, Field(ge=1)] = Field(
-        default=1, description="Write every n-th step: reading a report waits for the device."
-    )
-    per_parameter: bool = Field(
-        default=False, description="Write each parameter's norm and coefficient too."
-    )
 
 
 @dataclass(frozen=True)
@@ -125,6 +109,10 @@ class _Document(BaseModel):
     schema_: str | None = Field(
         default=None, alias="$schema", description="For editors; ignored by distclip."
     )
+
+
+_KEYS = (*LogConfig.model_fields, *StatesConfig.model_fields)
+"""Keys of the parts, for the nearest name of a key that is unknown."""
 
 
 @dataclass(frozen=True)
@@ -294,7 +282,7 @@ def _document(raw: Mapping[Any, Any], problems: Problems) -> _Document | None:
     try:
         return _Document.model_validate(own)
     except ValidationError as error:
-        problems.add_validation((), own, error, known=LogConfig.model_fields)
+        problems.add_validation((), own, error, known=_KEYS)
         return None
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from distclip import policies
 from distclip.clipper import GradClipper
 from distclip.config import Config
-from distclip.config.build import open_log, release_log
+from distclip.config.logs import open_log, release_log
 from distclip.errors import ConfigurationError
 from distclip.integrations.accelerate_prepared import Prepared
 from distclip.integrations.checkpoints import Shelf
@@ -102,4 +102,4 @@ class Clippers:
         self._losses.clear()
 
     def _open_log(self, clipper: GradClipper) -> None:
-        open_log(clipper, self._config)
+        open_log(clipper, self._config, self._prepared.accelerator)

@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 from distclip.application.stepping import StepHandle
 from distclip.clipper import GradClipper
 from distclip.config import Config
-from distclip.config.build import open_log, release_log
+from distclip.config.logs import open_log, release_log
 from distclip.engine.checkpoint import Source
 from distclip.engine.walked import Apply
 from distclip.integrations import deepspeed_engines, hooks

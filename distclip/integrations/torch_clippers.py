@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from distclip import policies
 from distclip.clipper import GradClipper
 from distclip.config import Config
-from distclip.config.build import open_log, release_log
+from distclip.config.logs import open_log, release_log
 from distclip.engine.attaching import stepped_by
 from distclip.integrations.torch_objects import Instances, TorchObjects, groups_of
 from distclip.layouts.gradients import is_reduced

@@ -26,6 +26,7 @@ from distclip.errors import ConfigurationError, DistclipError
 from distclip.integrations import accelerate, deepspeed_json
 from distclip.integrations.given import PolicyOrConfig
 from distclip.integrations.patches import replace
+from distclip.monitor.tracking import metrics
 from distclip.report import ClipReport
 
 _logger = logging.getLogger("distclip.transformers")
@@ -40,7 +41,8 @@ class ClipCallback(TrainerCallback):
 
     The policy takes the place of ``max_grad_norm``, whose value (1.0 unless it is set) is not used:
     the gradients of an update are clipped once. The Trainer's log shows the norm before clipping
-    as ``grad_norm``. A step that the policy skips leaves weights, moments and scheduler alone. The
+    as ``grad_norm``, and beside it ``grad_norm_clipped``, ``clip_coefficient`` and the other names
+    that trackers get. A step that the policy skips leaves weights, moments and scheduler alone. The
     policy's state lies in ``distclip.pt`` in each checkpoint, and is loaded with
     ``resume_from_checkpoint``; a checkpoint without that file gives a warning.
 
@@ -83,6 +85,7 @@ class ClipCallback(TrainerCallback):
         # One norm per device mesh, and then a clip, that do not go through the Accelerator.
         trainer._has_mixed_mesh_grads = lambda model: False
         # Not `on_save`: the checkpoint upon SIGTERM comes without one.
+        trainer.log = functools.partial(_log, self, weakref.ref(trainer))
         trainer._save_checkpoint = functools.partial(_save_checkpoint, self, weakref.ref(trainer))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -146,7 +149,7 @@ class ClipCallback(TrainerCallback):
             self._ours = False
         trainer = None if self._trainer is None else self._trainer()
         if trainer is not None:
-            for name in ("_has_mixed_mesh_grads", "_save_checkpoint"):
+            for name in ("_has_mixed_mesh_grads", "_save_checkpoint", "log"):
                 trainer.__dict__.pop(name, None)
 
     def _save(self, folder: str) -> None:
@@ -167,6 +170,18 @@ def _save_checkpoint(
         name = f"{PREFIX_CHECKPOINT_DIR}-{saving.state.global_step}"
         folder = os.path.join(saving._get_output_dir(trial=trial), name)
         callback._save(folder)
+
+
+def _log(
+    callback: ClipCallback, trainer: weakref.ref[Any], logs: dict[str, Any], *more: Any
+) -> None:
+    """The Trainer's log; in that of training, what the newest clip did."""
+    training = trainer()
+    assert training is not None  # it is calling
+    report = callback.last_report
+    if report is not None and "loss" in logs:
+        logs.update({**metrics(report.to_dict(per_parameter=False)), **logs})
+    type(training).log(training, logs, *more)
 
 
 def _documents(trainer: Any) -> list[dict[str, Any]]:

@@ -1,4 +1,11 @@
 """What a run's clipping looked like: sinks that record it, tables and pictures that show it."""
 
+from distclip.monitor.recording import Report as Report
+from distclip.monitor.recording import Sink as Sink
 from distclip.monitor.sinks import JsonlSink as JsonlSink
-from distclip.monitor.sinks import Sink as Sink
+from distclip.monitor.states import States as States
+from distclip.monitor.trackers import AccelerateSink as AccelerateSink
+from distclip.monitor.trackers import MLflowSink as MLflowSink
+from distclip.monitor.trackers import TensorBoardSink as TensorBoardSink
+from distclip.monitor.trackers import TrackioSink as TrackioSink
+from distclip.monitor.trackers import WandbSink as WandbSink

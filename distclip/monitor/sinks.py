@@ -1,42 +1,37 @@
-"""Where the report of each step goes.
-
-A sink is any callable ``sink(step, report)``; ``GradClipper(..., sinks=[...])`` calls each of them
-after every step, on every rank.
-"""
+"""The log as a file: one JSON object a line."""
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
-import weakref
-from collections.abc import Callable
+import secrets
+import time
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Protocol, TypeAlias
+from typing import Any
 
 from distclip._foreign import clean
 from distclip.errors import ConfigurationError
 from distclip.monitor.lines import LineFile
+from distclip.monitor.recording import RecordingSink
+from distclip.monitor.states import States
+
+_logger = logging.getLogger("distclip.monitor")
 
 
-class Report(Protocol):
-    """What a sink reads of a ``ClipReport``."""
+class JsonlSink(RecordingSink):
+    """One JSON object a line: ``{"step": 10, "state": "normal", "total_norm": 1.7, ...}``.
 
-    def to_dict(self, *, per_parameter: bool = True) -> dict[str, Any]:
-        """Plain numbers; waits for the device, starts no collective."""
+    Only the main rank writes; the others never even read the report. Every line is written through
+    to the file at once, so a crash loses none (on an accelerator, where a record is written one
+    step late, at most one).
 
-
-Sink: TypeAlias = Callable[[int, Report], object]
-
-
-class JsonlSink:
-    """One JSON object a line: ``{"step": 10, "total_norm": 1.7, ...}``.
-
-    Only the main rank writes; the others never even read the report. An existing file is appended
-    to, so that a run resumed from a checkpoint keeps the lines from before: steps that were run
-    twice are there twice, and the readers in ``distclip.monitor`` take the last. Give each run a
-    file of its own. Every line is written through to the file at once, so a crash loses none.
+    An existing file is appended to. A clipper that goes on from a checkpoint, so that its first
+    step is not 0, continues the ``run`` that the file ends with: steps that were run twice are
+    there twice, and the readers in ``distclip.monitor`` take the last. One that starts at step 0
+    gets a ``run`` of its own, and a line in the log ``distclip.monitor`` says so if there are
+    others in the file; the readers keep them apart.
 
     A file that cannot be written (a full disk, a folder that is gone or may not be written to)
     does not end a training run. A warning in the log ``distclip.monitor`` says so once, every later
@@ -45,58 +40,91 @@ class JsonlSink:
 
     Args:
         path: the file; its folder is made. Relative to the working directory at the first line.
-        every: write the steps that are divisible by it; reading a report waits for the device.
+        every: write the steps that are divisible by it.
         per_parameter: with each parameter's norm and coefficient.
+        states: see :class:`distclip.monitor.States`.
 
     Raises:
         ConfigurationError: ``every < 1``, or a path with a NUL character.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], every: int = 1, per_parameter: bool = False
+        self,
+        path: str | os.PathLike[str],
+        every: int = 1,
+        per_parameter: bool = False,
+        states: States | None = None,
     ) -> None:
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise ConfigurationError(f"JsonlSink: every must be an integer >= 1, got {every!r}")
         if "\0" in os.fspath(path):
             raise ConfigurationError(f"JsonlSink: {clean(path)} is no path: it has a NUL character")
         self.path = Path(path)
-        self.every = every
-        self.per_parameter = per_parameter
-        self._log = LineFile(self.path)
-        self._end = weakref.finalize(self, self._log.end)
-        self._closed = False
+        super().__init__(_Lines(self.path), every, per_parameter, states)
+
+    def __repr__(self) -> str:
+        return f"JsonlSink({str(self.path)!r})"
+
+
+class _Lines:
+    """Writes records as lines, each with the name of its run."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = LineFile(path)
+        self._run: str | None = None
 
     @property
     def lost(self) -> int:
-        """How many records could not be written."""
-        return self._log.lost
+        return self._file.lost
 
-    def __call__(self, step: int, report: Report) -> None:
-        """Write the report of a step, where it is this step's and this rank's turn."""
-        from distclip.statistics import collectives  # imports torch, which a report is read without
+    def write(self, step: int, record: dict[str, Any], first: int) -> None:
+        if self._run is None:
+            self._run = _run_of(self._file.path, first)
+        line = {"step": step, "run": self._run, **record}
+        self._file.append(json.dumps(_json(line), allow_nan=False))
 
-        if step % self.every or not collectives.is_first():
-            return
-        if self._closed:
-            raise ValueError(f"JsonlSink({str(self.path)!r}) is closed")
-        record = {"step": step, **report.to_dict(per_parameter=self.per_parameter)}
-        self._log.append(json.dumps(_json(record), allow_nan=False))
+    def end(self) -> None:
+        self._file.end()
 
-    def close(self) -> None:
-        """Close the file; a second call does nothing."""
-        self._closed = True
-        self._end()
 
-    def __enter__(self) -> JsonlSink:
-        return self
+def _run_of(path: Path, first: int) -> str:
+    """The run that the file ends with, where this goes on with it; else a new name."""
+    last = _last_record(path)
+    if first > 0 and isinstance(last.get("run"), str):
+        return str(last["run"])
+    new = time.strftime("%Y%m%d-%H%M%S", time.gmtime()) + f"-{secrets.token_hex(2)}"
+    if last and first == 0:
+        _logger.warning(
+            "the log %s has records of an earlier run; those of this one, which starts at step 0, "
+            "have \"run\": \"%s\"", clean(path), new,
+        )  # fmt: skip
+    return new
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
+
+def _last_record(path: Path) -> dict[str, Any]:
+    """The last whole record of a file; empty where there is none, or it cannot be read."""
+    try:
+        if not path.is_file():
+            return {}
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            for tail in (2**16, 2**26):  # a record with 5,000 parameters has some 500 kB
+                file.seek(max(size - tail, 0))
+                for line in reversed(file.read().splitlines()):
+                    record = _parsed(line)
+                    if record:
+                        return record
+                if tail >= size:
+                    break
+    except (OSError, ValueError):
+        pass
+    return {}
+
+
+def _parsed(line: bytes) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    return record if isinstance(record, dict) and "step" in record else {}
 
 
 def _json(value: Any) -> Any:

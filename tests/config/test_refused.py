@@ -49,7 +49,16 @@ from tests.config.writing import Write, fault
         ({"policy": "agc", "norms": 1}, ["norms: ", "got 1"]),
         ({"policy": "agc", "norms": "yes"}, ["norms: ", "got 'yes'"]),
         ({"policy": "agc", "log": "run.jsonl"}, ["log: should be a mapping"]),
-        ({"policy": "agc", "log": {}}, ["log.jsonl: missing"]),
+        ({"policy": "agc", "log": {}}, ["log: names no place to write to; give one of jsonl, "]),
+        ({"policy": "agc", "log": {"accelerate": False, "every": 2}}, ["log: names no place"]),
+        (
+            {"policy": "agc", "log": {"jsonl": "r", "states": {"exploding": 5}}},
+            ["log.states: ", "expected vanishing <= normal[0]"],
+        ),
+        (
+            {"policy": "agc", "log": {"jsonl": "r", "states": {"explding": 5}}},
+            ["log.states.explding: ", "mean 'exploding'?"],
+        ),
         ({"policy": "agc", "log": {"jsonl": ""}}, ["log.jsonl: ", "got ''"]),
         ({"policy": "agc", "log": {"jsonl": "r", "every": 0}}, ["log.every: ", "got 0"]),
         ({"policy": "agc", "log": {"jsonl": "r", "evry": 2}}, ["log.evry: ", "mean 'every'?"]),

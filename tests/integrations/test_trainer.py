@@ -54,6 +54,12 @@ def test_weights_and_logged_norms_are_those_of_the_oracle(tmp_path: Path) -> Non
             close(weights_of(trainer), want)
             assert norms_of(trainer) == pytest.approx(norms, rel=1e-5)
             assert float(callback.last_report.coefficient) < 0.9
+            lines = [line for line in trainer.state.log_history if "loss" in line]
+            last = callback.last_report
+            assert [line["grad_norm"] for line in lines] == norms_of(trainer)
+            assert lines[-1]["grad_norm_clipped"] == float(last.clipped_norm) < norms[-1]
+            assert lines[-1]["clip_coefficient"] == float(last.coefficient)
+            assert "log" not in vars(trainer)
             assert trainer.accelerator._distclip is None  # detached
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import distclip
-from distclip.config.build import release_log
+from distclip.config.logs import release_log
 
 
 def step(clipper: distclip.GradClipper, size: float) -> None:

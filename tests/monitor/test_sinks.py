@@ -52,7 +52,11 @@ def test_each_line_is_in_the_file_at_once(tmp_path: Path) -> None:
         for step in (1, 2):
             sink(step, Report())
             assert len(lines(path)) == step  # before close: a crash now would lose nothing
-    assert lines(path)[0] == {"step": 1, "total_norm": 1.5, "skipped": False, "nonfinite": []}
+    first, second = lines(path)
+    assert first.pop("run") == second["run"]
+    assert first == {
+        "step": 1, "state": "normal", "total_norm": 1.5, "skipped": False, "nonfinite": [],
+    }  # fmt: skip
 
 
 def test_every_nth_step_and_nothing_is_read_in_between(tmp_path: Path) -> None:
@@ -79,6 +83,113 @@ def test_a_resumed_run_appends(tmp_path: Path) -> None:
             for step in steps:
                 sink(step, Report())
     assert [line["step"] for line in lines(tmp_path / "r")] == [1, 2, 2, 3]
+
+
+def test_a_new_run_in_an_old_file_is_not_mixed_with_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "r"
+    path.write_text('{"step": 7, "total_norm": 9.0}\n')  # of a version without names of runs
+    for steps in ((0, 1, 2), (2, 3), (0, 1)):  # new, resumed from a checkpoint, new
+        with JsonlSink(path, every=2) as sink:
+            for step in steps:
+                sink(step, Report())
+    recorded = [(line.get("run"), line["step"]) for line in lines(path)]
+    (_, old), (first, _), *_, (last, _) = recorded
+    assert old == 7
+    assert len({None, first, last}) == 3
+    assert recorded == [(None, 7), (first, 0), (first, 2), (first, 2), (last, 0)]
+    told = [r.getMessage() for r in caplog.records if "earlier run" in r.getMessage()]
+    assert len(told) == 2
+    assert f'have "run": "{first}"' in told[0]
+    assert f'have "run": "{last}"' in told[1]
+
+
+def test_the_run_goes_on_after_a_torn_or_a_long_line(tmp_path: Path) -> None:
+    path = tmp_path / "r"
+    for tail in ('{"step": 9, "tot', "[1]\n", "\n\n", json.dumps({"x": "y" * 70_000})):
+        path.write_text('{"step": 8, "run": "mine"}\n' + tail)
+        with JsonlSink(path) as sink:
+            sink(9, Report())
+        assert lines_of_run(path) == [(8, "mine"), (9, "mine")]
+
+
+def lines_of_run(path: Path) -> list[tuple[int, str]]:
+    found = []
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            record = json.loads(line)
+            found.append((record["step"], record["run"]))
+    return found
+
+
+class OnItsWay:
+    """A report whose copy to the host takes until ``arrived``."""
+
+    def __init__(self) -> None:
+        self.ready = False
+        self.reads = 0
+
+    def fetch(self, *, per_parameter: bool = True) -> OnItsWay:
+        return self
+
+    def __call__(self) -> dict[str, Any]:
+        self.reads += 1
+        return Report().to_dict(per_parameter=False)
+
+
+def test_what_is_on_its_way_is_written_at_the_next_step(tmp_path: Path) -> None:
+    path = tmp_path / "r"
+    reports = [OnItsWay() for _ in range(4)]
+    sink = JsonlSink(path, every=2)
+    sink(0, reports[0])
+    assert (reports[0].reads, path.exists()) == (0, False)  # the hot path has not waited
+    sink(1, reports[1])
+    assert [report.reads for report in reports] == [1, 0, 0, 0]
+    sink(2, reports[2])
+    assert [line["step"] for line in lines(path)] == [0]
+    sink.close()  # the last one
+    assert [line["step"] for line in lines(path)] == [0, 2]
+
+
+def test_a_forgotten_sink_writes_its_last_record(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sink = JsonlSink(tmp_path / "r")
+    sink(0, OnItsWay())
+    del sink
+    gc.collect()
+    assert [line["step"] for line in lines(tmp_path / "r")] == [0]
+
+    class Gone(OnItsWay):
+        def __call__(self) -> dict[str, Any]:
+            raise RuntimeError("driver shutting down")
+
+    with JsonlSink(tmp_path / "r") as sink:
+        sink(1, Gone())
+    assert "record of the last step was lost: driver shutting down" in caplog.text
+
+
+def test_a_report_is_copied_once_for_all_sinks_and_gives_what_to_dict_gives() -> None:
+    model = torch.nn.Linear(2, 1)
+    seen: list[Any] = []
+    clipper = distclip.GradClipper(
+        model, distclip.policies.global_norm(0.1), sinks=[lambda step, report: seen.append(report)]
+    )
+    model(torch.ones(1, 2)).sum().backward()
+    clipper.clip_()
+    (report,) = seen
+    assert report._summary is report._summary
+    fetch = report.fetch()
+    assert fetch.ready
+    for gradient in (p.grad for p in model.parameters()):
+        gradient.zero_()  # the report is of the clip
+    assert fetch() == report.to_dict()
+    assert fetch()["total_norm"] == pytest.approx(math.sqrt(3))
+    assert fetch()["parameters"] == {
+        name: {"norm": norm, "coefficient": report.parameter_coefficients[name]}
+        for name, norm in report.parameter_norms.items()
+    }
 
 
 def test_a_line_cut_by_a_crash_does_not_swallow_the_next(tmp_path: Path) -> None:
@@ -119,7 +230,7 @@ def test_closed(tmp_path: Path) -> None:
 def test_a_forgotten_sink_closes_its_file(tmp_path: Path) -> None:
     sink = JsonlSink(tmp_path / "r")
     sink(1, Report())
-    file = sink._log._file
+    file = sink._queue.writer._file._file
     assert file is not None
     del sink
     gc.collect()
@@ -219,7 +330,7 @@ def test_a_cut_line_that_cannot_be_taken_back_stands_alone(
         for step in (2, 3):
             sink(step, Report())
     cut, *rest = path.read_text().splitlines()
-    assert cut == '{"step": 1, "total_n'
+    assert cut == '{"step": 1, "run": "'
     assert [json.loads(line)["step"] for line in rest] == [2, 3]
 
 
@@ -231,7 +342,8 @@ def test_another_writers_line_is_not_taken_back(
     monkeypatch.setattr(os, "ftruncate", lambda *a: (seen.append(a), truncate(*a)))
     with JsonlSink(path) as sink:
         sink(1, Report())
-        write = sink._log._file.write
+        log = sink._queue.writer._file
+        write = log._file.write
 
         def writes_half(data: bytes) -> int:
             if seen_half:
@@ -242,8 +354,10 @@ def test_another_writers_line_is_not_taken_back(
             return write(data[:10])
 
         seen_half: list[int] = []
-        sink._log._file = types.SimpleNamespace(
-            write=writes_half, fileno=sink._log._file.fileno, close=sink._log._file.close
+        sink._queue.writer._file._file = types.SimpleNamespace(
+            write=writes_half,
+            fileno=sink._queue.writer._file._file.fileno,
+            close=sink._queue.writer._file._file.close,
         )
         sink(2, Report())
         sink(3, Report())

@@ -120,7 +120,7 @@ def _log_of(config: Path, program: Script) -> str | None:
         loaded = configuration.load(config)
     finally:
         sys.path[:], sys.argv = path, argv
-    return None if loaded.log is None else Path(loaded.log.jsonl).name
+    return Path(loaded.log.jsonl).name if loaded.log and loaded.log.jsonl else None
 
 
 def _compare(outcomes: Sequence[Outcome], tolerance: float) -> None:

@@ -1,0 +1,120 @@
+"""What the sinks of all experiment trackers share: names, and that a failure ends no run."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from distclip._foreign import clean
+from distclip.errors import DistclipError
+from distclip.monitor.recording import RecordingSink
+from distclip.monitor.states import States
+
+_logger = logging.getLogger("distclip.monitor")
+
+FIELDS = {
+    "total_norm": "grad_norm",
+    "clipped_norm": "grad_norm_clipped",
+    "coefficient": "clip_coefficient",
+    "threshold": "clip_threshold",
+    "clipped_fraction": "clipped_fraction",
+    "skipped": "step_skipped",
+}
+"""Field of a report -> its name in trackers."""
+
+
+def metrics(record: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a record, under the names that trackers show.
+
+    A threshold that the policy does not have is left out; a norm that is not finite is not.
+    ``nonfinite`` is a number of parameters.
+    """
+    found = {name: float(record[field]) for field, name in FIELDS.items()}
+    if math.isnan(found["clip_threshold"]):
+        del found["clip_threshold"]
+    found["nonfinite"] = float(len(record["nonfinite"]))
+    for parameter, values in record.get("parameters", {}).items():
+        found[f"grad_norm/{parameter}"] = values["norm"]
+        found[f"clip_coefficient/{parameter}"] = values["coefficient"]
+    return found
+
+
+class Tracker(Protocol):
+    """One tracker's own calls; they may raise anything."""
+
+    def open(self, first: int) -> None:
+        """Start or find the run; ``first`` is the first step that comes."""
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Log the values of one step."""
+
+    def close(self) -> None:
+        """Write what is waiting, and end a run that was started here."""
+
+
+class _Guarded:
+    """Writes to a tracker, whose errors cost a record and not the training run."""
+
+    def __init__(self, name: str, tracker: Tracker, prefix: str) -> None:
+        self.lost = 0
+        self._name, self._tracker, self._prefix = name, tracker, prefix
+        self._opened = False
+
+    def write(self, step: int, record: dict[str, Any], first: int) -> None:
+        try:
+            if not self._opened:
+                self._tracker.open(first)
+                self._opened = True
+            values = {f"{self._prefix}{key}": value for key, value in metrics(record).items()}
+            self._tracker.log(step, values)
+        except Exception as error:
+            self._lose(error)
+
+    def end(self) -> None:
+        if not self._opened:
+            return
+        try:
+            self._tracker.close()
+        except Exception as error:
+            self._lose(error)
+
+    def _lose(self, error: Exception) -> None:
+        self.lost += 1
+        if self.lost == 1:
+            _logger.warning(
+                "%s took no record (%s: %s); training goes on, and every record tries again",
+                self._name, type(error).__name__, clean(error, 300),
+            )  # fmt: skip
+
+
+class TrackerSink(RecordingSink):
+    """A sink that gives each record to a tracker.
+
+    The values are ``grad_norm`` (before clipping), ``grad_norm_clipped``, ``clip_coefficient``,
+    ``clip_threshold``, ``clipped_fraction``, ``step_skipped`` (0 or 1) and ``nonfinite`` (a number
+    of parameters); under ``per_parameter`` also ``grad_norm/NAME`` and ``clip_coefficient/NAME``.
+    Only the main rank writes. What the tracker raises costs the record and not the run: a warning
+    says so once, and ``lost`` counts.
+    """
+
+    _package = ""
+    """What has to be installed, and the name of the extra."""
+
+    def __init__(
+        self,
+        tracker: Tracker,
+        every: int,
+        per_parameter: bool,
+        prefix: str,
+        states: States | None,
+    ) -> None:
+        name = type(self).__name__
+        if self._package and importlib.util.find_spec(self._package) is None:
+            raise DistclipError(
+                f"{name} needs {self._package}, which is not installed: "
+                f"pip install 'distclip[{self._package}]'"
+            )
+        super().__init__(_Guarded(name, tracker, prefix), every, per_parameter, states)
