@@ -292,6 +292,7 @@ def test_a_report_has_exactly_these_fields() -> None:
     fields = {field.name for field in dataclasses.fields(report)}
     assert {name for name in fields | set(vars(report)) if not name.startswith("_")} - {
         "of",
+        "fetch",
         "to_dict",
     } == REPORT
 
