@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -41,18 +40,23 @@ def check(
     the file names is run without --run-imports.
     """
     from distclip import config
-    from distclip.integrations.deepspeed_json import SECTION, configured, examined
+    from distclip.integrations.deepspeed_json import SECTION, configured, examined, read
 
-    document = _deepspeed(file)
-    found = config.examine(file) if document is None else examined(document)
+    document, strict = read(file) if file.suffix == ".json" else (None, True)
     name = clean(file)
+    found = config.examine(file) if document is None else examined(document, name=name)
+    if not strict:
+        typer.echo(
+            f"{name} is no plain JSON (comments, or commas at the end): deepspeed.initialize reads "
+            f"it, Accelerate and the Trainer do not"
+        )
     if found is None:
         typer.echo(f'{name} is a DeepSpeed JSON that clips nothing: it has no "{SECTION}" section')
         return
     loaded = found.config
     if run_imports:
         sys.path.insert(0, os.getcwd())  # as under python -m
-        loaded = config.load(file) if document is None else configured(document)
+        loaded = config.load(file) if document is None else configured(document, name=name)
     if loaded is None:
         _tell_of_unknown(name, found)
         return
@@ -81,18 +85,6 @@ def _tell_of_unknown(name: str, found: Examined) -> None:
         f"{', '.join(map(repr, map(clean, found.unknown)))} can be known only to {whose} under "
         f"imports, which {'was' if one else 'were'} not run; check the rest with --run-imports"
     )
-
-
-def _deepspeed(file: Path) -> Mapping[str, Any] | None:
-    """The content of a DeepSpeed JSON; None where the file is none."""
-    from distclip.config.files import read
-    from distclip.integrations.deepspeed_json import CLIPPING, SECTION
-
-    if file.suffix != ".json":
-        return None
-    found = read(file)
-    theirs = ("train_batch_size", "train_micro_batch_size_per_gpu", "zero_optimization")
-    return None if found.keys().isdisjoint((SECTION, CLIPPING, *theirs)) else found
 
 
 def _lines(policy: Policy | None, indent: str) -> list[str]:

@@ -65,6 +65,28 @@ def read(path: str | os.PathLike[str]) -> Mapping[str, Any]:
     return value
 
 
+def read_loose(path: str | os.PathLike[str]) -> Mapping[str, Any] | None:
+    """What hjson makes of a file: JSON with comments, trailing commas and keys without quotes.
+
+    Returns:
+        None where it finds no mapping, or hjson, which DeepSpeed brings, is not installed.
+
+    Raises:
+        ConfigurationError: no such file, not text, or a key that appears twice.
+    """
+    try:
+        import hjson  # type: ignore[import-untyped]
+    except ImportError:
+        return None
+    try:
+        found = hjson.loads(_text(path), object_pairs_hook=_unique)
+    except _SyntaxError as fault:
+        raise ConfigurationError(f"{clean(os.fspath(path))}: {clean(fault, 400)}") from None
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
 class _SyntaxError(Exception):
     """What is wrong with the text, and where; the file name is added by the caller."""
 

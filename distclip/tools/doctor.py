@@ -170,10 +170,12 @@ def layouts() -> list[Line]:
 def launch_file(path: Path | None) -> list[Line]:
     """Traps in a YAML of ``accelerate launch``, or in the default one."""
     try:
-        from distclip.tools.launch import accelerate_cpu
+        from distclip.tools.launch import accelerate_cpu_asked
 
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        faults = accelerate_cpu.faults_of_config(None if path is None else str(path), devices=count)
+        faults = accelerate_cpu_asked.faults_of_config(
+            None if path is None else str(path), devices=count
+        )
     except ImportError:
         return []
     except DistclipError as error:

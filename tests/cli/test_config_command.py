@@ -53,10 +53,43 @@ def test_check_reads_what_a_deepspeed_json_says_of_clipping(tmp_path: Path) -> N
     assert "GlobalNorm(max_norm=0.5" in told({**stage, "gradient_clipping": 0.5})
     assert "clips nothing" in told(stage)
     misspelt = told({**stage, "distclip": {"policy": {"name": "agc", "clip_facto": 0.1}}})
-    assert "DeepSpeed JSON: distclip: policy.clip_facto" in misspelt
+    assert f"{tmp_path}/ds.json: distclip: policy.clip_facto" in misspelt
+    assert f"{tmp_path}/ds.json: dist_clip: unknown key" in told({"dist_clip": {}})
+    assert f"{tmp_path}/ds.json: gradient_clipping: must be" in told({"gradient_clipping": "auto"})
     both = told({**stage, "gradient_clipping": 1.0, "distclip": {"policy": "measure"}})
     assert '"gradient_clipping": 1.0 stands beside a "distclip" section' in both
     assert "on_nonfinite: error" in told({"policy": "measure"})  # ours, in JSON
+
+
+LOOSE = """
+{
+  // what DeepSpeed's reader takes
+  "zero_optimization": {"stage": 2,},
+  "distclip": {"policy": {"name": "agc", "clip_factor": 0.02,}, %s},  # ours
+}
+"""
+
+
+def test_check_reads_a_deepspeed_json_as_deepspeed_does(tmp_path: Path) -> None:
+    hjson = pytest.importorskip("hjson")
+    file = tmp_path / "ds.json"
+
+    def told(text: str) -> str:
+        file.write_text(text)
+        result = invoke(app, ["config", "check", str(file)])
+        return str(result.exception) if result.exception else result.output
+
+    loose = LOOSE % ""
+    assert hjson.loads(loose)["distclip"]["policy"]["clip_factor"] == 0.02
+    found = told(loose)
+    assert "AGC(clip_factor=0.02" in found
+    assert "deepspeed.initialize reads it, Accelerate and the Trainer do not" in found
+    assert "plain" not in told('{"zero_optimization": {}, "gradient_clipping": 1.0}')
+    assert "distclip: polcy: unknown key" in told(LOOSE % '"polcy": 1')
+    assert "'policy' appears twice" in told(LOOSE % '"policy": 1')
+    # Of our own files, and of those in which hjson finds no mapping either, JSON's word counts.
+    assert "not valid JSON" in told('{"policy": "measure",}')
+    assert "not valid JSON" in told('{"zero_optimization": {')
 
 
 def test_main_tells_a_fault_in_one_line(

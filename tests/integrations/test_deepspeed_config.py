@@ -61,6 +61,13 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
         {"zero_optimization": {"stage": 2, "distclip": {"policy": POLICY}}},
         'zero_optimization.distclip: .* inside "zero_optimization".* move it to the top level',
     ),
+    "underscore": ({"dist_clip": {"policy": POLICY}}, 'dist_clip: unknown key.*mean "distclip"'),
+    "capitals": ({"distClip": {"policy": POLICY}}, 'distClip: unknown key.*mean "distclip"'),
+    "misspelt": ({"disclip": {"policy": POLICY}}, 'disclip: unknown key.*mean "distclip"'),
+    "misspelt inside": (
+        {"zero_optimization": {"stage": 2, "dist-clip": {"policy": POLICY}}},
+        'zero_optimization.dist-clip: .* inside "zero_optimization".* as "distclip"',
+    ),
     "auto": (
         {"distclip": {"policy": {**POLICY, "max_norm": "auto"}}},
         'distclip.policy.max_norm: "auto" has no value here; write a number',
@@ -71,7 +78,8 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "gradient_clipping auto": (
         {"gradient_clipping": "auto"},
-        "gradient_clipping: must be a number > 0, got 'auto'",
+        "gradient_clipping: must be a number > 0, got 'auto'.*Trainer takes its max_grad_norm; "
+        "Accelerate, .*DeepSpeedPlugin.*deepspeed.initialize alone it has no value",
     ),
     "gradient_clipping negative": ({"gradient_clipping": -1.0}, "must be a number > 0, got -1.0"),
     "gradient_clipping bool": ({"gradient_clipping": True}, "must be a number > 0, got True"),

@@ -74,9 +74,13 @@ def trainer_of(
     updates: int = 4,
     count: int | None = None,
     kind: Any = InOrder,
+    made: Any = None,
     **options: Any,
 ) -> Any:
-    """Every update takes ``ROWS`` examples, whatever the number of ranks."""
+    """Every update takes ``ROWS`` examples, whatever the number of ranks.
+
+    ``made``: a model in place of :func:`model`'s.
+    """
     world = dist.get_world_size() if dist.is_initialized() else 1
     for name in [n for n in os.environ if n.startswith(("FSDP_", "ACCELERATE_"))]:
         del os.environ[name]
@@ -121,7 +125,7 @@ def trainer_of(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = kind(
-            model=model(),
+            model=model() if made is None else made,
             args=TrainingArguments(**given),
             train_dataset=examples(count or updates * ROWS),
             callbacks=callbacks,
@@ -153,9 +157,12 @@ def norms_of(trainer: Any) -> list[float]:
     return [line["grad_norm"] for line in trainer.state.log_history if "grad_norm" in line]
 
 
-def reference(policy: Any, updates: int) -> tuple[dict[str, Tensor], list[float]]:
-    """Weights and norms of the same training by the float64 oracle."""
-    whole, norms = model().double(), []
+def reference(policy: Any, updates: int, made: Any = None) -> tuple[dict[str, Tensor], list[float]]:
+    """Weights and norms of the same training, clipped by the float64 oracle.
+
+    Of ``made`` as it is, or of the model in float64.
+    """
+    whole, norms = model().double() if made is None else made, []
     memory: dict[str, Any] = {}
     named = dict(whole.named_parameters())
     data = examples(updates * ROWS)
@@ -165,11 +172,11 @@ def reference(policy: Any, updates: int) -> tuple[dict[str, Tensor], list[float]
         found = torch.autograd.grad(loss, list(named.values()))
         want = expected(
             policy,
-            {n: g.numpy() for n, g in zip(named, found, strict=True)},
-            {n: p.detach().numpy() for n, p in named.items()},
+            {n: g.double().numpy() for n, g in zip(named, found, strict=True)},
+            {n: p.detach().double().numpy() for n, p in named.items()},
             memory=memory,
         )
-        norms.append(float(np.sqrt(sum(float((g**2).sum()) for g in found))))
+        norms.append(float(np.sqrt(sum(float((g.double() ** 2).sum()) for g in found))))
         with torch.no_grad():
             for name, p in named.items():
                 p -= LR * torch.from_numpy(np.asarray(want.gradients[name]))

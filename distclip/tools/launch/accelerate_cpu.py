@@ -22,11 +22,10 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
-from distclip._foreign import clean
-from distclip.errors import ConfigurationError, DistclipError
+from distclip.errors import DistclipError
 from distclip.integrations import hooks
 from distclip.integrations.patches import replace
 from distclip.tools.launch.accelerate_cpu_asked import (
@@ -37,7 +36,7 @@ from distclip.tools.launch.accelerate_cpu_asked import (
     requested,
 )
 
-__all__ = ["check_ranks", "examine", "faults_of_config", "install", "requested", "verify", "watch"]
+__all__ = ["check_ranks", "examine", "install", "requested", "verify", "watch"]
 
 _logger = logging.getLogger(__name__)
 
@@ -180,44 +179,6 @@ def examine() -> str:
     return f"{accelerator.num_processes} ranks on {accelerator.device.type}, {kind}"
 
 
-def faults_of_config(path: str | None = None, *, devices: int = 0) -> list[str]:
-    """What a YAML of ``accelerate launch`` asks for and will not get, each with the mend.
-
-    Args:
-        path: of the file; None: Accelerate's default one, if there is one.
-        devices: how many GPUs this machine has.
-
-    Raises:
-        ConfigurationError: a file that cannot be read.
-    """
-    from accelerate.commands.config.config_args import default_config_file, load_config_from_file
-
-    path = path or default_config_file
-    if not os.path.isfile(path):
-        return []
-    try:
-        config = load_config_from_file(path)
-        kind = str(getattr(config.distributed_type, "value", config.distributed_type))
-        ranks = int(getattr(config, "num_processes", 1) or 1)
-    except Exception as error:  # whatever a file may hold
-        raise ConfigurationError(
-            f"{clean(path)}: Accelerate cannot read it: {clean(error, 300)}"
-        ) from None
-    on_cpu = bool(getattr(config, "use_cpu", False))
-    if ranks > 1 and kind in ("MULTI_CPU", "NO"):
-        return [
-            f"{path}: distributed_type {kind} starts one process without an MPI launcher, not "
-            f"{ranks}; write `distributed_type: MULTI_GPU` (or FSDP) with `use_cpu: true`, and "
-            f"launch with `-m distclip run`"
-        ]
-    if ranks > 1 and not on_cpu and devices == 0:
-        return [
-            f"{path}: {ranks} processes of {kind} on a machine without GPUs would each train "
-            f"alone; add `use_cpu: true` and launch with `-m distclip run`, or pass it --cpu"
-        ]
-    return []
-
-
 # ---- the rank --------------------------------------------------------------------------------
 
 
@@ -276,6 +237,27 @@ def _patch_backend() -> None:
 
     replace(PartialState, "_prepare_backend", prepare_backend)
     PartialState._prepare_backend._distclip_cpu = True
+    _accept_parallelism()
+
+
+def _accept_parallelism() -> None:
+    """Have a ``ParallelismConfig`` (tensor parallelism) accept CPU ranks as it does GPUs."""
+    from accelerate.utils import DistributedType
+
+    try:
+        from accelerate.parallelism_config import ParallelismConfig
+    except ImportError:  # Accelerate below 1.10
+        return
+
+    def validate(original: Any, self: Any, accelerator: Any) -> None:
+        if accelerator.distributed_type != DistributedType.MULTI_CPU or self.total_size == 1:
+            original(self, accelerator)
+            return
+        names = ("num_processes", "is_fsdp2", "distributed_type", "is_main_process")
+        asked = {name: getattr(accelerator, name) for name in names}
+        original(self, SimpleNamespace(multi_device=True, **asked))
+
+    replace(ParallelismConfig, "_validate_accelerator", validate)
 
 
 # ---- the verdict -----------------------------------------------------------------------------
@@ -369,9 +351,13 @@ def _fault(engine: str, accelerator: Any, model: Any) -> str | None:
         wrapped = any(isinstance(m, FullyShardedDataParallel) for m in model.modules())
         return None if wrapped else "no module of it is wrapped in FullyShardedDataParallel"
     if engine == "DDP":
+        from torch.distributed.tensor import DTensor
         from torch.nn.parallel import DistributedDataParallel
 
-        wrapped = any(isinstance(m, DistributedDataParallel) for m in model.modules())
+        # Sharded when it was loaded (tensor, expert parallelism): Accelerate leaves it as it is.
+        wrapped = any(isinstance(p, DTensor) for p in model.parameters()) or any(
+            isinstance(m, DistributedDataParallel) for m in model.modules()
+        )
         return None if wrapped else "it is not wrapped in DistributedDataParallel"
     return None  # DeepSpeed's engine builds its own groups and refuses what it cannot do
 

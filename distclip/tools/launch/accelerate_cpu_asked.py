@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from distclip._foreign import clean
 from distclip.errors import ConfigurationError
 
 _logger = logging.getLogger(__name__)
@@ -112,3 +113,41 @@ def _read_launch(arguments: list[str], folder: str) -> Launch | None:
         distributed_type=str(getattr(distributed_type, "value", distributed_type)),
         config_file=path if config is not None else "",
     )
+
+
+def faults_of_config(path: str | None = None, *, devices: int = 0) -> list[str]:
+    """What a YAML of ``accelerate launch`` asks for and will not get, each with the mend.
+
+    Args:
+        path: of the file; None: Accelerate's default one, if there is one.
+        devices: how many GPUs this machine has.
+
+    Raises:
+        ConfigurationError: a file that cannot be read.
+    """
+    from accelerate.commands.config.config_args import default_config_file, load_config_from_file
+
+    path = path or default_config_file
+    if not os.path.isfile(path):
+        return []
+    try:
+        config = load_config_from_file(path)
+        kind = str(getattr(config.distributed_type, "value", config.distributed_type))
+        ranks = int(getattr(config, "num_processes", 1) or 1)
+    except Exception as error:  # whatever a file may hold
+        raise ConfigurationError(
+            f"{clean(path)}: Accelerate cannot read it: {clean(error, 300)}"
+        ) from None
+    on_cpu = bool(getattr(config, "use_cpu", False))
+    if ranks > 1 and kind in ("MULTI_CPU", "NO"):
+        return [
+            f"{path}: distributed_type {kind} starts one process without an MPI launcher, not "
+            f"{ranks}; write `distributed_type: MULTI_GPU` (or FSDP) with `use_cpu: true`, and "
+            f"launch with `-m distclip run`"
+        ]
+    if ranks > 1 and not on_cpu and devices == 0:
+        return [
+            f"{path}: {ranks} processes of {kind} on a machine without GPUs would each train "
+            f"alone; add `use_cpu: true` and launch with `-m distclip run`, or pass it --cpu"
+        ]
+    return []
