@@ -108,7 +108,8 @@ class Acting:
                 self._scale_units(present, units, seen)
             if turn.coefficients is not None and whole:
                 factors = self._unless_skipped(turn.coefficients).expand_as(ledger.ones)
-                changing.scale_([gradient for _, gradient in whole], factors[self._rows(whole)])
+                tensors, tables = [gradient for _, gradient in whole], self.program.memory.tables
+                changing.scale_(tensors, factors[self._rows(whole)], tables=tables, what="whole")
 
     def on(self, measured: LocalMeasurement, loss_scale: Tensor | None) -> None:
         """Change the gradients that were measured."""

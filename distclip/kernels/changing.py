@@ -37,6 +37,7 @@ def scale_(
     *,
     seen: Look | None = None,
     tables: Tables | None = None,
+    what: str = "gradients",
 ) -> None:
     """``tensors[i] *= coefficients[i]``.
 
@@ -46,14 +47,15 @@ def scale_(
             coefficient is 1 cost nothing on the CPU, and are not read by the Triton kernels.
         seen: what a look at just these tensors has found.
         tables: what is remembered of them from step to step.
+        what: which of the sets of tensors in ``tables`` these are.
     """
     if seen is not None and seen.on_host:
-        _scale_on_host(tensors, coefficients, seen, tables)
+        _scale_on_host(tensors, coefficients, seen, tables, what)
         return
     for device, numbers in _by_device(tensors).items():
         some, factors = selected(tensors, coefficients, numbers)
         if device.type == "cpu":
-            _scale_on_host(some, factors)
+            _scale_on_host(some, factors, None, tables, what)
         else:
             device_changes.scale_(some, factors.to(device))
 
@@ -74,8 +76,9 @@ def _scale_on_host(
     coefficients: Tensor,
     seen: Look | None = None,
     tables: Tables | None = None,
+    what: str = "gradients",
 ) -> None:
-    chosen = host.choose(tensors, "gradients", tables=tables, seen=seen, pairs=True)
+    chosen = host.choose(tensors, what, tables=tables, seen=seen, pairs=True)
     factors = coefficients.double().cpu().numpy()
     for number in _left(chosen, len(tensors)):
         if factors[number] != 1.0 and tensors[number].numel():

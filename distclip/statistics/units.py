@@ -21,9 +21,6 @@ from distclip.statistics.request import Request
 
 Each = TypeVar("Each")
 
-PART = 1 << 13
-"""Flags counted at a time."""
-
 
 class Segments:
     """Units of several tensors, one tensor after another in one vector.
@@ -61,17 +58,9 @@ class Segments:
             return torch.segment_reduce(
                 flags.double(), "sum", lengths=self.lengths, unsafe=True, initial=0.0
             )
-        # In parts, as numpy makes of every flag an int64.
-        found, raised = np.zeros(len(self.counts)), flags.numpy()
-        (some,) = np.nonzero(np.array(self.counts))
-        starts = np.cumsum([0, *self.counts])[some]
-        cuts = np.searchsorted(starts, np.arange(0, self.size, PART))
-        for first, last in itertools.pairwise(np.unique([*cuts, len(some)]).tolist()):
-            begin = starts[first]
-            end = starts[last] if last < len(some) else self.size
-            within = starts[first:last] - begin
-            found[some[first:last]] = np.add.reduceat(raised[begin:end], within, dtype=np.int64)
-        return torch.from_numpy(found)
+        raised = flags.numpy()
+        found = [float(np.count_nonzero(raised[span])) for span in self.spans]
+        return torch.tensor(found, dtype=torch.float64)
 
 
 class Run(NamedTuple):

@@ -11,7 +11,8 @@ from torch import nn
 
 from distclip import GradClipper, policies
 from distclip.engine.units import CHUNK, decide
-from distclip.statistics.units import PART, Segments
+from distclip.kernels.host import blocks
+from distclip.statistics.units import Segments
 from distclip.tools.bench.timing import extra_bytes
 
 
@@ -19,7 +20,7 @@ from distclip.tools.bench.timing import extra_bytes
 def test_flagged_units_of_each_tensor(tensors: int) -> None:
     draw = np.random.default_rng(tensors)
     for _ in range(20):
-        sizes = [0, 1, 3, 100] if tensors > 10 else [0, 1, 3, PART - 1, PART, 3 * PART + 1]
+        sizes = [0, 1, 3, 100] if tensors > 10 else [0, 1, 3, 8191, 30_001]
         counts = [int(count) for count in draw.choice(sizes, tensors)]
         segments = Segments(counts, torch.device("cpu"))
         flags = torch.from_numpy(draw.random(segments.size) < 0.5)
@@ -34,7 +35,7 @@ def test_many_units_are_decided_on_as_all_at_once() -> None:
     once = first.unit_coefficients(norms, weights)
     wanted = once * second.unit_coefficients(norms * once, weights)
     kept = norms.clone()
-    found = decide((first, second), norms, weights, weights)  # in the place of the weights
+    found = decide((first, second), {2.0: norms}, {2.0: weights}, weights)  # in their place
     torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
     torch.testing.assert_close(norms, kept, rtol=0, atol=0, equal_nan=True)
 
@@ -51,3 +52,17 @@ def test_the_memory_of_row_agc(factor: float) -> None:
         parameter.grad = torch.ones_like(parameter)
     gradients = sum(parameter.nbytes for parameter in parameters)
     assert extra_bytes(clip) < (1 << 20) + gradients / 1000
+
+
+def test_a_step_finds_all_its_tables_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 4))
+    clip = GradClipper(model, policies.agc(1e-3)).clip_
+    made: list[object] = []
+    divided = blocks._divided
+    monkeypatch.setattr(blocks, "_divided", lambda *a, **k: made.append(a) or divided(*a, **k))
+    for step in range(3):
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        before = len(made)
+        assert clip().to_dict()["clipped_fraction"] == 1.0
+        assert (len(made) > before) == (step == 0)

@@ -214,6 +214,10 @@ def norms(chosen: Chosen, norm_type: float) -> tuple[Floats, list[int]]:
 
 def unit_norms(chosen: Chosen, norm_type: float) -> tuple[Floats, list[int]]:
     """The p-norm of each row, p = 1, 2 or inf; as :func:`norms`, with a number for each row."""
+    if norm_type == 2.0 and not chosen.table.has_float64:  # without another pass over many rows
+        rows = np.zeros(chosen.table.rows)
+        _run("roots", chosen.table, chosen.addresses, rows)
+        return rows, []
     measured = functools.partial(_measured, chosen.table, chosen.addresses)
     found, unsure = _rooted(measured, norm_type, careful=chosen.table.has_float64)
     return found, _of_float64(chosen, np.searchsorted(chosen.table.firsts, unsure, "right") - 1)

@@ -8,8 +8,8 @@ squares of float32, bfloat16 and float16 numbers are exact in it, and neither ov
 The exported functions take a table of *blocks* (see :mod:`distclip.kernels.host.blocks`), the first
 and last of them to work on, and an array of float64 numbers, one for each row:
 
-* ``squares``, ``magnitudes``, ``largest``: the sum of squares, the sum of absolute values and the
-  largest absolute value of each row;
+* ``squares``, ``roots``, ``magnitudes``, ``largest``: the sum of squares, its square root, the sum
+  of absolute values and the largest absolute value of each row;
 * ``scale``: multiply each row by its coefficient; rows whose coefficient is 1 are not touched;
 * ``clamp``: clamp each element to the block's bound.
 """
@@ -90,8 +90,13 @@ def _sum(b: Builder, first: Value, second: Value) -> Value:
     return b.fadd(first, second)
 
 
+def _root(b: Builder, f: Format, total: Value) -> Value:
+    return b.call(b.module.declare_intrinsic("llvm.sqrt", [DOUBLE]), [total])
+
+
 MEASURES = {
     "squares": Measure(lambda f: DOUBLE, _add_square, _sum, lambda b, f, total: total),
+    "roots": Measure(lambda f: DOUBLE, _add_square, _sum, _root),
     "magnitudes": Measure(lambda f: DOUBLE, _add_magnitude, _sum, lambda b, f, total: total),
     "largest": Measure(
         lambda f: f.bits, _take_larger, _larger, lambda b, f, most: f.widen(b, most)
