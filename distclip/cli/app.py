@@ -15,6 +15,7 @@ from distclip._foreign import clean_lines
 from distclip._version import __version__
 from distclip.cli import bench, config, doctor, report, run, simulate, suggest, verify
 from distclip.errors import DistclipError
+from distclip.tools.launch import reason
 
 
 class _Group(TyperGroup):
@@ -44,7 +45,6 @@ app = typer.Typer(
     cls=_Group,
     help="Gradient clipping that means the same thing on one process and on a thousand ranks.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.command(name="run", context_settings=run.CONTEXT)(run.run)
@@ -87,6 +87,7 @@ def main() -> None:
     except (DistclipError, OSError) as error:  # OSError: a file that cannot be written
         rank = f" [rank {os.environ['RANK']}]" if "RANK" in os.environ else ""
         typer.echo(f"distclip{rank}: {clean_lines(error)}", err=True)
+        reason.leave(f"distclip: {error}")
         sys.exit(2)
     except SystemExit as error:
         if error.code not in (None, 0) or not run.pending:

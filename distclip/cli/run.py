@@ -43,14 +43,24 @@ def run(
         bool, typer.Option("--check", help="Hold the first steps against gathered tensors.")
     ] = False,
     check_steps: Annotated[int, typer.Option(min=1, help="How many steps --check checks.")] = 3,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="No line at the first step and at the end.")
+    ] = False,
 ) -> None:
     """Run a training script under a clipping policy, alone or under any launcher.
 
+    torchrun --nproc_per_node 8 -m distclip run --config policy.yaml train.py --lr 0.1
+
     accelerate launch ... -m distclip run --config policy.yaml train.py --lr 0.1
+
+    Any torch script, without a change: plain PyTorch (DDP, FSDP), Accelerate, the Trainer,
+    Lightning, DeepSpeed. Each update is clipped once, by the policy.
     """
     from distclip.tools.launch.running import prepare
 
     if config is None and os.environ.get(ENVIRONMENT):
         config = Path(os.environ[ENVIRONMENT])
     program = Script(script, [*context.obj, *(arguments or ())], module=module)
-    pending.append(prepare(program, config, cpu=cpu, check_steps=check_steps if check else None))
+    pending.append(
+        prepare(program, config, cpu=cpu, check_steps=check_steps if check else None, quiet=quiet)
+    )

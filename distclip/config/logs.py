@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,10 @@ from distclip.monitor.states import States
 from distclip.statistics import collectives
 
 _logger = logging.getLogger("distclip.monitor")
+
+
+opened: list[Callable[[GradClipper, Config], object]] = []
+"""Called with every clipper that is built from a configuration: for what shows a run as a whole."""
 
 
 def open_log(clipper: GradClipper, config: Config, accelerator: Any = None) -> None:
@@ -37,6 +42,8 @@ def open_log(clipper: GradClipper, config: Config, accelerator: Any = None) -> N
         ConfigurationError: ``accelerate: true`` and no accelerator.
         DistclipError: a tracker is not installed.
     """
+    for follow in opened:
+        follow(clipper, config)
     log = config.log
     if log is None:
         return

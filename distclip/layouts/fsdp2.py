@@ -27,16 +27,27 @@ def is_in_use() -> bool:
     return bool(getattr(_composable_state, "_module_state_mapping", True))
 
 
+def known_to_fsdp2(parameters: Iterable[Tensor]) -> set[int]:
+    """The ids of those that are sharded parameters of FSDP2, not DTensors of anything else."""
+    wanted = set(map(id, parameters))
+    return {id(managed.sharded_param) for managed in _managed()} & wanted
+
+
 def _gathered() -> Iterator[tuple[Tensor, Tensor]]:
     """``(gathered, sharded)`` of every parameter of this process that FSDP2 has ever gathered."""
+    for managed in _managed():
+        for form in ("_unsharded_param", "_sharded_post_forward_param"):
+            gathered = getattr(managed, form, None)
+            if gathered is not None:
+                yield gathered, managed.sharded_param
+
+
+def _managed() -> Iterator[Any]:
+    """What FSDP2 keeps of each parameter of this process."""
     known: Any = getattr(_composable_state, "_module_state_mapping", {})
     for state in {id(state): state for ref in list(known.values()) if (state := ref())}.values():
         for group in _groups(state):
-            for managed in group.fsdp_params:
-                for form in ("_unsharded_param", "_sharded_post_forward_param"):
-                    gathered = getattr(managed, form, None)
-                    if gathered is not None:
-                        yield gathered, managed.sharded_param
+            yield from group.fsdp_params
 
 
 def _groups(state: Any) -> Sequence[Any]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from distclip.errors import ConfigurationError
 from distclip.policies.protocol import ParameterInfo, Policy, matches
@@ -113,6 +114,26 @@ def unmatched(policy: Policy, names: Sequence[str]) -> list[str]:
     for part in (*(choice for _, choice in policy.mapping), policy.default):
         found += [] if part is None else unmatched(part, names)
     return found
+
+
+def summary(policy: Policy | None) -> str:
+    """A policy as it is written, without what is left at its default: ``agc(0.01)``."""
+    if policy is None:
+        return "None"
+    if isinstance(policy, Chain):
+        return f"chain({', '.join(map(summary, policy.policies))})"
+    if isinstance(policy, ByName):
+        parts = [f"{pattern!r}: {summary(part)}" for pattern, part in policy.mapping]
+        return f"by_name({{{', '.join(parts)}}}, default={summary(policy.default)})"
+    shown = []
+    fields: dict[str, dataclasses.Field[Any]] = getattr(policy, "__dataclass_fields__", {})
+    for number, each in enumerate(f for f in fields.values() if f.name in vars(policy)):
+        value = getattr(policy, each.name)
+        if number == 0 and isinstance(value, (int, float)):
+            shown.append(f"{value:g}")
+        elif value != each.default:
+            shown.append(f"{each.name}={value!r}")
+    return f"{policy.name}({', '.join(shown)})"
 
 
 def reads_loss(policy: Policy) -> bool:

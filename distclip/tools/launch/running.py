@@ -15,6 +15,7 @@ from distclip.errors import ConfigurationError, DistclipError
 from distclip.integrations import hooks
 from distclip.tools.launch import accelerate_cpu
 from distclip.tools.launch.leaving import let_gloo_finish
+from distclip.tools.launch.narration import Narration
 from distclip.tools.launch.script import ENVIRONMENT, Script
 
 if TYPE_CHECKING:
@@ -22,7 +23,12 @@ if TYPE_CHECKING:
 
 
 def prepare(
-    program: Script, path: Path | None, *, cpu: bool, check_steps: int | None
+    program: Script,
+    path: Path | None,
+    *,
+    cpu: bool,
+    check_steps: int | None,
+    quiet: bool = False,
 ) -> Callable[[], None]:
     """Check everything that can be known before the script runs, and install the integrations.
 
@@ -31,6 +37,7 @@ def prepare(
         path: the configuration; None to take it from a DeepSpeed JSON.
         cpu: whether to give an Accelerate launch real ranks on CPU.
         check_steps: how many steps to hold against gathered tensors; None for no check.
+        quiet: no line at the first step and at the end.
 
     Returns:
         A function that runs the script and exits as it does.
@@ -54,9 +61,12 @@ def prepare(
     hooks.install(loaded)
     accelerate_cpu.watch()
     checking = None if check_steps is None else _check(check_steps)
+    narration = None if quiet else Narration()
 
     def start() -> None:
         code = program.run()
+        if narration is not None:
+            narration.conclude()
         if code in (None, 0):
             warn_if_idle()
             if checking is not None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from distclip._foreign import clean
 from distclip.errors import ConfigurationError
+from distclip.tools.launch import reason
 
 ENVIRONMENT = "DISTCLIP_CONFIG"
 """Environment variable that names the configuration of a run, for the processes of it too."""
@@ -69,6 +70,7 @@ class Script:
             return exit_.code
         except BaseException as error:
             own = _own(error.__traceback__)
+            reason.leave(reason.of(error))
             if self.module and isinstance(error, ImportError) and own is None:
                 print(f"distclip run: {error}", file=sys.stderr)  # as python -m words it
                 return 1

@@ -1,0 +1,153 @@
+"""What ``distclip run`` says of a run: a line at the first step of each clipper, one at the end."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from distclip._foreign import clean
+from distclip.clipper import GradClipper
+from distclip.config import Config, logs
+from distclip.layouts import fsdp2
+from distclip.monitor.sinks import JsonlSink
+from distclip.policies.compose import summary
+from distclip.report import ClipReport
+from distclip.statistics import collectives
+
+KEPT = 64
+"""Steps that are summed up at once."""
+
+
+class Narration:
+    """Follows every clipper that a configuration is applied with, from now on.
+
+    Only the main rank says something, on stderr.
+    """
+
+    def __init__(self) -> None:
+        self.followed: list[Followed] = []
+        logs.opened.append(self._follow)
+
+    def _follow(self, clipper: GradClipper, config: Config) -> None:
+        followed = Followed(clipper, first=not self.followed)
+        clipper.sinks = (*clipper.sinks, followed)
+        self.followed.append(followed)
+
+    def conclude(self) -> None:
+        """Say of each clipper what it has done, and follow no more."""
+        logs.opened.remove(self._follow)
+        several = len([each for each in self.followed if each.steps]) > 1
+        for followed in self.followed:
+            if followed.steps and followed.speaks:
+                _say(followed.result(several))
+
+
+class Followed:
+    """Counts what a clipper does; a sink. Never waits for the device before the end.
+
+    Args:
+        clipper: the clipper.
+        first: whether it is the only one so far, so that it need not say which one it is.
+    """
+
+    def __init__(self, clipper: GradClipper, *, first: bool = True) -> None:
+        self.steps = 0
+        self.speaks = False
+        self._about = describe(clipper, names=not first)
+        self._names = clipper.names
+        self._clipper = clipper
+        self._waiting: list[Tensor] = []
+        self._sums: Tensor | None = None
+        """float64: steps that were clipped, and that were skipped; the largest norm."""
+
+    def __call__(self, step: int, report: ClipReport) -> None:
+        """Count a step."""
+        if self.steps == 0:
+            self.speaks = collectives.is_first()
+            if self.speaks:
+                _say(self._about)
+        self.steps += 1
+        norm = report.total_norm.double()
+        norm = torch.where(torch.isfinite(norm), norm, 0.0)
+        clipped = (report.clipped_fraction > 0).double()
+        self._waiting.append(torch.stack([clipped, report.skipped.double(), norm]))
+        if len(self._waiting) == KEPT:
+            self._add()
+
+    def _add(self) -> None:
+        rows = torch.stack(self._waiting + ([] if self._sums is None else [self._sums]))
+        self._sums = torch.cat([rows[:, :2].sum(0), rows[:, 2:].amax(0)])
+        self._waiting.clear()
+
+    def result(self, several: bool) -> str:
+        """The line at the end. Waits for the device.
+
+        Args:
+            several: whether there are other clippers, so that it has to say which one this is.
+        """
+        if self._waiting:
+            self._add()
+        assert self._sums is not None  # there has been a step
+        clipped, skipped, largest = self._sums.tolist()
+        share = 100.0 * clipped / self.steps
+        line = f"{self.steps} steps, {share:.3g} % clipped, {skipped:.0f} skipped, largest norm "
+        line += f"{largest:.4g}"
+        sinks = [sink for sink in self._clipper.sinks if isinstance(sink, JsonlSink)]
+        if sinks:
+            line += f"; log: {', '.join(clean(sink.path) for sink in sinks)}"
+        if several:
+            line = f"{_some(self._names)}: {line}"
+        return line
+
+
+def describe(clipper: GradClipper, *, names: bool = False) -> str:
+    """A clipper in one line: ``agc(0.01) on 29 parameters, FSDP2 over 2 ranks, float32``.
+
+    Args:
+        clipper: the clipper.
+        names: with the names of the first parameters.
+    """
+    dtypes = sorted(entry.dtype for entry in clipper.plan.entries)
+    kinds = "/".join(dict.fromkeys(dtypes))
+    count = len(clipper.names)
+    which = f" ({_some(clipper.names)})" if names else ""
+    return (
+        f"{summary(clipper.policy)} on {count} parameter{'s' if count != 1 else ''}{which}, "
+        f"{_layout(clipper)}, {kinds}"
+    )
+
+
+def _layout(clipper: GradClipper) -> str:
+    """How the parameters lie on ranks, in words."""
+    ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    group = clipper.plan.group
+    if group is not None:
+        ranks = dist.get_world_size(group)
+    found: dict[str, None] = {}
+    by_fsdp2 = fsdp2.known_to_fsdp2(clipper.here.values())
+    entries = clipper.plan.entries
+    for entry in entries:
+        parameter = clipper.here.get(entry.name)
+        if entry.layout.startswith(("FSDP1", "ZeRO")):
+            found[entry.layout.split(" [")[0].split(" (")[0]] = None
+        elif isinstance(parameter, DTensor):
+            found["FSDP2" if id(parameter) in by_fsdp2 else "DTensor"] = None
+        elif entry.others:
+            found["experts"] = None
+    if not found and ranks == 1:
+        return "one process"
+    found = found or {"DDP": None}
+    return f"{' and '.join(found)} over {ranks} rank{'s' if ranks != 1 else ''}"
+
+
+def _some(names: tuple[str, ...]) -> str:
+    shown = ", ".join(clean(name) for name in names[:2])
+    return f"{shown}, ..." if len(names) > 2 else shown
+
+
+def _say(line: str) -> None:
+    print(f"distclip: {line}", file=sys.stderr, flush=True)
