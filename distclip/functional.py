@@ -2,8 +2,9 @@
 
 They know no names and keep no state. A DTensor is reduced over its mesh, a shard of FSDP1 over its
 process group, and a parameter that was declared sharded over its group; a plain tensor, and what
-lies outside of a mesh or group, is taken as a replica. ``process_group=`` says that its members
-hold different parameters instead (pipeline stages), which are then all counted.
+lies outside of a mesh or group, is taken as a replica. ``pipeline_group=`` says that its members
+hold different parameters instead (pipeline stages), which are then all counted. (The
+``process_group=`` of a GradClipper is another thing: the ranks that hold one model together.)
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from distclip.application.eager import eagerly
-from distclip.application.notices import forget_clips, note_clip, sample
+from distclip.application.notices import forget_clips, note_clip, sample, warn_of_former
 from distclip.engine import calls
 from distclip.engine.calls import on_parameters, on_tensors
 from distclip.engine.given import Given, listed
@@ -42,6 +43,7 @@ def clip_grad_norm_(
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
     *,
+    pipeline_group: ProcessGroup | None = None,
     process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """Clip the joint norm of the parameters' gradients, in place.
@@ -57,7 +59,8 @@ def clip_grad_norm_(
         norm_type: order p > 0 or inf.
         error_if_nonfinite: raise on all ranks, gradients untouched, if the norm is NaN or inf.
         foreach: accepted for torch's sake; there is one, fast, implementation.
-        process_group: its members hold different parameters (pipeline stages).
+        pipeline_group: its members hold different parameters (pipeline stages); all are counted.
+        process_group: the former name of ``pipeline_group``.
 
     Returns:
         The norm before clipping: 0-dim float32, or float64 if a gradient is float64.
@@ -69,12 +72,13 @@ def clip_grad_norm_(
     """
     given = Given.listed(parameters)
     policy = GlobalNorm(max_norm, norm_type)
-    if process_group is None:
+    group = _pipeline(pipeline_group, process_group)
+    if group is None:
         with on_parameters(given, policy) as session:
             norm = session.clip(_mode(error_if_nonfinite), None).total_norm
     else:
         measuring = on_parameters(given, Measure(policy.norm_type))
-        with joint_norm(measuring, policy.norm_type, process_group, error_if_nonfinite) as found:
+        with joint_norm(measuring, policy.norm_type, group, error_if_nonfinite) as found:
             norm, session = found
             session.scale(norm_coefficient(norm, policy.max_norm))
     if policy.max_norm < math.inf:
@@ -115,6 +119,7 @@ def clip_grad_agc_(
     unit: Literal["row", "tensor"] = "row",
     norm_type: float = 2.0,
     *,
+    pipeline_group: ProcessGroup | None = None,
     process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """Adaptive gradient clipping, in place: each output row against its weights.
@@ -128,20 +133,22 @@ def clip_grad_agc_(
         eps: floor of the weight norm; finite, > 0.
         unit: ``"row"`` or ``"tensor"``.
         norm_type: order p > 0 or inf of all norms here.
-        process_group: its members hold different parameters (pipeline stages).
+        pipeline_group: its members hold different parameters (pipeline stages); all are counted.
+        process_group: the former name of ``pipeline_group``.
 
     Returns:
         The joint p-norm of all gradients before clipping, as :func:`clip_grad_norm_`.
     """
     given = Given.listed(parameters)
     policy = AGC(clip_factor, eps, unit, norm_type=norm_type)
+    group = _pipeline(pipeline_group, process_group)
     total = None
-    if process_group is not None:
+    if group is not None:
         # A unit lies on one member, or on its mesh: only the joint norm concerns other members.
         measuring = on_parameters(given, Measure(policy.norm_type))
-        with joint_norm(measuring, policy.norm_type, process_group) as (total, _):
+        with joint_norm(measuring, policy.norm_type, group) as (total, _):
             pass
-    with on_parameters(given, policy, norms=process_group is None) as session:
+    with on_parameters(given, policy, norms=group is None) as session:
         walked = session.clip("pass", None)
     _note(given, "distclip.clip_grad_agc_")
     return (walked.total_norm if total is None else total).to(session.plan.norm_dtype)
@@ -193,6 +200,7 @@ def get_total_norm(
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
     *,
+    pipeline_group: ProcessGroup | None = None,
     process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """The joint p-norm of tensors (not of their ``.grad``), as ``torch.nn.utils.get_total_norm``.
@@ -202,18 +210,20 @@ def get_total_norm(
         norm_type: order p > 0 or inf.
         error_if_nonfinite: raise on all ranks if the norm is NaN or inf.
         foreach: accepted for torch's sake.
-        process_group: its members hold different tensors (pipeline stages).
+        pipeline_group: its members hold different tensors (pipeline stages); all are counted.
+        process_group: the former name of ``pipeline_group``.
 
     Returns:
         0-dim float32, or float64 if a tensor is float64.
     """
     policy = Measure(norm_type)
     measuring = on_tensors(listed(tensors), policy)
-    if process_group is None:
+    group = _pipeline(pipeline_group, process_group)
+    if group is None:
         with measuring as session:
             norm = session.clip(_mode(error_if_nonfinite), None).total_norm
     else:
-        with joint_norm(measuring, policy.norm_type, process_group, error_if_nonfinite) as found:
+        with joint_norm(measuring, policy.norm_type, group, error_if_nonfinite) as found:
             norm, session = found
     return norm.to(session.plan.norm_dtype)
 
@@ -223,6 +233,7 @@ def grad_norms(
     module_or_named_parameters: nn.Module | Iterable[tuple[str, Tensor]],
     norm_type: float = 2.0,
     *,
+    pipeline_group: ProcessGroup | None = None,
     process_group: ProcessGroup | None = None,
 ) -> dict[str, Tensor]:
     """The p-norm of each parameter's whole gradient, under any sharding, nothing gathered.
@@ -230,8 +241,9 @@ def grad_norms(
     Args:
         module_or_named_parameters: a module, or (name, parameter) pairs.
         norm_type: order p > 0 or inf.
-        process_group: its members hold different parameters (pipeline stages); each rank gets the
+        pipeline_group: its members hold different parameters (pipeline stages); each rank gets the
             norms of its own.
+        process_group: the former name of ``pipeline_group``.
 
     Returns:
         Name -> 0-dim float32 (float64 for a float64 gradient); 0 where there is no gradient. Of
@@ -241,10 +253,11 @@ def grad_norms(
     if isinstance(target, Iterable) and not isinstance(target, (nn.Module, Mapping)):
         target = listed(target)  # type: ignore[arg-type, assignment]
     given = Given.of(naming.named_parameters(target))
-    if process_group is not None:
+    group = _pipeline(pipeline_group, process_group)
+    if group is not None:
         # Other members have other parameters, whose norms nothing here is added to: each DTensor
         # is reduced over its own mesh.
-        collectives.check_open(process_group)
+        collectives.check_open(group, "pipeline_group")
     with on_parameters(given, Measure(norm_type)) as session:
         norms = session.clip("pass", None).raw.unbind()
     return {
@@ -261,6 +274,23 @@ def clear_cache() -> None:
     """
     calls.forget()
     forget_clips()
+
+
+def _pipeline(
+    pipeline_group: ProcessGroup | None, process_group: ProcessGroup | None
+) -> ProcessGroup | None:
+    """The group whose members hold different parameters, under its name or the former one."""
+    if process_group is None:
+        return pipeline_group
+    if pipeline_group is not None:
+        raise ConfigurationError(
+            "pipeline_group and process_group are two names for one thing; give pipeline_group only"
+        )
+    warn_of_former(
+        "process_group= of this function is now called pipeline_group=: the ranks whose parameters "
+        "differ (the process_group= of a GradClipper is the ranks that hold one model together)"
+    )
+    return process_group
 
 
 def _mode(error_if_nonfinite: bool) -> str:

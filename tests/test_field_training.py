@@ -242,13 +242,13 @@ def test_row_28_an_empty_list_takes_part() -> None:
     listed = [] if dist.get_rank() == 1 else [parameter(torch.full((4,), 2.0)) for _ in range(3)]
     holders = dist.get_world_size() - 1
     group = dist.group.WORLD
-    norm = distclip.clip_grad_norm_(listed, 1.0, process_group=group)
+    norm = distclip.clip_grad_norm_(listed, 1.0, pipeline_group=group)
     assert norm.item() == pytest.approx(math.sqrt(3 * holders * 16))
     for p in listed:
         assert p.grad is not None
         torch.testing.assert_close(p.grad, torch.full((4,), 2.0 / (norm.item() + 1e-6)))
     grads = [p.grad for p in listed if p.grad is not None]
-    largest = distclip.get_total_norm(grads, math.inf, process_group=group)
+    largest = distclip.get_total_norm(grads, math.inf, pipeline_group=group)
     assert largest.item() == pytest.approx(2.0 / (norm.item() + 1e-6))
 
 

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import distclip
+from distclip import policies
+from distclip.application import notices
 from distclip.errors import ConfigurationError
 from distclip.testing import assert_rounded
 from tests.helpers.watching import watch
@@ -162,7 +164,7 @@ def test_names_are_the_callers_whatever_was_asked_of_these_parameters_before() -
     pairs = [("first", randn(3).requires_grad_()), ("second", randn(2).requires_grad_())]
     for _, parameter in pairs:
         parameter.grad = torch.ones_like(parameter)
-    distclip.clip_grad_norm_([p for _, p in pairs], math.inf, process_group=dist.group.WORLD)
+    distclip.clip_grad_norm_([p for _, p in pairs], math.inf, pipeline_group=dist.group.WORLD)
     assert set(distclip.grad_norms(pairs)) == {"first", "second"}
     renamed = [(name.upper(), parameter) for name, parameter in pairs]
     assert set(distclip.grad_norms(renamed)) == {"FIRST", "SECOND"}
@@ -175,7 +177,7 @@ def test_gradients_of_an_earlier_call_are_not_measured_again() -> None:
     for process_group in (None, group, None, group):
         for parameter in parameters:
             parameter.grad = torch.randn_like(parameter)
-        distclip.clip_grad_norm_(parameters, 1e9, process_group=process_group)
+        distclip.clip_grad_norm_(parameters, 1e9, pipeline_group=process_group)
     parameters[0].grad = None
     parameters[1].grad = torch.full_like(parameters[1], 2.0)
     left = [p.grad.double().square().sum() for p in parameters if p.grad is not None]
@@ -374,7 +376,7 @@ def test_error_if_nonfinite_raises_on_all_ranks() -> None:
         lambda: distclip.clip_grad_norm_([good, p], 1.0, error_if_nonfinite=True),
         lambda: distclip.get_total_norm([bad], error_if_nonfinite=True),
         lambda: distclip.clip_grad_norm_(
-            [good, p], 1.0, error_if_nonfinite=True, process_group=group
+            [good, p], 1.0, error_if_nonfinite=True, pipeline_group=group
         ),
     ):
         with pytest.raises(distclip.NonFiniteGradientError):
@@ -407,9 +409,9 @@ def test_pipeline_stages_of_plain_tensors(norm_type: float) -> None:
     mine = stage(rank)
     before = [g.double().clone() for g in gradients(mine)]
     group = dist.group.WORLD
-    norm = distclip.get_total_norm(gradients(mine), norm_type, process_group=group)
+    norm = distclip.get_total_norm(gradients(mine), norm_type, pipeline_group=group)
     assert norm.item() == pytest.approx(truth, rel=1e-6)
-    norm = distclip.clip_grad_norm_(mine, 0.5, norm_type, process_group=group)
+    norm = distclip.clip_grad_norm_(mine, 0.5, norm_type, pipeline_group=group)
     assert norm.item() == pytest.approx(truth, rel=1e-6)
     for have, old in zip(gradients(mine), before, strict=True):
         want = old * 0.5 / (truth + 1e-6)
@@ -438,14 +440,14 @@ def test_pipeline_stages_that_are_sharded_themselves(members: str) -> None:
     parts = [randn(4, 2), randn(5, 3, seed=1), randn(5, 3, seed=2)]
     truth = math.sqrt(sum(part.double().square().sum().item() for part in parts))
     mine = parameters()
-    norm = distclip.clip_grad_norm_(mine, 0.5, process_group=group)
+    norm = distclip.clip_grad_norm_(mine, 0.5, pipeline_group=group)
     assert norm.item() == pytest.approx(truth, rel=1e-6)
     assert isinstance(mine[0].grad, DTensor)
     want = randn(*shape, seed=stage) * (0.5 / (truth + 1e-6))
     torch.testing.assert_close(mine[0].grad.full_tensor(), want)
     # AGC acts within the stage; only the norm that it returns is everybody's.
     mine, alone = parameters(), [parameter(torch.ones(shape), randn(*shape, seed=stage))]
-    norm = distclip.clip_grad_agc_(mine, 0.1, process_group=group)
+    norm = distclip.clip_grad_agc_(mine, 0.1, pipeline_group=group)
     assert norm.item() == pytest.approx(truth, rel=1e-6)
     distclip.clip_grad_agc_(alone, 0.1)
     assert isinstance(mine[0].grad, DTensor)
@@ -457,7 +459,7 @@ def test_pipeline_stages_that_are_sharded_themselves(members: str) -> None:
 def test_agc_of_stages_does_not_mix_their_vectors() -> None:
     rank = dist.get_rank()
     p = parameter(torch.full((3,), 1.0 + 9.0 * rank), torch.full((3,), 5.0))
-    distclip.clip_grad_agc_([p], 0.1, process_group=dist.group.WORLD)
+    distclip.clip_grad_agc_([p], 0.1, pipeline_group=dist.group.WORLD)
     assert p.grad is not None
     torch.testing.assert_close(p.grad, torch.full((3,), 0.1 * (1.0 + 9.0 * rank)))
 
@@ -473,7 +475,7 @@ def test_grad_norms_of_stages_are_each_stages_own() -> None:
         sharded = distribute_tensor(value.clone(), grid["shard"], [Shard(0)], src_data_rank=None)
         pairs.append((name, nn.Parameter(sharded)))
         pairs[-1][1].grad = sharded.clone()
-    norms = distclip.grad_norms(pairs, process_group=dist.group.WORLD)
+    norms = distclip.grad_norms(pairs, pipeline_group=dist.group.WORLD)
     assert set(norms) == set(whole)
     for name, value in whole.items():
         truth = torch.linalg.vector_norm(value.double()).item()
@@ -490,3 +492,57 @@ def test_a_parameter_that_is_stepped_in_backward_from_now_on_is_noticed() -> Non
     setattr(p, "_in_backward_optimizers", [object()])  # noqa: B010 - as torch sets it
     with pytest.raises(distclip.UnsupportedGradientError, match="stepped during backward"):
         distclip.clip_grad_norm_([p], 1.0)
+
+
+@pytest.mark.ranks(2)
+def test_the_former_name_of_the_pipeline_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(notices, "_former", set())
+    group = dist.group.WORLD
+    tensors = [torch.full((4,), 1.0 + dist.get_rank())]
+    with pytest.warns(FutureWarning, match="pipeline_group"):
+        norm = distclip.get_total_norm(tensors, process_group=group)
+    assert norm.item() == pytest.approx(math.sqrt(4 + 16))
+    assert norm.item() == distclip.get_total_norm(tensors, process_group=group).item()  # no more
+    assert norm.item() == distclip.get_total_norm(tensors, pipeline_group=group).item()
+    with pytest.raises(ConfigurationError, match="two names for one thing"):
+        distclip.get_total_norm(tensors, pipeline_group=group, process_group=group)
+
+
+@pytest.mark.ranks(2, 3)
+@pytest.mark.parametrize("way", ["two norms", "clipper"])
+def test_tables_of_each_rank_beside_replicated_layers(way: str) -> None:
+    """As torchrec has them: plain tensors, of another number and other shapes on every rank."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+
+    def tables_of(rank: int) -> dict[str, nn.Parameter]:
+        shapes = [(5 + rank, 3), (2, 4)][: 1 + rank]
+        return {
+            f"table_{rank}_{n}": parameter(torch.ones(shape), randn(*shape, seed=10 * rank + n))
+            for n, shape in enumerate(shapes)
+        }
+
+    dense = {"weight": parameter(torch.ones(3, 2), randn(3, 2, seed=99))}
+    mine = tables_of(rank)
+    everything = [g for r in range(world) for g in gradients(list(tables_of(r).values()))]
+    everything += gradients(list(dense.values()))
+    truth = torch.cat([g.double().flatten() for g in everything]).norm().item()
+    before = {name: p.grad.clone() for name, p in {**mine, **dense}.items()}  # type: ignore[union-attr]
+    if way == "clipper":
+        model = nn.Module()
+        for name, each in {**mine, **dense}.items():
+            model.register_parameter(name, each)
+        clipper = distclip.GradClipper([model], policies.global_norm(0.5))
+        norm = clipper.clip_().total_norm
+    else:
+        listed = [*mine.values(), *dense.values()]
+        sharded = distclip.get_total_norm(
+            gradients(list(mine.values())), pipeline_group=dist.group.WORLD
+        )
+        replicated = distclip.get_total_norm(gradients(list(dense.values())))
+        norm = torch.linalg.vector_norm(torch.stack([sharded, replicated]))
+        distclip.clip_grads_with_norm_(listed, 0.5, norm)
+    assert norm.item() == pytest.approx(truth, rel=1e-6)
+    for name, each in {**mine, **dense}.items():
+        want = before[name].double() * 0.5 / (truth + 1e-6)
+        assert each.grad is not None
+        assert_rounded(each.grad, want.numpy(), coefficient_error=1e-6, name=name)

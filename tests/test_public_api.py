@@ -108,6 +108,7 @@ EXPORTED = {
 SIGNATURES = {
     "clip_grad_norm_": "(parameters: Parameters, max_norm: float, norm_type: float = 2.0, "
     "error_if_nonfinite: bool = False, foreach: bool | None = None, *, "
+    "pipeline_group: ProcessGroup | None = None, "
     "process_group: ProcessGroup | None = None) -> Tensor",
     "clip_grads_with_norm_": "(parameters: Parameters, max_norm: float, "
     "total_norm: Tensor | float, foreach: bool | None = None) -> None",
@@ -115,12 +116,15 @@ SIGNATURES = {
     "-> None",
     "clip_grad_agc_": "(parameters: Parameters, clip_factor: float = 0.01, eps: float = 0.001, "
     "unit: Literal[row, tensor] = row, "
-    "norm_type: float = 2.0, *, process_group: ProcessGroup | None = None) -> Tensor",
+    "norm_type: float = 2.0, *, pipeline_group: ProcessGroup | None = None, "
+    "process_group: ProcessGroup | None = None) -> Tensor",
     "get_total_norm": "(tensors: Tensors, norm_type: float = 2.0, "
     "error_if_nonfinite: bool = False, foreach: bool | None = None, *, "
+    "pipeline_group: ProcessGroup | None = None, "
     "process_group: ProcessGroup | None = None) -> Tensor",
     "grad_norms": "(module_or_named_parameters: nn.Module | Iterable[tuple[str, Tensor]], "
-    "norm_type: float = 2.0, *, process_group: ProcessGroup | None = None) -> dict[str, Tensor]",
+    "norm_type: float = 2.0, *, pipeline_group: ProcessGroup | None = None, "
+    "process_group: ProcessGroup | None = None) -> dict[str, Tensor]",
     "declare_sharded": "(parameter: Tensor, process_group: ProcessGroup, *, "
     "dim: int | None = None) -> None",
     "from_config": "(config: str | os.PathLike[str] | Mapping[str, Any] | Config, target: Target, "

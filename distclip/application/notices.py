@@ -18,12 +18,23 @@ from distclip.layouts.tensors import own, version_of
 _OURS = ("distclip", "torch")
 
 
-def warn(message: str) -> None:
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
     """Warn, as from the innermost line that is neither distclip's nor torch's."""
     level, frame = 1, _parent(sys._getframe())
     while frame is not None and _module(frame) in _OURS and frame.f_back is not None:
         level, frame = level + 1, _parent(frame)
-    warnings.warn(message, stacklevel=level + 1)
+    warnings.warn(message, category, stacklevel=level + 1)
+
+
+_former: set[str] = set()
+"""Messages about former names that this process has given."""
+
+
+def warn_of_former(message: str) -> None:
+    """Warn once that something has another name now, as a ``FutureWarning``."""
+    if message not in _former:
+        _former.add(message)
+        warn(message, FutureWarning)
 
 
 def _parent(frame: FrameType) -> FrameType | None:

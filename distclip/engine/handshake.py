@@ -104,7 +104,7 @@ class Agreements:
             raise RankMismatchError(
                 f"the ranks were given different parameters: "
                 f"{told(ranks, [each.call for each in heard])}. Give every rank its part of the "
-                f"same parameters, gradients there or not (process_group= is for stages)"
+                f"same parameters, gradients there or not (pipeline_group= is for stages)"
             )
         alive = {
             key: each for key, each in self._known.items() if collectives.is_registered(each[0])

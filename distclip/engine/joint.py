@@ -39,7 +39,7 @@ def joint_norm(
     Returns:
         The norm, 0-dim float64, and the session, for the ``with`` block.
     """
-    collectives.check_open(group)
+    collectives.check_open(group, "pipeline_group")
     with contextlib.ExitStack() as stack:
         trouble: DistclipError | None = None
         entries: tuple[Entry, ...] = ()
@@ -53,7 +53,7 @@ def joint_norm(
             total = _over(group, norms, entries, norm_type, trouble)
         if error_if_nonfinite and not bool(torch.isfinite(total)):
             raise NonFiniteGradientError(
-                f"the {norm_type}-norm over the process group is {total.item()}; nothing was "
+                f"the {norm_type}-norm over the pipeline group is {total.item()}; nothing was "
                 f"changed{GO_ON_OF_CALLS}",
                 [
                     entry.name

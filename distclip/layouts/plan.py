@@ -263,7 +263,7 @@ def check_tables(tables: Sequence[Sequence[Entry]], ranks: Sequence[int], *, sta
                 f"parameter {name!r} on {who} is marked shared=True (Megatron: a copy of another "
                 f"stage's embedding), but no rank has it under this name unmarked: it would be "
                 f"counted once more. Give modules in which both stages call it alike; "
-                f"distclip.clip_grad_norm_(..., process_group=...) leaves it out of the norm"
+                f"distclip.clip_grad_norm_(..., pipeline_group=...) leaves it out of the norm"
             )
         if all(entry is first or entry == first for entry in by_view.values()):
             continue

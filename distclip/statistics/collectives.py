@@ -37,16 +37,21 @@ def default_group(process_group: ProcessGroup | None) -> ProcessGroup | None:
     return process_group
 
 
-def check_open(group: ProcessGroup) -> None:
-    """Raise a ProcessGroupError for a group that can no longer, or never could, be used here."""
+def check_open(group: ProcessGroup, name: str = "process_group") -> None:
+    """Raise a ProcessGroupError for a group that can no longer, or never could, be used here.
+
+    Args:
+        group: what was given.
+        name: of the argument, for the message.
+    """
     if group is cast(Any, dist.GroupMember.NON_GROUP_MEMBER):
         raise ProcessGroupError(
-            "process_group: this rank is not a member of the group; leave the call to its members, "
+            f"{name}: this rank is not a member of the group; leave the call to its members, "
             "or give a group that contains every rank that makes it"
         )
     if not isinstance(group, ProcessGroup):
         raise ProcessGroupError(
-            f"process_group must be a torch.distributed.ProcessGroup, got {type(group).__name__}; "
+            f"{name} must be a torch.distributed.ProcessGroup, got {type(group).__name__}; "
             f"for a device mesh pass mesh.get_group()"
         )
     if not dist.is_initialized() or not is_registered(group):

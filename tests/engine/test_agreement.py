@@ -28,8 +28,8 @@ CALLS: dict[str, Callable[[list[Tensor]], object]] = {
     "agc": lambda listed: distclip.clip_grad_agc_(listed, 0.01),
     "norms": lambda listed: distclip.grad_norms([(f"p{i}", p) for i, p in enumerate(listed)]),
     "total": lambda listed: distclip.get_total_norm([p.grad for p in listed]),  # type: ignore[misc]
-    "group": lambda listed: distclip.clip_grad_norm_(listed, 1.0, process_group=dist.group.WORLD),
-    "agc group": lambda listed: distclip.clip_grad_agc_(listed, process_group=dist.group.WORLD),
+    "group": lambda listed: distclip.clip_grad_norm_(listed, 1.0, pipeline_group=dist.group.WORLD),
+    "agc group": lambda listed: distclip.clip_grad_agc_(listed, pipeline_group=dist.group.WORLD),
 }
 PARAMETERS = {name: call for name, call in CALLS.items() if name != "total"}
 
@@ -164,11 +164,11 @@ def test_a_tensor_that_one_rank_cannot_measure(kind: str) -> None:
     for group in (None, dist.group.WORLD):
         for _ in range(2):
             message = refused(
-                lambda g=group: distclip.get_total_norm([good, bad], process_group=g),
+                lambda g=group: distclip.get_total_norm([good, bad], pipeline_group=g),
                 distclip.UnsupportedGradientError,
             )
             assert ("'1'" in message) if mine else ("another rank" in message), message
-        distclip.get_total_norm([good, right], process_group=group)
+        distclip.get_total_norm([good, right], pipeline_group=group)
 
 
 @pytest.mark.ranks(2, timeout=SECONDS)
@@ -237,9 +237,9 @@ def test_a_member_without_numbers_goes_where_the_others_are(
         with watch() as seen:
             if fault == "freed":
                 with pytest.raises(distclip.UnsupportedGradientError):
-                    distclip.clip_grad_norm_(listed, 1.0, process_group=group)
+                    distclip.clip_grad_norm_(listed, 1.0, pipeline_group=group)
             else:
-                norm = distclip.clip_grad_norm_(listed, 1e9, process_group=group)
+                norm = distclip.clip_grad_norm_(listed, 1e9, pipeline_group=group)
                 assert norm.item() == pytest.approx(18.0, rel=1e-6)
         assert asked[-1] == "cuda"
         assert len(seen.collectives) == (3 if first else 1)

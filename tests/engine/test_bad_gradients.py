@@ -63,7 +63,7 @@ def test_a_gradient_that_one_rank_cannot_measure(how: str, kind: str) -> None:
         act = lambda: distclip.clip_grad_agc_([good, bad], 0.01)  # noqa: E731
     else:
         group = dist.group.WORLD
-        act = lambda: distclip.clip_grad_norm_([good, bad], 1.0, process_group=group)  # noqa: E731
+        act = lambda: distclip.clip_grad_norm_([good, bad], 1.0, pipeline_group=group)  # noqa: E731
     message = refused(act, UnsupportedGradientError)
     word = "'bad'" if how == "clipper" else "'1'"
     assert (word in message) if mine else ("another rank" in message), message

@@ -30,12 +30,12 @@ def test_a_group_without_this_rank() -> None:
     group: Any = dist.new_group([0])
     if dist.get_rank() == 0:
         GradClipper([("a", plain(2))], policies.measure(), process_group=group).clip_()
-        distclip.clip_grad_norm_([plain(2)], 1.0, process_group=group)
+        distclip.clip_grad_norm_([plain(2)], 1.0, pipeline_group=group)
     else:
         for call in (
             lambda: GradClipper([("a", plain(2))], policies.measure(), process_group=group),
-            lambda: distclip.clip_grad_norm_([plain(2)], 1.0, process_group=group),
-            lambda: distclip.get_total_norm([plain(2)], process_group=group),
+            lambda: distclip.clip_grad_norm_([plain(2)], 1.0, pipeline_group=group),
+            lambda: distclip.get_total_norm([plain(2)], pipeline_group=group),
         ):
             with pytest.raises(ProcessGroupError, match="not a member"):
                 call()
@@ -52,7 +52,7 @@ def test_something_that_is_no_group() -> None:
         "get_group",
     )
     refused(
-        lambda: distclip.clip_grad_norm_([p], 1.0, process_group=mesh),
+        lambda: distclip.clip_grad_norm_([p], 1.0, pipeline_group=mesh),
         ProcessGroupError,
         "get_group",
     )
@@ -74,7 +74,7 @@ def test_a_closed_group() -> None:
         "destroyed",
     )
     refused(
-        lambda: distclip.clip_grad_norm_([p], 1.0, process_group=group),
+        lambda: distclip.clip_grad_norm_([p], 1.0, pipeline_group=group),
         ProcessGroupError,
         "destroyed",
     )

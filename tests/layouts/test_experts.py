@@ -213,7 +213,7 @@ def test_an_embedding_that_the_last_stage_has_a_copy_of() -> None:
         stage.register_parameter("embedding" if rank == 0 else "output", weight)
     weight.shared = rank == world - 1
     truth = math.sqrt(10 * 9 + 4 * 4 * world)
-    norm = distclip.clip_grad_norm_(stage.parameters(), 1.0, process_group=dist.group.WORLD)
+    norm = distclip.clip_grad_norm_(stage.parameters(), 1.0, pipeline_group=dist.group.WORLD)
     assert norm.item() == pytest.approx(truth, rel=1e-6)
     torch.testing.assert_close(
         weight.grad, torch.full((5, 2), 3.0 if 0 < rank < world - 1 else 3.0 / (truth + 1e-6))

@@ -115,7 +115,7 @@ def test_the_functions() -> None:
     if dist.is_initialized():
         sparse, dense = models()
         for each in (sparse, dense):
-            distclip.clip_grad_norm_(each.parameters(), 0.1, process_group=dist.group.WORLD)
+            distclip.clip_grad_norm_(each.parameters(), 0.1, pipeline_group=dist.group.WORLD)
         assert_alike(sparse, dense)
 
 

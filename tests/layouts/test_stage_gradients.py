@@ -28,7 +28,7 @@ def test_row_26_all_stages_raise_or_none() -> None:
         GradClipper([stage], policies.global_norm(1.0)).clip_()
     with pytest.raises(distclip.NonFiniteGradientError):
         distclip.clip_grad_norm_(
-            stage.parameters(), 1.0, error_if_nonfinite=True, process_group=dist.group.WORLD
+            stage.parameters(), 1.0, error_if_nonfinite=True, pipeline_group=dist.group.WORLD
         )
     dist.barrier()
 
@@ -57,7 +57,7 @@ def test_row_27_stages_whose_gradients_come_and_go(how: str) -> None:
                 norm = clipper.clip_().total_norm
             else:
                 norm = distclip.clip_grad_norm_(
-                    stage.parameters(), 0.5, process_group=dist.group.WORLD
+                    stage.parameters(), 0.5, pipeline_group=dist.group.WORLD
                 )
         assert seen.collective_names == [REDUCTION]
         assert norm.item() == pytest.approx(math.sqrt(square), rel=1e-6)
@@ -91,7 +91,7 @@ def test_a_partial_gradient_that_is_missing_on_one_rank(placement: Any, how: str
         elif how == "function":
             norm = distclip.clip_grad_norm_([p, q], 0.5)
         else:
-            norm = distclip.clip_grad_norm_([p, q], 0.5, process_group=dist.group.WORLD)
+            norm = distclip.clip_grad_norm_([p, q], 0.5, pipeline_group=dist.group.WORLD)
         if step == 2:
             assert norm.item() == 0.0
             assert p.grad is None
