@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
-from distclip import GradClipper, policies
 from distclip.kernels.look import look, there
-from distclip.layouts.plan import Plan
+from distclip.layouts.detect import describe
+from distclip.layouts.names import named_parameters
+from distclip.layouts.plan import Plan, local_plan
 from distclip.testing.models.flattened import flatten
 from tests.layouts.test_fsdp1 import batch, loss_of, make, mine, wrapped
 from tests.sharded import mesh_of, whole
 
 
-def plan_of(model: nn.Module) -> Plan:
-    return GradClipper(model, policies.measure()).plan
+def plan_of(target: Any) -> Plan:
+    """Of this rank alone; a GradClipper lets go of the parameters when it goes."""
+    _, described = describe(named_parameters(target))
+    return local_plan(described, torch.device("cpu"))
 
 
 def compare(plan: Plan) -> int:
@@ -57,7 +62,7 @@ def test_plain_parameters_some_without_gradient_some_with_channels_last() -> Non
 
 def test_a_main_gradient_stands_for_one_that_is_missing() -> None:
     parameters = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))]
-    plan = GradClipper(parameters, policies.measure()).plan
+    plan = plan_of(parameters)
     parameters[0].grad, parameters[1].main_grad = torch.randn(3), torch.randn(2)  # type: ignore[attr-defined]
     assert compare(plan) == 2
 
@@ -88,7 +93,7 @@ def test_fsdp1_of_uneven_parts(layout: str) -> None:
     values = whole()
     flattened = flatten(layout, values)
     flattened.set_gradients(values.gradients)
-    plan = GradClipper(list(flattened.parameters.items()), policies.measure()).plan
+    plan = plan_of(list(flattened.parameters.items()))
     compare(plan)
 
 
