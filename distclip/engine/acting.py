@@ -75,7 +75,10 @@ class Acting:
         on_host = self.program.plan.device.type == "cpu"
         if self.dropped is None or (on_host and bool(self.skip)):
             return
-        changing.zero_([gradient for _, gradient in present], self.dropped[self._rows(present)])
+        dropped = self.dropped[self._rows(present)]
+        if self.skip is not self.program.no_skip:
+            dropped = dropped & ~self.skip
+        changing.zero_([gradient for _, gradient in present], dropped)
 
     def __call__(
         self,

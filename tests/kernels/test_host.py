@@ -30,6 +30,8 @@ def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     """Every test runs on the loops and on the way without them, which must agree."""
     if not request.param:
         monkeypatch.setattr(compiler, "kinds", frozenset)
+    elif not compiler.kinds():
+        pytest.skip("the compiled loops are switched off")
     return bool(request.param)
 
 
@@ -355,3 +357,27 @@ def test_without_the_compiler_it_says_so_once(compiled: bool) -> None:
 def test_importing_distclip_loads_no_compiler() -> None:
     code = "import sys, distclip; print([m for m in sys.modules if 'llvmlite' in m])"
     assert run(code).strip() == "[]"
+
+
+def test_one_odd_tensor_among_many_is_looked_at_once(
+    compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its layout is found out anew where it changes, and whatever moves is found again."""
+    looked: list[object] = []
+    real = kernels._select
+    monkeypatch.setattr(kernels, "_select", lambda *a: looked.append(a) or real(*a))
+    tables = kernels.Tables()
+    wide = drawn(30, 70)
+    odd = [wide[3:9, 5:60:3], drawn(7, dtype=torch.complex64), wide[:9, ::2], wide.t()[::2, 1:]]
+    for number, each in enumerate([*odd, odd[1].conj()]):
+        for step in range(3):
+            tensors: list[Tensor | None] = [drawn(9, seed=step), None, each.clone(), drawn(5)]
+            if not each.is_complex():
+                tensors[2] = torch.empty_like(wide.t() if number == 3 else wide)
+                tensors[2] = tensors[2].as_strided(each.shape, each.stride()).copy_(each)
+            elif each.is_conj():
+                tensors[2] = each.resolve_conj().conj().clone().conj()
+            found = measuring.norms(tensors, 2.0, device=CPU, tables=tables, what="odd")
+            wanted = [0.0 if t is None else reference(t.abs(), 2.0) for t in tensors]
+            np.testing.assert_allclose(found.numpy(), wanted, rtol=1e-6)
+            assert len(looked) == compiled * (number + 1), (number, step)

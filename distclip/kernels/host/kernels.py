@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, TypeVar, cast
@@ -32,6 +33,7 @@ Floats: TypeAlias = npt.NDArray[np.float64]
 Made = TypeVar("Made")
 Each = TypeVar("Each")
 
+_dtype, _shape, _is_cpu = map(operator.attrgetter, ("dtype", "shape", "is_cpu"))
 LOOPS = {1.0: "magnitudes", 2.0: "squares", math.inf: "largest"}
 """Orders of norms, and the loops that measure them."""
 LEAST, MOST = 1e-280, 1e300
@@ -102,25 +104,81 @@ def choose(
     seen = look(there(tensors)) if seen is None else seen
     if seen is not None and _takes(seen, kinds, unit_dims):
         return _chosen(tensors, what, counts, bounds, tables, seen)
-    found: list[tuple[int, Tensor, Kind, Shape]] = []
-    for number, tensor in enumerate(tensors):
-        shape = None
-        if pairs and tensor is not None and is_of_pairs(tensor):
-            tensor = torch.view_as_real(tensor)
-        if tensor is not None and is_readable(tensor, kinds) and tensor.numel():
-            dims = None if unit_dims is None else unit_dims[number]
-            shape = shape_of(tensor) if dims is None else shape_of_units(tensor, dims)
-        if tensor is not None and shape is not None:
-            found.append((number, tensor, KINDS[tensor.dtype], shape))
+    make = functools.partial(_select, tensors, kinds, unit_dims, counts, bounds, pairs)
+    key = _layouts(tensors, unit_dims, counts, bounds, pairs)
+    selected = make() if key is None else tables.remembered(f"{what} one by one", key, make)
+    if selected is None:
+        return None
+    some = [cast(Tensor, tensors[number]) for number in selected.positions]
+    for number in selected.complex:
+        some[number] = torch.view_as_real(some[number])
+    positions = selected.positions if len(some) < len(tensors) else None
+    addresses = np.fromiter(map(Tensor.data_ptr, some), np.int64, len(some))
+    return Chosen(some, positions, selected.table, addresses, some)
+
+
+@dataclass(frozen=True)
+class _Selected:
+    """Those of some tensors that the loops take, found one by one.
+
+    Attributes:
+        positions: which these are.
+        complex: those that are read as pairs, counted among them.
+        table: of all of them.
+    """
+
+    positions: Sequence[int]
+    complex: Sequence[int]
+    table: Table
+
+
+def _layouts(tensors: Sequence[Tensor | None], *more: object) -> object | None:
+    """All that :func:`_select` looks at, to compare with; None where some have no strides."""
+    some = there(tensors)
+    try:
+        return (
+            list(map(type, tensors)),
+            list(map(_dtype, some)),
+            list(map(_shape, some)),
+            list(map(Tensor.stride, some)),
+            list(map(_is_cpu, some)),
+            list(map(Tensor.is_conj, some)),
+            list(map(Tensor.is_neg, some)),
+            more,
+        )
+    except RuntimeError:
+        return None
+
+
+def _select(
+    tensors: Sequence[Tensor | None],
+    kinds: frozenset[Kind],
+    unit_dims: Sequence[Sequence[int]] | None,
+    counts: Sequence[int] | None,
+    bounds: Sequence[float | None] | None,
+    pairs: bool,
+) -> _Selected | None:
+    found: list[tuple[int, Kind, Shape]] = []
+    are_complex: list[int] = []
+    for number, given in enumerate(tensors):
+        is_pairs = pairs and given is not None and is_of_pairs(given)
+        tensor = torch.view_as_real(given) if is_pairs and given is not None else given
+        if tensor is None or not is_readable(tensor, kinds) or not tensor.numel():
+            continue
+        dims = None if unit_dims is None else unit_dims[number]
+        shape = shape_of(tensor) if dims is None else shape_of_units(tensor, dims)
+        if shape is not None:
+            if is_pairs:
+                are_complex.append(len(found))
+            found.append((number, KINDS[tensor.dtype], shape))
     if not found:
         return None
-    where, some, of_kinds, shapes = zip(*found, strict=True)
+    where, of_kinds, shapes = zip(*found, strict=True)
     limits = None if bounds is None else [bounds[number] for number in where]
     table = table_of(of_kinds, shapes, limits, units=unit_dims is not None)
     if counts is not None:
         table = table.within(_starts(counts, where), sum(counts))
-    addresses = np.array([tensor.data_ptr() for tensor in some], np.int64)
-    return Chosen(some, where if len(where) < len(tensors) else None, table, addresses, some)
+    return _Selected(where, are_complex, table)
 
 
 def _chosen(
