@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import (
     Annotated,
@@ -23,6 +25,7 @@ from annotated_types import Ge
 
 from distclip.errors import ConfigurationError
 from distclip.policies import Policy
+from distclip.policies.registry import registered
 
 OnNonfinite: TypeAlias = Literal["error", "error_late", "skip", "zero", "pass"]
 VerifyReplicas: TypeAlias = Literal["first", "never"] | Annotated[int, Ge(1)]
@@ -54,6 +57,7 @@ class Options:
         if not isinstance(self.policy, Policy):
             raise ConfigurationError(
                 f"policy must be a policy such as policies.global_norm(1.0), got {self.policy!r}"
+                f"{_meant(self.policy)}"
             )
         check_on_nonfinite(self.on_nonfinite)
         every = self.verify_replicas
@@ -75,6 +79,15 @@ class Options:
     def arguments(self, **changes: object) -> dict[str, Any]:
         """Keyword arguments of :class:`distclip.GradClipper`, some of them changed."""
         return {name: getattr(self, name) for name in NAMES} | changes
+
+
+def _meant(given: object) -> str:
+    """What was probably meant by something that is no policy."""
+    if isinstance(given, (Mapping, os.PathLike)) or str(given).endswith((".yaml", ".yml", ".json")):
+        return "; a configuration goes to distclip.from_config(configuration, model)"
+    name = given if isinstance(given, str) else getattr(given, "name", None)
+    near = difflib.get_close_matches(str(name), registered(), n=1)
+    return f"; write policies.{near[0]}(...)" if near else ""
 
 
 NAMES = tuple(each.name for each in dataclasses.fields(Options))

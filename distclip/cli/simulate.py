@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from distclip._foreign import clean
 from distclip.tools.simulate.layouts import LAYOUTS
+
+if TYPE_CHECKING:
+    from distclip.tools.simulate.shown import Outcome
 
 CONTEXT = {"allow_interspersed_args": False}
 DEFAULT = ("ddp", "fsdp2")
@@ -54,6 +57,7 @@ def simulate(
     """
     from rich.console import Console
     from rich.markup import escape
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     from distclip.tools.simulate import nodes, shown
     from distclip.tools.simulate.running import Simulation
@@ -67,8 +71,14 @@ def simulate(
     )  # fmt: skip
     if host_count > 1 and (reason := nodes.why_not()):
         console.print(f"no network namespaces here: {reason}", style="dim", markup=False)
-    with console.status("") as status:
-        outcomes = simulation.run(chosen, lambda text: status.update(escape(clean(text))))
+    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("")
+        outcomes = simulation.run(
+            chosen,
+            lambda text: progress.update(task, description=escape(clean(text))),
+            (lambda outcome: None) if console.is_terminal else _tell_ended,
+        )
     shown.show(outcomes, tolerance, console)
     if skipped := chosen[len(outcomes) :]:
         console.print(f"not run after that: {', '.join(skipped)}", style="dim")
@@ -78,3 +88,12 @@ def simulate(
         typer.echo(f"written to {clean(json)}")
     if not all(outcome.sound for outcome in outcomes):
         raise typer.Exit(1)
+
+
+def _tell_ended(outcome: Outcome) -> None:
+    """A line for a layout, where there is no terminal that shows how far it is."""
+    ending = outcome.ending
+    steps = min((rank.done for rank in ending.ranks), default=0)
+    typer.echo(
+        f"{clean(outcome.layout)}: {ending.how}, {steps} steps, {ending.seconds:.1f} s", err=True
+    )

@@ -54,9 +54,15 @@ def verify(
     total = len(list(selection.groups)) * len(selection.policies)
     with Progress(*columns, transient=True) as progress:
         task = progress.add_task("", total=total)
-        matrix = running.run(
-            selection, lambda text, done: progress.update(task, description=text, advance=done)
-        )
+
+        def tell(text: str, done: int) -> None:
+            progress.update(task, description=text, advance=done)
+            if done and not progress.console.is_terminal:
+                seconds = progress.tasks[0].elapsed or 0.0
+                count = f"{progress.tasks[0].completed:.0f} of {total} cells"
+                typer.echo(f"{clean(text)}: {count}, {seconds:.1f} s", err=True)
+
+        matrix = running.run(selection, tell)
     _show(matrix)
     _write(
         matrix,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -114,6 +115,28 @@ def unmatched(policy: Policy, names: Sequence[str]) -> list[str]:
     for part in (*(choice for _, choice in policy.mapping), policy.default):
         found += [] if part is None else unmatched(part, names)
     return found
+
+
+def unmatched_units(policy: Policy, names: Sequence[str]) -> list[str]:
+    """Patterns of the ``unit_dims`` of a composition that no name matches, in order."""
+    patterns = {
+        pattern: None
+        for stage in stages(policy, ())
+        for pattern, _ in getattr(stage.policy, "unit_dims_by_name", ())
+    }
+    return [each for each in patterns if not any(matches(name, each) for name in names)]
+
+
+def nearest(pattern: str, names: Sequence[str]) -> str | None:
+    """The name that a pattern with a typing error may have meant; None if none is near."""
+    core = pattern.strip("*?.")
+    parts: dict[str, str] = {}
+    for name in names:
+        pieces = name.split(".")
+        for part in (name, *pieces, ".".join(pieces[-2:])):
+            parts.setdefault(part, name)
+    close = difflib.get_close_matches(core, parts, n=1)
+    return parts[close[0]] if close else None
 
 
 def summary(policy: Policy | None) -> str:

@@ -65,9 +65,9 @@ def test_several_clippers(narration: Narration, capsys: pytest.CaptureFixture[st
     narration.conclude()
     assert capsys.readouterr().err.splitlines() == [
         "distclip: measure(2) on 4 parameters, one process, float32",
-        "distclip: measure(2) on 4 parameters (0.weight, 0.bias, ...), one process, float32",
-        "distclip: 0.weight, 0.bias, ...: 1 steps, 0 % clipped, 0 skipped, largest norm 3",
-        "distclip: 0.weight, 0.bias, ...: 1 steps, 0 % clipped, 0 skipped, largest norm 3",
+        "distclip: 2. measure(2) on 4 parameters (0.weight, 0.bias, ...), one process, float32",
+        "distclip: 1. 1 steps, 0 % clipped, 0 skipped, largest norm 3",
+        "distclip: 2. 1 steps, 0 % clipped, 0 skipped, largest norm 3",
     ]
 
 

@@ -304,9 +304,9 @@ def _check_spawned(accelerator: Any) -> None:
     raise DistclipError(
         f"accelerate launch was asked for {launched.num_processes} processes{where}, but started "
         f"one: for distributed_type {launched.distributed_type} (and with its own --cpu) it relies "
-        "on an MPI launcher. Write `distributed_type: MULTI_GPU` (or FSDP) with `use_cpu: true` in "
-        "the YAML, as configs/accelerate/ddp_cpu.yaml does, or pass --cpu to `distclip run` rather "
-        "than to `accelerate launch`."
+        "on an MPI launcher. Write `distributed_type: MULTI_GPU` (or FSDP) and `use_cpu: true` in "
+        "the YAML, as configs/accelerate/ddp_cpu.yaml has it, and leave --cpu off `accelerate "
+        "launch`. (--cpu of `distclip run` alone does not start more processes.)"
     )
 
 

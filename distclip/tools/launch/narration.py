@@ -33,7 +33,7 @@ class Narration:
         logs.opened.append(self._follow)
 
     def _follow(self, clipper: GradClipper, config: Config) -> None:
-        followed = Followed(clipper, first=not self.followed)
+        followed = Followed(clipper, len(self.followed) + 1)
         clipper.sinks = (*clipper.sinks, followed)
         self.followed.append(followed)
 
@@ -41,9 +41,9 @@ class Narration:
         """Say of each clipper what it has done, and follow no more."""
         logs.opened.remove(self._follow)
         several = len([each for each in self.followed if each.steps]) > 1
-        for followed in self.followed:
+        for number, followed in enumerate(self.followed, 1):
             if followed.steps and followed.speaks:
-                _say(followed.result(several))
+                _say(f"{number}. {followed.result()}" if several else followed.result())
 
 
 class Followed:
@@ -51,14 +51,15 @@ class Followed:
 
     Args:
         clipper: the clipper.
-        first: whether it is the only one so far, so that it need not say which one it is.
+        number: from 1; a second one says which one it is.
     """
 
-    def __init__(self, clipper: GradClipper, *, first: bool = True) -> None:
+    def __init__(self, clipper: GradClipper, number: int) -> None:
         self.steps = 0
         self.speaks = False
-        self._about = describe(clipper, names=not first)
-        self._names = clipper.names
+        self._about = describe(clipper, names=number > 1)
+        if number > 1:
+            self._about = f"{number}. {self._about}"
         self._clipper = clipper
         self._waiting: list[Tensor] = []
         self._sums: Tensor | None = None
@@ -83,12 +84,8 @@ class Followed:
         self._sums = torch.cat([rows[:, :2].sum(0), rows[:, 2:].amax(0)])
         self._waiting.clear()
 
-    def result(self, several: bool) -> str:
-        """The line at the end. Waits for the device.
-
-        Args:
-            several: whether there are other clippers, so that it has to say which one this is.
-        """
+    def result(self) -> str:
+        """The line at the end. Waits for the device."""
         if self._waiting:
             self._add()
         assert self._sums is not None  # there has been a step
@@ -99,8 +96,6 @@ class Followed:
         sinks = [sink for sink in self._clipper.sinks if isinstance(sink, JsonlSink)]
         if sinks:
             line += f"; log: {', '.join(clean(sink.path) for sink in sinks)}"
-        if several:
-            line = f"{_some(self._names)}: {line}"
         return line
 
 
@@ -138,6 +133,8 @@ def _layout(clipper: GradClipper) -> str:
             found["FSDP2" if id(parameter) in by_fsdp2 else "DTensor"] = None
         elif entry.others:
             found["experts"] = None
+    if any(not e.others and e.name not in clipper.here for e in entries):
+        found["stages"] = None
     if not found and ranks == 1:
         return "one process"
     found = found or {"DDP": None}

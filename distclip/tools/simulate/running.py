@@ -51,12 +51,18 @@ class Simulation:
     branches: bool
     keep: Path | None
 
-    def run(self, chosen: Sequence[str], tell: Callable[[str], None]) -> list[Outcome]:
+    def run(
+        self,
+        chosen: Sequence[str],
+        tell: Callable[[str], None],
+        ended: Callable[[Outcome], None] = lambda outcome: None,
+    ) -> list[Outcome]:
         """Run layouts in turn, up to the first that does not come to its end; compare them.
 
         Args:
             chosen: layouts; the first is the reference.
             tell: gets a line on what is going on.
+            ended: called after each layout.
 
         Raises:
             ConfigurationError: something that cannot be run, before anything is.
@@ -77,6 +83,7 @@ class Simulation:
             for name in chosen:
                 launch = self._prepared(name, root / name, log, set(chosen))
                 outcomes.append(self._ended(launch, root / name, tell))
+                ended(outcomes[-1])
                 if outcomes[-1].ending.how != "ended":
                     break
         _compare(outcomes, self.tolerance)
