@@ -28,7 +28,7 @@ from distclip.clipper import GradClipper
 from distclip.config import Config
 from distclip.errors import ConfigurationError
 from distclip.functional import get_total_norm
-from distclip.integrations import deepspeed_json, hooks
+from distclip.integrations import charge, deepspeed_json, hooks
 from distclip.integrations.accelerate_clippers import Clippers
 from distclip.integrations.accelerate_marks import JointDecision, Mark
 from distclip.integrations.accelerate_prepared import (
@@ -162,6 +162,7 @@ class AcceleratorAttachment(Attachment):
         """Take the hooks off all optimizers."""
         for optimizer, handle in self._handles.items():
             handle.remove()
+            charge.release(optimizer)
             for accelerated in self._prepared.wrappers(optimizer):
                 if accelerated.scaler is None:  # then Accelerate itself never touches it again
                     accelerated._is_overflow = False
@@ -325,7 +326,13 @@ class AcceleratorAttachment(Attachment):
             functools.partial(self._before_step, reference),
             functools.partial(self._after_step, reference),
         )
+        charge.take(optimizer, charge.Charge("accelerate", self._clip_for_torch))
         hooks.mark_active("accelerate")
+
+    def _clip_for_torch(self, parameters: list[Tensor]) -> Tensor:
+        """In place of ``torch.nn.utils.clip_grad_norm_``, where ``distclip run`` replaces that."""
+        self._announce("torch.nn.utils.clip_grad_norm_ (or a function beside it)")
+        return self._clip(parameters)
 
     def _announce(self, call: str) -> None:
         if not self._announced and self.accelerator.is_main_process:

@@ -34,6 +34,7 @@ from tests.integrations.accelerated import (
     same,
     sgd,
     snapshot,
+    start,
     whole,
 )
 
@@ -377,6 +378,17 @@ def test_a_container_of_optimizers_is_clipped_as_one(world_size: int) -> None:
         assert count == 4
 
 
+def test_the_parts_of_a_container_do_not_count_beside_it() -> None:
+    with running({"name": "group_norm", "max_norm": 1e-3}) as scripts:
+        model = make()
+        stepper = Container([model.body, model.head])
+        assert scripts._objects.owners([model.head.bias]) == [stepper]
+        loss_of(model, batch(0)).backward()
+        stepper.step()
+        norm = nn.utils.get_total_norm([p.grad for p in model.parameters()])
+        assert norm.item() == pytest.approx(1e-3, rel=1e-2)
+
+
 def of_two(model: nn.Module) -> list[torch.optim.Optimizer]:
     return [sgd(part) for part in model.children()]
 
@@ -465,6 +477,28 @@ def test_an_optimizer_of_another_integration_is_left_alone() -> None:
         other.step()
         assert calls == [4, 4]
         assert scripts.last_report is None
+
+
+@pytest.mark.ranks(1, 2)
+def test_torchs_functions_in_a_script_of_accelerate(world_size: int) -> None:
+    """Such a call becomes Accelerate's own policy, and there is one clip."""
+    pytest.importorskip("accelerate")
+    wanted, _ = reference(0.5, 3)
+    for layout in ("ddp", "fsdp2"):
+        with running(Halve()) as scripts:
+            accelerator = start(layout)
+            handle = distclip.accelerate.attach(accelerator, Halve())
+            model = make()
+            model, stepper = accelerator.prepare(model, sgd(model))
+            for number in range(3):
+                stepper.zero_grad()
+                accelerator.backward(loss_of(model, mine(batch(number))))
+                norm = by_utils(model)
+                stepper.step()
+                assert norm == handle.last_report.total_norm
+            assert scripts.last_report is None
+            handle.remove()
+        same(whole(model), wanted)
 
 
 def test_an_order_of_its_own_and_a_group_norm() -> None:
