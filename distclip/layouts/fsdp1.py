@@ -268,7 +268,7 @@ def _within_mesh(
     sharded = [dist.get_rank()]
     if handle.uses_sharded_strategy:
         sharded = dist.get_process_group_ranks(handle.process_group)
-    ranks = _grid(spec.mesh._get_root_mesh().mesh, set(tensor_parallel), set(sharded))
+    ranks = _grid(_root(spec.mesh).mesh, set(tensor_parallel), set(sharded))
     if len(ranks) != len(tensor_parallel) * len(sharded):
         raise UnsupportedGradientError(
             f"{name!r} is sharded by FSDP1 over ranks {sharded} and by its DTensor over ranks "
@@ -276,6 +276,15 @@ def _within_mesh(
             f"that the model was parallelized with: FSDP(..., device_mesh=mesh['dp'])"
         )
     return shape, tuple(dim[0][0] if dim else 0 for dim in spans), owned, ranks
+
+
+def _root(mesh: Any) -> Any:
+    """The mesh that a mesh was sliced out of; itself, if it was made whole."""
+    if hasattr(mesh, "_get_root_mesh"):
+        return mesh._get_root_mesh()
+    from torch.distributed import device_mesh  # torch 2.9
+
+    return device_mesh._mesh_resources.get_root_mesh(mesh)  # type: ignore[attr-defined]
 
 
 def _grid(mesh: Tensor, first: set[int], second: set[int]) -> list[int]:

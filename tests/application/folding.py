@@ -19,6 +19,8 @@ KINDS: dict[str, tuple[type[Optimizer], dict[str, Any]]] = {
     "sgd momentum": (SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01}),
     "adagrad": (Adagrad, {"lr": 0.1, "eps": 1.0}),
 }
+if not hasattr(Adagrad([nn.Parameter(torch.ones(1))], fused=True), "_step_supports_amp_scaling"):
+    del KINDS["adagrad"]  # torch 2.9's takes no scale, so nothing is folded into it
 
 
 MAX_NORM = 0.3

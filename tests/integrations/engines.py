@@ -40,7 +40,9 @@ class Model(nn.Module):
 
     def forward(self, ids: Tensor, target: Tensor) -> Tensor:
         x = self.norm(torch.tanh(self.fc(self.embed(ids))))
-        return nn.functional.mse_loss(self.out(x + self.frozen(x)).float(), target)
+        wide = torch.promote_types(target.dtype, torch.float32)
+        # Of one dtype: torch 2.9 has no backward of a mixed loss.
+        return nn.functional.mse_loss(self.out(x + self.frozen(x)).to(wide), target.to(wide))
 
 
 def model() -> Model:
