@@ -284,7 +284,7 @@ def _root(mesh: Any) -> Any:
         return mesh._get_root_mesh()
     from torch.distributed import device_mesh  # torch 2.9
 
-    return device_mesh._mesh_resources.get_root_mesh(mesh)  # type: ignore[attr-defined]
+    return device_mesh._mesh_resources.get_root_mesh(mesh)
 
 
 def _grid(mesh: Tensor, first: set[int], second: set[int]) -> list[int]:
