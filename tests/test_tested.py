@@ -86,7 +86,7 @@ def test_an_older_version_is_refused_by_name(versions: dict[str, str]) -> None:
             distclip.__getattr__("GradClipper")
 
 
-@pytest.mark.parametrize("name", hooks.INTEGRATIONS)
+@pytest.mark.parametrize("name", sorted(TESTED.keys() & hooks.INTEGRATIONS.keys()))
 def test_an_older_framework_is_refused_by_name(name: str, versions: dict[str, str]) -> None:
     versions.update(dict.fromkeys(TESTED, "99.0"), **{name: "0.1"})
     with pytest.raises(DistclipError, match=f"pip install '{name}>="):
