@@ -275,16 +275,7 @@ def reduce(
                     (kind, order), norms, order, plan.rows, plan.shares, len(plan.entries)
                 )
     if table.summed.size:
-        size = table.summed.size
-        first = table.whole.size
-        for order in request.unit_orders:
-            units = measured.units.norms[order][first:]
-            packet.add_norms(("units", order), units, order, table.places, table.shares, size)
-        for order in request.deciding_orders:
-            units = measured.units.weights[order][first:]
-            packet.add_norms(
-                ("unit weights", order), units, order, table.places, table.shares, size
-            )
+        _add_units(packet, request, table, measured)
     if request.decided_locally and group is not None:
         packet.add_sum("clipped", decided.clipped)
         packet.add_sum("smallest", _own_slot(decided.smallest, group))
@@ -318,6 +309,21 @@ def reduce(
         in_range=True not in wide.values(),
         loss=got["loss"][0] / got["loss"][1] if "loss" in got else None,
     )
+
+
+def _add_units(
+    packet: Packet, request: Request, table: UnitTable, measured: LocalMeasurement
+) -> None:
+    """Norms of the units that are summed over ranks."""
+    units = measured.units
+    for kind, orders, norms in (
+        ("units", request.unit_orders, units.norms),
+        ("unit weights", request.deciding_orders, units.weights),
+    ):
+        for order in orders:
+            some = norms[order][table.whole.size :]
+            size = table.summed.size
+            packet.add_norms((kind, order), some, order, table.places, table.shares, size)
 
 
 def _flags(plan: Plan, measured: LocalMeasurement, stamp: Stamp | None, as_maxima: bool) -> Tensor:

@@ -38,6 +38,37 @@ def _clamped(x, bound, BOUNDED: tl.constexpr):
 
 
 @triton.jit
+def _take(sums, largest, x, bound, KIND: tl.constexpr, BOUNDED: tl.constexpr):
+    """Sums, and the largest magnitudes where the sums are not these, with more elements in them."""
+    x = _clamped(x.to(tl.float32), bound, BOUNDED)
+    if KIND != 0:
+        largest = tl.maximum(largest, tl.abs(x))
+    return _add(sums, x, KIND), largest
+
+
+@triton.jit
+def _is_doubtful(sums, largest, LEAST: tl.constexpr):
+    """Whether float32 sums may have lost something to overflow or underflow."""
+    return (((sums > LEAST) & (sums < float("inf"))) == 0) & (largest != 0.0)
+
+
+@triton.jit
+def _chunk(address, numel, number, DTYPE: tl.constexpr, SIZE: tl.constexpr, ELEMENTS: tl.constexpr):
+    """One chunk of a tensor, counted from its address rounded down to 16 bytes.
+
+    Returns that address as a pointer, the tensor's first element and the one after its last, the
+    chunk's first, and how many it has.
+    """
+    aligned = (address // 16) * 16
+    head = (address - aligned) // SIZE
+    stop = head + numel
+    start = number * ELEMENTS
+    left = tl.minimum(stop - start, ELEMENTS).to(tl.int32)
+    base = tl.multiple_of(aligned.to(tl.pointer_type(DTYPE)), 16)
+    return base, head, stop, start, left
+
+
+@triton.jit
 def measure(
     pointers,  # int64 (segments,)
     numels,  # int64 (segments,)
@@ -58,13 +89,9 @@ def measure(
     """Sum of p-th powers, or the maximum, of one chunk of ``BLOCK * TURNS`` elements."""
     program = tl.program_id(0).to(tl.int64) + offset
     owner = tl.load(owners + program)
-    address = tl.load(pointers + owner)
-    aligned = (address // 16) * 16
-    head = (address - aligned) // SIZE
-    base = tl.multiple_of(aligned.to(tl.pointer_type(DTYPE)), 16)
-    stop = head + tl.load(numels + owner)
-    start = (program - tl.load(firsts + owner)) * (BLOCK * TURNS)
-    left = tl.minimum(stop - start, BLOCK * TURNS).to(tl.int32)
+    address, numel = tl.load(pointers + owner), tl.load(numels + owner)
+    number = program - tl.load(firsts + owner)
+    base, head, stop, start, left = _chunk(address, numel, number, DTYPE, SIZE, BLOCK * TURNS)
     lanes = tl.arange(0, BLOCK)
     sums = tl.zeros([BLOCK], tl.float32)
     largest = tl.zeros([BLOCK], tl.float32)
@@ -73,27 +100,20 @@ def measure(
         bound = tl.load(bounds + tl.load(outputs + owner)).to(tl.float32)
     if (start >= head) & (left == BLOCK * TURNS):
         for turn in tl.static_range(TURNS):
-            x = tl.load(base + start + turn * BLOCK + lanes).to(tl.float32)
-            x = _clamped(x, bound, BOUNDED)
-            sums = _add(sums, x, KIND)
-            if KIND != 0:
-                largest = tl.maximum(largest, tl.abs(x))
+            x = tl.load(base + start + turn * BLOCK + lanes)
+            sums, largest = _take(sums, largest, x, bound, KIND, BOUNDED)
     else:
         at = 0
         while at < left:
             index = start + at + lanes
             x = tl.load(base + index, mask=(index >= head) & (index < stop), other=0.0)
-            x = _clamped(x.to(tl.float32), bound, BOUNDED)
-            sums = _add(sums, x, KIND)
-            if KIND != 0:
-                largest = tl.maximum(largest, tl.abs(x))
+            sums, largest = _take(sums, largest, x, bound, KIND, BOUNDED)
             at += BLOCK
     if KIND == 0:
         result = tl.reduce(sums, 0, _larger).to(tl.float64)
     else:
         result = tl.sum(sums.to(tl.float64), axis=0)
-        is_sound = (result > LEAST) & (result < float("inf"))
-        if (is_sound == 0) & (tl.max(largest, axis=0) != 0.0):
+        if _is_doubtful(result, tl.max(largest, axis=0), LEAST):
             exact = tl.zeros([BLOCK], tl.float64)
             at = 0
             while at < left:
@@ -176,18 +196,14 @@ def measure_rows(
         for turn in tl.static_range(TURNS):
             column = at + turn * COLUMNS + lanes
             x = tl.load(base + column, mask=inside[:, None] & (column < width), other=0.0)
-            x = x.to(tl.float32)
-            sums = _add(sums, x, KIND)
-            if KIND != 0:
-                largest = tl.maximum(largest, tl.abs(x))
+            sums, largest = _take(sums, largest, x, 0.0, KIND, False)
         if KIND == 0:
             result = _larger(result, tl.reduce(sums, 1, _larger).to(tl.float64))
         else:
             result += tl.sum(sums, axis=1).to(tl.float64)
         at += COLUMNS * TURNS
     if KIND != 0:
-        is_sound = (result > LEAST) & (result < float("inf"))
-        doubtful = (is_sound == 0) & (tl.max(largest, axis=1) != 0.0)
+        doubtful = _is_doubtful(result, tl.max(largest, axis=1), LEAST)
         if tl.max(doubtful.to(tl.int32), axis=0) > 0:
             exact = tl.zeros([ROWS], tl.float64)
             at = 0
@@ -235,13 +251,9 @@ def scale(
     coefficient = tl.load(coefficients + tl.load(outputs + owner) * stride)
     if coefficient != 1.0:
         step, factor = _steps(coefficient, WIDE)
-        address = tl.load(pointers + owner)
-        aligned = (address // 16) * 16
-        head = (address - aligned) // SIZE
-        base = tl.multiple_of(aligned.to(tl.pointer_type(DTYPE)), 16)
-        stop = head + tl.load(numels + owner)
-        start = (program - tl.load(firsts + owner)) * (BLOCK * TURNS)
-        left = tl.minimum(stop - start, BLOCK * TURNS).to(tl.int32)
+        address, numel = tl.load(pointers + owner), tl.load(numels + owner)
+        number = program - tl.load(firsts + owner)
+        base, head, stop, start, left = _chunk(address, numel, number, DTYPE, SIZE, BLOCK * TURNS)
         lanes = tl.arange(0, BLOCK)
         if (start >= head) & (left == BLOCK * TURNS):
             for turn in tl.static_range(TURNS):
