@@ -29,7 +29,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 from distclip.monitor import plots
-from distclip.monitor.runs import Run, read_loss, read_run
+from distclip.monitor.reading import read_loss, read_run
+from distclip.monitor.runs import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 900.0

@@ -15,7 +15,7 @@ from benchmarks.reliability import fuzz, fuzz_guards
 from distclip import _foreign, config, policies
 from distclip.cli.app import main
 from distclip.errors import ConfigurationError, DistclipError
-from distclip.monitor import plots, runs, table
+from distclip.monitor import plots, reading, runs, table
 
 FIELDS = {"clipped_norm": 1.0, "coefficient": 1.0, "threshold": 1.0, "clipped_fraction": 0.0}
 
@@ -84,7 +84,7 @@ def test_the_fuzzer_sees_what_it_looks_for(monkeypatch: pytest.MonkeyPatch) -> N
         assert "code was run" in ends(lambda here: fuzz._held_to({}, here))
 
 
-READERS: list[Callable[[Any], object]] = [config.load, runs.read_run]
+READERS: list[Callable[[Any], object]] = [config.load, reading.read_run]
 
 
 @pytest.mark.parametrize("read", READERS)
@@ -228,7 +228,7 @@ def test_a_name_is_shown_and_does_nothing(
     written.write_text(outputs[1][1], encoding="utf-8")
     assert isinstance(config.load(written).policy, policies.GlobalNorm)
     assert not canary()
-    run = runs.read_run(name)
+    run = reading.read_run(name)
     with open(os.devnull, "w") as nowhere:
         table.show(runs.summaries([run]), nowhere, terminal=True)
     pytest.importorskip("matplotlib")
@@ -283,7 +283,7 @@ def test_of_a_log_what_can_be_read_is_read(tmp_path: Path) -> None:
     odd = b'{"step": 3, "total_norm": -1.0, "clipped_norm": "x", "threshold": {}, "loss": 1e999}'
     path = tmp_path / "r.jsonl"
     path.write_bytes(b"\n".join([*foreign[:6], good.encode(), *foreign[6:], odd, b'{"cut']))
-    run = runs.read_run(path)
+    run = reading.read_run(path)
     assert list(run.steps) == [1.0, 3.0]
     assert list(run.total_norm)[:1] == [2.0]
     runs.summaries([run])[0].advice()

@@ -40,7 +40,7 @@ from distclip.cli.app import main
 from distclip.config.files import read
 from distclip.errors import DistclipError
 from distclip.integrations.deepspeed_json import configured, examined
-from distclip.monitor import runs, table
+from distclip.monitor import reading, runs, table
 from distclip.policies.registry import registered
 
 COUNT = 50_000
@@ -192,8 +192,8 @@ def logs(here: Folder) -> Fuzzer:
         if how == 1:
             return _suggested(path, here)
         try:
-            run = runs.read_run(path)
-            runs.read_loss(path, run.group)
+            run = reading.read_run(path)
+            reading.read_loss(path, run.group)
             screen = io.StringIO()
             table.show(runs.summaries([run]), screen, terminal=how == 2)
             printable(_without_styles(screen.getvalue()), "the table")

@@ -20,27 +20,42 @@ def report(
         typer.Option("--loss", help="Training log with step and loss; one for each run."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Picture to write (png, svg, pdf).")
+        Path | None,
+        typer.Option("--out", "-o", help="Page (html) or picture (png, svg, pdf) to write."),
     ] = None,
 ) -> None:
-    """Show norms, clipping and advice for one or several runs; draw a picture with --out.
+    """Show norms, clipping and advice for one or several runs; write a page with -o page.html.
 
     Runs that differ in a seed only (agc_seed0.jsonl, agc_seed1.jsonl) are drawn as one group.
     """
-    from distclip.monitor import plots, table
-    from distclip.monitor.runs import read_loss, read_run, summaries
+    from distclip.monitor import page, plots, table
+    from distclip.monitor.reading import read_loss, read_runs
+    from distclip.monitor.runs import summaries
 
     if loss and len(loss) != len(runs):
         raise ConfigurationError(
             f"report: {len(loss)} --loss for {len(runs)} runs; give one for each run, in the "
             f"same order, or none"
         )
-    if loss and out is None:
-        raise ConfigurationError("report: --loss is for the picture; name one with --out")
-    recorded = [read_run(path) for path in runs]
-    table.show(summaries(recorded))
-    if out is not None:
-        pairs = zip(loss or (), recorded, strict=False)
-        curves = [read_loss(path, run.group) for path, run in pairs]
-        plots.save(plots.draw(recorded, curves), out)
-        typer.echo(f"\npicture: {clean(out)}")
+    if loss and (out is None or _is_page(out)):
+        raise ConfigurationError(
+            "report: --loss is for the picture; name one with --out (png, svg, pdf)"
+        )
+    by_file = [read_runs(path) for path in runs]
+    recorded = [run for found in by_file for run in found]
+    summed = summaries(recorded)
+    table.show(summed)
+    if out is None:
+        return
+    if _is_page(out):
+        page.save(recorded, summed, out)
+        typer.echo(f"\npage: {clean(out)}")
+        return
+    pairs = zip(loss or (), by_file, strict=False)
+    curves = [read_loss(path, found[-1].group) for path, found in pairs]
+    plots.save(plots.draw(recorded, curves), out)
+    typer.echo(f"\npicture: {clean(out)}")
+
+
+def _is_page(out: Path) -> bool:
+    return out.suffix.lower() in (".html", ".htm")

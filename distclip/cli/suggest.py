@@ -31,9 +31,10 @@ def suggest(
 
     distclip suggest runs/measure.jsonl > policy.yaml
     """
-    from distclip.monitor.runs import Suggestion, configuration, read_run
+    from distclip.monitor.reading import read_runs
+    from distclip.monitor.runs import Suggestion, configuration
 
-    found = Suggestion.of([read_run(path) for path in runs], percentile, first_step)
+    found = Suggestion.of([run for path in runs for run in read_runs(path)], percentile, first_step)
     if found.clipped > 0.0:
         typer.echo(
             f"distclip: in {found.clipped:.0%} of these steps something was clipped: their norms "

@@ -168,7 +168,11 @@ def _loss(axes: Axes, losses: Sequence[Curve], colours: dict[str, str], quantity
     for group, members in _grouped(losses):
         _curves(axes, members, colours.get(group, "#000000"), group)
     axes.set_title(quantity)
-    axes.set_ylabel(quantity.lower())
+    known = np.concatenate([curve.values[np.isfinite(curve.values)] for curve in losses])
+    explodes = known.size > 0 and 0.0 < known.min() < known.max() / 1000
+    if explodes:
+        axes.set_yscale("log")
+    axes.set_ylabel(quantity.lower() + (" (log scale)" if explodes else ""))
     _keep_in_view([axes], [curve.values for curve in losses])
 
 

@@ -1,24 +1,39 @@
-"""Recorded runs: read from JSONL, and summed up."""
+"""Recorded runs, and what they come to."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 
-from distclip._foreign import clean, read_lines
 from distclip.errors import ConfigurationError
+from distclip.monitor.states import STATES, judged, spike_score
+from distclip.monitor.thinning import sparkline
 
 Floats = npt.NDArray[np.float64]
 PERCENTILES = (50, 90, 99)
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Norms and coefficients of each parameter, where a log has them; of every n-th step if many.
+
+    Attributes:
+        names: of the parameters.
+        steps: ``(steps,)``.
+        norms: float32 ``(steps, parameters)``, before clipping; NaN where not finite or not there.
+        coefficients: float32 ``(steps, parameters)``.
+    """
+
+    names: list[str]
+    steps: Floats
+    norms: npt.NDArray[np.float32]
+    coefficients: npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -26,6 +41,8 @@ class Run:
     """The steps of one run in order, from a file that ``JsonlSink`` wrote.
 
     All arrays have one entry a step; NaN stands for what was not finite or not there.
+    ``state_codes`` are indices into ``STATES``, 255 where the log has none. ``first_bad`` is the
+    first step with NaN or inf, and the parameters that had it.
     """
 
     name: str
@@ -38,6 +55,17 @@ class Run:
     clipped_fraction: Floats
     skipped: npt.NDArray[np.bool_]
     nonfinite: npt.NDArray[np.bool_]
+    state_codes: npt.NDArray[np.uint8]
+    first_bad: tuple[float, tuple[str, ...]] | None = None
+    parameters: Parameters | None = None
+
+    @cached_property
+    def states(self) -> npt.NDArray[np.uint8]:
+        """Index into ``STATES`` for each step; judged now where the log has none."""
+        if (self.state_codes < len(STATES)).all():
+            return self.state_codes
+        found = judged(self.total_norm, self.nonfinite)
+        return np.fromiter(map(STATES.index, found), np.uint8, len(found))
 
     @property
     def clipped(self) -> npt.NDArray[np.bool_]:
@@ -70,97 +98,6 @@ class Curve:
     values: Floats
 
 
-def read_run(path: str | os.PathLike[str]) -> Run:
-    """Read one JSONL file; of a step that was recorded twice, the last counts.
-
-    Raises:
-        ConfigurationError: no such file, or no line in it that a ``JsonlSink`` wrote.
-    """
-    records = _records(path, "total_norm")
-
-    def column(key: str) -> Floats:
-        return np.array([_at_least_zero(record.get(key)) for record in records])
-
-    return Run(
-        name=clean(_label(Path(path))),
-        group=clean(group_of(path)),
-        steps=np.array([_number(record["step"]) for record in records]),
-        total_norm=column("total_norm"),
-        clipped_norm=column("clipped_norm"),
-        coefficient=column("coefficient"),
-        threshold=column("threshold"),
-        clipped_fraction=column("clipped_fraction"),
-        skipped=np.array([record.get("skipped") is True for record in records]),
-        nonfinite=np.array(
-            [bool(record.get("nonfinite")) or record["total_norm"] is None for record in records]
-        ),
-    )
-
-
-def read_loss(path: str | os.PathLike[str], group: str, key: str = "loss") -> Curve:
-    """Read ``step`` and ``loss`` from a training log in JSONL."""
-    records = _records(path, key)
-    steps = np.array([_number(record["step"]) for record in records])
-    return Curve(group, steps, np.array([_number(record[key]) for record in records]))
-
-
-def group_of(path: str | os.PathLike[str]) -> str:
-    """What the runs of one setting with different seeds have in common.
-
-    ``agc_seed1.jsonl``, ``agc-s2.jsonl`` and ``agc/seed3.jsonl`` are all of the group ``agc``. A
-    bare number at the end is a threshold as likely as a seed, and stays.
-    """
-    label = _label(Path(path))
-    return re.sub(r"(?:^|[-_./])(?:seed|s)[-_]?\d+$", "", label, flags=re.IGNORECASE) or label
-
-
-def _label(path: Path) -> str:
-    """The name of the file, with that of its folder where it says too little by itself."""
-    stem = path.stem
-    generic = re.fullmatch(r"(?:clip|log|run|seed|s)?[-_]?\d*", stem, flags=re.IGNORECASE)
-    folder = path.absolute().parent.name
-    return f"{folder}/{stem}" if generic and folder else stem
-
-
-def _records(path: str | os.PathLike[str], key: str) -> list[dict[str, Any]]:
-    """The records that have a step and ``key``, by step.
-
-    Lines that are torn, foreign or of another encoding are passed over.
-    """
-    records: dict[float, dict[str, Any]] = {}
-    for line in read_lines(path):
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):  # ValueError: a number of over 4,300 digits, too
-            continue
-        if isinstance(record, dict) and key in record:
-            step = _number(record.get("step"))
-            record.pop("parameters", None)  # not used here, and most of the record
-            if math.isfinite(step):
-                records[step] = record
-    if not records:
-        raise ConfigurationError(
-            f"{clean(path)}: no line has the keys 'step' and {key!r}; expected JSONL such as "
-            f'{{"step": 1, "{key}": 2.5}}'
-        )
-    return [records[step] for step in sorted(records)]
-
-
-def _number(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return math.nan
-    try:
-        return float(value)
-    except OverflowError:
-        return math.nan
-
-
-def _at_least_zero(value: object) -> float:
-    """A norm, a coefficient, a share: below 0 there is none."""
-    number = _number(value)
-    return number if number >= 0.0 else math.nan
-
-
 # ---- summary ---------------------------------------------------------------------------------
 
 
@@ -170,7 +107,8 @@ class Summary:
 
     ``percentiles`` and ``largest`` are of the norm before clipping. ``clipped`` is the share of the
     steps in which anything was clipped, ``share`` the mean share of the parameters that was: equal
-    for ``global_norm``, while AGC may clip a little in every step.
+    for ``global_norm``, while AGC may clip a little in every step. ``states`` are numbers of steps;
+    ``spike_score`` is a percentage, of the norms.
     """
 
     name: str
@@ -182,6 +120,10 @@ class Summary:
     skipped: int
     nonfinite: int
     threshold: float
+    states: dict[str, int]
+    spike_score: float
+    smallest: float
+    sparkline: str
 
     @classmethod
     def of(cls, run: Run) -> Summary:
@@ -201,6 +143,10 @@ class Summary:
             skipped=int(run.skipped.sum()),
             nonfinite=int(run.nonfinite.sum()),
             threshold=float(known[-1]) if known.size and run.threshold_is_norm else math.nan,
+            states={STATES[code]: n for code, n in sorted(Counter(run.states.tolist()).items())},
+            spike_score=spike_score(run.total_norm),
+            smallest=float(finite.min()) if finite.size else math.nan,
+            sparkline=sparkline(run.total_norm),
         )
 
     def advice(self) -> list[str]:

@@ -149,7 +149,7 @@ class States:
         )
 
 
-def judged(steps: npt.NDArray[Any], norms: npt.NDArray[Any], bad: npt.NDArray[Any]) -> list[State]:
+def judged(norms: npt.NDArray[Any], bad: npt.NDArray[Any]) -> list[State]:
     """The states of a recorded run whose log has none; logs nothing."""
     states = States()
     return [

@@ -52,10 +52,18 @@ def show(
         for line in _columns([HEADER, *rows]):
             console.print(line, markup=False)
     for summary in summaries:
-        advice = summary.advice()
-        if advice:
-            console.print(f"\n{summary.name}:", markup=False)
-        for sentence in advice:
+        console.print(f"\n{summary.name}:", markup=False)
+        if summary.sparkline:
+            console.print(
+                f"  norm {summary.sparkline} {_number(summary.smallest)} to "
+                f"{_number(summary.largest)}, log scale, x: NaN or inf",
+                markup=False,
+            )
+        states = ", ".join(f"{name} {count}" for name, count in summary.states.items())
+        console.print(
+            f"  steps by state: {states}; spike score {_number(summary.spike_score)}%", markup=False
+        )
+        for sentence in summary.advice():
             console.print(f"  - {sentence}", markup=False)
 
 

@@ -14,7 +14,8 @@ from clip_records import record, write
 from distclip.cli.app import app
 from distclip.errors import ConfigurationError, DistclipError
 from distclip.monitor import plots
-from distclip.monitor.runs import Curve, Run, read_loss, read_run
+from distclip.monitor.reading import read_loss, read_run
+from distclip.monitor.runs import Curve, Run
 
 pytest.importorskip("matplotlib")
 

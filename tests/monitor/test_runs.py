@@ -13,7 +13,8 @@ from clip_records import record, write
 
 from distclip.errors import ConfigurationError
 from distclip.monitor import table
-from distclip.monitor.runs import Summary, group_of, read_loss, read_run
+from distclip.monitor.reading import group_of, read_loss, read_run
+from distclip.monitor.runs import Summary
 
 
 def test_a_run_is_read_in_the_order_of_steps_and_the_last_of_a_step_counts(tmp_path: Path) -> None:

@@ -104,9 +104,9 @@ def test_bounds_out_of_order(bounds: dict[str, Any]) -> None:
 def test_a_recorded_run_is_judged_alike_and_quietly(caplog: pytest.LogCaptureFixture) -> None:
     norms = np.concatenate([NOISE[:300], [900.0, math.nan], 1e-4 * NOISE[:20]])
     bad = np.isnan(norms)
-    assert judged(np.arange(len(norms)), norms, bad) == states_of(norms)
+    assert judged(norms, bad) == states_of(norms)
     caplog.clear()
-    judged(np.arange(len(norms)), norms, bad)
+    judged(norms, bad)
     assert not caplog.records
 
 

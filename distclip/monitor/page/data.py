@@ -1,0 +1,217 @@
+"""The numbers of a page, few enough to load fast whatever the length of the run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from distclip.monitor.runs import Floats, Parameters, Run, Summary
+from distclip.monitor.states import STATES
+from distclip.monitor.thinning import bins, thinned
+
+POINTS = 4000
+"""Points of a curve."""
+
+MARKS = 1000
+"""Steps that are marked one by one: skipped, not finite, changes of state."""
+
+ROWS, CELLS = 60, 200
+"""Of the heat map."""
+
+LISTED = 30
+"""Parameters in the table of the most clipped ones."""
+
+PERCENTILES = (50.0, 75.0, 90.0, 95.0, 99.0, 99.9)
+
+
+def page_data(runs: Sequence[Run], summaries: Sequence[Summary]) -> dict[str, Any]:
+    """What the page's script draws; plain JSON, with null for what is not finite."""
+    pairs = zip(runs, summaries, strict=True)
+    return {"states": list(STATES), "runs": [_run(run, summary) for run, summary in pairs]}
+
+
+def _run(run: Run, summary: Summary) -> dict[str, Any]:
+    share = 100.0 * _running_mean(run.clipped_fraction)
+    columns = (run.total_norm, run.clipped_norm, run.threshold, share)
+    steps, (before, after, threshold, share) = thinned(run.steps, columns, POINTS)
+    first = run.first_bad
+    return {
+        "name": run.name,
+        "steps": _numbers(steps, 9),
+        "before": _numbers(before),
+        "after": _numbers(after),
+        "threshold": _numbers(threshold) if run.threshold_is_norm else None,
+        "share": _numbers(share),
+        "thinned": len(steps) < len(run.steps),
+        "skipped": _numbers(_some(run.steps[run.skipped]), 9),
+        "nonfinite": _numbers(_some(run.steps[run.nonfinite]), 9),
+        "states": _spans(run),
+        "histogram": _histogram(run),
+        "candidates": candidates(run.total_norm),
+        "first_bad": None if first is None else {"step": first[0], "names": list(first[1])},
+        "parameters": None if run.parameters is None else _parameters(run.parameters),
+        "summary": _summary(summary),
+    }
+
+
+def _summary(summary: Summary) -> dict[str, Any]:
+    return {
+        "steps": summary.steps,
+        "percentiles": [_number(summary.percentiles[p]) for p in sorted(summary.percentiles)],
+        "largest": _number(summary.largest),
+        "threshold": _number(summary.threshold),
+        "clipped": _number(100.0 * summary.clipped),
+        "share": _number(100.0 * summary.share),
+        "skipped": summary.skipped,
+        "nonfinite": summary.nonfinite,
+        "spike_score": _number(summary.spike_score),
+        "states": summary.states,
+        "advice": summary.advice(),
+    }
+
+
+def candidates(norms: Floats) -> list[dict[str, float]]:
+    """For some percentiles of the norms: the threshold, and the share of steps above it."""
+    finite = norms[np.isfinite(norms)]
+    if not finite.size:
+        return []
+    return [
+        {
+            "percentile": p,
+            "threshold": float(f"{level:.4g}"),
+            "share": float((finite > level).mean()),
+        }
+        for p, level in zip(PERCENTILES, np.percentile(finite, PERCENTILES).tolist(), strict=True)
+    ]
+
+
+def _histogram(run: Run) -> dict[str, Any] | None:
+    """Counts of the norms in bins of equal width of the logarithm."""
+    norms = run.total_norm[np.isfinite(run.total_norm) & (run.total_norm > 0.0)]
+    if not norms.size:
+        return None
+    logs = np.log10(norms)
+    low, high = float(logs.min()), float(logs.max())
+    if high - low < 1e-6:
+        low, high = low - 0.05, high + 0.05
+    counts, edges = np.histogram(logs, 60, (low, high))
+    return {"centres": _numbers((edges[:-1] + edges[1:]) / 2), "counts": counts.tolist()}
+
+
+def _spans(run: Run) -> list[list[float]]:
+    """``[first step, last step, state]`` of all that is not normal; of many, the longest."""
+    codes = run.states
+    if not len(codes):
+        return []
+    starts = np.concatenate(([0], np.flatnonzero(np.diff(codes.astype(int))) + 1))
+    ends = np.concatenate((starts[1:], [len(codes)])) - 1
+    odd = codes[starts] != 0
+    starts, ends = starts[odd], ends[odd]
+    if len(starts) > MARKS:
+        longest = np.sort(np.argsort(starts - ends, kind="stable")[:MARKS])
+        starts, ends = starts[longest], ends[longest]
+    return [
+        [float(run.steps[a]), float(run.steps[b]), int(codes[a])]
+        for a, b in zip(starts, ends, strict=True)
+    ]
+
+
+def _parameters(parameters: Parameters) -> dict[str, Any]:
+    clipped = parameters.coefficients < 1.0
+    known = ~np.isnan(parameters.coefficients)
+    share = clipped.sum(axis=0) / np.maximum(known.sum(axis=0), 1)
+    lowest = _largest(-parameters.coefficients)
+    largest = _largest(parameters.norms)
+    order = np.lexsort((lowest, -share))[:LISTED]
+    median = np.full(len(parameters.names), np.nan)
+    for place in order:
+        column = parameters.norms[:, place]
+        column = column[~np.isnan(column)]
+        median[place] = np.median(column) if column.size else np.nan
+    return {
+        "lines": len(parameters.steps),
+        "count": len(parameters.names),
+        "most_clipped": [
+            {
+                "name": parameters.names[place],
+                "share": _number(100.0 * share[place]),
+                "coefficient": _number(-lowest[place]),
+                "median": _number(median[place]),
+                "largest": _number(largest[place]),
+            }
+            for place in order
+        ],
+        "heat": _heat(parameters),
+    }
+
+
+def _heat(parameters: Parameters) -> dict[str, Any]:
+    """Norms by module and step: the joint norm of a module's parameters, the largest in a cell."""
+    groups = _modules(parameters.names)
+    edges = bins(len(parameters.steps), CELLS)
+    rows = []
+    for places in groups.values():
+        part = parameters.norms[:, places].astype(np.float64)
+        top = np.nanmax(part, initial=0.0)
+        scaled = part / top if top > 0.0 else part
+        joint = top * np.sqrt(np.nansum(scaled * scaled, axis=1))
+        joint[np.isnan(part).all(axis=1)] = np.nan
+        known = np.where(np.isnan(joint), -np.inf, joint)
+        cells = np.maximum.reduceat(known, edges[:-1])
+        rows.append(_numbers(np.where(np.isfinite(cells), cells, np.nan), 3))
+    return {
+        "names": list(groups),
+        "steps": _numbers(parameters.steps[edges[:-1]], 9),
+        "rows": rows,
+        "rolled_up": len(groups) < len(parameters.names),
+    }
+
+
+def _modules(names: Sequence[str]) -> dict[str, list[int]]:
+    """Places of the parameters by the longest module path that leaves few enough groups."""
+    paths = [name.split(".") for name in names]
+    for depth in range(max(map(len, paths)), 0, -1):
+        groups: dict[str, list[int]] = {}
+        for place, path in enumerate(paths):
+            groups.setdefault(".".join(path[:depth]), []).append(place)
+        if len(groups) <= ROWS:
+            return groups
+    edges = bins(len(names), ROWS)  # no structure in the names: runs of neighbours
+    return {
+        f"{names[a]} to {names[b - 1]}": list(range(a, b))
+        for a, b in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)
+    }
+
+
+def _largest(table: npt.NDArray[np.float32]) -> Floats:
+    """The largest of each column, NaN where it has none."""
+    known = np.where(np.isnan(table), -np.inf, table).max(axis=0).astype(np.float64)
+    return np.where(np.isfinite(known), known, np.nan)
+
+
+def _running_mean(values: Floats) -> Floats:
+    """Over a hundredth of the run, shorter at both ends."""
+    width = max(1, len(values) // 100)
+    known = np.isfinite(values)
+    total = np.concatenate(([0.0], np.cumsum(np.where(known, values, 0.0))))
+    count = np.concatenate(([0], np.cumsum(known)))
+    here = np.arange(len(values))
+    low, high = np.maximum(here - width // 2, 0), np.minimum(here + (width + 1) // 2, len(values))
+    seen = count[high] - count[low]
+    return np.where(seen > 0, (total[high] - total[low]) / np.maximum(seen, 1), np.nan)
+
+
+def _some(steps: Floats) -> Floats:
+    return steps if len(steps) <= MARKS else steps[bins(len(steps), MARKS)[:-1]]
+
+
+def _numbers(values: Iterable[float], digits: int = 5) -> list[float | None]:
+    return [_number(value, digits) for value in values]
+
+
+def _number(value: float, digits: int = 5) -> float | None:
+    return float(f"{value:.{digits}g}") if math.isfinite(value) else None
