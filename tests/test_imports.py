@@ -46,7 +46,7 @@ IMPORTERS: dict[str, set[str]] = {
         "kernels/host/formats.py",
         "kernels/host/loops.py",
     },
-    "matplotlib": {"monitor/plots.py"},
+    "matplotlib": {"monitor/notebook.py", "monitor/plots.py"},
     "psutil": {"tools/launch/accelerate_cpu_asked.py"},
     "pydantic": {
         "config/document.py",
@@ -68,6 +68,7 @@ IMPORTERS: dict[str, set[str]] = {
             "simulate",
             "suggest",
             "verify",
+            "watch",
         )
     },
     "rich": {
@@ -77,7 +78,9 @@ IMPORTERS: dict[str, set[str]] = {
         "tools/simulate/shown.py",
         "cli/verify.py",
         "tools/verify/reports.py",
+        "cli/watch.py",
         "monitor/table.py",
+        "monitor/watching.py",
     },
     "hypothesis": set(),
     "pytest": {"testing/plugin.py", "testing/ranks/pool.py"},

@@ -13,7 +13,7 @@ from typer.core import TyperGroup
 
 from distclip._foreign import clean_lines
 from distclip._version import __version__
-from distclip.cli import bench, config, doctor, report, run, simulate, suggest, verify
+from distclip.cli import bench, config, doctor, report, run, simulate, suggest, verify, watch
 from distclip.errors import DistclipError
 from distclip.tools.launch import reason
 
@@ -51,6 +51,7 @@ app.command(name="run", context_settings=run.CONTEXT)(run.run)
 app.command(name="simulate", context_settings=simulate.CONTEXT)(simulate.simulate)
 app.add_typer(config.app, name="config")
 app.command(name="report")(report.report)
+app.command(name="watch")(watch.watch)
 app.command(name="suggest")(suggest.suggest)
 app.command(name="doctor")(doctor.doctor)
 app.command(name="verify")(verify.verify)

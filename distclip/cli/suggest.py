@@ -34,7 +34,8 @@ def suggest(
     from distclip.monitor.reading import read_runs
     from distclip.monitor.runs import Suggestion, configuration
 
-    found = Suggestion.of([run for path in runs for run in read_runs(path)], percentile, first_step)
+    recorded = [run for path in runs for run in read_runs(path)]
+    found = Suggestion.of(recorded, percentile, first_step)
     if found.clipped > 0.0:
         typer.echo(
             f"distclip: in {found.clipped:.0%} of these steps something was clipped: their norms "
@@ -43,6 +44,14 @@ def suggest(
         )
     if found.steps < FEW:
         typer.echo(f"distclip: {found.steps} steps are few for a percentile", err=True)
+    if found.spread > 2.0:
+        typer.echo(
+            f"distclip: the runs differ: the largest of their median norms is {found.spread:.3g} "
+            f"times the smallest; a threshold for all of them fits none",
+            err=True,
+        )
     # A comment ends with its line, so a name in it must not.
     typer.echo(f"# {', '.join(map(clean, runs))}: {found}")
+    for other, level, share in found.candidates:
+        typer.echo(f"# percentile {other:g}: max_norm {level:.3g} clips {share:.1%} of these steps")
     typer.echo(configuration(found.max_norm))

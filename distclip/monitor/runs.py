@@ -17,6 +17,8 @@ from distclip.monitor.thinning import sparkline
 
 Floats = npt.NDArray[np.float64]
 PERCENTILES = (50, 90, 99)
+CANDIDATES = (50.0, 75.0, 90.0, 95.0, 99.0)
+"""Percentiles of the norms that a suggestion shows beside its own."""
 
 
 @dataclass(frozen=True)
@@ -190,7 +192,9 @@ class Suggestion:
     """A threshold for the global norm, after Google's tuning playbook.
 
     ``max_norm`` is the asked percentile of the finite norms before clipping, of all runs together;
-    ``clipped`` the share of these ``steps`` in which anything was clipped.
+    ``clipped`` the share of these ``steps`` in which anything was clipped. ``spread`` is the
+    largest of the runs' medians by the smallest. ``candidates`` are other percentiles, the
+    thresholds there, and the share of the steps that each would have clipped.
     """
 
     max_norm: float
@@ -199,6 +203,8 @@ class Suggestion:
     median: float
     largest: float
     clipped: float
+    spread: float
+    candidates: tuple[tuple[float, float, float], ...]
 
     @classmethod
     def of(
@@ -237,6 +243,11 @@ class Suggestion:
             float(np.median(norms)),
             float(norms.max()),
             float(clipped.mean()),
+            _spread([run.total_norm[here] for run, here in zip(runs, chosen, strict=True)]),
+            tuple(
+                (p, level, float((norms > level).mean()))
+                for p, level in zip(CANDIDATES, np.percentile(norms, CANDIDATES), strict=True)
+            ),
         )
 
     def __str__(self) -> str:
@@ -244,3 +255,10 @@ class Suggestion:
             f"percentile {self.percentile:g} of {self.steps} norms, median {self.median:.3g}, "
             f"largest {self.largest:.3g}"
         )
+
+
+def _spread(norms: Sequence[Floats]) -> float:
+    """The largest median by the smallest, of those that are above 0."""
+    medians = [float(np.median(part)) for part in norms if part.size]
+    positive = [median for median in medians if median > 0.0]
+    return max(positive) / min(positive) if positive else 1.0

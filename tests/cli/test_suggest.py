@@ -68,3 +68,14 @@ def test_where_there_is_none(
     result = invoke(app, ["suggest", str(path), *options])
     assert isinstance(result.exception, ConfigurationError)
     assert word in str(result.exception)
+
+
+def test_other_percentiles_and_runs_that_differ(tmp_path: Path) -> None:
+    free = {"coefficient": 1.0, "clipped_fraction": 0.0, "threshold": None}
+    one = write(tmp_path / "a.jsonl", [record(s, 1.0 + s / 100, **free) for s in range(100)])
+    other = write(tmp_path / "b.jsonl", [record(s, 4.0, **free) for s in range(100)])
+    alone = invoke(app, ["suggest", str(one)])
+    assert "# percentile 75: max_norm 1.74 clips 25.0% of these steps" in alone.stdout
+    assert alone.stderr == ""
+    both = invoke(app, ["suggest", str(one), str(other)])
+    assert "the largest of their median norms is 2.68 times the smallest" in both.stderr

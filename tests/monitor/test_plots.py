@@ -11,6 +11,7 @@ import pytest
 import typer.testing
 from clip_records import record, write
 
+from distclip import monitor
 from distclip.cli.app import app
 from distclip.errors import ConfigurationError, DistclipError
 from distclip.monitor import plots
@@ -138,3 +139,12 @@ def test_a_run_that_blows_up_does_not_hide_the_others(runs: list[Run]) -> None:
     panels = [axes for axes in figure.axes if axes.get_title("left").startswith("Gradient norm")]
     assert all(axes.get_ylim()[1] < 1e6 for axes in panels)
     assert any("goes on to 1e+12" in text.get_text() for axes in panels for text in axes.texts)
+
+
+def test_in_a_notebook(tmp_path: Path) -> None:
+    path = write(tmp_path / "r.jsonl", [record(s, 1.0 + s) for s in range(9)])
+    figure = monitor.plot(path, title="mine")
+    assert figure.get_suptitle() == "mine"
+    assert hasattr(figure, "_repr_html_")
+    with pytest.raises(ConfigurationError, match="path of a log"):
+        monitor.plot()
