@@ -6,7 +6,6 @@ import copy
 import functools
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from types import SimpleNamespace
 from typing import Any, NoReturn, SupportsIndex, TypeAlias
 
 from torch import Tensor
@@ -518,15 +517,9 @@ class GradClipper:
         twin = object.__new__(type(self))
         memo[id(self)] = twin
         named = [(name, copy.deepcopy(parameter, memo)) for name, parameter in session.named]
-        groups: dict[int, list[Tensor]] = {}
-        for info in self.parameters:
-            if info.group is not None:
-                groups.setdefault(info.group, []).append(dict(named)[info.name])
-        known = [groups.get(number, []) for number in range(max(groups, default=-1) + 1)]
         twin.__init__(  # type: ignore[misc]
             session.watched.copied(memo) or named,
             self.policy,
-            optimizer=SimpleNamespace(param_groups=[{"params": group} for group in known]),
             **{name: getattr(self, name) for name in _COPIED},
         )
         twin._session.resume(session, copy.deepcopy(session.states, memo))

@@ -90,6 +90,15 @@ class ClipReport:
         return dict(zip(self.names, self._walked.raw.tolist(), strict=True))
 
     @cached_property
+    def part_norms(self) -> Mapping[str, float]:
+        """Part of the model -> norm of all its gradients before clipping. Reads the host.
+
+        The parts are the keys of the policy's first ``by_part`` or ``by_name``, and ``"default"``;
+        also those that the policy leaves alone. Empty for a policy without parts.
+        """
+        return {part: norm.item() for part, norm in self._walked.part_norms.items()}
+
+    @cached_property
     def parameter_coefficients(self) -> Mapping[str, float]:
         """Name -> what its gradient was multiplied by. Reads the host.
 
@@ -126,9 +135,8 @@ class ClipReport:
             Called, it waits for the copy and gives the numbers; ``ready`` says whether a call waits
             for nothing.
         """
-        return ReportFetch(
-            self.names, self._summary, self._of_parameters if per_parameter else None
-        )
+        parameters = self._of_parameters if per_parameter else None
+        return ReportFetch(self.names, tuple(self._walked.part_norms), self._summary, parameters)
 
     @cached_property
     def _summary(self) -> HostCopy:
@@ -137,7 +145,8 @@ class ClipReport:
             self.clipped_fraction, self.skipped,
         ]  # fmt: skip
         whole = torch.stack([scalar.double() for scalar in scalars])
-        return HostCopy(torch.cat((whole, self._walked.nonfinite.double())))
+        parts = [norm.reshape(1) for norm in self._walked.part_norms.values()]
+        return HostCopy(torch.cat((whole, self._walked.nonfinite.double(), *parts)))
 
     @cached_property
     def _of_parameters(self) -> HostCopy:
@@ -162,9 +171,14 @@ class ReportFetch:
     """Numbers of a :class:`ClipReport` on their way to the host; made by ``ClipReport.fetch``."""
 
     def __init__(
-        self, names: Sequence[str], summary: HostCopy, parameters: HostCopy | None
+        self,
+        names: Sequence[str],
+        parts: Sequence[str],
+        summary: HostCopy,
+        parameters: HostCopy | None,
     ) -> None:
         self._names = names
+        self._parts = parts
         self._summary = summary
         self._parameters = parameters
 
@@ -177,6 +191,7 @@ class ReportFetch:
         """What ``ClipReport.to_dict`` gives; waits for the copy."""
         values = self._summary.read()
         before, after, coefficient, threshold, fraction, skipped = values[:6].tolist()
+        flags = values[6 : 6 + len(self._names)]
         shown: dict[str, Any] = {
             "total_norm": before,
             "clipped_norm": after,
@@ -184,8 +199,11 @@ class ReportFetch:
             "threshold": threshold,
             "skipped": bool(skipped),
             "clipped_fraction": fraction,
-            "nonfinite": [self._names[i] for i in values[6:].nonzero()[0].tolist()],
+            "nonfinite": [self._names[i] for i in flags.nonzero()[0].tolist()],
         }
+        if self._parts:
+            norms = values[6 + len(self._names) :].tolist()
+            shown["parts"] = dict(zip(self._parts, norms, strict=True))
         if self._parameters is not None:
             norms, coefficients = self._parameters.read().tolist()
             shown["parameters"] = {

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from distclip._foreign import clean
-from distclip.policies import ByName, Chain, Policy
+from distclip.policies import Chain, Policy, SideBySide
 
 if TYPE_CHECKING:
     from distclip.config import Examined
@@ -94,8 +94,8 @@ def _lines(policy: Policy | None, indent: str) -> list[str]:
     if isinstance(policy, Chain):
         parts = [line for part in policy.policies for line in _lines(part, indent + "  ")]
         return [f"{indent}one after another:", *parts]
-    if isinstance(policy, ByName):
-        lines = [f"{indent}by name, the first match wins:"]
+    if isinstance(policy, SideBySide):
+        lines = [f"{indent}{policy.name.replace('_', ' ')}, the first match wins:"]
         for pattern, part in (*policy.mapping, ("all others", policy.default)):
             name = pattern if pattern == "all others" else f'"{clean(pattern)}"'
             first, *rest = _lines(part, indent + "    ")

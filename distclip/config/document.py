@@ -7,6 +7,8 @@
     by_name:                                 # optional: other policies for some parameters, the
       "*.bias": null                         # first match wins, null leaves alone;
       "embed*": {name: value, clip_value: 0.1}   # `policy` is then for all the others
+    by_part:                                 # or by kind, optimizer, key of a parameter group
+      "optimizer=Muon": null
     on_nonfinite: skip                       # error (default) | error_late | skip | zero | pass
     log: {jsonl: runs/clip.jsonl, every: 10, per_parameter: true}   # tensorboard, wandb, ...
     norms: true                              # false: do not measure what only a report would show
@@ -69,6 +71,11 @@ class _Document(BaseModel):
         default=None,
         description="Name pattern (*, ?, [...]) -> policy, or null to leave the parameters that "
         "match alone. The first match wins.",
+    )
+    by_part: dict[str, Any] | None = Field(
+        default=None,
+        description="Part of the model (kind=matrix, optimizer=Muon, group.clip=False, "
+        "name=*.bias, ...) -> policy, or null to leave it alone. The first match wins.",
     )
     on_nonfinite: OnNonfinite = Field(
         default=Options.on_nonfinite,
@@ -299,16 +306,26 @@ def _policy(
     Returns:
         None after a fault, or where a name is unknown.
     """
-    spec, by_name = raw.get("policy"), raw.get("by_name")
-    if spec is None and not by_name:
+    spec = raw.get("policy")
+    given = [(make, raw.get(make.name)) for make in (policies.by_name, policies.by_part)]
+    given = [(make, mapping) for make, mapping in given if mapping]
+    if len(given) == 2:
+        problems.add(
+            ("by_name",), "given beside by_part; write each pattern as a part: name=PATTERN"
+        )
+        return None
+    if spec is None and not given:
         problems.add(("policy",), "missing; write for instance {name: global_norm, max_norm: 1.0}")
     default = None if spec is None else build(spec, ("policy",), problems, unknown)
-    if not by_name or not isinstance(by_name, Mapping):
+    make, parts = given[0] if given else (policies.by_name, None)
+    if not isinstance(parts, Mapping):
         return default
-    mapping = {
-        pattern: None
-        if part is None
-        else build(part, ("by_name", key_text(pattern)), problems, unknown)
-        for pattern, part in by_name.items()
-    }
-    return None if problems or unknown else policies.by_name(mapping, default=default)
+    mapping = {}
+    for key, each in parts.items():
+        path = (make.name, key_text(key))
+        mapping[key] = None if each is None else build(each, path, problems, unknown)
+        try:
+            make({key: None})
+        except ConfigurationError as error:
+            problems.add(path, str(error))
+    return None if problems or unknown else make(mapping, default=default)

@@ -37,20 +37,21 @@ def complete(document: Schema) -> Schema:
     either = {"anyOf": [{"$ref": "#/$defs/policies"}, {"type": "null"}]}
     properties = schema["properties"]
     properties["policy"] = {**_described(properties["policy"]), **either}
-    properties["by_name"] = {
-        **_described(properties["by_name"]),
-        "anyOf": [{"type": "object", "additionalProperties": either}, {"type": "null"}],
-    }
+    for side in ("by_name", "by_part"):
+        properties[side] = {
+            **_described(properties[side]),
+            "anyOf": [{"type": "object", "additionalProperties": either}, {"type": "null"}],
+        }
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "distclip configuration",
         **schema,
         "anyOf": [
             {"required": ["policy"], "properties": {"policy": {"not": {"type": "null"}}}},
-            {
-                "required": ["by_name"],
-                "properties": {"by_name": {"type": "object", "minProperties": 1}},
-            },
+            *(
+                {"required": [side], "properties": {side: {"type": "object", "minProperties": 1}}}
+                for side in ("by_name", "by_part")
+            ),
         ],
     }
 

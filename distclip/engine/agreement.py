@@ -36,6 +36,8 @@ Fact: TypeAlias = str | Mapping[str, int | None]
 _MENDS = {
     "parameter groups": "Give the optimizer the same parameter groups, in the same order, on every "
     "rank",
+    "parts by optimizer": "Give the same parameters to the same kind of optimizer, with the same "
+    "keys in their parameter groups, on every rank",
     "loaded state": "Call load_state_dict on every rank, with the same state, or on none",
     "step": "Call clip_() equally often on every rank, and load a state on every rank or on none",
     "memory of the policy": "It was changed on some ranks only; load one state on every rank",

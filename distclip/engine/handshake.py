@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -279,22 +279,3 @@ def _refuse_frozen(notes: Sequence[Notes], ranks: Sequence[int]) -> None:
                 f"parameter {name!r} requires a gradient on some ranks only: {shown}. Set "
                 f"requires_grad alike on every rank"
             )
-
-
-def merge_groups(groups: Sequence[Mapping[str, int]], ranks: Sequence[int]) -> dict[str, int]:
-    """Optimizer parameter group of each parameter on any rank, where ranks hold different ones.
-
-    Raises:
-        RankMismatchError: a parameter that two ranks have in groups of different index.
-    """
-    first: dict[str, tuple[int, int]] = {}
-    for rank, here in zip(ranks, groups, strict=True):
-        for name, group in here.items():
-            other, known = first.setdefault(name, (rank, group))
-            if known != group:
-                raise RankMismatchError(
-                    f"parameter {name!r} is in optimizer parameter group {known} on rank {other} "
-                    f"but in group {group} on rank {rank}: build the groups in the same order on "
-                    f"every rank (groups of the same index are one group)"
-                )
-    return {name: group for name, (_, group) in first.items()}

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+
+from torch.distributed import ProcessGroup
 
 from distclip.application.notices import warn
-from distclip.layouts.plan import Plan
-from distclip.policies import Policy
+from distclip.policies import ParameterInfo, Policy
 from distclip.policies.compose import nearest, unmatched, unmatched_units
 from distclip.statistics import collectives
 from distclip.statistics.overlap import Overlap
@@ -14,29 +16,35 @@ from distclip.statistics.overlap import Overlap
 _logger = logging.getLogger("distclip")
 
 
-def mention_unmatched(policy: Policy, plan: Plan) -> None:
-    """Log the patterns of ``by_name`` and ``unit_dims`` that match no parameter.
+def mention_unmatched(
+    policy: Policy, parameters: Sequence[ParameterInfo], group: ProcessGroup | None
+) -> None:
+    """Log the patterns of ``by_name``, ``by_part`` and ``unit_dims`` that match no parameter.
 
     Such a pattern is mostly a typing error, or meant for another model. It may also be for other
     parameters of a script that clips by parts: so it is no warning.
     """
-    if not collectives.is_first(plan.group):
+    if not collectives.is_first(group):
         return
+    names = [each.name for each in parameters]
+    none = "that part of the policy applies to none"
     found = {
-        "by_name": (unmatched(policy, plan.names), "that part of the policy applies to none"),
-        "unit_dims": (unmatched_units(policy, plan.names), "these dims are used for none"),
+        "by_name": (unmatched(policy, parameters, "by_name"), none),
+        "by_part": (unmatched(policy, parameters, "by_part"), none),
+        "unit_dims": (unmatched_units(policy, names), "these dims are used for none"),
     }
     for where, (patterns, result) in found.items():
         if patterns:
-            near = next(filter(None, (nearest(each, plan.names) for each in patterns)), None)
+            near = next(filter(None, (nearest(each, names) for each in patterns)), None)
             _logger.warning(
-                "%s: no parameter's name matches %s, so %s of the %d parameters here (%s)%s",
+                "%s: no parameter%s matches %s, so %s of the %d parameters here (%s)%s",
                 where,
+                "" if where == "by_part" else "'s name",
                 ", ".join(map(repr, patterns)),
                 result,
-                len(plan.names),
-                ", ".join(plan.names[:3]) + (", ..." if len(plan.names) > 3 else ""),
-                "" if near is None else f"; nearest: {near!r}",
+                len(names),
+                ", ".join(names[:3]) + (", ..." if len(names) > 3 else ""),
+                "" if near is None or where == "by_part" else f"; nearest: {near!r}",
             )
 
 

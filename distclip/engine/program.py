@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -38,6 +38,8 @@ class Program:
     unit_counts: tuple[Tensor, ...]
     """Per pass, float64 ``(parameters,)``: how many units each has; 1 where it is one."""
     memory: Memory = field(default_factory=Memory)
+    parts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """The parts that the policy tells apart -> their parameters; none where it does not."""
 
     @cached_property
     def has_units(self) -> bool:
@@ -82,6 +84,7 @@ class Program:
         passes: Sequence[Pass],
         shown: float,
         overlap: Overlap | None = None,
+        parts: Mapping[str, tuple[int, ...]] | None = None,
     ) -> Program:
         """Build, with the tables of units that the passes need.
 
@@ -106,4 +109,5 @@ class Program:
             shown,
             tuple(counts),
             Memory(overlap=overlap),
+            parts or {},
         )

@@ -18,8 +18,9 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from distclip.application.notices import Absence, warn
-from distclip.engine import agreement, checkpoint, handshake, mentions
+from distclip.engine import agreement, checkpoint, mentions
 from distclip.engine.attaching import stepped_by
+from distclip.engine.facts import agreed, infos, learn
 from distclip.engine.late import LateError
 from distclip.engine.losses import Losses
 from distclip.engine.opening import Opened, open_together
@@ -33,8 +34,8 @@ from distclip.layouts import names as naming
 from distclip.layouts import soundness
 from distclip.layouts.fetching import Fetched
 from distclip.layouts.names import Target
-from distclip.policies import ParameterInfo, Policy
-from distclip.policies.compose import stages
+from distclip.policies import Policy
+from distclip.policies.compose import parts_of, reads, stages
 from distclip.statistics import buckets, collectives, waiting
 from distclip.statistics.overlap import Overlap
 
@@ -100,9 +101,11 @@ class Session:
             self.early = Overlap(self.plan, buckets.modules_of(self.watched.modules))
             if not self.early.active:
                 mentions.warn_of_no_overlap(self.early)
-        self.program = self._compiled(optimizers)
+        self._members: dict[str, tuple[int, ...]] = {}
+        """Stage path -> the parameters that its state is of."""
+        self._learn(optimizers)
         if opened.lasting:
-            mentions.mention_unmatched(self.policy, self.plan)
+            mentions.mention_unmatched(self.policy, self.program.parameters, self.plan.group)
 
     @classmethod
     def open(
@@ -319,7 +322,9 @@ class Session:
 
     def follow(self, optimizers: Sequence[Optimizer]) -> None:
         """From now on these step the parameters: their groups count, and what they are given."""
-        self.program = self._compiled(optimizers)
+        self._learn(optimizers)
+        if reads(self.policy).optimizers:
+            mentions.mention_unmatched(self.policy, self.program.parameters, self.plan.group)
         self._optimizers = [
             (weakref.ref(each), list(map(id, stepped_by(each)))) for each in optimizers
         ]
@@ -328,25 +333,15 @@ class Session:
         """The optimizers that this session follows and that still exist."""
         return [each for reference, _ in self._optimizers if (each := reference())]
 
-    def _compiled(self, optimizers: Sequence[Optimizer]) -> Program:
-        groups: dict[int, int] = {}
-        listed = [group for optimizer in optimizers for group in optimizer.param_groups]
-        for number, group in enumerate(listed):
-            groups.update({id(parameter): number for parameter in group["params"]})
-        here = {
-            name: groups[id(parameter)]
-            for name, parameter in self.here.items()
-            if id(parameter) in groups
-        }
-        parameters = [ParameterInfo(entry.name, entry.shape) for entry in self.plan.entries]
-        if self.parts and any(s.policy.needs.groups for s in stages(self.policy, parameters)):
-            assert self.plan.group is not None
-            ranks = collectives.ranks_of(self.plan.group)
-            here = handshake.merge_groups(collectives.gather(here, self.plan.group), ranks)
-        parameters = [
-            ParameterInfo(entry.name, entry.shape, here.get(entry.name))
-            for entry in self.plan.entries
-        ]
+    def _learn(self, optimizers: Sequence[Optimizer]) -> None:
+        """Look at what the policy wants to know of parameters, and compile it for that."""
+        modules = self.watched.modules
+        group = self.plan.group if self.parts else None
+        self._facts = learn(self.policy, self.here, optimizers, modules, group)
+        self.program = self._compiled()
+
+    def _compiled(self) -> Program:
+        parameters = infos(self.plan.entries, self._facts)
         passes = compile_passes(
             self.policy,
             parameters,
@@ -355,22 +350,24 @@ class Session:
             watch_nonfinite=self.options.on_nonfinite != "pass",
         )
         for stage in stages(self.policy, parameters):
-            if stage.members and stage.path not in self.states:
-                infos = [parameters[member] for member in stage.members]
-                state = stage.policy.init(infos)
+            if stage.members and self._members.get(stage.path) != stage.members:
+                state = stage.policy.init([parameters[member] for member in stage.members])
                 device = self.plan.device
                 self.states[stage.path] = {key: value.to(device) for key, value in state.items()}
+                self._members[stage.path] = stage.members
+        parts = parts_of(self.policy, parameters)
         if self._agreement is not None:
-            reads = any(s.policy.needs.groups for s in stages(self.policy, parameters))
-            numbers = {each.name: each.group for each in parameters} if reads else {}
-            self._agreement.note("parameter groups", numbers)
+            for what, numbers in agreed(self.policy, parameters, parts).items():
+                self._agreement.note(what, numbers)
         shown = report_order(self.policy, parameters)
-        return Program.of(self.plan, parameters, passes, shown, self.early)
+        return Program.of(self.plan, parameters, passes, shown, self.early, parts)
 
     # ---- its memory -----------------------------------------------------------------------------
 
     def resume(self, other: Session, states: States) -> None:
         """Go on where another session of a copy of the model is, with these states."""
+        self._facts = other._facts
+        self.program = self._compiled()
         self.step, self._clips, self.states = other.step, other._clips, states
 
     def dump(self) -> dict[str, object]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Protocol
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from distclip.engine.ledger import Ledger
 from distclip.engine.program import Program, States
+from distclip.kernels.transfer import to_device
 from distclip.policies.protocol import combine_norms
 
 
@@ -97,6 +98,19 @@ class Walked:
         return combine_norms(self.raw, self._compiled.shown, in_range=self.in_range)
 
     @cached_property
+    def part_norms(self) -> Mapping[str, Tensor]:
+        """Part that the policy tells apart -> 0-dim float64, the joint norm before of its own."""
+        program = self._compiled
+        return {
+            part: combine_norms(
+                self.raw[to_device(members, self.raw.device)],
+                program.shown,
+                in_range=self.in_range,
+            )
+            for part, members in program.parts.items()
+        }
+
+    @cached_property
     def after(self) -> Tensor:
         """float64 ``(parameters,)`` norms after, NaN where not known."""
         program = self._compiled
@@ -132,7 +146,15 @@ class Walked:
 
     def __getstate__(self) -> dict[str, object]:
         """With everything computed, and without the model and the books behind it."""
-        for name in ("total_norm", "after", "coefficients", "smallest", "clipped", "threshold"):
+        for name in (
+            "total_norm",
+            "part_norms",
+            "after",
+            "coefficients",
+            "smallest",
+            "clipped",
+            "threshold",
+        ):
             getattr(self, name)
         return {**self.__dict__, "apply": None, "_program": None, "_ledgers": []}
 

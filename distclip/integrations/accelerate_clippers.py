@@ -83,7 +83,7 @@ class Clippers:
             asked = self._config.arguments(**(MEASURING if measuring else {}))
             known[key] = GradClipper(
                 self._prepared.named(parameters),
-                optimizer=self._prepared.groups(parameters),
+                optimizer=self._prepared.optimizers(parameters),
                 **asked,
             )
             known[key].expects_gradients = not measuring

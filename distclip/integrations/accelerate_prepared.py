@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Container, Iterable
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -140,12 +139,9 @@ class Prepared:
             for position, parameter in enumerate(parameters)
         ]
 
-    def groups(self, parameters: list[Tensor]) -> Any:
-        """The parameter groups of all optimizers that step these, in the shape of one optimizer."""
-        owners = self.owners(parameters)
-        return SimpleNamespace(
-            param_groups=[group for owner in owners for group in owner.optimizer.param_groups]
-        )
+    def optimizers(self, parameters: list[Tensor]) -> list[Optimizer]:
+        """The torch optimizers that step these."""
+        return [innermost(owner) for owner in self.owners(parameters)]
 
 
 def innermost(accelerated: AcceleratedOptimizer) -> Optimizer:

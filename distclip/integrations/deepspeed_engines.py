@@ -67,6 +67,7 @@ def groups(outer: Any) -> Any:
     class Groups:
         param_groups: list[dict[str, Any]]
 
+    inner = getattr(outer, "optimizer", outer)
     lists = getattr(outer, "bit16_groups", None) or getattr(outer, "bf16_groups", None)
     if lists is None and hasattr(outer, "fp16_groups"):
         lists = outer.fp16_groups
@@ -78,8 +79,12 @@ def groups(outer: Any) -> Any:
             lists = [merged[number] for number in sorted(merged)]
     if lists is None:
         return outer
-    found = Groups()
-    found.param_groups = [{"params": list(group)} for group in lists]
+    # Called as the optimizer in it, and with the keys of its groups: policies may ask for both.
+    found: Groups = type(type(inner).__name__, (Groups,), {})()
+    keys = inner.param_groups if len(inner.param_groups) == len(lists) else [{}] * len(lists)
+    found.param_groups = [
+        {**others, "params": list(group)} for others, group in zip(keys, lists, strict=True)
+    ]
     return found
 
 

@@ -1,7 +1,8 @@
-"""Policies made of policies: one after another (``chain``), side by side (``by_name``)."""
+"""Policies made of policies: one after another, or side by side (``by_name``, ``by_part``)."""
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,7 +10,16 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from distclip.errors import ConfigurationError
-from distclip.policies.protocol import ParameterInfo, Policy, matches
+from distclip.policies.parts import part
+from distclip.policies.protocol import (
+    Action,
+    ParameterInfo,
+    Policy,
+    ScalingPolicy,
+    State,
+    Statistics,
+    matches,
+)
 
 
 class Composite(Policy):
@@ -40,8 +50,52 @@ class Chain(Composite):
 
 
 @dataclass(frozen=True)
-class ByName(Composite):
-    """Different policies for different parameters.
+class SideBySide(Composite):
+    """Different policies for different parameters: the base of ``by_name`` and ``by_part``."""
+
+    mapping: tuple[tuple[str, Policy | None], ...]
+    default: Policy | None
+    labels: ClassVar[Mapping[str, str]] = {}
+    """Key -> what a report and a checkpoint call it, where that is not the key itself."""
+
+    def __init__(self, mapping: Mapping[str, Policy | None], default: Policy | None = None) -> None:
+        for key, policy in mapping.items():
+            if policy is not None:
+                _check_policy(f"{self.name}[{key!r}]", policy)
+        if default is not None:
+            _check_policy(f"{self.name} default", default)
+        object.__setattr__(self, "mapping", tuple(mapping.items()))
+        object.__setattr__(self, "default", default)
+
+    @abc.abstractmethod
+    def holds(self, key: str, parameter: ParameterInfo) -> bool:
+        """Whether a key of the mapping is for this parameter."""
+
+    def key_of(self, parameter: ParameterInfo) -> str | None:
+        """The first key that is for this parameter, or None (the default's turn)."""
+        return next((key for key, _ in self.mapping if self.holds(key, parameter)), None)
+
+    def label(self, key: str | None) -> str:
+        """What a key, or None for the default, is called in reports."""
+        return "default" if key is None else self.labels.get(key, key)
+
+    @property
+    def choices(self) -> tuple[tuple[str | None, Policy | None], ...]:
+        """Keys and their policies in order, the default last under None."""
+        return (*self.mapping, (None, self.default))
+
+    def shares(
+        self, parameters: Sequence[ParameterInfo], members: Sequence[int]
+    ) -> dict[str | None, tuple[int, ...]]:
+        """The members of each choice."""
+        found: dict[str | None, list[int]] = {key: [] for key, _ in self.choices}
+        for member in members:
+            found[self.key_of(parameters[member])].append(member)
+        return {key: tuple(share) for key, share in found.items()}
+
+
+class ByName(SideBySide):
+    """Different policies for different parameters, by their names.
 
     Args:
         mapping: name pattern (``fnmatch``: ``*``, ``?``, ``[...]``, case-sensitive) -> policy, or
@@ -52,25 +106,66 @@ class ByName(Composite):
     parameter, also one left alone, is measured for the report.
     """
 
-    mapping: tuple[tuple[str, Policy | None], ...]
-    default: Policy | None
     name: ClassVar[str] = "by_name"
 
-    def __init__(self, mapping: Mapping[str, Policy | None], default: Policy | None = None) -> None:
-        for pattern, policy in mapping.items():
-            if policy is not None:
-                _check_policy(f"by_name[{pattern!r}]", policy)
-        if default is not None:
-            _check_policy("by_name default", default)
-        object.__setattr__(self, "mapping", tuple(mapping.items()))
-        object.__setattr__(self, "default", default)
+    def holds(self, key: str, parameter: ParameterInfo) -> bool:
+        return matches(parameter.name, key)
 
-    def pattern_of(self, name: str) -> str | None:
-        """The first pattern that matches, or None (the default's turn)."""
-        for pattern, _ in self.mapping:
-            if matches(name, pattern):
-                return pattern
-        return None
+
+class ByPart(SideBySide):
+    """Different policies for parts of the model, by kind, optimizer, parameter group or name.
+
+    ::
+
+        by_part({"optimizer=Muon": None, "kind=embedding": value(0.1)}, default=global_norm(1.0))
+        by_part({"group.clip=False": None, "group.clip_policy=agc": agc()}, global_norm(1.0))
+
+    Args:
+        mapping: part of the model (:func:`distclip.policies.parts.part` says how to write one) ->
+            policy, or None to leave the part alone. The first match wins.
+        default: for parameters of no part; None leaves them alone.
+
+    A norm policy in here takes the norm over its part. Every parameter, also one left alone, is
+    measured for the report: ``report.total_norm`` is the norm of the whole model, and
+    ``report.part_norms`` those of the parts.
+
+    Parts by optimizer or parameter group need the optimizers: ``GradClipper(..., optimizer=[...])``
+    or ``attach``. Groups are read there and then; what is changed in them later has no effect.
+
+    Raises:
+        ConfigurationError: a part that cannot be read; at the first clip, optimizers that are
+            needed and not known.
+    """
+
+    name: ClassVar[str] = "by_part"
+
+    def __init__(self, mapping: Mapping[str, Policy | None], default: Policy | None = None) -> None:
+        for key in mapping:
+            part(key)
+        super().__init__(mapping, default)
+
+    def holds(self, key: str, parameter: ParameterInfo) -> bool:
+        return part(key).holds(parameter)
+
+    @property
+    def needs_optimizers(self) -> bool:
+        """Whether a part depends on which optimizer steps a parameter."""
+        return any(part(key).reads_optimizer for key, _ in self.mapping)
+
+
+@dataclass(frozen=True)
+class _Undecided(ScalingPolicy):
+    """What parts by optimizer are until an optimizer is known: an error at the first clip."""
+
+    policy: ByPart
+    name: ClassVar[str] = "undecided"
+
+    def update(self, statistics: Statistics, state: State) -> tuple[Sequence[Action], State]:
+        raise ConfigurationError(
+            f"{self.policy.name} tells parameters apart by the optimizers that step them, and none "
+            f"is known; use clipper.attach(muon, adamw), or give GradClipper(..., optimizer=[muon, "
+            f"adamw]) the optimizers of this model"
+        )
 
 
 def _check_policy(where: str, policy: object) -> None:
@@ -101,19 +196,17 @@ def stages(policy: Policy, parameters: Sequence[ParameterInfo]) -> tuple[Stage, 
     return tuple(_stages(policy, parameters, tuple(range(len(parameters))), ""))
 
 
-def unmatched(policy: Policy, names: Sequence[str]) -> list[str]:
-    """Patterns of every ``by_name`` of a composition that no name matches, in order."""
-    if isinstance(policy, Chain):
-        return [each for part in policy.policies for each in unmatched(part, names)]
-    if not isinstance(policy, ByName):
-        return []
-    found = [
-        pattern
-        for pattern, _ in policy.mapping
-        if not any(matches(name, pattern) for name in names)
-    ]
-    for part in (*(choice for _, choice in policy.mapping), policy.default):
-        found += [] if part is None else unmatched(part, names)
+def unmatched(policy: Policy, parameters: Sequence[ParameterInfo], kind: str) -> list[str]:
+    """Keys of every ``by_name``, or ``by_part``, of a composition that are for no parameter."""
+    found = []
+    base = ByName if kind == "by_name" else ByPart
+    for each in composites(policy):
+        if isinstance(each, base) and not _is_undecided(each, parameters):
+            found += [
+                key
+                for key, _ in each.mapping
+                if not any(each.holds(key, parameter) for parameter in parameters)
+            ]
     return found
 
 
@@ -133,8 +226,8 @@ def nearest(pattern: str, names: Sequence[str]) -> str | None:
     parts: dict[str, str] = {}
     for name in names:
         pieces = name.split(".")
-        for part in (name, *pieces, ".".join(pieces[-2:])):
-            parts.setdefault(part, name)
+        for piece in (name, *pieces, ".".join(pieces[-2:])):
+            parts.setdefault(piece, name)
     close = difflib.get_close_matches(core, parts, n=1)
     return parts[close[0]] if close else None
 
@@ -145,9 +238,9 @@ def summary(policy: Policy | None) -> str:
         return "None"
     if isinstance(policy, Chain):
         return f"chain({', '.join(map(summary, policy.policies))})"
-    if isinstance(policy, ByName):
-        parts = [f"{pattern!r}: {summary(part)}" for pattern, part in policy.mapping]
-        return f"by_name({{{', '.join(parts)}}}, default={summary(policy.default)})"
+    if isinstance(policy, SideBySide):
+        parts = [f"{policy.label(key)!r}: {summary(choice)}" for key, choice in policy.mapping]
+        return f"{policy.name}({{{', '.join(parts)}}}, default={summary(policy.default)})"
     shown = []
     fields: dict[str, dataclasses.Field[Any]] = getattr(policy, "__dataclass_fields__", {})
     for number, each in enumerate(f for f in fields.values() if f.name in vars(policy)):
@@ -159,26 +252,84 @@ def summary(policy: Policy | None) -> str:
     return f"{policy.name}({', '.join(shown)})"
 
 
+def composites(policy: Policy | None) -> Iterator[Composite]:
+    """A composition and those that it is made of, in order."""
+    if isinstance(policy, Chain):
+        yield policy
+        for each in policy.policies:
+            yield from composites(each)
+    elif isinstance(policy, SideBySide):
+        yield policy
+        for _, choice in policy.choices:
+            yield from composites(choice)
+
+
+@dataclass(frozen=True, slots=True)
+class Reads:
+    """What a composition wants to know of parameters, beside name and shape.
+
+    ``groups``: the index of the parameter group. ``optimizers``: the optimizer's class, and
+    ``options``: these keys of the group. ``modules``: the class of the module.
+    """
+
+    groups: bool
+    optimizers: bool
+    options: frozenset[str]
+    modules: bool
+
+    @property
+    def nothing(self) -> bool:
+        """Whether it is content with name and shape."""
+        return not (self.groups or self.optimizers or self.modules)
+
+
+def reads(policy: Policy) -> Reads:
+    """What a composition wants to know of parameters."""
+    parts = [part(key) for each in composites(policy) if isinstance(each, ByPart)
+             for key, _ in each.mapping]  # fmt: skip
+    return Reads(
+        groups=any(stage.policy.needs.groups for stage in stages(policy, ())),
+        optimizers=any(each.reads_optimizer for each in parts),
+        options=frozenset().union(*(each.options for each in parts)),
+        modules=any(each.reads_modules for each in parts),
+    )
+
+
+def parts_of(policy: Policy, parameters: Sequence[ParameterInfo]) -> dict[str, tuple[int, ...]]:
+    """The parts that a composition tells apart first: key, or ``"default"`` -> its parameters."""
+    for each in composites(policy):
+        if isinstance(each, SideBySide) and not _is_undecided(each, parameters):
+            shares = each.shares(parameters, range(len(parameters)))
+            return {each.label(key): share for key, share in shares.items()}
+    return {}
+
+
 def reads_loss(policy: Policy) -> bool:
     """Whether any policy of a composition reads the loss."""
     return any(stage.policy.needs.loss for stage in stages(policy, ()))
+
+
+def _is_undecided(policy: SideBySide, parameters: Sequence[ParameterInfo]) -> bool:
+    """Whether it tells parameters apart by their optimizers, and none is known."""
+    needs = isinstance(policy, ByPart) and policy.needs_optimizers
+    return needs and not any(each.optimizer for each in parameters)
 
 
 def _stages(
     policy: Policy, parameters: Sequence[ParameterInfo], members: tuple[int, ...], path: str
 ) -> Iterator[Stage]:
     if isinstance(policy, Chain):
-        for position, part in enumerate(policy.policies):
-            yield from _stages(part, parameters, members, _join(path, str(position)))
-    elif isinstance(policy, ByName):
-        shares: dict[str | None, list[int]] = {pattern: [] for pattern, _ in policy.mapping}
-        shares[None] = []
-        for member in members:
-            shares[policy.pattern_of(parameters[member].name)].append(member)
-        for pattern, choice in (*policy.mapping, (None, policy.default)):
+        for position, each in enumerate(policy.policies):
+            yield from _stages(each, parameters, members, _join(path, str(position)))
+    elif isinstance(policy, SideBySide):
+        if isinstance(policy, ByPart) and members and _is_undecided(policy, parameters):
+            yield Stage(_join(path, "undecided"), _Undecided(policy), members)
+            members = ()
+        shares = policy.shares(parameters, members)
+        for key, choice in policy.choices:
             if choice is not None:
-                label = "default" if pattern is None else f"[{pattern}]"
-                yield from _stages(choice, parameters, tuple(shares[pattern]), _join(path, label))
+                label = policy.label(key) if key is None else f"[{policy.label(key)}]"
+                yield from _stages(choice, parameters, shares[key], _join(path, label))
     else:
         yield Stage(path, policy, members)
 
@@ -189,3 +340,4 @@ def _join(path: str, part: str) -> str:
 
 chain = Chain
 by_name = ByName
+by_part = ByPart

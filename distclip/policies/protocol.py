@@ -30,12 +30,17 @@ class ParameterInfo:
     """One logical (unsharded) parameter.
 
     ``shape`` is the logical shape; ``group`` the index of its optimizer parameter group, or None
-    when no optimizer is known.
+    when no optimizer is known. Of a composition that asks for them: ``optimizer`` and ``module``
+    are the class names, bases included, of the optimizer that steps it and of the module that has
+    it; ``options`` the values of keys of its parameter group, as text.
     """
 
     name: str
     shape: tuple[int, ...]
     group: int | None = None
+    optimizer: tuple[str, ...] = ()
+    options: tuple[tuple[str, str], ...] = ()
+    module: tuple[str, ...] = ()
 
     @property
     def numel(self) -> int:

@@ -101,6 +101,16 @@ POLICIES: dict[str, Any] = {
         },
         "default": {"name": "agc", "clip_factor": 0.1},
     },
+    "by part": {
+        "by_part": {
+            "kind=vector, not kind=expert": None,
+            "kind=embedding or name=conv*": {"name": "global_norm", "max_norm": 0.5},
+            "kind=expert": {"name": "agc", "clip_factor": 0.05, "unit_dims": {"experts.*": [0, 1]}},
+            "kind=matrix|lora": {"name": "parameter_norm", "max_norm": 0.7},
+        },
+        "default": {"name": "block_rms", "threshold": 0.3},
+    },
+    "expert aware": {"name": "expert_aware", "max_norm": 1.0, "expert_max_norm": 0.1},
     "by name in a chain": [
         {"by_name": {"fc*": {"name": "agc", "clip_factor": 0.05}}, "default": None},
         {"name": "global_norm", "max_norm": 1.0},

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from distclip.testing import memory as remembered
 from distclip.testing.memory import Memory
 from distclip.testing.norms import Array, norm, norm_of_norms, wide
+from distclip.testing.parts import is_in, side_by_side
 
 Stored: TypeAlias = Callable[[str, Array], Array]
 Policy: TypeAlias = "Mapping[str, Any] | Sequence[Policy] | None"
@@ -69,7 +70,8 @@ def expected(
     Args:
         policy: as in a configuration: ``{"name": "agc", "clip_factor": 0.01}``; a list, a chain in
             that order; ``{"by_name": {"*.bias": None, "embed*": ...}, "default": ...}``, where the
-            first matching pattern wins and None leaves alone.
+            first matching pattern wins and None leaves alone; ``by_part`` in place of it, by kind
+            and name.
         gradients: the whole gradient of each parameter, or None.
         weights: the whole parameters; only the adaptive policies look at them.
         groups: the optimizer parameter group of each parameter, for ``group_norm``.
@@ -150,8 +152,9 @@ class _Run:
         if not isinstance(policy, Mapping):
             for number, stage in enumerate(policy):
                 self.apply(stage, names, f"{path}/{number}")
-        elif "by_name" in policy:
-            for number, (chosen, sub_policy) in enumerate(_by_name(policy, names)):
+        elif "by_name" in policy or "by_part" in policy:
+            split = side_by_side(policy, {name: np.ndim(self.weights[name]) for name in names})
+            for number, (chosen, sub_policy) in enumerate(split):
                 self.apply(sub_policy, chosen, f"{path}/{number}")
         elif policy["name"] in _REMEMBERING:
             arguments = {key: value for key, value in policy.items() if key != "name"}
@@ -196,15 +199,6 @@ class _Run:
             self.threshold = threshold
 
 
-def _by_name(policy: Mapping[str, Any], names: list[str]) -> list[tuple[list[str], Policy]]:
-    patterns: list[tuple[str, Policy]] = [*policy["by_name"].items(), ("*", policy.get("default"))]
-    chosen: list[list[str]] = [[] for _ in patterns]
-    for name in names:
-        matches = [fnmatch.fnmatchcase(name, pattern) for pattern, _ in patterns]
-        chosen[matches.index(True)].append(name)
-    return [(part, sub_policy) for part, (_, sub_policy) in zip(chosen, patterns, strict=True)]
-
-
 def _norm_type(policy: Policy) -> float:
     found = _find_norm_type(policy)
     return 2.0 if found is None else found
@@ -213,18 +207,32 @@ def _norm_type(policy: Policy) -> float:
 def _find_norm_type(policy: Policy) -> float | None:
     if policy is None:
         return None
-    if isinstance(policy, Mapping) and "by_name" not in policy:
+    if isinstance(policy, Mapping) and "name" in policy:
         # Policies that clamp scale by no norm.
         reads = None if policy["name"] in ("value", "running_max") else 2.0
         return float(policy["norm_type"]) if "norm_type" in policy else reads
     stages = policy
     if isinstance(policy, Mapping):
-        stages = [*policy["by_name"].values(), policy.get("default")]
+        parts = policy["by_name"] if "by_name" in policy else policy["by_part"]
+        stages = [*parts.values(), policy.get("default")]
     found = (_find_norm_type(stage) for stage in stages)
     return next((order for order in found if order is not None), None)
 
 
 # ---- the policies: each scales or replaces the gradients of the names it is given ----
+
+
+def _expert_aware(
+    run: _Run,
+    names: list[str],
+    max_norm: float,
+    expert_max_norm: float | None = None,
+    norm_type: float = 2.0,
+) -> None:
+    experts = [name for name in names if is_in("kind=expert", name, 0)]
+    limit = max_norm if expert_max_norm is None else expert_max_norm
+    _global_norm(run, experts, limit, norm_type)
+    _global_norm(run, [name for name in names if name not in experts], max_norm, norm_type)
 
 
 def _measure(run: _Run, names: list[str]) -> None:
@@ -375,6 +383,7 @@ _REMEMBERING: dict[str, Callable[..., None]] = {
 
 _POLICIES: dict[str, Callable[..., None]] = {
     "measure": _measure,
+    "expert_aware": _expert_aware,
     "global_norm": _global_norm,
     "value": _value,
     "parameter_norm": _parameter_norm,

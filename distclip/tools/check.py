@@ -30,7 +30,7 @@ from distclip.errors import DistclipError
 from distclip.integrations import hooks
 from distclip.layouts.gathering import Whole, can_gather, gather
 from distclip.layouts.gradients import is_uneven
-from distclip.policies import ByName, Chain, Policy
+from distclip.policies import ByName, Chain, Policy, SideBySide
 from distclip.report import ClipReport
 from distclip.testing import Expected, expected
 from distclip.testing.oracle import WITHOUT_MEMORY
@@ -200,7 +200,7 @@ def faults_of(
         on_nonfinite="pass" if mode == "error" or mode == "error_late" else mode,
     )
     kinds = {g.dtype for g, _ in before.values() if g is not None}
-    roundings = 3 if isinstance(clipper.policy, (Chain, ByName)) else 1
+    roundings = 3 if isinstance(clipper.policy, (Chain, SideBySide)) else 1
     exact = kinds <= {torch.float32, torch.float64}
     parts = _parts(after, want)
     return judge(clipper.policy, report, want, parts, exact=exact, roundings=roundings), True

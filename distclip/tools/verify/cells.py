@@ -21,7 +21,7 @@ from distclip import policies
 from distclip.clipper import GradClipper
 from distclip.config import load
 from distclip.layouts.declared import declare_sharded
-from distclip.policies import ByName, Chain, ClampingPolicy, Policy, UnitPolicy
+from distclip.policies import Chain, ClampingPolicy, Policy, SideBySide, UnitPolicy
 from distclip.report import ClipReport
 from distclip.testing import Expected, assert_rounded, expected
 from distclip.testing.cases import POLICIES, ROUNDINGS
@@ -60,10 +60,11 @@ def build(configuration: Any) -> Policy:
     """The library's policy from the same words as the oracle's."""
     if isinstance(configuration, (list, tuple)):
         return policies.chain(*map(build, configuration))
-    if "by_name" in configuration:
-        mapping = configuration["by_name"]
-        default = configuration["default"]
-        return policies.by_name(
+    for make in (policies.by_name, policies.by_part):
+        if make.name not in configuration:
+            continue
+        mapping, default = configuration[make.name], configuration["default"]
+        return make(
             {key: None if value is None else build(value) for key, value in mapping.items()},
             default=None if default is None else build(default),
         )
@@ -132,7 +133,7 @@ def plain(policy: Policy | None) -> Iterator[Policy]:
     if isinstance(policy, Chain):
         for part in policy.policies:
             yield from plain(part)
-    elif isinstance(policy, ByName):
+    elif isinstance(policy, SideBySide):
         for _, choice in policy.mapping:
             yield from plain(choice)
         yield from plain(policy.default)

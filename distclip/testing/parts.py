@@ -1,0 +1,48 @@
+"""The reference for parts of a model: which parameters a line such as ``kind=norm`` means."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping
+from typing import Any
+
+
+def side_by_side(policy: Mapping[str, Any], dims: Mapping[str, int]) -> list[tuple[list[str], Any]]:
+    """The parameters of each part of a ``by_name`` or ``by_part``, and the part's policy.
+
+    Args:
+        policy: ``{"by_name": {pattern: policy}, "default": policy}``, or the same with ``by_part``.
+        dims: parameter name -> the number of its dims.
+    """
+    by_name = "by_name" in policy
+    left, split = list(dims), []
+    for key, sub_policy in policy["by_name" if by_name else "by_part"].items():
+        chosen = [
+            name
+            for name in left
+            if (fnmatch.fnmatchcase(name, key) if by_name else is_in(key, name, dims[name]))
+        ]
+        left = [name for name in left if name not in chosen]
+        split.append((chosen, sub_policy))
+    return [*split, (left, policy.get("default"))]
+
+
+def is_in(text: str, name: str, ndim: int) -> bool:
+    """Whether a parameter is in a part of the model, as far as name and shape tell."""
+    kinds = {
+        "matrix": ndim == 2,
+        "vector": ndim < 2,
+        "bias": name.endswith("bias"),
+        "expert": "expert" in name or "@" in name,
+        "embedding": ndim > 1 and "embed" in name,
+        "norm": ndim < 2 and "norm" in name,
+        "lora": "lora_" in name,
+    }
+
+    def true(condition: str) -> bool:
+        key, values = condition.replace("not ", "").strip().split("=")
+        found = [kinds[v] if key == "kind" else fnmatch.fnmatchcase(name, v)
+                 for v in values.split("|")]  # fmt: skip
+        return any(found) != condition.strip().startswith("not ")
+
+    return any(all(map(true, clause.split(","))) for clause in text.split(" or "))
