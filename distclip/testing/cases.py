@@ -52,6 +52,9 @@ POLICIES: dict[str, Any] = {
     "zclip": {"name": "zclip"},
     "adagc": {"name": "adagc"},
     "skip spikes": {"name": "skip_spikes"},
+    "running max": {"name": "running_max"},
+    "norm stabilizer": {"name": "norm_stabilizer"},
+    "group ema": {"name": "group_ema"},
     "skip norm": {"name": "skip_norm", "max_norm": 1.0, "clip_norm": 0.5},
     "skip norm loose": {"name": "skip_norm", "max_norm": 1e4, "norm_type": 3.0, "clip_norm": 1.0},
     "chain scales": [

@@ -12,6 +12,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from distclip.testing.norms import norm_of_norms
+
 Memory: TypeAlias = dict[str, Any]
 
 
@@ -100,7 +102,7 @@ def adagc(
 
 
 def running_max(
-    memory: Memory, largest: Mapping[str, float], theta: float = 0.75
+    memory: Memory, largest: Mapping[str, float], theta: float = 0.999
 ) -> tuple[dict[str, float], Memory]:
     """The bound of each gradient's elements. arXiv 2502.17055, AdaClip, as a plain clamp."""
     mean, seen = dict(memory.get("mean", {})), dict(memory.get("seen", {}))
@@ -111,6 +113,61 @@ def running_max(
             seen[name] = seen.get(name, 0) + 1
         bounds[name] = mean[name] / (1 - theta ** seen[name]) if name in mean else math.inf
     return bounds, {"mean": mean, "seen": seen}
+
+
+def norm_stabilizer(
+    memory: Memory,
+    norms: Mapping[str, float],
+    gamma1: float = 0.7,
+    gamma2: float = 0.9,
+    eps: float = 1e-8,
+) -> tuple[dict[str, float], Memory]:
+    """The coefficient of each gradient. arXiv 2502.17055, AdaGN in the code of Stable-SPAM."""
+    moments, coefficients = dict(memory), {}
+    for name, norm in norms.items():
+        mean, square, seen = moments.get(name, (0.0, 0.0, 0))
+        if counts(norm):
+            mean = gamma1 * mean + (1 - gamma1) * norm
+            square = gamma2 * square + (1 - gamma2) * norm**2
+            seen += 1
+            moments[name] = (mean, square, seen)
+        coefficients[name] = 1.0
+        if seen and norm != 0:
+            first, second = mean / (1 - gamma1**seen), square / (1 - gamma2**seen)
+            coefficients[name] = first / (math.sqrt(second) + eps) / norm
+    return coefficients, moments
+
+
+def group_ema(
+    memory: Memory,
+    norms: Mapping[str, float],
+    high_mult: float = 1.05,
+    low_mult: float = 0.0,
+    ema_beta: float = 0.98,
+    max_down_scale: float = 0.0,
+    max_up_scale: float = 1.1,
+) -> tuple[dict[str, float], Memory]:
+    """The coefficient of each gradient. arXiv 2601.11864, the authors' code without schedule."""
+    running, coefficients = dict(memory), {}
+    groups: dict[str, list[str]] = {}
+    for name in norms:
+        words = [word for word in name.split("@")[0].split(".")[:-1] if not word.isdigit()]
+        groups.setdefault(words[-1] if words else "", []).append(name)
+    for group, members in groups.items():
+        norm, scale = norm_of_norms((norms[name] for name in members), 2.0), 1.0
+        if group in running:
+            lower, upper = running[group] * low_mult, running[group] * high_mult
+            if norm > upper:
+                scale = max(upper / (norm + 1e-12), max_down_scale)
+            elif 0 < norm < lower:
+                scale = min(lower / (norm + 1e-12), max_up_scale)
+            elif math.isnan(norm):
+                scale = math.nan
+        coefficients.update(dict.fromkeys(members, scale))
+        if counts(norm):
+            past = running.get(group, norm * scale)
+            running[group] = ema_beta * past + (1 - ema_beta) * norm * scale
+    return coefficients, running
 
 
 def skip_spikes(

@@ -7,6 +7,7 @@ the two can be compared. Slow and plain on purpose.
 from __future__ import annotations
 
 import fnmatch
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
@@ -17,7 +18,7 @@ import numpy.typing as npt
 from distclip.testing import memory as remembered
 from distclip.testing.memory import Memory
 from distclip.testing.norms import Array, norm, norm_of_norms, wide
-from distclip.testing.parts import is_in, side_by_side
+from distclip.testing.parts import is_in, norm_type, side_by_side
 
 Stored: TypeAlias = Callable[[str, Array], Array]
 Policy: TypeAlias = "Mapping[str, Any] | Sequence[Policy] | None"
@@ -101,7 +102,7 @@ def expected(
         loss=loss,
         stored=stored,
     )
-    order = _norm_type(policy)
+    order = norm_type(policy)
     parameter_norms = {name: 0.0 if g is None else norm(g, order) for name, g in table.items()}
     total = norm_of_norms(parameter_norms.values(), order)
     skipped = bool(nonfinite) and on_nonfinite == "skip"
@@ -199,26 +200,6 @@ class _Run:
             self.threshold = threshold
 
 
-def _norm_type(policy: Policy) -> float:
-    found = _find_norm_type(policy)
-    return 2.0 if found is None else found
-
-
-def _find_norm_type(policy: Policy) -> float | None:
-    if policy is None:
-        return None
-    if isinstance(policy, Mapping) and "name" in policy:
-        # Policies that clamp scale by no norm.
-        reads = None if policy["name"] in ("value", "running_max") else 2.0
-        return float(policy["norm_type"]) if "norm_type" in policy else reads
-    stages = policy
-    if isinstance(policy, Mapping):
-        parts = policy["by_name"] if "by_name" in policy else policy["by_part"]
-        stages = [*parts.values(), policy.get("default")]
-    found = (_find_norm_type(stage) for stage in stages)
-    return next((order for order in found if order is not None), None)
-
-
 # ---- the policies: each scales or replaces the gradients of the names it is given ----
 
 
@@ -314,27 +295,37 @@ def _dreamer_agc(run: _Run, names: list[str], clip: float = 0.3, pmin: float = 1
 # ---- those with a memory: they get what they remember, and leave what they will ----
 
 
-def _autoclip(run: _Run, names: list[str], path: str, memory: Memory, **arguments: Any) -> None:
+def _together(
+    decide: Callable[..., tuple[float, Memory]],
+    run: _Run,
+    names: list[str],
+    path: str,
+    memory: Memory,
+    **arguments: Any,
+) -> None:
     here = [name for name in names if name in run.present]
     total = run.norm(here, 2.0)
-    limit, run.remembers[path] = remembered.autoclip(memory, total, **arguments)
-    run.clip_to(here, limit, total)
-
-
-def _zclip(run: _Run, names: list[str], path: str, memory: Memory, **arguments: Any) -> None:
-    here = [name for name in names if name in run.present]
-    total = run.norm(here, 2.0)
-    limit, run.remembers[path] = remembered.zclip(memory, total, **arguments)
+    limit, run.remembers[path] = decide(memory, total, **arguments)
     run.clip_to(here, limit, total)
 
 
 def _adagc(run: _Run, names: list[str], path: str, memory: Memory, **arguments: Any) -> None:
-    here = [name for name in names if name in run.present]
-    norms = {name: run.norm([name], 2.0) for name in here}
     if memory.get("step", 0) < arguments.get("warmup_steps", 100):
         run.show(arguments.get("lambda_abs", 1.0))
-    total = run.norm(here, 2.0)
-    coefficients, run.remembers[path] = remembered.adagc(memory, norms, total, **arguments)
+    total = run.norm([name for name in names if name in run.present], 2.0)
+    _each(remembered.adagc, run, names, path, memory, total=total, **arguments)
+
+
+def _each(
+    decide: Callable[..., tuple[dict[str, float], Memory]],
+    run: _Run,
+    names: list[str],
+    path: str,
+    memory: Memory,
+    **arguments: Any,
+) -> None:
+    norms = {name: run.norm([name], 2.0) for name in names if name in run.present}
+    coefficients, run.remembers[path] = decide(memory, norms, **arguments)
     for name, coefficient in coefficients.items():
         run.scale(name, coefficient)
 
@@ -373,10 +364,12 @@ def _skip_norm(
 
 
 _REMEMBERING: dict[str, Callable[..., None]] = {
-    "autoclip": _autoclip,
-    "zclip": _zclip,
+    "autoclip": functools.partial(_together, remembered.autoclip),
+    "zclip": functools.partial(_together, remembered.zclip),
     "adagc": _adagc,
     "running_max": _running_max,
+    "norm_stabilizer": functools.partial(_each, remembered.norm_stabilizer),
+    "group_ema": functools.partial(_each, remembered.group_ema),
     "skip_spikes": _skip_spikes,
     "skip_norm": _skip_norm,
 }

@@ -1,4 +1,4 @@
-"""The reference for parts of a model: which parameters a line such as ``kind=norm`` means."""
+"""The reference for compositions: who is responsible for which parameters, and the norm shown."""
 
 from __future__ import annotations
 
@@ -46,3 +46,24 @@ def is_in(text: str, name: str, ndim: int) -> bool:
         return any(found) != condition.strip().startswith("not ")
 
     return any(all(map(true, clause.split(","))) for clause in text.split(" or "))
+
+
+def norm_type(policy: Any) -> float:
+    """The order of the norms in a report: that of the first policy that reads norms, else 2."""
+    found = _found(policy)
+    return 2.0 if found is None else found
+
+
+def _found(policy: Any) -> float | None:
+    if policy is None:
+        return None
+    if isinstance(policy, Mapping) and "name" in policy:
+        # Policies that clamp scale by no norm.
+        reads = None if policy["name"] in ("value", "running_max") else 2.0
+        return float(policy["norm_type"]) if "norm_type" in policy else reads
+    stages = policy
+    if isinstance(policy, Mapping):
+        parts = policy["by_name"] if "by_name" in policy else policy["by_part"]
+        stages = [*parts.values(), policy.get("default")]
+    found = (_found(stage) for stage in stages)
+    return next((order for order in found if order is not None), None)

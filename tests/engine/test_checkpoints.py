@@ -20,10 +20,9 @@ from torch import nn
 
 from distclip import GradClipper, StateError, policies
 from distclip.integrations.checkpoints import FILE, Shelf
-from distclip.policies import Policy
+from distclip.policies import Policy, RunningMax
 from tests.engine.saved import AUTO, clipper_of
 from tests.engine.test_trajectory import alike
-from tests.helpers.running import RunningMax
 
 NORM = policies.global_norm
 

@@ -40,6 +40,8 @@ SKIP = {
     "loss": True,
     "clip_sigma": 1.0,
 }
+STABLE = {"name": "norm_stabilizer"}
+GROUPS = {"name": "group_ema", "low_mult": 0.9, "max_up_scale": 1.5, "high_mult": 1.2}
 FIXED = {"name": "skip_norm", "max_norm": 2000.0, "clip_norm": 60.0}
 POLICIES: dict[str, Any] = {
     "autoclip": COUNTED,
@@ -47,9 +49,11 @@ POLICIES: dict[str, Any] = {
     "zclip": ZCLIP,
     "adagc": ADAGC,
     "skip_spikes": SKIP,
-    "chain": [SKIP, FIXED, AUTOCLIP, ADAGC, {"name": "global_norm", "max_norm": 30.0}],
+    "norm_stabilizer": STABLE,
+    "group_ema": GROUPS,
+    "chain": [SKIP, FIXED, GROUPS, AUTOCLIP, ADAGC, {"name": "global_norm", "max_norm": 30.0}],
     "each": {
-        "by_name": {"e*": COUNTED, "conv*": AUTOCLIP, "wide*": ZCLIP, "scalar": SKIP},
+        "by_name": {"e*": COUNTED, "conv*": AUTOCLIP, "wide*": ZCLIP, "scalar": SKIP, "f*": STABLE},
         "default": ADAGC,
     },
 }

@@ -43,12 +43,70 @@ def skip_norm(table: np.ndarray, threshold: float, clip: float) -> np.ndarray:
     return np.array(result)
 
 
+def running_max(table: np.ndarray, theta: float) -> np.ndarray:
+    """By step, the bound of each parameter: ``m_max_hat`` of StableSPAM.step."""
+    mean, bounds = np.zeros(table.shape[1]), []
+    for step, row in enumerate(table, 1):
+        mean = theta * mean + (1 - theta) * row
+        bounds.append(mean / (1 - theta**step))
+    return np.array(bounds)
+
+
+def stabilized(table: np.ndarray, gamma1: float, gamma2: float, eps: float) -> np.ndarray:
+    """By step, the norm that each gradient gets: ``c_norm_t`` of StableSPAM.step, scale 1."""
+    result = np.zeros_like(table)
+    for column, norms in enumerate(table.T):
+        m = v = 0.0
+        for step, norm in enumerate(norms, 1):
+            m = gamma1 * m + (1 - gamma1) * norm
+            v = gamma2 * v + (1 - gamma2) * norm**2
+            m_hat, v_hat = m / (1 - gamma1**step), v / (1 - gamma2**step)
+            result[step - 1, column] = m_hat / (v_hat**0.5 + eps)
+    return result
+
+
+def aggc(
+    table: np.ndarray,
+    options: tuple[float, float, float, float, float],
+    start: bool,
+) -> np.ndarray:
+    """By step, the scale of each group (a column is a group), as PerModuleGradClipper has it.
+
+    Args:
+        table: the norm of each group.
+        options: high_mult, low_mult, ema_beta, max_down_scale, max_up_scale; small norms are
+            raised (``raise_small``) where low_mult is not 0.
+        start: whether the average begins with the first norm; with 0 in the authors' code.
+    """
+    high, low, beta, down, up = options
+    ema = table[0].copy() if start else np.zeros(table.shape[1])
+    result = np.ones_like(table)
+    for step, row in enumerate(table):
+        for group, norm in enumerate(row):
+            lower, upper, scale = ema[group] * low, ema[group] * high, 1.0
+            if upper > 0.0 and norm > upper + 1e-12:
+                scale = max(upper / (norm + 1e-12), down)
+            elif lower > 0.0 and norm < lower - 1e-12:
+                scale = min(lower / (norm + 1e-12), up)
+            result[step, group] = scale
+            ema[group] = beta * ema[group] + (1 - beta) * norm * scale
+    return result
+
+
+AGGC = (1.2, 0.9, 0.95, 0.1, 1.5)
+
+
 def make() -> dict[str, np.ndarray]:
     """All goldens by key."""
     table = norms()
     return {
         "in|norms": table,
         "skip_norm|20,5": skip_norm(table, 20.0, 5.0),
+        "running_max|0.9": running_max(table, 0.9),
+        "norm_stabilizer|default": stabilized(table, 0.7, 0.9, 1e-8),
+        "norm_stabilizer|0.85,0.99999": stabilized(table, 0.85, 0.99999, 1e-8),
+        "group_ema|from the first norm": aggc(table, AGGC, start=True),
+        "group_ema|from 0": aggc(table, AGGC, start=False),
     }
 
 

@@ -105,8 +105,8 @@ def main() -> None:
     from distclip import policies
     from distclip.kernels import changing as inplace
     from distclip.kernels import measuring as local
+    from distclip.policies import RunningMax
     from tests.engine.test_matrix import POLICIES, build
-    from tests.helpers.running import RunningMax
 
     there = torch.device(NAME)
     generator = torch.Generator().manual_seed(0)
@@ -153,7 +153,7 @@ def main() -> None:
     assert torch.equal(one, two), "scale"
     inplace.zero_([one], torch.tensor([True]).to(there))
     assert not bool(one.any()), "zero"
-    running = RunningMax()
+    running = RunningMax(0.75)
     chosen = {label: build(configuration) for label, configuration in POLICIES.items()}
     chosen["running max"] = running
     chosen["running max between"] = policies.chain(chosen["global"], running, chosen["parameter"])

@@ -14,10 +14,9 @@ import torch.distributed as dist
 from torch import nn
 
 from distclip import ConfigurationError, GradClipper, policies
-from distclip.policies import Needs, Scale
+from distclip.policies import Needs, RunningMax, Scale
 from distclip.testing import assert_rounded, expected
 from tests.engine.test_matrix import build
-from tests.helpers.running import RunningMax
 from tests.sharded import shard, whole
 
 ONE = torch.ones((), dtype=torch.float64)
@@ -211,7 +210,7 @@ def test_a_wrong_decision_is_an_error_before_any_gradient_changes(
 
 # ---- a bound of its own state ----------------------------------------------------------------
 
-RUNNING = {"name": "running_max"}
+RUNNING = {"name": "running_max", "theta": 0.75}
 CHAINS: dict[str, Any] = {
     "alone": RUNNING,
     "before": [RUNNING, {"name": "global_norm", "max_norm": 2.0}],

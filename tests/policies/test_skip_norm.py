@@ -102,3 +102,20 @@ def test_skip_spikes_clips_below_its_bound() -> None:
     skipped, after = clip(50.0)  # the second in a row ends the series, and is scaled
     assert not skipped
     assert 1.0 < after < 1.5
+
+
+def test_a_gate_reads_the_norm_of_its_part_and_drops_the_whole_update() -> None:
+    model = torch.nn.ModuleDict({"body": torch.nn.Linear(2, 2), "lm_head": torch.nn.Linear(2, 2)})
+    gate = policies.by_name({"lm_head.*": policies.skip_norm(10.0)}, policies.global_norm(1.0))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    clipper = GradClipper(model, gate)
+    clipper.attach(optimizer)
+    for head, body, skipped in ((1.0, 100.0, False), (100.0, 1.0, True)):
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        for name, parameter in model.named_parameters():
+            parameter.grad = torch.full_like(parameter, head if "head" in name else body)
+        optimizer.step()
+        assert clipper.last_report is not None
+        assert bool(clipper.last_report.skipped) == skipped
+        stands = [torch.equal(p, before[name]) for name, p in model.named_parameters()]
+        assert stands == [skipped] * 4

@@ -12,9 +12,8 @@ import torch
 import torch.distributed as dist
 
 from distclip import policies
-from distclip.policies import Needs, Policy, Scale
+from distclip.policies import Needs, Policy, RunningMax, Scale
 from distclip.testing import check_policy
-from tests.helpers.running import RunningMax
 
 OURS: list[Callable[[], Policy]] = [
     policies.measure,
@@ -31,6 +30,9 @@ OURS: list[Callable[[], Policy]] = [
     lambda: policies.zclip(max_norm=None),
     policies.adagc,
     lambda: policies.adagc(max_growth=2.0, warmup_steps=10),
+    policies.norm_stabilizer,
+    policies.group_ema,
+    lambda: policies.group_ema(1.5, 0.5, 0.9, max_down_scale=0.1, max_up_scale=3.0),
     policies.skip_spikes,
     lambda: policies.skip_spikes(16, min_history=4, clip_sigma=2.0),
     lambda: policies.skip_norm(10.0, clip_norm=1.0),
