@@ -74,6 +74,7 @@ def walk(
         DistclipError: a gradient that cannot be measured, on every rank, before any changes.
         NonFiniteGradientError: under ``"error"``, on every rank, before any changes.
     """
+    # Long: the order of one step, in which every line depends on those before it.
     walked = Walked(program, states)
     _rehearse(program, states)
     for number, one in enumerate(program.passes):

@@ -33,6 +33,7 @@ def describe(name: str, parameter: DTensor, hold: Holder | None = None) -> Descr
     Raises:
         UnsupportedGradientError: placements that leave no well-defined pieces.
     """
+    # Long: all of an entry and its pieces follows from the same mesh and placements.
     mesh, placements = parameter.device_mesh, tuple(parameter.placements)
     shape = tuple(parameter.shape)
     _check_placements(name, placements)

@@ -147,6 +147,7 @@ def _live_handles() -> list[Any]:
 
 def _describe(name: str, handle: Any, index: int) -> Described:
     """Entry and pieces of one original parameter."""
+    # Long: an entry and its pieces follow from the same handle.
     flattened = handle.flat_param
     local = tuple(flattened._shapes[index])
     spec = flattened._param_extensions[index]

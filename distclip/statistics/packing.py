@@ -254,6 +254,7 @@ def reduce(
     ``passengers``, float64 of any shape, are summed along where something is reduced, and so is
     ``stamp``.
     """
+    # Long: a line for each thing that travels, into the packet and out of it.
     group = plan.group if request.reduced else None
     wide = _wide(plan.dtypes, (*request.unit_orders, *request.weight_orders))
     packet = Packet(group, wide=wide)
