@@ -70,6 +70,13 @@ class Kept:
         for hold, parameter in zip(self._holds, parameters, strict=True):
             hold.parameter = parameter
 
+    def release(self) -> None:
+        """Take the parameters from the session again."""
+        for hold in self._holds:
+            hold.parameter = None
+        if not self._holds:
+            self.session.plan.release()
+
 
 _kept: OrderedDict[Hashable, Kept] = OrderedDict()
 """By what was called with which parameters. A session in use is not in here: two threads, or a call
@@ -140,7 +147,7 @@ def _using(key: Hashable, kept: Kept) -> Iterator[Session]:
             collectives.check_open(session.plan.group)
         yield session
     finally:
-        session.plan.release()
+        kept.release()
         session.fetched = None
         if kept.fingerprint is not _NEVER:
             _kept[key] = kept
