@@ -55,6 +55,7 @@ def simulate(
 
     The exit code is 1 if ranks or layouts do not do the same, and 0 otherwise.
     """
+    # Long: an option of the command line is a parameter, of several lines.
     from rich.console import Console
     from rich.markup import escape
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
