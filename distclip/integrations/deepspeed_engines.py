@@ -42,12 +42,29 @@ def refuse(engine: Any) -> None:
             outer, "torch_autocast_gradscaler", None
         )
         or getattr(engine, "torch_autocast_z0_gradscaler", None),
+        # Of stage 3 the wrapper has the same class with it and without.
+        "ZenFlow steps a few columns at once and adds up the others' gradients for later steps, so "
+        'that no step has the gradient of one batch; leave "zenflow" out': getattr(
+            engine, "zenflow", False
+        ),
+        "SuperOffload steps on the CPU while backward is running, before there is a norm; leave "
+        '"super_offload" out': "SuperOffload" in type(outer).__name__,
+        'AutoTP ("tensor_parallel") cuts weights into slices that are plain tensors, which was not '
+        "run with distclip; use FSDP2 with DTensor": _autotp_size(engine) > 1,
+        'AutoEP ("expert_parallel") was not run with distclip; DeepSpeed\'s own MoE layers were': (
+            getattr(getattr(engine._config, "expert_parallel_config", None), "enabled", False)
+        ),
         "tensor parallelism (mpu) was not run with distclip": getattr(engine, "mpu", None)
         is not None,
     }
     for reason, holds in reasons.items():
         if holds:
             raise DistclipError(f"distclip cannot clip for this DeepSpeed engine: {reason}")
+
+
+def _autotp_size(engine: Any) -> int:
+    size = getattr(engine, "autotp_size", None)  # since 0.16
+    return int(size()) if size is not None else 1
 
 
 def trained(engine: Any) -> list[Tensor]:
