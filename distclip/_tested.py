@@ -27,7 +27,7 @@ class Range(NamedTuple):
 
 
 TESTED = {
-    "torch": Range("2.9", "2.14"),
+    "torch": Range("2.9", "2.15"),
     "accelerate": Range("1.10", "1.15"),
     "transformers": Range("4.57", "5.24"),
     "deepspeed": Range("0.16.9", "0.19"),

@@ -263,7 +263,7 @@ name. A row of the script that is not in the table has not been run yet.
 
 
 def _columns() -> list[str]:
-    return ["row", "Python", *PACKAGES, "wheel", *PARTS["all"], "tests, day"]
+    return ["row", "Python", *PACKAGES, "wheel", *(f"{part} tests" for part in PARTS["all"]), "run"]
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -9,6 +9,9 @@ from types import ModuleType
 
 import pytest
 
+from distclip import _tested
+from distclip._tested import TESTED
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -23,6 +26,28 @@ def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setitem(sys.modules, "try_versions", module)
     spec.loader.exec_module(module)
     return module
+
+
+def cells(script: ModuleType) -> dict[str, dict[str, str]]:
+    """Row -> column -> text, of the page as it is."""
+    columns = script._columns()
+    lines = script._lines_of(script.PAGE)
+    found = {name: [cell.strip() for cell in line.split("|")[1:-1]] for name, line in lines.items()}
+    assert all(len(row) == len(columns) for row in found.values())
+    return {name: dict(zip(columns, row, strict=True)) for name, row in found.items()}
+
+
+@pytest.mark.parametrize("package", TESTED)
+def test_the_tested_ranges_are_those_of_the_page(package: str, script: ModuleType) -> None:
+    versions = [row[package] for row in cells(script).values() if row[package] != "-"]
+    assert {_tested.place(package, version) for version in versions} == {0}
+    newest = TESTED[package].newest
+    assert any(f"{version}.".startswith(f"{newest}.") for version in versions)
+
+
+def test_nothing_of_the_page_has_failed(script: ModuleType) -> None:
+    assert "failed" not in script.PAGE.read_text()
+    assert script._page(script._lines_of(script.PAGE)) == script.PAGE.read_text()
 
 
 def test_a_row_replaces_its_line_and_no_other(script: ModuleType, tmp_path: Path) -> None:
