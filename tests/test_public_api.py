@@ -9,6 +9,7 @@ import inspect
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -242,6 +243,7 @@ POLICIES = [
     value
     for name, value in vars(policies).items()
     if name in EXPORTED["distclip.policies"]
+    and type(value) is not types.GenericAlias  # Python 3.10 takes one for a class
     and inspect.isclass(value)
     and issubclass(value, policies.Policy)
     and not inspect.isabstract(value)
