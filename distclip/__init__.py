@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from distclip.functional import grad_norms as grad_norms
     from distclip.integrations import accelerate as accelerate
     from distclip.integrations import deepspeed as deepspeed
+    from distclip.integrations import lightning as lightning
     from distclip.integrations import transformers as transformers
     from distclip.layouts.declared import declare_sharded as declare_sharded
     from distclip.report import ClipReport as ClipReport
@@ -65,6 +66,7 @@ _NAMES = {
 _NAMESPACES = {
     "accelerate": "distclip.integrations.accelerate",
     "deepspeed": "distclip.integrations.deepspeed",
+    "lightning": "distclip.integrations.lightning",
     "transformers": "distclip.integrations.transformers",
 }
 """Framework -> the module that works with it, imported when the namespace is first used."""

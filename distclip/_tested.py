@@ -31,6 +31,7 @@ TESTED = {
     "accelerate": Range("1.10", "1.15"),
     "transformers": Range("4.57", "5.24"),
     "deepspeed": Range("0.16.9", "0.19"),
+    "lightning": Range("2.5", "2.6"),
 }
 """Package -> its range."""
 

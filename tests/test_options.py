@@ -12,7 +12,7 @@ from torch import nn
 
 import distclip
 from distclip import ConfigurationError, GradClipper, config, policies
-from distclip.integrations.accelerate_clippers import Clippers
+from distclip.integrations.clippers import Clippers
 from distclip.options import NAMES, Options
 
 OTHER: dict[str, Any] = {

@@ -29,7 +29,6 @@ from distclip.config import Config
 from distclip.errors import ConfigurationError
 from distclip.functional import get_total_norm
 from distclip.integrations import charge, deepspeed_json, hooks
-from distclip.integrations.accelerate_clippers import Clippers
 from distclip.integrations.accelerate_marks import JointDecision, Mark
 from distclip.integrations.accelerate_prepared import (
     Prepared,
@@ -40,6 +39,7 @@ from distclip.integrations.accelerate_prepared import (
 )
 from distclip.integrations.attachment import Attachment
 from distclip.integrations.checkpoints import Shelf
+from distclip.integrations.clippers import Clippers
 from distclip.integrations.given import PolicyOrConfig, config_of
 from distclip.integrations.patches import replace
 from distclip.layouts.detect import refuse_dummy

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Container, Iterable
 from typing import Any
 
@@ -13,12 +12,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from distclip.errors import DistclipError
+from distclip.integrations.clippers import named_in
 from distclip.layouts import fsdp2
 from distclip.layouts.gradients import is_uneven
-from distclip.layouts.names import named_parameters
 from distclip.statistics import collectives
-
-_logger = logging.getLogger("distclip.accelerate")
 
 
 class Prepared:
@@ -119,25 +116,7 @@ class Prepared:
 
     def named(self, parameters: list[Tensor]) -> list[tuple[str, Tensor]]:
         """Names as in the prepared models concerned; a number for a parameter that is in none."""
-        wanted = set(map(id, parameters))
-        concerned = [
-            model
-            for model in self.accelerator._models
-            if not wanted.isdisjoint(map(id, fsdp2.sharded(model.parameters())))
-        ]
-        names = {id(p): name for name, p in named_parameters(concerned)} if concerned else {}
-        unknown = sum(id(parameter) not in names for parameter in parameters)
-        if unknown and self.accelerator.is_main_process:
-            _logger.warning(
-                "%d of %d parameters are in no model that Accelerator.prepare was given; they are "
-                "called unnamed.0, unnamed.1, ..., which name patterns will not match",
-                unknown,
-                len(parameters),
-            )
-        return [
-            (names.get(id(parameter), f"unnamed.{position}"), parameter)
-            for position, parameter in enumerate(parameters)
-        ]
+        return named_in(self.accelerator._models, parameters)
 
     def optimizers(self, parameters: list[Tensor]) -> list[Optimizer]:
         """The torch optimizers that step these."""

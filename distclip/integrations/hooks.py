@@ -28,12 +28,18 @@ __all__ = ["INTEGRATIONS", "Hook", "activated", "install", "mark_active", "on_im
 Callback = Callable[[ModuleType], object]
 
 INTEGRATIONS = {
-    "accelerate": "accelerate.accelerator",
-    "deepspeed": "deepspeed.runtime.engine",
-    "transformers": "transformers.trainer",
-    "torch_scripts": "torch.optim.optimizer",
+    "accelerate": ("accelerate.accelerator",),
+    "deepspeed": ("deepspeed.runtime.engine",),
+    "transformers": ("transformers.trainer",),
+    "lightning": (
+        "lightning.pytorch.trainer.trainer",
+        "pytorch_lightning.trainer.trainer",
+        "lightning.fabric.fabric",
+        "lightning_fabric.fabric",
+    ),
+    "torch_scripts": ("torch.optim.optimizer",),
 }
-"""Integration -> the module upon whose import ``distclip.integrations.<name>.enable`` is called."""
+"""Integration -> modules upon whose import ``distclip.integrations.<name>.enable`` is called."""
 
 activated: set[str] = set()
 """The integrations that have taken up a model or an optimizer in this process."""
@@ -46,8 +52,9 @@ def mark_active(name: str) -> None:
 
 def install(config: Config | None) -> None:
     """Have every integration take up its framework, with ``config``, once that is imported."""
-    for name, module in INTEGRATIONS.items():
-        on_import(module, functools.partial(_enable, name, config))
+    for name, modules in INTEGRATIONS.items():
+        for module in modules:
+            on_import(module, functools.partial(_enable, name, config))
 
 
 def _enable(name: str, config: Config | None, module: ModuleType) -> None:

@@ -210,7 +210,7 @@ def test_install_enables_an_integration_with_the_configuration(
     calls: list[tuple[ModuleType, object]] = []
     integration: Any = SimpleNamespace(enable=lambda module, config: calls.append((module, config)))
     monkeypatch.setitem(sys.modules, "distclip.integrations.fake", integration)
-    monkeypatch.setattr(hooks, "INTEGRATIONS", {"fake": "hooked_pkg.inner"})
+    monkeypatch.setattr(hooks, "INTEGRATIONS", {"fake": ("hooked_pkg.inner",)})
     config: Any = object()
     hooks.install(config)
     assert calls == []

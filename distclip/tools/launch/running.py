@@ -123,7 +123,7 @@ def warn_if_idle() -> None:
     if hooks.activated or clipper.in_use or os.environ.get("RANK", "0") != "0":
         return
     frameworks = {n: m for n, m in hooks.INTEGRATIONS.items() if n != "torch_scripts"}
-    seen = [name for name, module in frameworks.items() if module in sys.modules]
+    seen = [n for n, modules in frameworks.items() if any(m in sys.modules for m in modules)]
     if seen:
         why = f"{' and '.join(seen)} was imported, but no optimizer was prepared with it, and none"
     else:

@@ -1,22 +1,27 @@
-"""The clippers of an ``Accelerator``: one for each set of parameters that is clipped by itself."""
+"""The clippers of a training run: one for each set of parameters that is clipped by itself."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from distclip import policies
 from distclip.clipper import GradClipper
 from distclip.config import Config
 from distclip.config.logs import open_log, release_log
 from distclip.errors import ConfigurationError
-from distclip.integrations.accelerate_prepared import Prepared
 from distclip.integrations.checkpoints import Shelf
+from distclip.layouts import fsdp2
+from distclip.layouts.names import Named, named_parameters
 from distclip.policies.compose import reads_loss
+from distclip.statistics import collectives
 
-_logger = logging.getLogger("distclip.accelerate")
+_logger = logging.getLogger("distclip")
 
 
 MEASURING = {
@@ -29,6 +34,39 @@ MEASURING = {
 """Options of a clipper that only measures."""
 
 
+class Trained(Protocol):
+    """What a framework trains at the moment."""
+
+    def named(self, parameters: list[Tensor]) -> Named:
+        """The parameters with their names in the models."""
+
+    def optimizers(self, parameters: list[Tensor]) -> list[Optimizer]:
+        """All torch optimizers that step any of these."""
+
+
+def named_in(models: Sequence[nn.Module], parameters: list[Tensor]) -> Named:
+    """Parameters with their names in the models concerned; a number for one that is in none."""
+    wanted = set(map(id, parameters))
+    concerned = [
+        model
+        for model in models
+        if not wanted.isdisjoint(map(id, fsdp2.sharded(model.parameters())))
+    ]
+    names = {id(p): name for name, p in named_parameters(concerned)} if concerned else {}
+    unknown = sum(id(parameter) not in names for parameter in parameters)
+    if unknown and collectives.is_first():
+        _logger.warning(
+            "%d of %d parameters are in no model that was prepared for training; they are called "
+            "unnamed.0, unnamed.1, ..., which name patterns will not match",
+            unknown,
+            len(parameters),
+        )
+    return [
+        (names.get(id(parameter), f"unnamed.{position}"), parameter)
+        for position, parameter in enumerate(parameters)
+    ]
+
+
 class Clippers:
     """Made when first asked for, since parameters are known late: FSDP2 replaces them.
 
@@ -38,14 +76,14 @@ class Clippers:
         reads_loss: whether the policy does.
     """
 
-    def __init__(self, prepared: Prepared, config: Config) -> None:
+    def __init__(self, trained: Trained, config: Config) -> None:
         self.known: dict[frozenset[int], GradClipper] = {}
         self._measurers: dict[frozenset[int], GradClipper] = {}
         self.shelf = Shelf(config.policy)
         self.reads_loss = reads_loss(config.policy)
         self._losses: list[Tensor] = []
         """Those of the first update, which come before there is a clipper."""
-        self._prepared = prepared
+        self._trained = trained
         self._config = config
 
     def forget(self) -> None:
@@ -76,21 +114,21 @@ class Clippers:
                 raise ConfigurationError(
                     f"{policy!r} reads the loss, and this script clips several sets of parameters "
                     f"by themselves (several optimizers, or clip_grad_norm_ on parts of a model): "
-                    f"accelerator.backward(loss) does not say to which of them a loss belongs. "
+                    f"backward(loss) does not say to which of them a loss belongs. "
                     f"Leave `loss` off, or build a GradClipper for each set and give it its own "
                     f"by clipper.observe(loss)"
                 )
             asked = self._config.arguments(**(MEASURING if measuring else {}))
             known[key] = GradClipper(
-                self._prepared.named(parameters),
-                optimizer=self._prepared.optimizers(parameters),
+                self._trained.named(parameters),
+                optimizer=self._trained.optimizers(parameters),
                 **asked,
             )
             known[key].expects_gradients = not measuring
             if not measuring:
                 self._open_log(known[key])
                 self._begin(known[key])
-            if not measuring and self._prepared.accelerator.is_main_process:
+            if not measuring and collectives.is_first():
                 _logger.info("clipping %d parameters by %r", len(key), policy)
         return known[key]
 
@@ -102,4 +140,4 @@ class Clippers:
         self._losses.clear()
 
     def _open_log(self, clipper: GradClipper) -> None:
-        open_log(clipper, self._config, self._prepared.accelerator)
+        open_log(clipper, self._config, getattr(self._trained, "accelerator", None))

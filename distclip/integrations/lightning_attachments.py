@@ -1,0 +1,288 @@
+"""A policy on a Lightning ``Trainer`` or a ``Fabric``: hooks on the torch optimizers inside them.
+
+Only what both packages, ``lightning`` and ``pytorch_lightning``, have in common is used, and
+neither is imported.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from distclip.application.folded import FusedStep
+from distclip.application.stepping import Decision, StepHandle
+from distclip.clipper import GradClipper
+from distclip.config import Config
+from distclip.config.logs import release_log
+from distclip.engine.attaching import stepped_by
+from distclip.engine.checkpoint import Source
+from distclip.integrations.accelerate_marks import Mark
+from distclip.integrations.attachment import Attachment
+from distclip.integrations.checkpoints import Shelf
+from distclip.integrations.clippers import Clippers, named_in
+from distclip.layouts.detect import refuse_dummy
+from distclip.layouts.names import Named
+from distclip.report import ClipReport
+from distclip.statistics import collectives
+
+_logger = logging.getLogger("distclip.lightning")
+
+KEY = "distclip"
+"""Of the policy's state in a checkpoint."""
+
+
+class LightningAttachment(Attachment):
+    """A policy on the optimizers of a ``Trainer`` or a ``Fabric``; each has its own norm and state.
+
+    Attributes:
+        models: modules that names are looked up in.
+        reports: optimizer -> the newest report.
+    """
+
+    def __init__(self, owner: Any, kind: str, config: Config) -> None:
+        super().__init__(owner, kind, config)
+        self.models: list[nn.Module] = []
+        self.reports: weakref.WeakKeyDictionary[Optimizer, ClipReport]
+        self.reports = weakref.WeakKeyDictionary()
+        self._clippers = Clippers(self, config)
+        self._handles: weakref.WeakKeyDictionary[Optimizer, StepHandle]
+        self._handles = weakref.WeakKeyDictionary()
+        self._announced = False
+        self._undo += [self._release]
+
+    def adopt(self, optimizer: Optimizer) -> None:
+        """Clip before the steps of a torch optimizer, unless that is done already."""
+        refuse_dummy(optimizer)
+        if optimizer in self._handles:
+            return
+        reference = weakref.ref(optimizer)
+        self._handles[optimizer] = StepHandle(
+            optimizer,
+            functools.partial(self._before_step, reference),
+            functools.partial(self._after_step, reference),
+        )
+        self._begin("lightning")
+
+    def named(self, parameters: list[Tensor]) -> Named:
+        """The parameters with their names in the models."""
+        return named_in(self.models, parameters)
+
+    def optimizers(self, parameters: list[Tensor]) -> list[Optimizer]:
+        """All optimizers that step any of these."""
+        wanted = set(map(id, parameters))
+        return [o for o in self._handles if not wanted.isdisjoint(map(id, stepped_by(o)))]
+
+    def observe(self, loss: Tensor | float) -> None:
+        self._clippers.observe(loss)
+
+    @property
+    def reads_loss(self) -> bool:
+        """Whether the policy does."""
+        return self._clippers.reads_loss
+
+    def memory(self) -> tuple[Shelf, Iterable[GradClipper]]:
+        return self._clippers.shelf, self._clippers.known.values()
+
+    def load_from(self, state: Any, what: str) -> None:
+        """As :meth:`load_state_dict`, for a state from ``what``."""
+        shelf, clippers = self.memory()
+        shelf.load_state_dict(state, clippers, Source(what))
+
+    def _clip(
+        self,
+        optimizer: Optimizer,
+        loss_scale: Tensor | None,
+        found_inf: Tensor | None,
+        coming: FusedStep | None,
+    ) -> ClipReport:
+        clipper = self._clippers.of(stepped_by(optimizer))
+        self.last_report = report = clipper.clip_before_step(loss_scale, found_inf, coming)
+        self.reports[optimizer] = report
+        return report
+
+    def _before_step(
+        self,
+        reference: weakref.ref[Optimizer],
+        loss_scale: Tensor | None,
+        found_inf: Tensor | None,
+        coming: FusedStep,
+    ) -> Decision:
+        optimizer = reference()
+        assert optimizer is not None  # it is calling
+        return self._clip(optimizer, loss_scale, found_inf, coming)
+
+    def _after_step(self, reference: weakref.ref[Optimizer], skipped: bool | Tensor) -> None:
+        """The step of an optimizer is over."""
+
+    def _release(self) -> None:
+        for handle in self._handles.values():
+            handle.remove()
+        self._handles.clear()
+        for clipper in self._clippers.known.values():
+            release_log(clipper)
+
+    def _announce(self, call: str) -> None:
+        if not self._announced and collectives.is_first():
+            _logger.warning(
+                "%s: the configured policy is applied in its place, before the optimizer's step: "
+                "%r",
+                call,
+                self.config.policy,
+            )
+        self._announced = True
+
+
+class TrainerAttachment(LightningAttachment):
+    """A policy on one ``Trainer`` while it fits.
+
+    Args:
+        trainer: with its optimizers.
+        module: the ``LightningModule``.
+        config: a checked configuration.
+    """
+
+    def __init__(self, trainer: Any, module: Any, config: Config) -> None:
+        super().__init__(trainer, "Trainer", config)
+        self.models = [module]
+        self.loss_factor = lambda: trainer.accumulate_grad_batches
+        self._skipped: weakref.WeakKeyDictionary[Optimizer, bool | Tensor]
+        self._skipped = weakref.WeakKeyDictionary()
+        self._replace(module, "configure_gradient_clipping", self._configure)
+        self._replace(trainer.precision_plugin, "clip_gradients", self._clip_gradients)
+        self._replace(module, "lr_scheduler_step", self._scheduler_step)
+        for optimizer in trainer.optimizers:
+            self.adopt(optimizer)
+        for optimizer in trainer.optimizers:
+            self._clippers.of(stepped_by(optimizer))  # mistakes are reported before a step
+
+    def begin_batch(self) -> None:
+        """No optimizer has skipped a step yet in this batch."""
+        self._skipped.clear()
+
+    def _after_step(self, reference: weakref.ref[Optimizer], skipped: bool | Tensor) -> None:
+        optimizer = reference()
+        assert optimizer is not None
+        self._skipped[optimizer] = skipped
+
+    def _configure(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        """In place of ``LightningModule.configure_gradient_clipping``."""
+        module = original.__self__  # type: ignore[attr-defined]
+        if original.__module__.partition(".")[0] not in ("lightning", "pytorch_lightning"):
+            self._announce(f"{type(module).__name__}.configure_gradient_clipping is not called")
+
+    def _clip_gradients(
+        self,
+        original: Callable[..., Any],
+        optimizer: Any,
+        clip_val: Any = 0.0,
+        *args: Any,
+        **kw: Any,
+    ) -> None:
+        """In place of the precision plugin's, which ``LightningModule.clip_gradients`` calls."""
+        if clip_val and clip_val > 0:
+            self._announce(f"the script calls clip_gradients(gradient_clip_val={clip_val})")
+
+    def _scheduler_step(self, original: Callable[..., Any], scheduler: Any, *args: Any) -> Any:
+        """A scheduler that counts steps does not count one that was skipped."""
+        configs = self._owner.lr_scheduler_configs
+        by_step = any(c.scheduler is scheduler and c.interval == "step" for c in configs)
+        if by_step and bool(self._skipped.get(getattr(scheduler, "optimizer", None), False)):  # type: ignore[arg-type]
+            return None
+        return original(scheduler, *args)
+
+
+class FabricAttachment(LightningAttachment):
+    """A policy on one ``Fabric``.
+
+    Args:
+        fabric: before or after it has set up models and optimizers.
+        config: a checked configuration.
+    """
+
+    def __init__(self, fabric: Any, config: Config) -> None:
+        super().__init__(fabric, "Fabric", config)
+        self._called: weakref.WeakKeyDictionary[Optimizer, list[Mark]]
+        self._called = weakref.WeakKeyDictionary()
+        self._replace(fabric, "clip_gradients", self._clip_gradients)
+        self._replace(fabric, "save", self._save)
+        self._replace(fabric, "load", self._load)
+        if self.reads_loss:
+            self._replace(fabric, "backward", self._backward)
+        self._begin("lightning")
+
+    def _backward(self, original: Callable[..., Any], loss: Tensor, *args: Any, **kw: Any) -> None:
+        original(loss, *args, **kw)
+        self._observe_backward(loss)
+
+    def _clip_gradients(
+        self,
+        original: Callable[..., Any],
+        module: Any,
+        optimizer: Any,
+        clip_val: Any = None,
+        max_norm: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor | None:
+        """In place of ``fabric.clip_gradients``: the policy, on what the optimizer steps."""
+        named = f"max_norm={max_norm}" if clip_val is None else f"clip_val={clip_val}"
+        self._announce(f"the script calls clip_gradients({named})")
+        optimizer = getattr(optimizer, "optimizer", optimizer)
+        if optimizer not in self._handles:
+            self.adopt(optimizer)
+        parameters = stepped_by(optimizer)
+        marks = self._called.get(optimizer)
+        if marks is None or any(map(Mark.outdated, marks, parameters)):
+            report = self._clip(optimizer, *self._unscaled(optimizer), None)
+            self._called[optimizer] = [Mark.of(p, report) for p in parameters]
+        return None if max_norm is None else self.reports[optimizer].total_norm
+
+    def _unscaled(self, optimizer: Optimizer) -> tuple[Tensor | None, Tensor | None]:
+        """Unscale the gradients, or how large their scale is; and, under a scaler, a found_inf."""
+        precision = self._owner.strategy.precision
+        scaler = getattr(precision, "scaler", None)
+        if scaler is None:
+            return None, None
+        found_inf = torch.zeros(1)  # an overflow is a part of finding the scale, and no error
+        if getattr(optimizer, "_step_supports_amp_scaling", False):  # it unscales as it steps
+            return torch.tensor(scaler.get_scale()), found_inf
+        precision.unscale_gradients(optimizer)
+        return None, found_inf
+
+    def _before_step(
+        self,
+        reference: weakref.ref[Optimizer],
+        loss_scale: Tensor | None,
+        found_inf: Tensor | None,
+        coming: FusedStep,
+    ) -> Decision:
+        optimizer = reference()
+        assert optimizer is not None
+        if optimizer in self._called:
+            return self.reports[optimizer]
+        return super()._before_step(reference, loss_scale, found_inf, coming)
+
+    def _after_step(self, reference: weakref.ref[Optimizer], skipped: bool | Tensor) -> None:
+        optimizer = reference()
+        assert optimizer is not None
+        self._called.pop(optimizer, None)
+
+    def _save(
+        self, original: Callable[..., Any], path: Any, state: dict[str, Any], *args: Any, **kw: Any
+    ) -> Any:
+        return original(path, {**state, KEY: self.state_dict()}, *args, **kw)
+
+    def _load(
+        self, original: Callable[..., Any], path: Any, state: Any = None, *args: Any, **kw: Any
+    ) -> Any:
+        remainder = original(path, state, *args, **kw)
+        if state is not None:
+            self.load_from(remainder.pop(KEY, None), f"the state of distclip in {path}")
+        return remainder

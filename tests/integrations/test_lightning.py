@@ -1,0 +1,352 @@
+"""Lightning's Trainer: one clip per step whatever is underneath, and decisions that survive."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+pytest.importorskip("lightning")
+
+import distclip
+from distclip import ConfigurationError, StateError, policies
+from distclip.config import Config
+from distclip.testing import run_on_ranks
+from tests.integrations.accelerated import (
+    LR,
+    Halve,
+    Reference,
+    SkipAbove,
+    adamw,
+    batch,
+    fused,
+    loss_of,
+    make,
+    same,
+    sgd,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+SPEC: list[dict[str, Any]] = [
+    {"name": "agc", "clip_factor": 0.5},
+    {"name": "global_norm", "max_norm": 0.4},
+]
+REMEMBERS = policies.chain(policies.adagc(warmup_steps=2), policies.autoclip(50, window=5))
+
+
+def reference(
+    steps: int, optimizer: Any = sgd, policy: Any = SPEC, net: Any = make, parts: int = 1
+) -> tuple[dict[str, Tensor], list[float]]:
+    """Weights and norms of one process, in plain torch, clipped by the oracle."""
+    plain = net()
+    trained = Reference(plain, optimizer(plain))
+    for step in range(steps):
+        micro = [loss_of(plain, batch(step * parts + part)) / parts for part in range(parts)]
+        trained.update(policy, *micro)
+    return {name: p.detach().clone() for name, p in plain.named_parameters()}, trained.norms
+
+
+def clip_with(policy: Any, **options: Any) -> Any:
+    return distclip.lightning.ClipCallback(policy, **options)
+
+
+def trained(folder: Path, layout: str, steps: int, *callbacks: Any, **options: Any) -> Any:
+    """The module, and its trainer in ``module.trainer``."""
+    from tests.integrations.lightnings import fit, module_of, package, trainer_of, world
+
+    pl = package(options.pop("package", "lightning.pytorch"))
+    given = {key: options.pop(key) for key in ("ckpt_path", "first") if key in options}
+    made = {key: options.pop(key) for key in ("optimizers", "net") if key in options}
+    data = world() // 2 if layout == "tp" else world()
+    module = options.pop("module", None) or module_of(pl, data=data, **made)
+    trainer = trainer_of(folder, layout, list(callbacks), pl, **options)
+    fit(trainer, module, steps, **given)
+    return module
+
+
+@pytest.mark.ranks(1, 2, 4, timeout=240)
+def test_weights_and_norms_are_those_of_the_oracle(tmp_path: Path, world_size: int) -> None:
+    from tests.integrations.lightnings import whole, wide
+
+    layouts = {1: ["ddp"], 2: ["ddp", "fsdp1", "fsdp2"], 4: ["tp"]}[world_size]
+    for layout in layouts:
+        net = wide if layout == "tp" else make
+        want, norms = reference(20, net=net)
+        logged: list[float] = []
+        callback = clip_with({"policy": SPEC})
+        module = trained(tmp_path, layout, 20, callback, Norms(logged), net=net)
+        same(whole(module), want)
+        assert logged == pytest.approx(norms, rel=1e-5)
+        assert float(callback.last_report.coefficient) < 0.9
+        optimizer = module.trainer.optimizers[0]
+        assert not optimizer._optimizer_step_pre_hooks  # detached
+        assert "configure_gradient_clipping" not in vars(module)
+
+
+@pytest.mark.ranks(2, timeout=180)
+def test_the_other_package(tmp_path: Path) -> None:
+    from tests.integrations.lightnings import package, whole
+
+    name = "pytorch_lightning"
+    pl = package(name)
+    callback = clip_with({"policy": SPEC})
+    assert isinstance(callback, pl.Callback)
+    assert isinstance(callback, distclip.lightning.ClipCallback)
+    same(whole(trained(tmp_path, "ddp", 5, callback, package=name)), reference(5)[0])
+
+
+def Norms(found: list[float]) -> Any:
+    """What the Trainer's log has of each step."""
+    from lightning.pytorch import Callback
+
+    class Reading(Callback):  # type: ignore[misc]
+        def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+            found.append(float(trainer.callback_metrics["grad_norm"]))
+
+    return Reading()
+
+
+@pytest.mark.ranks(1, 2)
+@pytest.mark.parametrize("kind", [adamw, fused])
+def test_accumulated_gradients_are_clipped_once(kind: Any, tmp_path: Path, world_size: int) -> None:
+    from tests.integrations.lightnings import whole
+
+    want, _ = reference(4, kind, parts=2)
+    callback = clip_with({"policy": SPEC})
+    module = trained(tmp_path, "ddp", 8, callback, optimizers=kind, accumulate_grad_batches=2)
+    same(whole(module), want)
+
+
+@pytest.mark.ranks(1)
+@pytest.mark.parametrize("kind", [sgd, fused])
+def test_a_scaler_has_unscaled_before(kind: Any, tmp_path: Path) -> None:
+    from lightning.pytorch.plugins.precision import MixedPrecision
+
+    from tests.integrations.lightnings import whole
+
+    class Full(MixedPrecision):  # type: ignore[misc]
+        """With a scaler, and without the rounding of half precision."""
+
+        def autocast_context_manager(self) -> Any:
+            return torch.autocast("cpu", enabled=False)
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=3)
+    plugin = Full("16-mixed", "cpu", scaler)
+    callback = clip_with({"policy": SPEC})
+    module = trained(tmp_path, "ddp", 8, callback, optimizers=kind, plugins=[plugin])
+    want, norms = reference(8, kind)
+    same(whole(module), want)
+    assert float(callback.last_report.total_norm) == pytest.approx(norms[-1], rel=1e-5)
+    assert scaler.get_scale() > 1024
+
+
+def manual(kind: str) -> Any:
+    """Two models, each with its own optimizer, that are trained by hand."""
+    import lightning.pytorch as pl
+
+    class Manual(pl.LightningModule):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+            self.one, self.two = make(0), make(1)
+
+        def training_step(self, x: Tensor, index: int) -> None:
+            for optimizer, net in zip(self.optimizers(), (self.one, self.two), strict=True):
+                if kind == "closure":
+                    optimizer.step(closure=lambda o=optimizer, n=net: self.backward_of(o, n, x))
+                    continue
+                self.backward_of(optimizer, net, x)
+                if kind == "calls":
+                    self.clip_gradients(optimizer, 1e-9, "norm")
+                    self.clip_gradients(optimizer, 1e-9, "value")
+                optimizer.step()
+
+        def backward_of(self, optimizer: Any, net: nn.Module, x: Tensor) -> None:
+            optimizer.zero_grad()
+            self.manual_backward(loss_of(net, x))
+
+        def configure_optimizers(self) -> Any:
+            return sgd(self.one), sgd(self.two)
+
+    return Manual()
+
+
+@pytest.mark.ranks(1)
+@pytest.mark.parametrize("kind", ["plain", "calls", "closure"])
+def test_manual_optimization_of_two_optimizers(kind: str, tmp_path: Path) -> None:
+    callback = clip_with({"policy": SPEC})
+    module = trained(tmp_path, "ddp", 6, callback, module=manual(kind))
+    logged = module.trainer.callback_metrics
+    for seed, net, key in ((0, module.one, "grad_norm"), (1, module.two, "grad_norm/1")):
+        want, norms = reference(6, net=lambda seed=seed: make(seed))
+        same({name: p.detach() for name, p in net.named_parameters()}, want)
+        assert float(logged[key]) == pytest.approx(norms[-1], rel=1e-5)
+
+
+@pytest.mark.ranks(1)
+def test_a_modules_own_clipping_gives_way(tmp_path: Path) -> None:
+    from tests.integrations.lightnings import module_of, package, said, whole
+
+    module = module_of(package("lightning.pytorch"))
+    own = lambda self, optimizer, *a, **k: self.clip_gradients(optimizer, 1e-9, "norm")  # noqa: E731
+    own.__module__ = __name__
+    type(module).configure_gradient_clipping = own
+    with said() as messages:
+        trained(tmp_path, "ddp", 3, clip_with(Halve()), module=module)
+    assert [m for m in messages if "Module.configure_gradient_clipping is not called" in m]
+    same(whole(module), reference(3, policy=0.5)[0])
+
+
+@pytest.mark.ranks(1, 2)
+def test_a_skipped_step_leaves_everything_alone(tmp_path: Path) -> None:
+    from tests.integrations.lightnings import whole
+
+    def optimizers(net: nn.Module) -> Any:
+        optimizer = adamw(net)
+        rates = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+        return [optimizer], [{"scheduler": rates, "interval": "step"}]
+
+    for policy, rate in ((SkipAbove(0.0), LR), (SkipAbove(1e9), LR / 8)):
+        module = trained(tmp_path, "ddp", 3, clip_with(policy), optimizers=optimizers)
+        (optimizer,) = module.trainer.optimizers
+        assert optimizer.param_groups[0]["lr"] == rate
+        assert bool(optimizer.state) == (rate != LR)
+        if rate == LR:
+            same(whole(module), dict(make().named_parameters()), 0.0)
+
+
+# ---- checkpoints -----------------------------------------------------------------------------
+
+
+def decisions_of(folder: str, layout: str, steps: int, resume: bool) -> list[float]:
+    """Train on whatever ranks there are; the checkpoint of step 4 lies in the folder."""
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    logged: list[float] = []
+    keep = ModelCheckpoint(folder, "at{step}", every_n_train_steps=4, save_top_k=-1)
+    options = {"enable_checkpointing": True, "max_steps": steps}
+    if resume:
+        options |= {"ckpt_path": f"{folder}/atstep=4.ckpt", "first": 4}
+    callbacks = [clip_with(REMEMBERS), Coefficients(logged), *([] if resume else [keep])]
+    options["enable_checkpointing"] = not resume
+    trained(Path(folder), layout, steps, *callbacks, **options)
+    return logged
+
+
+def Coefficients(found: list[float]) -> Any:
+    from lightning.pytorch import Callback
+
+    class Reading(Callback):  # type: ignore[misc]
+        def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+            found.append(float(trainer.callback_metrics["clip_coefficient"]))
+
+    return Reading()
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp2"])
+def test_decisions_survive_a_restart_on_other_ranks(layout: str, tmp_path: Path) -> None:
+    through = run_on_ranks(decisions_of, 2, str(tmp_path), layout, 8, False, timeout=200)[0]
+    assert len(set(through)) > 3
+    for ranks in (2, 1) if layout == "ddp" else (2,):
+        resumed = run_on_ranks(decisions_of, ranks, str(tmp_path), layout, 8, True, timeout=200)
+        for each in resumed:
+            assert each == pytest.approx(through[4:], rel=1e-5)
+
+
+@pytest.mark.ranks(1)
+def test_states_that_do_not_fit(tmp_path: Path) -> None:
+    from tests.integrations.lightnings import said
+
+    path = tmp_path / "plain.ckpt"
+    trained(tmp_path, "ddp", 2).trainer.save_checkpoint(path)
+    with said() as messages:
+        trained(tmp_path, "ddp", 4, clip_with(REMEMBERS), ckpt_path=path)
+    assert [message for message in messages if "no state of distclip" in message]
+    callback = clip_with(REMEMBERS)
+    module = trained(tmp_path, "ddp", 2, callback)
+    module.trainer.save_checkpoint(path)  # after the fit
+    other = clip_with(policies.autoclip(50, window=4))
+    with pytest.raises(StateError, match="this state belongs to"):
+        trained(tmp_path, "ddp", 4, other, ckpt_path=path, max_epochs=2)
+    clippers = callback.state_dict()["clippers"]
+    assert [state["step"] for state in clippers] == [2]
+    trained(tmp_path, "ddp", 3, callback)  # a second fit goes on with the memory
+    assert [state["step"] for state in callback.state_dict()["clippers"]] == [5]
+
+
+# ---- two of them, or none --------------------------------------------------------------------
+
+
+@pytest.mark.ranks(1)
+def test_what_cannot_be_meant_is_reported_before_training(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"gradient_clip_val=0\.5\).* remove gradient_cl"):
+        trained(tmp_path, "ddp", 1, clip_with(Halve()), gradient_clip_val=0.5)
+    with pytest.raises(ConfigurationError, match="no policy, and neither"):
+        trained(tmp_path, "ddp", 1, clip_with(None))
+    trained(tmp_path, "ddp", 1, clip_with(Halve()), gradient_clip_val=0)
+    with pytest.raises(RuntimeError, match="more than one stateful callback"):
+        trained(tmp_path, "ddp", 1, clip_with(Halve()), clip_with(Halve()))
+
+
+@pytest.mark.ranks(1)
+def test_without_a_change_to_the_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import lightning.pytorch.trainer.trainer as module
+
+    from distclip.integrations import lightning as integration
+    from distclip.integrations.lightning_factories import callbacks
+    from tests.integrations.lightnings import whole
+
+    halved, quartered = (reference(3, policy=factor)[0] for factor in (0.5, 0.25))
+
+    class Quarter(Halve):
+        def update(self, statistics: Any, state: Any) -> Any:
+            (scale,), state = super().update(statistics, state)
+            return (type(scale)(scale.coefficients / 2),), state
+
+    monkeypatch.setattr(module.Trainer, "__init__", module.Trainer.__init__)
+    monkeypatch.setattr(integration, "_run", [])
+    monkeypatch.delenv("DISTCLIP_CONFIG", raising=False)
+    assert callbacks() == []
+    monkeypatch.setenv("DISTCLIP_CONFIG", str(tmp_path / "policy.yaml"))
+    (given,) = callbacks()  # of the entry points
+    assert isinstance(given, distclip.lightning.ClipCallback)
+    integration.enable(module, Config(policy=Halve()))
+    same(whole(trained(tmp_path, "ddp", 3)), halved)
+    assert callbacks() == []
+    # One of the script takes its place.
+    automatic = integration.AutomaticClipCallback()
+    for given in ([automatic, clip_with(Quarter())], [clip_with(Quarter()), automatic]):
+        same(whole(trained(tmp_path, "ddp", 3, *given)), quartered)
+    with pytest.raises(ConfigurationError, match="start without `distclip run`"):
+        trained(tmp_path, "ddp", 1, gradient_clip_val=1.0)
+
+
+@pytest.mark.ranks(2)
+def test_a_policy_that_reads_the_loss(tmp_path: Path) -> None:
+    callback = clip_with(policies.skip_spikes(window=8, min_history=3, loss=True))
+    trained(tmp_path, "ddp", 2, callback)
+    (state,) = callback.state_dict()["clippers"]
+    losses = state["states"][""]["shared"]["losses"]
+    plain = make()
+    first = float(loss_of(plain, batch(0)))
+    assert float(losses[0]) == pytest.approx(first, rel=1e-5)
+    assert dist.get_world_size() == 2
+    with pytest.raises(ConfigurationError, match="reads the loss"):
+        trained(tmp_path, "ddp", 1, clip_with(callback.policy_or_config), module=manual("plain"))
+
+
+def test_a_callback_is_pickled_by_its_policy() -> None:
+    import pickle
+
+    import lightning.pytorch as pl
+
+    callback = pickle.loads(pickle.dumps(clip_with(policies.agc(0.1), log=False)))
+    assert isinstance(callback, pl.Callback)
+    assert isinstance(callback, distclip.lightning.ClipCallback)
+    assert callback.policy_or_config == policies.agc(0.1)
+    assert not callback._logs

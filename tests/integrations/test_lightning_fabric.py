@@ -1,0 +1,131 @@
+"""Fabric: one clip per step, whether or not the script calls ``fabric.clip_gradients``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("lightning")
+
+import distclip
+from distclip.testing import run_on_ranks
+from tests.integrations.accelerated import batch, fused, loss_of, make, same, sgd
+from tests.integrations.test_lightning import REMEMBERS, SPEC, reference
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def step(fabric: Any, model: Any, optimizer: Any, number: int, calls: str = "") -> Any:
+    from tests.integrations.lightnings import mine
+
+    optimizer.zero_grad()
+    fabric.backward(loss_of(model, mine(batch(number), fabric.world_size)))
+    norm = None
+    if "n" in calls:
+        norm = fabric.clip_gradients(model, optimizer, max_norm=1e-9)
+    if "v" in calls:
+        assert fabric.clip_gradients(model, optimizer, clip_val=1e-9) is None
+    optimizer.step()
+    return norm
+
+
+@pytest.mark.ranks(1, 2, timeout=180)
+def test_weights_are_those_of_the_oracle(world_size: int) -> None:
+    from tests.integrations.lightnings import fabric_of, prepared, whole
+
+    want, norms = reference(20)
+    for layout in ["ddp", "fsdp2"][:world_size]:
+        for calls in ("", "nv"):
+            callback = distclip.lightning.ClipCallback({"policy": SPEC})
+            fabric = fabric_of(layout, [callback])
+            model, optimizer = prepared(fabric, layout)
+            found = [step(fabric, model, optimizer, number, calls) for number in range(20)]
+            same(whole(model.module), want)
+            if calls:
+                assert [float(norm) for norm in found] == pytest.approx(norms, rel=1e-5)
+            ((names,),) = [[c.names for c in callback.handle.memory()[1]]]
+            assert names == tuple(dict(make().named_parameters()))
+            assert float(callback.last_report.total_norm) == pytest.approx(norms[-1], rel=1e-5)
+
+
+@pytest.mark.ranks(1)
+@pytest.mark.parametrize("kind", [sgd, fused])
+@pytest.mark.parametrize("calls", ["", "n"])
+def test_a_scaler_has_unscaled_before(kind: Any, calls: str) -> None:
+    from lightning.fabric.plugins.precision import MixedPrecision
+
+    from tests.integrations.lightnings import fabric_of, prepared, whole
+
+    class Full(MixedPrecision):  # type: ignore[misc]
+        def forward_context(self) -> Any:
+            return torch.autocast("cpu", enabled=False)
+
+        def convert_input(self, data: Any) -> Any:
+            return data
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=3)
+    callback = distclip.lightning.ClipCallback({"policy": SPEC})
+    fabric = fabric_of("ddp", [callback], plugins=[Full("16-mixed", "cpu", scaler)])
+    model, optimizer = prepared(fabric, "ddp", kind)
+    found = [step(fabric, model, optimizer, number, calls) for number in range(8)]
+    want, norms = reference(8, kind)
+    same(whole(model.module), want)
+    if calls:
+        assert [float(norm) for norm in found] == pytest.approx(norms, rel=1e-5)
+    assert scaler.get_scale() > 1024
+
+
+@pytest.mark.ranks(1)
+def test_two_optimizers_and_what_is_undone() -> None:
+    from tests.integrations.lightnings import fabric_of
+
+    callback = distclip.lightning.ClipCallback({"policy": SPEC})
+    fabric = fabric_of("ddp", [callback])
+    nets = make(0), make(1)
+    pairs = [fabric.setup(net, sgd(net)) for net in nets]
+    for number in range(6):
+        for model, optimizer in pairs:
+            step(fabric, model, optimizer, number)
+    for seed, net in enumerate(nets):
+        same(
+            {name: p.detach() for name, p in net.named_parameters()},
+            reference(6, net=lambda seed=seed: make(seed))[0],
+        )
+    callback.handle.remove()
+    assert {"clip_gradients", "save", "load"}.isdisjoint(vars(fabric))
+    model, optimizer = pairs[0]
+    step(fabric, model, optimizer, 0, "n")
+    norms = [p.grad.norm() for p in nets[0].parameters()]
+    assert torch.stack(norms).norm() == pytest.approx(1e-9, rel=1e-2)  # Fabric's own clipping
+
+
+def decisions_of(folder: str, layout: str, first: int) -> list[float]:
+    """Steps ``first`` to 7 on whatever ranks there are, with a checkpoint after step 3."""
+    from tests.integrations.lightnings import fabric_of, prepared
+
+    callback = distclip.lightning.ClipCallback(REMEMBERS)
+    fabric = fabric_of(layout, [callback])
+    model, optimizer = prepared(fabric, layout)
+    state = {"model": model, "optimizer": optimizer}
+    if first:
+        assert fabric.load(f"{folder}/state", state) == {}
+    found = []
+    for number in range(first, 8):
+        step(fabric, model, optimizer, number)
+        found.append(float(callback.last_report.coefficient))
+        if number == 3:
+            fabric.save(f"{folder}/state", state)
+    return found
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("layout", ["ddp", "fsdp2"])
+def test_decisions_survive_a_restart(layout: str, tmp_path: Path) -> None:
+    through = run_on_ranks(decisions_of, 2, str(tmp_path), layout, 0, timeout=200)[0]
+    assert len(set(through)) > 3
+    for ranks in (2, 1) if layout == "ddp" else (2,):
+        for each in run_on_ranks(decisions_of, ranks, str(tmp_path), layout, 4, timeout=200):
+            assert each == pytest.approx(through[4:], rel=1e-5)
