@@ -283,9 +283,9 @@ def _root(mesh: Any) -> Any:
     """The mesh that a mesh was sliced out of; itself, if it was made whole."""
     if hasattr(mesh, "_get_root_mesh"):
         return mesh._get_root_mesh()
-    from torch.distributed import device_mesh  # torch 2.9
+    from torch.distributed.device_mesh import _mesh_resources  # torch 2.9
 
-    return device_mesh._mesh_resources.get_root_mesh(mesh)
+    return _mesh_resources.get_root_mesh(mesh)
 
 
 def _grid(mesh: Tensor, first: set[int], second: set[int]) -> list[int]:

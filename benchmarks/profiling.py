@@ -1,7 +1,7 @@
 """Where one step's time goes on the host: the functions by the time in themselves.
 
-    python -m benchmarks.profile plain-small
-    python -m benchmarks.profile small --way "distclip clip_grad_norm_" --steps 500 --lines 40
+    python -m benchmarks.profiling plain-small
+    python -m benchmarks.profiling small --way "distclip clip_grad_norm_" --steps 500 --lines 40
 
 The case and the way are those of ``distclip bench``. First come steps without a profiler, whose
 median is what a step takes; then as many under cProfile, which adds some 0.1 to 0.3 us to each call
