@@ -217,8 +217,8 @@ def test_one_file_issues_the_collectives() -> None:
         for name in SOURCES
         if not name.startswith(ALLOWED_TO_TALK) and (what := talks(parsed(name)))
     }
-    # Three exceptions: autograd left a gradient in other placements than its parameter (Partial under
-    # tensor parallelism), which only the DTensor itself can put right; and the type of a tensor
+    # Three exceptions. Autograd left a gradient in other placements than its parameter (Partial
+    # under tensor parallelism), which only the DTensor itself can put right; the type of a tensor
     # that an asynchronous collective has not brought yet; and which mesh another one is a slice of,
     # on torch 2.9.
     assert found == {
