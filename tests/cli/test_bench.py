@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-from benchmarks import profile, targets
+from benchmarks import profiling, targets
 from distclip import GradClipper, policies
 from distclip.cli.app import app
 from distclip.kernels.changing import scale_units_
@@ -382,7 +382,7 @@ def test_gradients_that_nothing_clips_count_as_changed_before_every_way() -> Non
 
 @pytest.mark.ranks(2)
 def test_a_profile_names_the_functions_of_a_step() -> None:
-    plain, profiled, lines = profile.take("small", OURS, 3)
+    plain, profiled, lines = profiling.take("small", OURS, 3)
     assert plain > 0.0
     assert profiled > 0.0
     assert sum("distclip/clipper.py" in where for where, *_ in lines) > 2
