@@ -14,7 +14,12 @@ from test_docs import blocks
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8")
 SECTIONS = dict(re.findall(r"^## ([^\n]+)\n(.*?)(?=^## |\Z)", PAGE, re.MULTILINE | re.DOTALL))
-NEEDS = {"Accelerate": "accelerate", "DeepSpeed": "deepspeed", "Transformers": "transformers"}
+NEEDS = {
+    "Accelerate": "accelerate",
+    "DeepSpeed": "deepspeed",
+    "Lightning": "lightning",
+    "Transformers": "transformers",
+}
 SHOWN = [title for title, text in SECTIONS.items() if "```bash" in text]
 
 
@@ -55,4 +60,4 @@ def test_a_section(title: str, folder: Path) -> None:
 
 
 def test_every_section_is_run() -> None:
-    assert len(SHOWN) >= 5
+    assert len(SHOWN) >= 6
