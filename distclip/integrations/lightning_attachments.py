@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import weakref
+from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -23,11 +24,15 @@ from distclip.config import Config
 from distclip.config.logs import release_log
 from distclip.engine.attaching import stepped_by
 from distclip.engine.checkpoint import Source
+from distclip.functional import get_total_norm
+from distclip.integrations import charge
 from distclip.integrations.accelerate_marks import Mark
 from distclip.integrations.attachment import Attachment
 from distclip.integrations.checkpoints import Shelf
 from distclip.integrations.clippers import Clippers, named_in
+from distclip.layouts import fsdp2
 from distclip.layouts.detect import refuse_dummy
+from distclip.layouts.gradients import is_reduced, is_uneven
 from distclip.layouts.names import Named
 from distclip.report import ClipReport
 from distclip.statistics import collectives
@@ -68,6 +73,7 @@ class LightningAttachment(Attachment):
             functools.partial(self._before_step, reference),
             functools.partial(self._after_step, reference),
         )
+        charge.take(optimizer, charge.Charge("lightning", self._clip_for_torch))
         self._begin("lightning")
 
     def named(self, parameters: list[Tensor]) -> Named:
@@ -122,11 +128,21 @@ class LightningAttachment(Attachment):
         """The step of an optimizer is over."""
 
     def _release(self) -> None:
-        for handle in self._handles.values():
+        for optimizer, handle in self._handles.items():
             handle.remove()
+            charge.release(optimizer)
         self._handles.clear()
         for clipper in self._clippers.known.values():
             release_log(clipper)
+
+    def _clip_for_torch(self, parameters: list[Tensor]) -> Tensor:
+        """In place of ``torch.nn.utils.clip_grad_norm_``, where ``distclip run`` replaces that."""
+        self._announce("the script calls torch.nn.utils.clip_grad_norm_ (or a function beside it)")
+        return self._clip_called(fsdp2.sharded(parameters))
+
+    @abstractmethod
+    def _clip_called(self, parameters: list[Tensor]) -> Tensor:
+        """For a call of torch's functions: see to one clip per step, and return the norm before."""
 
     def _announce(self, call: str) -> None:
         if not self._announced and collectives.is_first():
@@ -189,6 +205,27 @@ class TrainerAttachment(LightningAttachment):
         if clip_val and clip_val > 0:
             self._announce(f"the script calls clip_gradients(gradient_clip_val={clip_val})")
 
+    def _clip_called(self, parameters: list[Tensor]) -> Tensor:
+        """Only measures: the policy clips before the step, once all micro-batches are there."""
+        owners = self.optimizers(parameters)
+        if any(map(is_uneven, parameters)):  # which of FSDP1's have a gradient differs by rank
+            parameters = list({id(p): p for o in owners for p in stepped_by(o)}.values())
+        scale = self._scale(owners)
+        if not all(map(is_reduced, parameters)):
+            norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+            return norm if scale is None else norm / scale
+        return self._clippers.of(parameters, measuring=True).clip_before_step(scale).total_norm
+
+    def _scale(self, owners: list[Optimizer]) -> Tensor | None:
+        """The loss scale that is still in the gradients of these optimizers."""
+        scaler = getattr(self._owner.precision_plugin, "scaler", None)
+        if scaler is None or not scaler.is_enabled():
+            return None
+        states = [scaler._per_optimizer_states.get(id(owner)) for owner in owners]
+        if any(state and state["stage"].name != "READY" for state in states):
+            return None
+        return torch.tensor(scaler.get_scale())
+
     def _scheduler_step(self, original: Callable[..., Any], scheduler: Any, *args: Any) -> Any:
         """A scheduler that counts steps does not count one that was skipped."""
         configs = self._owner.lr_scheduler_configs
@@ -237,12 +274,22 @@ class FabricAttachment(LightningAttachment):
         optimizer = getattr(optimizer, "optimizer", optimizer)
         if optimizer not in self._handles:
             self.adopt(optimizer)
+        norm = self._clip_now(optimizer)
+        return None if max_norm is None else norm
+
+    def _clip_called(self, parameters: list[Tensor]) -> Tensor:
+        """As ``fabric.clip_gradients``, for each optimizer that steps any of these."""
+        norms = [self._clip_now(optimizer) for optimizer in self.optimizers(parameters)]
+        return norms[0] if len(norms) == 1 else torch.stack(norms).norm()
+
+    def _clip_now(self, optimizer: Optimizer) -> Tensor:
+        """Clip before the step is made; returns the norm before, also to a second call."""
         parameters = stepped_by(optimizer)
         marks = self._called.get(optimizer)
         if marks is None or any(map(Mark.outdated, marks, parameters)):
             report = self._clip(optimizer, *self._unscaled(optimizer), None)
             self._called[optimizer] = [Mark.of(p, report) for p in parameters]
-        return None if max_norm is None else self.reports[optimizer].total_norm
+        return self.reports[optimizer].total_norm
 
     def _unscaled(self, optimizer: Optimizer) -> tuple[Tensor | None, Tensor | None]:
         """Unscale the gradients, or how large their scale is; and, under a scaler, a found_inf."""

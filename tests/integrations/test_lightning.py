@@ -154,6 +154,7 @@ def manual(kind: str) -> Any:
             super().__init__()
             self.automatic_optimization = False
             self.one, self.two = make(0), make(1)
+            self.found: list[Tensor] = []
 
         def training_step(self, x: Tensor, index: int) -> None:
             for optimizer, net in zip(self.optimizers(), (self.one, self.two), strict=True):
@@ -161,6 +162,8 @@ def manual(kind: str) -> Any:
                     optimizer.step(closure=lambda o=optimizer, n=net: self.backward_of(o, n, x))
                     continue
                 self.backward_of(optimizer, net, x)
+                if kind == "torch":
+                    self.found.append(nn.utils.clip_grad_norm_(net.parameters(), 1e-9))
                 if kind == "calls":
                     self.clip_gradients(optimizer, 1e-9, "norm")
                     self.clip_gradients(optimizer, 1e-9, "value")
@@ -186,6 +189,33 @@ def test_manual_optimization_of_two_optimizers(kind: str, tmp_path: Path) -> Non
         want, norms = reference(6, net=lambda seed=seed: make(seed))
         same({name: p.detach() for name, p in net.named_parameters()}, want)
         assert float(logged[key]) == pytest.approx(norms[-1], rel=1e-5)
+
+
+@pytest.mark.ranks(1)
+@pytest.mark.parametrize("scaled", [False, True])
+def test_torchs_functions_return_the_norm_and_the_policy_clips(
+    scaled: bool, tmp_path: Path
+) -> None:
+    """As ``distclip run`` has it, which replaces these functions."""
+    from lightning.pytorch.plugins.precision import MixedPrecision
+
+    from tests.integrations.test_torch_scripts import running
+
+    class Full(MixedPrecision):  # type: ignore[misc]
+        def autocast_context_manager(self) -> Any:
+            return torch.autocast("cpu", enabled=False)
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    options = {"plugins": [Full("16-mixed", "cpu", scaler)]} if scaled else {}
+    with running(Halve()) as scripts:
+        callback = clip_with({"policy": SPEC})
+        module = trained(tmp_path, "ddp", 4, callback, module=manual("torch"), **options)
+        assert scripts.last_report is None
+    for seed, net in ((0, module.one), (1, module.two)):
+        want, norms = reference(4, net=lambda seed=seed: make(seed))
+        same({name: p.detach() for name, p in net.named_parameters()}, want)
+        assert [float(norm) for norm in module.found[seed::2]] == pytest.approx(norms, rel=1e-5)
+    assert [state["step"] for state in callback.state_dict()["clippers"]] == [4, 4]
 
 
 @pytest.mark.ranks(1)

@@ -11,8 +11,9 @@ import torch
 pytest.importorskip("lightning")
 
 import distclip
+from distclip.integrations import charge
 from distclip.testing import run_on_ranks
-from tests.integrations.accelerated import batch, fused, loss_of, make, same, sgd
+from tests.integrations.accelerated import Halve, batch, fused, loss_of, make, same, sgd
 from tests.integrations.test_lightning import REMEMBERS, SPEC, reference
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -26,6 +27,8 @@ def step(fabric: Any, model: Any, optimizer: Any, number: int, calls: str = "") 
     norm = None
     if "n" in calls:
         norm = fabric.clip_gradients(model, optimizer, max_norm=1e-9)
+    if "t" in calls:
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-9)
     if "v" in calls:
         assert fabric.clip_gradients(model, optimizer, clip_val=1e-9) is None
     optimizer.step()
@@ -76,6 +79,29 @@ def test_a_scaler_has_unscaled_before(kind: Any, calls: str) -> None:
     if calls:
         assert [float(norm) for norm in found] == pytest.approx(norms, rel=1e-5)
     assert scaler.get_scale() > 1024
+
+
+@pytest.mark.ranks(1, 2)
+def test_torchs_functions_become_the_policy(world_size: int) -> None:
+    """As ``distclip run`` has it, which replaces these functions."""
+    from tests.integrations.lightnings import fabric_of, prepared, whole
+    from tests.integrations.test_torch_scripts import running
+
+    want, norms = reference(4)
+    for layout in ["ddp", "fsdp2"][:world_size]:
+        with running(Halve()) as scripts:
+            callback = distclip.lightning.ClipCallback({"policy": SPEC})
+            fabric = fabric_of(layout, [callback])
+            model, optimizer = prepared(fabric, layout)
+            found = [
+                step(fabric, model, optimizer, number, "tn"[number % 2 :]) for number in range(4)
+            ]
+            assert scripts.last_report is None
+        same(whole(model.module), want)
+        assert [float(norm) for norm in found] == pytest.approx(norms, rel=1e-5)
+        assert [c.state_dict()["step"] for c in callback.handle.memory()[1]] == [4]
+        callback.handle.remove()
+        assert charge.of(optimizer.optimizer) is None
 
 
 @pytest.mark.ranks(1)
