@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from distclip import policies
+from distclip.application.eager import eagerly
 from distclip.clipper import GradClipper
 from distclip.config import Config
 from distclip.config.logs import open_log, release_log
 from distclip.engine.attaching import stepped_by
-from distclip.integrations.torch_objects import Instances, TorchObjects, groups_of
+from distclip.integrations.patches import replace
+from distclip.integrations.torch_objects import TorchObjects, groups_of
 from distclip.layouts.gradients import is_reduced
 
 _logger = logging.getLogger("distclip.torch")
@@ -35,7 +40,9 @@ class Clippers:
         self._measurers: dict[tuple[frozenset[int], float], GradClipper] = {}
         self._objects = objects
         self._config = config
-        self._replicated: Instances[DistributedDataParallel] = Instances(DistributedDataParallel)
+        self._unreduced: weakref.WeakSet[DistributedDataParallel] = weakref.WeakSet()
+        """Those whose last forward with gradients was under ``no_sync()``."""
+        self._restore = replace(DistributedDataParallel, "_post_forward", self._note)
 
     def forget(self) -> list[GradClipper]:
         """Forget all clippers; returns those that applied the policy."""
@@ -45,7 +52,7 @@ class Clippers:
             release_log(clipper)
         self.known.clear()
         self._measurers.clear()
-        self._replicated.forget()
+        self._restore()
         return clippers
 
     def of(self, parameters: Sequence[Tensor], *, measuring: float | None = None) -> GradClipper:
@@ -81,11 +88,22 @@ class Clippers:
             return False
         wanted = set(map(id, parameters))
         return not any(
-            # DDP's own note of whether its last forward began a backward that synchronises.
-            not getattr(model, "require_forward_param_sync", True)
-            and any(id(parameter) in wanted for parameter in model.parameters())
-            for model in self._replicated
+            id(parameter) in wanted for model in self._unreduced for parameter in model.parameters()
         )
+
+    @eagerly
+    def _note(
+        self, original: Callable[..., Any], model: DistributedDataParallel, *args: Any, **kw: Any
+    ) -> Any:
+        """DDP decides here whether the next backward synchronises; not without gradients.
+
+        Its own note (``require_forward_param_sync``) is also changed by a forward under
+        ``no_grad``, which begins no backward.
+        """
+        if torch.is_grad_enabled():
+            held = not model.require_backward_grad_sync
+            (self._unreduced.add if held else self._unreduced.discard)(model)
+        return original(model, *args, **kw)
 
     def _let_go(self) -> None:
         """Forget the clippers of models that no optimizer steps any more."""

@@ -31,7 +31,7 @@ from distclip.integrations.torch_clippers import Clippers
 from distclip.integrations.torch_functions import Functions
 from distclip.integrations.torch_objects import TorchObjects
 from distclip.layouts import fsdp2
-from distclip.layouts.detect import refuse_dummy
+from distclip.layouts.detect import is_whole, refuse_dummy
 from distclip.layouts.gradients import is_uneven, owner_of
 from distclip.report import ClipReport
 from distclip.statistics import collectives
@@ -201,9 +201,11 @@ class TorchScripts:
         if not chosen:
             return None
         scaling, scale = self._objects.scale(self._objects.owners(chosen))
-        if not self._clippers.synchronised(chosen):  # more is to come, and this is of one rank
+        # Gradients of one rank, of which more is to come; or of all ranks, and one may ask alone.
+        alone = only_measures and all(map(is_whole, chosen))
+        if alone or not self._clippers.synchronised(chosen):
             norm = get_total_norm([p.grad for p in chosen if p.grad is not None], norm_type or 2.0)
-            return norm if scale is None else norm / scale
+            return norm.float() if scale is None else norm.float() / scale
         if only_measures:
             return self._measured(chosen, norm_type or 2.0, scale)
         self._mention(

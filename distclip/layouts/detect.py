@@ -97,3 +97,9 @@ def detect(name: str, parameter: Tensor) -> list[Described]:
     refuse_stepped_in_backward(name, parameter)
     found = (layout.describe(name, parameter) for layout in LAYOUTS)
     return list(next(each for each in found if each is not None))
+
+
+def is_whole(parameter: Tensor) -> bool:
+    """Whether this rank has all of the parameter and its gradient is in ``.grad``."""
+    sharded = any(layout.describe("", parameter) is not None for layout in LAYOUTS[:-1])
+    return not sharded and not plain.has_main_gradient(parameter)

@@ -303,6 +303,50 @@ def test_gradients_that_are_not_reduced_are_only_measured() -> None:
     same(whole(model), wanted)
 
 
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("first", [0, 2])
+def test_one_rank_alone_may_measure_what_is_not_sharded(first: int) -> None:
+    policy = {"name": "global_norm", "max_norm": 0.5}
+    wanted, norms = reference(policy, 4)
+    with running(policy):
+        model = wrapped("ddp", make())
+        stepper = sgd(model)
+        for number in range(4):
+            stepper.zero_grad()
+            loss_of(model, mine(batch(number))).backward()
+            if dist.get_rank() == 0 and number >= first:
+                assert measuring(model).item() == pytest.approx(norms[number], rel=1e-5)
+            stepper.step()
+    same(whole(model), wanted, 2e-6)
+
+
+@pytest.mark.ranks(2)
+def test_a_forward_without_gradients_says_nothing_about_the_backward_before_it() -> None:
+    """The clipped norm is that of both optimizers; without the call each has its own."""
+    policy = {"name": "global_norm", "max_norm": 0.5}
+    wanted, _ = reference(policy, 4)
+    with running(policy) as scripts:
+        model = wrapped("ddp", make())
+        pair = of_two(model.module)
+        for number in range(4):
+            model.zero_grad()
+            first, second = mine(batch(number)).chunk(2)
+            with model.no_sync():
+                (loss_of(model, first) / 2).backward()
+            with torch.no_grad():
+                model(first)
+            assert by_utils(model) > 0
+            assert len(scripts._clippers.known) == (number > 0)
+            (loss_of(model, second) / 2).backward()
+            with torch.no_grad():
+                model(first)
+            by_utils(model)
+            for stepper in pair:
+                stepper.step()
+        assert sum(c._session.step for c in scripts._clippers.known.values()) == 4
+    same(whole(model), wanted, 2e-6)
+
+
 @pytest.mark.ranks(1, 2)
 @pytest.mark.parametrize("order", ["never", "unscaled", "scaled"])
 def test_a_gradient_scaler(world_size: int, order: str) -> None:
