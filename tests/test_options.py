@@ -40,7 +40,7 @@ def test_every_option_is_named_in_every_place_that_has_to_name_it() -> None:
     for name in NAMES[1:]:
         assert signature[name].default == getattr(defaults, name) != OTHER[name], name
     keys = set(config.json_schema()["properties"])
-    assert keys - {"by_name", "log", "imports", "$schema"} == set(NAMES)
+    assert keys - {"by_name", "by_part", "log", "imports", "$schema"} == set(NAMES)
     for name in NAMES[1:]:
         loaded = config.load({"policy": "measure", name: OTHER[name]})
         assert getattr(loaded, name) == OTHER[name], name
@@ -56,7 +56,7 @@ def test_accelerate_hands_every_option_on() -> None:
     model = nn.Linear(2, 2)
     prepared: Any = SimpleNamespace(
         named=lambda parameters: [(str(n), p) for n, p in enumerate(parameters)],
-        groups=lambda parameters: None,
+        optimizers=lambda parameters: [],
         accelerator=SimpleNamespace(is_main_process=False),
     )
     clippers = Clippers(prepared, config.Config(**OTHER))

@@ -178,19 +178,16 @@ def test_a_report_stays_what_it_was() -> None:
 @pytest.mark.parametrize("label", list(POLICIES))
 def test_a_report_may_be_read_late_copied_and_pickled(label: str) -> None:
     """What is read is computed from the books, which later steps must not write into."""
-    values = whole()
-    model_ = shard("plain", values)
-    clipper = GradClipper(model_.named(), build(POLICIES[label]))
-    reports = []
-    for scale in (1.0, 3.0):
-        scaled = whole(scale=scale)
-        for read in (False, True):
-            model_.set_gradients(scaled.gradients)
-            report = clipper.clip_()
+    reports: dict[bool, list[ClipReport]] = {False: [], True: []}
+    for read, kept in reports.items():
+        model_ = shard("plain", whole())
+        clipper = GradClipper(model_.named(), build(POLICIES[label]))
+        for scale in (1.0, 3.0):
+            model_.set_gradients(whole(scale=scale).gradients)
+            kept.append(clipper.clip_())
             if read:
-                report.to_dict()
-            reports.append(report)
-    for late, early in ((reports[0], reports[1]), (reports[2], reports[3])):
+                kept[-1].to_dict()
+    for late, early in zip(reports[False], reports[True], strict=True):
         copied = pickle.loads(pickle.dumps(late))
         assert "_program" not in repr(copied.__dict__)
         assert json.dumps(late.to_dict()) == json.dumps(early.to_dict())

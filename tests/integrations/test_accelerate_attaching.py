@@ -178,7 +178,7 @@ def test_parameters_outside_prepared_models_are_said_to_have_no_names() -> None:
     handle = distclip.accelerate.attach(accelerator, Halve())
     model = make()
     optimizer = accelerator.prepare_optimizer(sgd(model))
-    with heard("distclip.accelerate") as messages:
+    with heard("distclip") as messages:
         by_hook(accelerator, model, optimizer, batch(0))
 
     assert any("4 of 4 parameters are in no model" in message for message in messages)

@@ -28,6 +28,7 @@ COUNTS = {
     # A max beside sums.
     "chain global, agc": 2,
     "chain agc orders": 2,
+    "running max": 2,
     # Other units for the same experts: other statistics, of what the first stage left.
     "chain agc twice": 2,
 }

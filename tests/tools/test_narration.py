@@ -23,7 +23,8 @@ from tests.sharded import mesh_of
 
 
 @pytest.fixture
-def narration() -> Iterator[Narration]:
+def narration(monkeypatch: pytest.MonkeyPatch) -> Iterator[Narration]:
+    monkeypatch.setattr(logs, "opened", [])  # runs that other tests prepared and never ended
     made = Narration()
     yield made
     if made._follow in logs.opened:
