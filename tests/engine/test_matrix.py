@@ -39,7 +39,7 @@ def test_every_policy_by_an_all_reduce(monkeypatch: pytest.MonkeyPatch, layout: 
     test_every_policy(layout)
 
 
-@pytest.mark.ranks(1, 2)
+@pytest.mark.ranks(2)  # one rank: `distclip verify`, nightly, and the goldens of each policy
 @pytest.mark.parametrize("kind", ["bfloat16", "float16", "mixed"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_dtype(layout: str, kind: str) -> None:
