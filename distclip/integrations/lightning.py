@@ -92,7 +92,7 @@ class ClipCallback:
         self._logs = log
         self._ours = False
         self._state: Any = None
-        self._logged: set[int] = set()
+        self._logged: list[ClipReport | None] = []
 
     def __reduce__(self) -> Any:
         return functools.partial(_origin(type(self)), log=self._logs), (self.policy_or_config,)
@@ -180,11 +180,11 @@ class ClipCallback:
         reports = [self.handle.last_report]
         if isinstance(self.handle, LightningAttachment):
             reports = [self.handle.reports.get(optimizer) for optimizer in trainer.optimizers]
-        shown, self._logged = self._logged, {id(report) for report in reports}
+        shown, self._logged = self._logged, reports
         values = {
             key if number == 0 else f"{key}/{number}": getattr(report, attribute)
             for number, report in enumerate(reports)
-            if report is not None and id(report) not in shown
+            if report is not None and not any(report is each for each in shown)
             for key, attribute in LOGGED.items()
         }
         if values:

@@ -6,11 +6,12 @@ neither is imported.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import weakref
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -284,12 +285,33 @@ class FabricAttachment(LightningAttachment):
 
     def _clip_now(self, optimizer: Optimizer) -> Tensor:
         """Clip before the step is made; returns the norm before, also to a second call."""
-        parameters = stepped_by(optimizer)
-        marks = self._called.get(optimizer)
-        if marks is None or any(map(Mark.outdated, marks, parameters)):
-            report = self._clip(optimizer, *self._unscaled(optimizer), None)
-            self._called[optimizer] = [Mark.of(p, report) for p in parameters]
+        if not self._is_clipped(optimizer):
+            with self._other_marks_kept():
+                self._clip(optimizer, *self._unscaled(optimizer), None)
+            self._mark(optimizer)
         return self.reports[optimizer].total_norm
+
+    def _mark(self, optimizer: Optimizer) -> None:
+        report = self.reports[optimizer]
+        self._called[optimizer] = [Mark.of(p, report) for p in stepped_by(optimizer)]
+
+    def _is_clipped(self, optimizer: Optimizer) -> bool:
+        """Whether a call has clipped the gradients that are there: no backward came since."""
+        marks, parameters = self._called.get(optimizer), stepped_by(optimizer)
+        if marks is None or len(marks) != len(parameters):  # a group was added
+            return False
+        return not any(map(Mark.outdated, marks, parameters))
+
+    @contextlib.contextmanager
+    def _other_marks_kept(self) -> Iterator[None]:
+        """Clip one optimizer's gradients, which may be views of one buffer with those of others.
+
+        Such views (FSDP1, DDP) share their count of changes.
+        """
+        sound = [other for other in self._called if self._is_clipped(other)]
+        yield
+        for other in sound:
+            self._mark(other)
 
     def _unscaled(self, optimizer: Optimizer) -> tuple[Tensor | None, Tensor | None]:
         """Unscale the gradients, or how large their scale is; and, under a scaler, a found_inf."""
@@ -312,9 +334,10 @@ class FabricAttachment(LightningAttachment):
     ) -> Decision:
         optimizer = reference()
         assert optimizer is not None
-        if optimizer in self._called:
+        if self._is_clipped(optimizer):
             return self.reports[optimizer]
-        return super()._before_step(reference, loss_scale, found_inf, coming)
+        with self._other_marks_kept():  # of a call whose step was left out nothing is used
+            return super()._before_step(reference, loss_scale, found_inf, coming)
 
     def _after_step(self, reference: weakref.ref[Optimizer], skipped: bool | Tensor) -> None:
         optimizer = reference()

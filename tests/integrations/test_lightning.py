@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -189,6 +190,28 @@ def test_manual_optimization_of_two_optimizers(kind: str, tmp_path: Path) -> Non
         want, norms = reference(6, net=lambda seed=seed: make(seed))
         same({name: p.detach() for name, p in net.named_parameters()}, want)
         assert float(logged[key]) == pytest.approx(norms[-1], rel=1e-5)
+
+
+def test_every_report_is_logged() -> None:
+    """Also one that lies where an older one lay in memory."""
+    from distclip.integrations.lightning_attachments import LightningAttachment
+
+    callback = clip_with(Halve())
+    callback.handle = handle = object.__new__(
+        type("Known", (LightningAttachment,), {"_clip_called": None})
+    )
+    handle.last_report, handle.reports = None, {}
+    logged: list[dict[str, float]] = []
+    module = SimpleNamespace(log_dict=lambda values, **options: logged.append(values))
+    trainer = SimpleNamespace(barebones=False, optimizers=["one", "two"])
+    for number in range(9):
+        for name in trainer.optimizers:
+            handle.reports[name] = SimpleNamespace(total_norm=number, coefficient=1)
+        callback.on_train_batch_end(trainer, module, None, None, number)
+    assert [values.get("grad_norm/1") for values in logged] == list(range(9))
+    assert [values.get("grad_norm") for values in logged] == list(range(9))
+    callback.on_train_batch_end(trainer, module, None, None, 9)  # no step in this batch
+    assert len(logged) == 9
 
 
 @pytest.mark.ranks(1)

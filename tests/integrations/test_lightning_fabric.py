@@ -104,6 +104,44 @@ def test_torchs_functions_become_the_policy(world_size: int) -> None:
         assert charge.of(optimizer.optimizer) is None
 
 
+@pytest.mark.ranks(1, 2)
+@pytest.mark.parametrize("calls", ["", "n"])
+def test_a_call_whose_step_was_left_out_does_not_count(calls: str, world_size: int) -> None:
+    from tests.integrations.lightnings import fabric_of, mine, prepared, whole
+
+    want, norms = reference(2)
+    for layout in ["ddp", "fsdp2"][:world_size]:
+        callback = distclip.lightning.ClipCallback({"policy": SPEC})
+        fabric = fabric_of(layout, [callback])
+        model, optimizer = prepared(fabric, layout)
+        fabric.backward(loss_of(model, mine(batch(5), fabric.world_size)))
+        fabric.clip_gradients(model, optimizer, max_norm=1.0)
+        for number in range(2):
+            step(fabric, model, optimizer, number, calls)
+            assert float(callback.last_report.total_norm) == pytest.approx(norms[number], rel=1e-5)
+        same(whole(model.module), want)
+
+
+@pytest.mark.ranks(1)
+def test_gradients_of_two_optimizers_in_one_buffer() -> None:
+    """A change of one gradient counts as one of the others, and they are clipped once."""
+    from tests.integrations.lightnings import fabric_of
+
+    callback = distclip.lightning.ClipCallback({"policy": SPEC})
+    fabric = fabric_of("ddp", [callback])
+    nets = make(0), make(1)
+    pairs = [fabric.setup(net, sgd(net)) for net in nets]
+    parameters = [p for net in nets for p in net.parameters()]
+    buffer = torch.ones(sum(p.numel() for p in parameters))
+    parts = buffer.split([p.numel() for p in parameters])
+    for p, part in zip(parameters, parts, strict=True):
+        p.grad = part.view_as(p)
+    fabric.clip_gradients(*pairs[0], max_norm=1.0)
+    pairs[1][1].step()  # clips
+    pairs[0][1].step()
+    assert [c.state_dict()["step"] for c in callback.handle.memory()[1]] == [1, 1]
+
+
 @pytest.mark.ranks(1)
 def test_two_optimizers_and_what_is_undone() -> None:
     from tests.integrations.lightnings import fabric_of
