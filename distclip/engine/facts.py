@@ -43,7 +43,7 @@ def learn(
         policy: plain or composed.
         named: the tensors of this rank, as an optimizer steps them.
         optimizers: those that step them; their groups are numbered through.
-        modules: that the tensors came from; none where the target listed parameters.
+        modules: that the tensors came from; none where the target listed parameters alone.
         group: the ranks, where they hold different parameters; all of them call this.
 
     Raises:
@@ -90,11 +90,12 @@ def facts_of(
             tuple((key, str(group[key])) for key in sorted(wanted.options) if key in group),
         )
         stepped.update({id(parameter): fact for parameter in group["params"]})
-    owners = _owners(modules) if wanted.modules else {}
+    owners, places = _owners(modules) if wanted.modules else ({}, {})
     found = {}
     for name, tensor in named.items():
         fact = stepped.get(id(tensor), Fact())
-        found[name] = fact._replace(module=owners.get(name.rpartition(".")[0], ()))
+        place = places.get(name.rpartition(".")[0], ())
+        found[name] = fact._replace(module=owners.get(id(tensor), place))
     return found
 
 
@@ -145,13 +146,23 @@ def _classes(thing: object) -> tuple[str, ...]:
     )
 
 
-def _owners(modules: Sequence[nn.Module]) -> dict[str, tuple[str, ...]]:
-    """Clean path of a module -> its classes; of several model parts, with their number too."""
-    found: dict[str, tuple[str, ...]] = {}
+def _owners(
+    modules: Sequence[nn.Module],
+) -> tuple[dict[int, tuple[str, ...]], dict[str, tuple[str, ...]]]:
+    """The classes of each module: by the ids of its own parameters, and by its clean path.
+
+    Paths are for parameters that a sharding or a parametrisation has replaced. Several model parts
+    may have one path, so the number of the part in front counts too.
+    """
+    owners: dict[int, tuple[str, ...]] = {}
+    places: dict[str, tuple[str, ...]] = {}
     for number, module in enumerate(modules):
         for path, each in module.named_modules():
             place = clean(f"{path}.x" if path else "x").rpartition(".")[0]
             for known in (place, f"{number}.{place}" if place else str(number)):
                 # Of a wrapper and the module in it, which have one path, the inner one counts.
-                found[known] = _classes(each)
-    return found
+                places[known] = _classes(each)
+            if "parametrizations" not in path.split("."):
+                for parameter in each.parameters(recurse=False):
+                    owners.setdefault(id(parameter), _classes(each))
+    return owners, places

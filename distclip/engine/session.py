@@ -335,7 +335,7 @@ class Session:
 
     def _learn(self, optimizers: Sequence[Optimizer]) -> None:
         """Look at what the policy wants to know of parameters, and compile it for that."""
-        modules = self.watched.modules
+        modules = self.watched.sources
         group = self.plan.group if self.parts else None
         self._facts = learn(self.policy, self.here, optimizers, modules, group)
         self.program = self._compiled()

@@ -17,7 +17,7 @@ from distclip.config.logs import open_log, release_log
 from distclip.errors import ConfigurationError
 from distclip.integrations.checkpoints import Shelf
 from distclip.layouts import fsdp2
-from distclip.layouts.names import Named, named_parameters
+from distclip.layouts.names import Excerpt, Named, named_parameters
 from distclip.policies.compose import reads_loss
 from distclip.statistics import collectives
 
@@ -61,10 +61,11 @@ def named_in(models: Sequence[nn.Module], parameters: list[Tensor]) -> Named:
             unknown,
             len(parameters),
         )
-    return [
+    pairs = [
         (names.get(id(parameter), f"unnamed.{position}"), parameter)
         for position, parameter in enumerate(parameters)
     ]
+    return Excerpt(pairs, concerned)
 
 
 class Clippers:

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from distclip.engine.attaching import stepped_by
 from distclip.errors import ConfigurationError
 from distclip.integrations.patches import replace
-from distclip.layouts.names import Named, Target, clean, meant
+from distclip.layouts.names import Excerpt, Named, Target, clean, meant
 
 Made = TypeVar("Made")
 
@@ -130,8 +130,11 @@ class TorchObjects:
         whole = all(id(p) in wanted or not p.requires_grad for _, named in roots for _, p in named)
         if whole and not alone:
             return [module for module, _ in roots]
-        parts = [[(name, p) for name, p in named if id(p) in wanted] for _, named in roots]
-        return [Part(named) for named in (*parts, alone) if named]
+        parts = [
+            Excerpt([(name, p) for name, p in named if id(p) in wanted], [module])
+            for module, named in roots
+        ]
+        return [Part(each) for each in (*parts, Excerpt(alone, [])) if each]
 
     def _covering(self, wanted: dict[int, Tensor]) -> list[tuple[nn.Module, Named]]:
         """Outermost modules that have the parameters, each of which adds some; with all they have.
@@ -155,13 +158,13 @@ def groups_of(owners: Sequence[Optimizer]) -> Any:
 class Part(nn.Module):
     """Some of the parameters of a module, under their names in it."""
 
-    def __init__(self, named: Named) -> None:
+    def __init__(self, excerpt: Excerpt) -> None:
         super().__init__()
-        self._named = named
+        self.excerpt = excerpt
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
         """The given pairs, whatever the arguments."""
-        yield from self._named  # type: ignore[misc]
+        yield from self.excerpt  # type: ignore[misc]
 
 
 def _chosen(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import operator
+import weakref
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias, cast
@@ -40,6 +41,20 @@ Target: TypeAlias = (
 """A module, modules (pipeline stages, model parts), parameters, or (name, parameter) pairs."""
 
 Named: TypeAlias = list[tuple[str, Tensor]]
+
+
+class Excerpt(list[tuple[str, Tensor]]):
+    """(name, parameter) pairs that were taken out of modules.
+
+    Args:
+        pairs: the pairs, under their names in ``modules``.
+        modules: the outermost modules; the kind of a parameter is read off the class of its own
+            module in there. They are not kept alive.
+    """
+
+    def __init__(self, pairs: Iterable[tuple[str, Tensor]], modules: Iterable[nn.Module]) -> None:
+        super().__init__(pairs)
+        self.sources = tuple(map(weakref.ref, modules))
 
 
 def clean(name: str) -> str:
@@ -208,6 +223,12 @@ class Watched:
         self._modules = [target] if isinstance(target, nn.Module) else []
         if is_list_of_modules(target):
             self._modules = list(cast(Sequence[nn.Module], target))
+        self._sources = [
+            source
+            for each in (target, *(getattr(module, "excerpt", None) for module in self._modules))
+            if isinstance(each, Excerpt)
+            for source in each.sources
+        ]
         self._frozen: list[torch.Tensor] = []
         """Newcomers that are not trained: to be asked again whether they are."""
         self._look()
@@ -216,6 +237,12 @@ class Watched:
     def modules(self) -> list[nn.Module]:
         """The modules that the target is or lists; empty where it lists parameters."""
         return self._modules
+
+    @property
+    def sources(self) -> list[nn.Module]:
+        """The modules that the parameters are in: also of pairs that were taken out of them."""
+        found = [each for source in self._sources if (each := source()) is not None]
+        return found or self._modules
 
     def copied(self, memo: dict[int, Any]) -> list[nn.Module]:
         """The copies of all the modules, by the memo of a deep copy; none if one is not in it."""
