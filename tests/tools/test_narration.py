@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -69,6 +71,27 @@ def test_several_clippers(narration: Narration, capsys: pytest.CaptureFixture[st
         "distclip: 2. measure(2) on 4 parameters (0.weight, 0.bias, ...), one process, float32",
         "distclip: 1. 1 steps, 0 % clipped, 0 skipped, largest norm 3",
         "distclip: 2. 1 steps, 0 % clipped, 0 skipped, largest norm 3",
+    ]
+
+
+def test_models_that_are_gone_are_let_go_and_still_counted(
+    narration: Narration, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gone = []
+    for fold in range(2):
+        model = nn.Linear(3, 1)
+        document = {"policy": "measure", "log": {"jsonl": str(tmp_path / f"{fold}.jsonl")}}
+        clipper = distclip.from_config(document, model)
+        step(model, clipper)
+        gone += [weakref.ref(model), weakref.ref(model.weight), weakref.ref(clipper)]
+        del model, clipper
+    gc.collect()
+    assert [reference() for reference in gone] == [None] * 6
+    capsys.readouterr()
+    narration.conclude()
+    line = "1 steps, 0 % clipped, 0 skipped, largest norm 2; log:"
+    assert capsys.readouterr().err.splitlines() == [
+        f"distclip: {fold + 1}. {line} {tmp_path / f'{fold}.jsonl'}" for fold in range(2)
     ]
 
 

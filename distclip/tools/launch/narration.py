@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 
 import torch
 import torch.distributed as dist
@@ -49,6 +50,8 @@ class Narration:
 class Followed:
     """Counts what a clipper does; a sink. Never waits for the device before the end.
 
+    It outlives the clipper, and keeps neither that nor its model alive.
+
     Args:
         clipper: the clipper.
         number: from 1; a second one says which one it is.
@@ -60,7 +63,8 @@ class Followed:
         self._about = describe(clipper, names=number > 1)
         if number > 1:
             self._about = f"{number}. {self._about}"
-        self._clipper = clipper
+        self._clipper = weakref.ref(clipper)
+        self._logs: list[str] = []
         self._waiting: list[Tensor] = []
         self._sums: Tensor | None = None
         """float64: steps that were clipped, and that were skipped; the largest norm."""
@@ -72,6 +76,8 @@ class Followed:
             if self.speaks:
                 _say(self._about)
         self.steps += 1
+        if (clipper := self._clipper()) is not None:
+            self._logs = [clean(s.path) for s in clipper.sinks if isinstance(s, JsonlSink)]
         norm = report.total_norm.double()
         norm = torch.where(torch.isfinite(norm), norm, 0.0)
         clipped = (report.clipped_fraction > 0).double()
@@ -93,9 +99,8 @@ class Followed:
         share = 100.0 * clipped / self.steps
         line = f"{self.steps} steps, {share:.3g} % clipped, {skipped:.0f} skipped, largest norm "
         line += f"{largest:.4g}"
-        sinks = [sink for sink in self._clipper.sinks if isinstance(sink, JsonlSink)]
-        if sinks:
-            line += f"; log: {', '.join(clean(sink.path) for sink in sinks)}"
+        if self._logs:
+            line += f"; log: {', '.join(self._logs)}"
         return line
 
 
