@@ -40,12 +40,15 @@ def show(
     )
     rows = [_row(summary) for summary in summaries]
     if console.is_terminal:
+        lines = [HEADER, *rows]
+        # A row a run where that fits; else a column a run, so that no number is cut off.
+        wide = sum(max(map(len, column)) + 3 for column in zip(*lines, strict=True)) + 1
+        if wide > console.width:
+            lines = list(zip(*lines, strict=True))
         table = Table(title="Gradient norms before clipping")
-        for index, heading in enumerate(HEADER):
-            table.add_column(
-                heading, justify="right" if index else "left", no_wrap=bool(index), overflow="fold"
-            )
-        for row in rows:
+        for index, heading in enumerate(lines[0]):
+            table.add_column(Text(heading), justify="right" if index else "left", overflow="fold")
+        for row in lines[1:]:
             table.add_row(*map(Text, row))
         console.print(table, soft_wrap=False)
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -136,6 +137,20 @@ def test_the_table_is_plain_columns_outside_a_terminal(tmp_path: Path) -> None:
     assert len(header) == len(row)
     assert row.startswith(f"{name}      2  ")
     assert row.endswith("50.0%          50.0%        0        0")
+
+
+@pytest.mark.parametrize("columns", [40, 80, 120, 200])
+def test_no_number_is_cut_in_a_narrow_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    records = [record(step, 1234.0) for step in range(321)]
+    runs = [read_run(write(tmp_path / f"{name}.jsonl", records)) for name in "ab"]
+    out = io.StringIO()
+    table.show(list(map(Summary.of, runs)), out, terminal=True)
+    drawn = out.getvalue().partition("\n\n")[0]
+    assert len(re.findall(r"\b321\b", drawn)) == 2
+    assert drawn.count("1.23e+03") == 8  # three percentiles and the largest, of two runs
 
 
 def test_the_table_is_drawn_in_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
