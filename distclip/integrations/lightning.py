@@ -20,6 +20,7 @@ from torch import Tensor
 from distclip.config import Config, load
 from distclip.errors import ConfigurationError
 from distclip.integrations.attachment import Attachment
+from distclip.integrations.checkpoints import Shelf
 from distclip.integrations.given import PolicyOrConfig, config_of
 from distclip.integrations.lightning_attachments import (
     KEY,
@@ -88,7 +89,7 @@ class ClipCallback:
     def __init__(self, policy_or_config: PolicyOrConfig | None = None, *, log: bool = True) -> None:
         self.policy_or_config = policy_or_config
         self.handle: Attachment | None = None
-        """The attachment of the training that is under way, or of the last one."""
+        """That of the training under way, or of the last one; of the Fabric set up last."""
         self._logs = log
         self._ours = False
         self._state: Any = None
@@ -210,6 +211,8 @@ class ClipCallback:
         """The policy's state; empty under DeepSpeed, whose engine keeps it in its checkpoint."""
         if isinstance(self.handle, LightningAttachment):
             return self.handle.state_dict()
+        if self.handle is None and self._state is None:  # as in the checkpoint of a tuner
+            return Shelf().state_dict(())
         return self._state or {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -240,16 +243,17 @@ class ClipCallback:
             if engine is not None:
                 self._attach_engine(engine)
                 return
-        if self.handle is None:
+        attached = getattr(fabric, "_distclip", None)
+        if attached is None:
             config = self.config()
             assert config is not None
-            self.handle = FabricAttachment(fabric, config)
-        assert isinstance(self.handle, FabricAttachment)
+            attached = FabricAttachment(fabric, config)
+        self.handle = attached
         for each in objects:
             if hasattr(each, "_forward_module"):
-                self.handle.models.append(each._forward_module)
+                attached.models.append(each._forward_module)
             elif hasattr(each, "optimizer") and hasattr(each, "_strategy"):
-                self.handle.adopt(each.optimizer)
+                attached.adopt(each.optimizer)
 
 
 class AutomaticClipCallback(ClipCallback):

@@ -332,6 +332,22 @@ def test_states_that_do_not_fit(tmp_path: Path) -> None:
     assert [state["step"] for state in callback.state_dict()["clippers"]] == [5]
 
 
+@pytest.mark.ranks(1)
+def test_a_tuner_restores_a_checkpoint_from_before_the_training(tmp_path: Path) -> None:
+    from lightning.pytorch.callbacks import LearningRateFinder
+
+    from tests.integrations.lightnings import module_of, package, said
+
+    module = module_of(package("lightning.pytorch"), lambda net: sgd(net))
+    module.lr = LR
+    finder = LearningRateFinder(num_training_steps=4)
+    callback = clip_with(REMEMBERS)
+    with said() as messages:
+        trained(tmp_path, "ddp", 6, callback, finder, module=module, max_steps=2)
+    assert not [message for message in messages if "no state of distclip" in message]
+    assert [state["step"] for state in callback.state_dict()["clippers"]] == [2]
+
+
 # ---- two of them, or none --------------------------------------------------------------------
 
 

@@ -166,6 +166,37 @@ def test_two_optimizers_and_what_is_undone() -> None:
     assert torch.stack(norms).norm() == pytest.approx(1e-9, rel=1e-2)  # Fabric's own clipping
 
 
+@pytest.mark.ranks(1)
+def test_one_callback_in_two_fabrics(tmp_path: Path) -> None:
+    """Each has its own clipping, state and checkpoint; also after the first was detached."""
+    from tests.integrations.lightnings import fabric_of, prepared, whole
+
+    callback = distclip.lightning.ClipCallback({"policy": SPEC})
+    want, norms = reference(3)
+    fabrics, handles, pairs = [], [], []
+    for _ in range(2):
+        fabrics.append(fabric_of("ddp", [callback]))
+        pairs.append(prepared(fabrics[-1], "ddp"))
+        handles.append(callback.handle)
+    assert handles[0] is not handles[1]
+    for number in range(3):
+        for fabric, pair in zip(fabrics, pairs, strict=True):
+            norm = step(fabric, *pair, number, "n")
+            assert float(norm) == pytest.approx(norms[number], rel=1e-5)
+    for number, (fabric, pair) in enumerate(zip(fabrics, pairs, strict=True)):
+        same(whole(pair[0].module), want)
+        fabric.save(tmp_path / f"{number}", {"model": pair[0]})
+        saved = torch.load(tmp_path / f"{number}", weights_only=True)["distclip"]
+        assert [state["step"] for state in saved["clippers"]] == [3]
+        handles[number].remove()
+    fabric = fabric_of("ddp", [callback])
+    pair = prepared(fabric, "ddp")
+    for number in range(3):
+        step(fabric, *pair, number)
+    same(whole(pair[0].module), want)
+    callback.handle.remove()
+
+
 def decisions_of(folder: str, layout: str, first: int) -> list[float]:
     """Steps ``first`` to 7 on whatever ranks there are, with a checkpoint after step 3."""
     from tests.integrations.lightnings import fabric_of, prepared
