@@ -26,6 +26,9 @@ class Fact(NamedTuple):
     module: tuple[str, ...] = ()
 
 
+BY_PARAMETER = "use_muon"
+"""An option that Moonlight's Muon, which has one group, keeps in the state of each parameter."""
+
 Facts = Mapping[str, Fact]
 """By the name of the parameter."""
 
@@ -89,7 +92,8 @@ def facts_of(
             _classes(optimizer) if wanted.optimizers else (),
             tuple((key, str(group[key])) for key in sorted(wanted.options) if key in group),
         )
-        stepped.update({id(parameter): fact for parameter in group["params"]})
+        for parameter in group["params"]:
+            stepped[id(parameter)] = _by_parameter(fact, optimizer, parameter, wanted)
     owners, places = _owners(modules) if wanted.modules else ({}, {})
     found = {}
     for name, tensor in named.items():
@@ -137,6 +141,15 @@ def _difference(name: str, one: tuple[int, Fact], two: tuple[int, Fact]) -> Rank
         f"rank {rank} but {another[1:]} on rank {other}, and the policy tells parameters apart by "
         f"these; make them the same on every rank"
     )
+
+
+def _by_parameter(fact: Fact, optimizer: Optimizer, parameter: Tensor, wanted: Reads) -> Fact:
+    """The fact of a group, with what the optimizer's state says of one parameter of it."""
+    state = getattr(optimizer, "state", {}).get(parameter)
+    if BY_PARAMETER not in wanted.options or not state or BY_PARAMETER not in state:
+        return fact
+    options = {**dict(fact.options), BY_PARAMETER: str(state[BY_PARAMETER])}
+    return fact._replace(options=tuple(sorted(options.items())))
 
 
 def _classes(thing: object) -> tuple[str, ...]:

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from torch.distributed import ProcessGroup
 
 from distclip.application.notices import warn
-from distclip.policies import ParameterInfo, Policy
-from distclip.policies.compose import nearest, unmatched, unmatched_units
+from distclip.policies import MuonAware, ParameterInfo, Policy
+from distclip.policies.compose import nearest, parts_of, unmatched, unmatched_units
 from distclip.statistics import collectives
 from distclip.statistics.overlap import Overlap
 
@@ -26,6 +26,7 @@ def mention_unmatched(
     """
     if not collectives.is_first(group):
         return
+    _mention_nothing_clipped(policy, parameters)
     names = [each.name for each in parameters]
     none = "that part of the policy applies to none"
     found = {
@@ -46,6 +47,22 @@ def mention_unmatched(
                 ", ".join(names[:3]) + (", ..." if len(names) > 3 else ""),
                 "" if near is None or where == "by_part" else f"; nearest: {near!r}",
             )
+
+
+def _mention_nothing_clipped(policy: Policy, parameters: Sequence[ParameterInfo]) -> None:
+    """Log that ``muon_aware`` clips nothing, where Muon seems to step all parameters.
+
+    So it is for a clipper of Muon alone, and where it is not seen which parameters of an optimizer
+    AdamW steps.
+    """
+    parts = parts_of(policy, parameters)
+    if parameters and isinstance(policy, MuonAware) and not parts.get("default", parameters):
+        _logger.warning(
+            "muon_aware: as far as the optimizer says, Muon steps all %d parameters here, so none "
+            "of them is clipped; what AdamW steps is known by another optimizer, or by use_muon or "
+            "algorithm in the parameter groups",
+            len(parameters),
+        )
 
 
 def warn_of_no_overlap(early: Overlap) -> None:

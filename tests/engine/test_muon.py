@@ -156,6 +156,36 @@ def test_muon_as_groups_of_one_optimizer() -> None:
         assert left == {"1.weight", "4.weight"}
 
 
+def one_group(model: nn.Module, *, marked: bool) -> Optimizer:
+    """As Moonlight's Muon: one group, and the state of a parameter says what steps it."""
+    muon, rest = (each.param_groups[0]["params"] for each in pair_of(model))
+    optimizer = type("Muon", (torch.optim.SGD,), {})([*muon, *rest], lr=0.1)
+    for parameters, on in ((muon, True), (rest, False)) if marked else ():
+        for parameter in parameters:
+            optimizer.state[parameter]["use_muon"] = on
+    return optimizer
+
+
+def test_muon_as_one_group_whose_states_say_so(caplog: pytest.LogCaptureFixture) -> None:
+    model = model_of()
+    loss_of(model, 0, 0).backward()
+    clipper = GradClipper(model, policies.muon_aware(MAX_NORM))
+    clipper.attach(one_group(model, marked=True))
+    coefficients = clipper.clip_().parameter_coefficients
+    assert {n for n, c in coefficients.items() if c == 1.0} == {"1.weight", "4.weight"}
+    assert not caplog.records
+
+
+def test_that_nothing_is_clipped_is_mentioned(caplog: pytest.LogCaptureFixture) -> None:
+    model = model_of()
+    clipper = GradClipper(model, policies.muon_aware(MAX_NORM))
+    assert not caplog.records
+    clipper.attach(one_group(model, marked=False))
+    assert [each.getMessage().split(",")[1] for each in caplog.records] == [
+        " Muon steps all 7 parameters here"
+    ]
+
+
 @pytest.mark.ranks(2)
 def test_stages_tell_each_other_what_steps_their_parameters() -> None:
     rank = dist.get_rank()
