@@ -65,6 +65,9 @@ class TorchObjects:
     def __init__(self) -> None:
         self.optimizers: Instances[Optimizer] = Instances(Optimizer)
         self.scalers: Instances[torch.amp.GradScaler] = Instances(torch.amp.GradScaler)
+        self._steppers: weakref.WeakKeyDictionary[Optimizer, torch.amp.GradScaler | None]
+        self._steppers = weakref.WeakKeyDictionary()
+        """The scaler that has stepped an optimizer last; None: its steps are made without one."""
         self._roots: list[weakref.ref[nn.Module]] = []
         """The outermost modules when they were looked for last."""
 
@@ -89,16 +92,21 @@ class TorchObjects:
         """Whether a gradient scaler is in use, and what is still in the gradients of ``owners``.
 
         Returns:
-            Whether there is an enabled scaler that has scaled a loss; and its scale (0-dim float32)
-            where it has not unscaled the gradients yet, else None.
+            Whether there is an enabled scaler that has scaled a loss, unless all of ``owners`` are
+            known to step without one; and its scale (0-dim float32) where it has not unscaled the
+            gradients yet, else None. Before its first step it is not known of an optimizer.
 
         Raises:
             ConfigurationError: several scalers with different scales, none of which has unscaled.
         """
-        active = [s for s in self.scalers if s.is_enabled() and s._scale is not None]
+        active = self._active()
         states = [s._per_optimizer_states.get(id(each)) for s in active for each in owners]
         if not active or any(s and s["stage"].name != "READY" for s in states):
             return bool(active), None
+        if all(self._steppers.get(each, active[0]) is None for each in owners):
+            return False, None
+        known = [s for s in active if any(self._steppers.get(each) is s for each in owners)]
+        active = known or active
         scales = {scaler.get_scale() for scaler in active}
         if len(scales) > 1:
             raise ConfigurationError(
@@ -107,6 +115,31 @@ class TorchObjects:
                 f"clip_grad_norm_, so that it is known whose they are"
             )
         return True, torch.tensor(scales.pop())
+
+    def note_step(self, optimizer: Optimizer) -> bool:
+        """Note who steps an optimizer, just before its step: whether it is a gradient scaler."""
+        scalers = [s for s in self._active() if id(optimizer) in s._per_optimizer_states]
+        self._steppers[optimizer] = scalers[0] if scalers else None
+        return bool(scalers)
+
+    def unscale_like(self, optimizer: Optimizer, parameters: Sequence[Tensor]) -> None:
+        """Unscale what other optimizers step of these, where a scaler steps ``optimizer`` now.
+
+        It has unscaled the gradients of this one alone, and they are to be clipped together. Those
+        that are known to step without a scaler have nothing to be unscaled.
+        """
+        scaler = self._steppers.get(optimizer)
+        if scaler is None:
+            return
+        for other in self.owners(parameters):
+            if other is optimizer or self._steppers.get(other, scaler) is not scaler:
+                continue
+            state = scaler._per_optimizer_states.get(id(other))
+            if state is None or state["stage"].name == "READY":
+                scaler.unscale_(other)
+
+    def _active(self) -> list[torch.amp.GradScaler]:
+        return [s for s in self.scalers if s.is_enabled() and s._scale is not None]
 
     def target(self, parameters: Sequence[Tensor], owners: Sequence[Optimizer]) -> Target:
         """What a :class:`distclip.GradClipper` is to be built of, for just these parameters.

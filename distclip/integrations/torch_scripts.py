@@ -78,6 +78,8 @@ class TorchScripts:
         """How often a call of the script has clipped a set of parameters since the last step."""
         self._late: dict[frozenset[int], list[Tensor]] = {}
         """Sets that the script clips several times for one step: they are clipped at the step."""
+        self._scaled: dict[frozenset[int], list[Tensor]] = {}
+        """Sets that a call was to clip while they were scaled: they wait for this one step."""
         self._said: set[str] = set()
         self._undo = [self._objects.forget]
         self._undo += [register_optimizer_step_pre_hook(self._meet).remove]
@@ -133,21 +135,33 @@ class TorchScripts:
     ) -> Decision:
         optimizer = reference()
         assert optimizer is not None  # it is calling
+        scaled = self._objects.note_step(optimizer) or found_inf is not None
         parameters = stepped_by(optimizer)
-        marks = [(self._marks.get(id(parameter)), parameter) for parameter in parameters]
-        sound = [mark.report for mark, p in marks if mark and not mark.outdated(p)]
-        if sound:  # what the script has left out is left alone
-            return JointDecision({id(report): report for report in sound}.values())
         ids = set(map(id, parameters))
-        late = [key for key in self._late if not ids.isdisjoint(key)]
-        if not late or any(key <= ids for key in late):
+        waiting = {k: v for k, v in {**self._late, **self._scaled}.items() if not ids.isdisjoint(k)}
+        sound = self._sound(parameters)
+        if not sound and waiting.keys() <= {frozenset(ids)}:
             report = self._clippers.of(parameters).clip_before_step(loss_scale, found_inf, coming)
             self.last_report = report
             return report
-        # Several optimizers share what the script clips as one: the first of them clips for all.
-        scaled = found_inf is not None
-        reports = [self._clip(self._late[key], loss_scale, scaled) for key in late]
-        return JointDecision(reports)
+        # What the script has left out is left alone. Where several optimizers share what it clips
+        # as one, the first of them clips for all.
+        reports = {id(report): report for report in sound.values()}
+        for listed in waiting.values():
+            clipped = self._sound(listed)
+            if all(id(p) in clipped for p in listed if id(p) in ids):
+                continue
+            if loss_scale is None:
+                self._objects.unscale_like(optimizer, listed)
+            fresh = [p for p in listed if id(p) not in clipped or owner_of(p).grad is None]
+            report = self._clip(fresh, loss_scale, scaled)
+            reports[id(report)] = report
+        return JointDecision(reports.values())
+
+    def _sound(self, parameters: list[Tensor]) -> dict[int, ClipReport]:
+        """The reports of those (by id) whose gradients are as they were clipped."""
+        marks = [(self._marks.get(id(parameter)), parameter) for parameter in parameters]
+        return {id(p): mark.report for mark, p in marks if mark and not mark.outdated(p)}
 
     def _after_step(self, reference: weakref.ref[Optimizer], skipped: bool | Tensor) -> None:
         optimizer = reference()
@@ -157,6 +171,8 @@ class TorchScripts:
             self._marks.pop(key, None)
         for called in [called for called in self._calls if not ids.isdisjoint(called)]:
             del self._calls[called]
+        for waited in [waited for waited in self._scaled if not ids.isdisjoint(waited)]:
+            del self._scaled[waited]
 
     # ---- calls of the script -----------------------------------------------------------------
 
@@ -226,6 +242,10 @@ class TorchScripts:
     ) -> Tensor:
         key = frozenset(map(id, chosen))
         self._count(key, call)
+        self._scaled.pop(key, None)
+        if scale is not None:  # the step knows for sure what is in the gradients
+            self._scaled[key] = chosen
+            return self._measured(chosen, norm_type or 2.0, scale)
         marks = [self._marks.get(id(parameter)) for parameter in chosen]
         outdated = [
             mark is not None and mark.outdated(p) for mark, p in zip(marks, chosen, strict=True)

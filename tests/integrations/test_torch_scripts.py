@@ -378,6 +378,66 @@ def test_a_gradient_scaler(world_size: int, order: str) -> None:
     same(whole(model), wanted, 2e-6)
 
 
+def test_an_optimizer_without_the_scaler_of_another() -> None:
+    """Each is clipped to 1e-3, in the first update and later, whichever of them comes first."""
+    for scaled_first in (True, False):
+        with running(policies.global_norm(1e-3)):
+            scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+            models = [make(1), make(2)]
+            pair = [sgd(model) for model in models]
+            for number in range(3):
+                for turn in (0, 1) if scaled_first else (1, 0):
+                    model, stepper = models[turn], pair[turn]
+                    stepper.zero_grad()
+                    loss = loss_of(model, batch(number))
+                    (loss if turn else scaler.scale(loss)).backward()
+                    norm = by_utils(model)
+                    true = nn.utils.get_total_norm([p.grad for p in model.parameters()])
+                    if number and turn:
+                        assert norm > true  # clipped there and then
+                    stepper.step() if turn else scaler.step(stepper)
+                    after = nn.utils.get_total_norm([p.grad for p in model.parameters()])
+                    assert after.item() == pytest.approx(1e-3, rel=1e-2)
+                scaler.update()
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_micro_batches_under_a_gradient_scaler(several: bool) -> None:
+    """One clip an update, of the whole sum, also where two optimizers are clipped as one."""
+    wanted, _ = reference(0.5, 4)
+    with running(Halve()) as scripts:
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        model = make()
+        steppers = of_two(model) if several else [sgd(model)]
+        for number in range(4):
+            model.zero_grad()
+            for part in batch(number).chunk(2):
+                scaler.scale(loss_of(model, part) / 2).backward()
+                norm = by_utils(model)
+            for stepper in steppers:
+                scaler.step(stepper)
+            scaler.update()
+            assert scripts.last_report.total_norm.item() == pytest.approx(norm.item(), rel=1e-5)
+        assert sum(c._session.step for c in scripts._clippers.known.values()) == 4
+    same(whole(model), wanted, 2e-6)
+
+
+def test_what_is_clipped_late_is_what_the_script_clips() -> None:
+    with running(policies.global_norm(1e-3)):
+        model = make()
+        stepper = sgd(model)
+        for _ in range(3):
+            stepper.zero_grad()
+            for part in batch(0).chunk(2):
+                loss_of(model, part).backward()
+                by_utils(model.body)
+            left = [p.grad.clone() for p in model.head.parameters()]
+            stepper.step()
+            assert all(map(torch.equal, left, [p.grad for p in model.head.parameters()]))
+            norm = nn.utils.get_total_norm([p.grad for p in model.body.parameters()])
+            assert norm.item() == pytest.approx(1e-3, rel=1e-2)
+
+
 @pytest.mark.ranks(1, 2)
 def test_a_skip_really_skips(world_size: int) -> None:
     layout = "one" if world_size == 1 else "fsdp2"
