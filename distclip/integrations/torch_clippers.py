@@ -18,7 +18,7 @@ from distclip.config import Config
 from distclip.config.logs import open_log, release_log
 from distclip.engine.attaching import stepped_by
 from distclip.integrations.patches import replace
-from distclip.integrations.torch_objects import TorchObjects, groups_of
+from distclip.integrations.torch_objects import TorchObjects
 from distclip.layouts.gradients import is_reduced
 
 _logger = logging.getLogger("distclip.torch")
@@ -71,7 +71,7 @@ class Clippers:
         changes = {} if measuring is None else _measuring(measuring)
         clipper = GradClipper(
             self._objects.target(parameters, owners),
-            optimizer=groups_of(owners),
+            optimizer=owners,
             **self._config.arguments(**changes),
         )
         if measuring is None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from types import SimpleNamespace
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -181,11 +180,6 @@ class TorchObjects:
         found = _outermost()
         self._roots = [weakref.ref(module) for module in found]
         return _chosen(found, wanted)
-
-
-def groups_of(owners: Sequence[Optimizer]) -> Any:
-    """The parameter groups of several optimizers, in the shape of one optimizer."""
-    return SimpleNamespace(param_groups=[group for each in owners for group in each.param_groups])
 
 
 class Part(nn.Module):

@@ -110,6 +110,24 @@ def test_optimizers_that_step_parts_of_a_model(first: str) -> None:
         assert zeroed(model) == ZEROED
 
 
+def test_a_script_with_muon_and_adamw_is_known_by_their_classes() -> None:
+    torch.manual_seed(0)
+    with running(policies.muon_aware(1.0)):
+        model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 4))
+        muon = torch.optim.Muon([p for p in model.parameters() if p.ndim == 2], lr=1e-3)
+        adamw = torch.optim.AdamW([p for p in model.parameters() if p.ndim < 2], lr=1e-3)
+        for _ in range(2):
+            model.zero_grad()
+            model(torch.randn(32, 8)).square().sum().mul(100.0).backward()
+            before = [p.grad.norm() for p in model.parameters()]
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            after = [p.grad.norm() for p in model.parameters()]
+            assert after[::2] == before[::2]  # the matrices
+            assert torch.stack(after[1::2]).norm() == pytest.approx(1.0, rel=1e-5)  # the biases
+            muon.step()
+            adamw.step()
+
+
 def test_models_with_modules_of_one_path() -> None:
     """One clipper of parts of two models; ``0`` is an embedding in one, a linear in the other."""
     with running(policy()):
