@@ -18,6 +18,7 @@ from torch.distributed.fsdp import fully_shard
 
 import distclip
 from distclip import policies
+from distclip.tools.launch.leaving import let_gloo_finish
 
 
 def main() -> None:
@@ -54,6 +55,7 @@ def main() -> None:
         print(f"{ranks} ranks on {len(set(hosts))} host(s) agree")
     dist.barrier()
     dist.destroy_process_group()
+    let_gloo_finish()
 
 
 if __name__ == "__main__":

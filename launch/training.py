@@ -21,6 +21,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from distclip.tools.launch.leaving import let_gloo_finish
+
 
 def parser(description: str | None) -> argparse.ArgumentParser:
     """A parser with the options of every training script."""
@@ -131,6 +133,7 @@ def finish(ranks: Ranks, model: nn.Module, options: argparse.Namespace) -> None:
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+        let_gloo_finish()
 
 
 # ---- progress --------------------------------------------------------------------------------

@@ -1,6 +1,12 @@
 import os
+from collections.abc import Iterator
+from typing import Any
 
+import pytest
 import torch
+
+from distclip import clipper
+from distclip.config import logs
 
 pytest_plugins = ["distclip.testing.plugin", "pytester"]
 
@@ -8,3 +14,20 @@ pytest_plugins = ["distclip.testing.plugin", "pytester"]
 # that meets torch.compile, Accelerate or DeepSpeed first, and ours.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+def of_this_process() -> dict[str, Any]:
+    """What ``distclip run`` and the integrations change in the process that they run in."""
+    return {
+        "environment": {k: v for k, v in os.environ.items() if k.startswith("DISTCLIP_")},
+        "followers of configurations": [*logs.opened],
+        "watchers of clippers": [*clipper.watchers],
+    }
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays() -> Iterator[None]:
+    """A test that leaves one of these behind changes those that come after it."""
+    before = of_this_process()
+    yield
+    assert of_this_process() == before

@@ -148,8 +148,8 @@ def quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "policy.yaml").write_text("policy: measure\n")
     (tmp_path / "train.py").write_text("")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("DISTCLIP_CONFIG", raising=False)
-    monkeypatch.setattr(hooks, "install", lambda config: None)
+    monkeypatch.setenv("DISTCLIP_CONFIG", "")  # which takes back what `run` sets, too
+    monkeypatch.setattr(hooks, "on_import", lambda module, callback: None)
     monkeypatch.setattr(running, "prepare_cpu", lambda cpu: None)
     monkeypatch.setattr(command, "pending", [])
     return tmp_path

@@ -49,6 +49,7 @@ def test_ranks_of_the_pool_and_the_stores_that_a_test_opens_there():
 RANK = """
 import os, pathlib, sys
 import torch.distributed as dist
+from distclip.tools.launch.leaving import let_gloo_finish
 sys.path.insert(0, {tests!r})
 from test_loopback import listeners
 dist.init_process_group("gloo")
@@ -57,6 +58,7 @@ if dist.get_rank() == 0:
     print("FOUND", *listeners(), *listeners(os.getppid()))
 dist.barrier()
 dist.destroy_process_group()
+let_gloo_finish()
 """
 
 

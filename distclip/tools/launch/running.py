@@ -61,9 +61,9 @@ def prepare(
     hooks.install(loaded)
     accelerate_cpu.watch()
     checking = None if check_steps is None else _check(check_steps)
-    narration = None if quiet else Narration()
 
     def start() -> None:
+        narration = None if quiet else Narration()
         code = program.run()
         if narration is not None:
             narration.conclude()
