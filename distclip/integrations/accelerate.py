@@ -8,9 +8,7 @@ gradient is clipped once per update. Only this file and ``accelerate_prepared`` 
 
 from __future__ import annotations
 
-import functools
 import logging
-import weakref
 from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any
@@ -23,7 +21,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from distclip.application.folded import FusedStep
-from distclip.application.stepping import StepHandle
 from distclip.clipper import GradClipper
 from distclip.config import Config
 from distclip.errors import ConfigurationError
@@ -42,7 +39,6 @@ from distclip.integrations.checkpoints import Shelf
 from distclip.integrations.clippers import Clippers
 from distclip.integrations.given import PolicyOrConfig, config_of
 from distclip.integrations.patches import replace
-from distclip.layouts.detect import refuse_dummy
 from distclip.layouts.gradients import is_reduced
 from distclip.report import ClipReport
 
@@ -134,8 +130,9 @@ class AcceleratorAttachment(Attachment):
         self.accelerator = accelerator
         self._prepared = Prepared(accelerator)
         self._clippers = Clippers(self._prepared, config)
-        self._handles: weakref.WeakKeyDictionary[Optimizer, StepHandle]
-        self._handles = weakref.WeakKeyDictionary()
+        self._adopted = charge.Adopted(
+            charge.Charge("accelerate", self._clip_for_torch), self._before_step, self._after_step
+        )
         self._called: dict[int, Mark] = {}
         """Parameters (by id) that a call of the script has clipped since their last update."""
         self._announced = False
@@ -160,13 +157,11 @@ class AcceleratorAttachment(Attachment):
 
     def _release(self) -> None:
         """Take the hooks off all optimizers."""
-        for optimizer, handle in self._handles.items():
-            handle.remove()
-            charge.release(optimizer)
+        for optimizer in self._adopted:
             for accelerated in self._prepared.wrappers(optimizer):
                 if accelerated.scaler is None:  # then Accelerate itself never touches it again
                     accelerated._is_overflow = False
-        self._handles.clear()
+        self._adopted.release()
 
     def memory(self) -> tuple[Shelf, Iterable[GradClipper]]:
         return self._clippers.shelf, self._clippers.known.values()
@@ -239,15 +234,13 @@ class AcceleratorAttachment(Attachment):
 
     def _before_step(
         self,
-        optimizer: weakref.ref[Optimizer],
+        optimizer: Optimizer,
         loss_scale: Tensor | None,
         found_inf: Tensor | None,
         coming: FusedStep,
     ) -> ClipReport | JointDecision:
-        stepping = optimizer()
-        assert stepping is not None  # it is calling
-        parameters = parameters_of(stepping)
-        self._forget_dropped(stepping)
+        parameters = parameters_of(optimizer)
+        self._forget_dropped(optimizer)
         called = [mark.report for p in parameters if (mark := self._called.get(id(p)))]
         if called:  # the script chose what to clip: the rest is left alone
             return JointDecision({id(report): report for report in called}.values())
@@ -255,12 +248,10 @@ class AcceleratorAttachment(Attachment):
         self.last_report = clipper.clip_before_step(loss_scale, found_inf, coming)
         return self.last_report
 
-    def _after_step(self, optimizer: weakref.ref[Optimizer], skipped: bool | Tensor) -> None:
-        stepped = optimizer()
-        assert stepped is not None
-        self._forget(stepped)
+    def _after_step(self, optimizer: Optimizer, skipped: bool | Tensor) -> None:
+        self._forget(optimizer)
         # So that the scheduler stands still too, as after an overflow under a gradient scaler.
-        for accelerated in self._prepared.wrappers(stepped):
+        for accelerated in self._prepared.wrappers(optimizer):
             if accelerated.scaler is None:
                 accelerated._is_overflow = skipped
             elif bool(skipped):
@@ -314,20 +305,10 @@ class AcceleratorAttachment(Attachment):
     def _adopt(self, accelerated: Any) -> None:
         """Hook an optimizer. Its parameters are looked at first at a step: FSDP2 replaces them."""
         refuse_lomo(self.accelerator)
-        if not isinstance(accelerated, AcceleratedOptimizer):
-            return
-        optimizer = innermost(accelerated)
-        refuse_dummy(optimizer)
-        if optimizer in self._handles:
-            return
-        reference = weakref.ref(optimizer)
-        self._handles[optimizer] = StepHandle(
-            optimizer,
-            functools.partial(self._before_step, reference),
-            functools.partial(self._after_step, reference),
-        )
-        charge.take(optimizer, charge.Charge("accelerate", self._clip_for_torch))
-        hooks.mark_active("accelerate")
+        if isinstance(accelerated, AcceleratedOptimizer) and self._adopted.add(
+            innermost(accelerated)
+        ):
+            hooks.mark_active("accelerate")
 
     def _clip_for_torch(self, parameters: list[Tensor]) -> Tensor:
         """In place of ``torch.nn.utils.clip_grad_norm_``, where ``distclip run`` replaces that."""

@@ -1,21 +1,23 @@
 """Which integration clips for an optimizer. Decided here, so that a gradient is clipped once.
 
-An integration that adopts an optimizer says so by :func:`take`. The integration of plain torch
-scripts asks :func:`of` and leaves such optimizers alone.
+An integration that adopts an optimizer says so by :class:`Adopted` or :func:`take`. The integration
+of plain torch scripts asks :func:`of` and leaves such optimizers alone.
 """
 
 from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FrameType
 
 from torch import Tensor
 from torch.optim import Optimizer
 
-from distclip.application.stepping import is_attached
+from distclip.application.folded import FusedStep
+from distclip.application.stepping import Decision, StepHandle, is_attached
+from distclip.layouts.detect import refuse_dummy
 
 ENGINES = ("deepspeed",)
 """Packages whose engines step optimizers of their own."""
@@ -40,9 +42,68 @@ def take(optimizer: Optimizer, charge: Charge) -> None:
     _charges[optimizer] = charge
 
 
-def release(optimizer: Optimizer) -> None:
-    """Nothing clips before the steps of ``optimizer`` any more."""
-    _charges.pop(optimizer, None)
+class Adopted:
+    """The optimizers that one integration clips for, with hooks on their steps.
+
+    They are kept alive no longer than by their other users.
+
+    Args:
+        charge: the integration.
+        before: clips before a step: called with the optimizer, and with what a
+            :class:`StepHandle` gives.
+        after: called after a step with the optimizer and whether the step was skipped.
+    """
+
+    def __init__(
+        self,
+        charge: Charge,
+        before: Callable[[Optimizer, Tensor | None, Tensor | None, FusedStep], Decision],
+        after: Callable[[Optimizer, bool | Tensor], None],
+    ) -> None:
+        self._charge, self._before, self._after = charge, before, after
+        self._handles: weakref.WeakKeyDictionary[Optimizer, StepHandle]
+        self._handles = weakref.WeakKeyDictionary()
+
+    def add(self, optimizer: Optimizer) -> bool:
+        """Hook an optimizer, unless that is done already; returns whether it is new.
+
+        Raises:
+            ConfigurationError: a dummy, which DeepSpeed's engine replaces; no step hooks.
+        """
+        refuse_dummy(optimizer)
+        if optimizer in self._handles:
+            return False
+        reference = weakref.ref(optimizer)
+
+        def stepping() -> Optimizer:
+            found = reference()
+            assert found is not None  # it is calling
+            return found
+
+        self._handles[optimizer] = StepHandle(
+            optimizer,
+            lambda *given: self._before(stepping(), *given),
+            lambda skipped: self._after(stepping(), skipped),
+        )
+        take(optimizer, self._charge)
+        return True
+
+    def __contains__(self, optimizer: Optimizer) -> bool:
+        return optimizer in self._handles
+
+    def __iter__(self) -> Iterator[Optimizer]:
+        return iter(self._handles)
+
+    def is_stepping(self, optimizer: Optimizer) -> bool:
+        """Whether this is asked from within a step of the optimizer."""
+        return self._handles[optimizer].stepping
+
+    def release(self) -> None:
+        """Take the hooks off all optimizers."""
+        for optimizer, handle in list(self._handles.items()):
+            handle.remove()
+            _charges.pop(optimizer, None)
+        self._handles.clear()
 
 
 def of(optimizer: Optimizer) -> Charge | None:

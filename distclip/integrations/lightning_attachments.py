@@ -7,7 +7,6 @@ neither is imported.
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import weakref
 from abc import abstractmethod
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from distclip.application.folded import FusedStep
-from distclip.application.stepping import Decision, StepHandle
+from distclip.application.stepping import Decision
 from distclip.clipper import GradClipper
 from distclip.config import Config
 from distclip.config.logs import release_log
@@ -32,7 +31,6 @@ from distclip.integrations.attachment import Attachment
 from distclip.integrations.checkpoints import Shelf
 from distclip.integrations.clippers import Clippers, named_in
 from distclip.layouts import fsdp2
-from distclip.layouts.detect import refuse_dummy
 from distclip.layouts.gradients import is_reduced, is_uneven
 from distclip.layouts.names import Named
 from distclip.report import ClipReport
@@ -58,24 +56,16 @@ class LightningAttachment(Attachment):
         self.reports: weakref.WeakKeyDictionary[Optimizer, ClipReport]
         self.reports = weakref.WeakKeyDictionary()
         self._clippers = Clippers(self, config)
-        self._handles: weakref.WeakKeyDictionary[Optimizer, StepHandle]
-        self._handles = weakref.WeakKeyDictionary()
+        self._adopted = charge.Adopted(
+            charge.Charge("lightning", self._clip_for_torch), self._before_step, self._after_step
+        )
         self._announced = False
         self._undo += [self._release]
 
     def adopt(self, optimizer: Optimizer) -> None:
         """Clip before the steps of a torch optimizer, unless that is done already."""
-        refuse_dummy(optimizer)
-        if optimizer in self._handles:
-            return
-        reference = weakref.ref(optimizer)
-        self._handles[optimizer] = StepHandle(
-            optimizer,
-            functools.partial(self._before_step, reference),
-            functools.partial(self._after_step, reference),
-        )
-        charge.take(optimizer, charge.Charge("lightning", self._clip_for_torch))
-        self._begin("lightning")
+        if self._adopted.add(optimizer):
+            self._begin("lightning")
 
     def named(self, parameters: list[Tensor]) -> Named:
         """The parameters with their names in the models."""
@@ -84,7 +74,7 @@ class LightningAttachment(Attachment):
     def optimizers(self, parameters: list[Tensor]) -> list[Optimizer]:
         """All optimizers that step any of these."""
         wanted = set(map(id, parameters))
-        return [o for o in self._handles if not wanted.isdisjoint(map(id, stepped_by(o)))]
+        return [o for o in self._adopted if not wanted.isdisjoint(map(id, stepped_by(o)))]
 
     def observe(self, loss: Tensor | float) -> None:
         self._clippers.observe(loss)
@@ -116,23 +106,18 @@ class LightningAttachment(Attachment):
 
     def _before_step(
         self,
-        reference: weakref.ref[Optimizer],
+        optimizer: Optimizer,
         loss_scale: Tensor | None,
         found_inf: Tensor | None,
         coming: FusedStep,
     ) -> Decision:
-        optimizer = reference()
-        assert optimizer is not None  # it is calling
         return self._clip(optimizer, loss_scale, found_inf, coming)
 
-    def _after_step(self, reference: weakref.ref[Optimizer], skipped: bool | Tensor) -> None:
+    def _after_step(self, optimizer: Optimizer, skipped: bool | Tensor) -> None:
         """The step of an optimizer is over."""
 
     def _release(self) -> None:
-        for optimizer, handle in self._handles.items():
-            handle.remove()
-            charge.release(optimizer)
-        self._handles.clear()
+        self._adopted.release()
         for clipper in self._clippers.known.values():
             release_log(clipper)
 
@@ -183,9 +168,7 @@ class TrainerAttachment(LightningAttachment):
         """No optimizer has skipped a step yet in this batch."""
         self._skipped.clear()
 
-    def _after_step(self, reference: weakref.ref[Optimizer], skipped: bool | Tensor) -> None:
-        optimizer = reference()
-        assert optimizer is not None
+    def _after_step(self, optimizer: Optimizer, skipped: bool | Tensor) -> None:
         self._skipped[optimizer] = skipped
 
     def _configure(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
@@ -273,8 +256,7 @@ class FabricAttachment(LightningAttachment):
         named = f"max_norm={max_norm}" if clip_val is None else f"clip_val={clip_val}"
         self._announce(f"the script calls clip_gradients({named})")
         optimizer = getattr(optimizer, "optimizer", optimizer)
-        if optimizer not in self._handles:
-            self.adopt(optimizer)
+        self.adopt(optimizer)
         norm = self._clip_now(optimizer)
         return None if max_norm is None else norm
 
@@ -327,21 +309,17 @@ class FabricAttachment(LightningAttachment):
 
     def _before_step(
         self,
-        reference: weakref.ref[Optimizer],
+        optimizer: Optimizer,
         loss_scale: Tensor | None,
         found_inf: Tensor | None,
         coming: FusedStep,
     ) -> Decision:
-        optimizer = reference()
-        assert optimizer is not None
         if self._is_clipped(optimizer):
             return self.reports[optimizer]
         with self._other_marks_kept():  # of a call whose step was left out nothing is used
-            return super()._before_step(reference, loss_scale, found_inf, coming)
+            return super()._before_step(optimizer, loss_scale, found_inf, coming)
 
-    def _after_step(self, reference: weakref.ref[Optimizer], skipped: bool | Tensor) -> None:
-        optimizer = reference()
-        assert optimizer is not None
+    def _after_step(self, optimizer: Optimizer, skipped: bool | Tensor) -> None:
         self._called.pop(optimizer, None)
 
     def _save(

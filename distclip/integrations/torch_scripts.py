@@ -8,9 +8,7 @@ Optimizers that another integration clips for are left alone.
 
 from __future__ import annotations
 
-import functools
 import logging
-import weakref
 from types import ModuleType
 
 import torch
@@ -20,7 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from distclip.application.eager import eagerly
 from distclip.application.folded import FusedStep
-from distclip.application.stepping import Decision, StepHandle
+from distclip.application.stepping import Decision
 from distclip.config import Config
 from distclip.engine.attaching import stepped_by
 from distclip.errors import UnsupportedGradientError
@@ -31,7 +29,7 @@ from distclip.integrations.torch_clippers import Clippers
 from distclip.integrations.torch_functions import Functions
 from distclip.integrations.torch_objects import TorchObjects
 from distclip.layouts import fsdp2
-from distclip.layouts.detect import is_whole, refuse_dummy
+from distclip.layouts.detect import is_whole
 from distclip.layouts.gradients import is_uneven, owner_of
 from distclip.report import ClipReport
 from distclip.statistics import collectives
@@ -70,8 +68,7 @@ class TorchScripts:
         self.last_report: ClipReport | None = None
         self._objects = TorchObjects()
         self._clippers = Clippers(self._objects, config)
-        self._handles: weakref.WeakKeyDictionary[Optimizer, StepHandle]
-        self._handles = weakref.WeakKeyDictionary()
+        self._adopted = charge.Adopted(charge.Charge("torch"), self._before_step, self._after_step)
         self._marks: dict[int, Mark] = {}
         """Parameters (by id) that have been clipped since their last step, by a call or a step."""
         self._calls: dict[frozenset[int], int] = {}
@@ -93,10 +90,7 @@ class TorchScripts:
         """
         while self._undo:
             self._undo.pop()()
-        for optimizer, handle in list(self._handles.items()):
-            handle.remove()
-            charge.release(optimizer)
-        self._handles.clear()
+        self._adopted.release()
         clippers = self._clippers.forget()
         for clipper in clippers:
             clipper.raise_late()
@@ -106,35 +100,26 @@ class TorchScripts:
     @eagerly
     def _meet(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
         """Before every step of every optimizer: adopt it, unless something else clips for it."""
-        if optimizer in self._handles or charge.of(optimizer) is not None:
+        if optimizer in self._adopted or charge.of(optimizer) is not None:
             return
         stepped = stepped_by(optimizer)
         ids = set(map(id, stepped))
-        for other, handle in self._handles.items():
-            if handle.stepping and ids <= set(map(id, stepped_by(other))):
+        for other in self._adopted:
+            if self._adopted.is_stepping(other) and ids <= set(map(id, stepped_by(other))):
                 return  # a part of a container of optimizers, whose step has clipped
         _refuse_in_backward(optimizer)
-        refuse_dummy(optimizer)
+        self._adopted.add(optimizer)
         self._objects.optimizers.add(optimizer)
-        reference = weakref.ref(optimizer)
-        self._handles[optimizer] = StepHandle(
-            optimizer,
-            functools.partial(self._before_step, reference),
-            functools.partial(self._after_step, reference),
-        )
-        charge.take(optimizer, charge.Charge("torch"))
         hooks.mark_active("torch_scripts")
         self._mention_dead(optimizer, stepped)
 
     def _before_step(
         self,
-        reference: weakref.ref[Optimizer],
+        optimizer: Optimizer,
         loss_scale: Tensor | None,
         found_inf: Tensor | None,
         coming: FusedStep,
     ) -> Decision:
-        optimizer = reference()
-        assert optimizer is not None  # it is calling
         scaled = self._objects.note_step(optimizer) or found_inf is not None
         parameters = stepped_by(optimizer)
         ids = set(map(id, parameters))
@@ -163,9 +148,7 @@ class TorchScripts:
         marks = [(self._marks.get(id(parameter)), parameter) for parameter in parameters]
         return {id(p): mark.report for mark, p in marks if mark and not mark.outdated(p)}
 
-    def _after_step(self, reference: weakref.ref[Optimizer], skipped: bool | Tensor) -> None:
-        optimizer = reference()
-        assert optimizer is not None  # it is calling
+    def _after_step(self, optimizer: Optimizer, skipped: bool | Tensor) -> None:
         ids = set(map(id, stepped_by(optimizer)))
         for key in ids:
             self._marks.pop(key, None)
