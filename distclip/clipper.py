@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
+from distclip._shown import clipper_html
 from distclip.application.eager import eagerly
 from distclip.application.folded import FusedStep, Scope
 from distclip.application.joint import AttachHandle, GradientsSeen
@@ -173,6 +174,13 @@ class GradClipper:
     def __repr__(self) -> str:
         """The policy, and how many parameters there are on all ranks."""
         return f"GradClipper({self.policy!r}, {len(self.names)} parameters)"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: this clipper and its last report. Reads the host."""
+        rows = [("policy", repr(self.policy)), ("parameters", f"{len(self.names):,}"),
+                ("NaN or inf", f'on_nonfinite="{self.on_nonfinite}"')]  # fmt: skip
+        last = self.last_report
+        return clipper_html(rows, None if last is None else last.to_dict())
 
     @property
     def parameters(self) -> tuple[ParameterInfo, ...]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from distclip._hosted import HostCopy
+from distclip._shown import report_html
 from distclip.engine.walked import Walked
 from distclip.policies.protocol import combine_norms
 
@@ -117,6 +118,26 @@ class ClipReport:
         flags = self._walked.nonfinite.tolist()
         return tuple(name for name, bad in zip(self.names, flags, strict=True) if bad)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The scalars of this step by field, for a log that takes tensors. Reads no host.
+
+        Returns:
+            0-dim tensors. ``nonfinite`` is the number of the parameters that have NaN or inf;
+            ``threshold`` is left out where the policy has none.
+        """
+        found = {
+            "total_norm": self.total_norm,
+            "clipped_norm": self.clipped_norm,
+            "coefficient": self.coefficient,
+            "threshold": self.threshold,
+            "clipped_fraction": self.clipped_fraction,
+            "skipped": self.skipped,
+            "nonfinite": self._walked.nonfinite.sum(),
+        }
+        if not self._walked.has_threshold:
+            del found["threshold"]
+        return found
+
     def to_dict(self, *, per_parameter: bool = True) -> dict[str, Any]:
         """Plain numbers, for a log. Reads the host.
 
@@ -155,6 +176,10 @@ class ClipReport:
 
     def __repr__(self) -> str:
         return f"<ClipReport: {self}>"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows. Reads the host, once."""
+        return report_html(self.to_dict())
 
     def __str__(self) -> str:
         if bool(self.skipped.item()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import html.parser
 import json
 import math
 import pickle
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from distclip import ClipReport, GradClipper, policies
 from distclip.testing import expected
 from tests.engine.test_matrix import POLICIES, build
+from tests.helpers.watching import watch
 from tests.sharded import shard, whole
 
 SCALARS = [
@@ -281,3 +283,63 @@ def test_the_last_report_and_one_sink() -> None:
     assert [step for step, _ in seen] == [0, 1]
     assert handle.last_report.total_norm.item() == pytest.approx(12**0.5)
     handle.remove()
+
+
+class Shown(html.parser.HTMLParser):
+    """Tags with their attributes, and the text, of what a notebook shows."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.attributes: set[tuple[str, str | None]] = set()
+        self.cells: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.attributes.update(attrs)
+
+    def handle_data(self, data: str) -> None:
+        self.cells.append(data)
+
+
+def test_a_notebook_shows_a_report_and_a_clipper() -> None:
+    hostile = "<script>alert(1)</script>&\x1b[2J"
+    named = [*model(), (hostile, nn.Parameter(torch.ones(1)))]
+    named[-1][1].grad = torch.tensor([math.nan])
+    clipper = GradClipper(named, policies.agc(0.01), on_nonfinite="skip")
+    before = Shown(clipper._repr_html_())
+    assert "agc" in before.cells[2].lower()
+    report = clipper.clip_()
+    for shown in (Shown(report._repr_html_()), Shown(clipper._repr_html_())):
+        assert shown.tags <= {"table", "caption", "tr", "th", "td", "details", "summary"}
+        assert shown.attributes <= {
+            ("scope", "row"), ("scope", "col"), ("style", "text-align: left")
+        }  # fmt: skip
+        assert shown.cells.count("<script>alert(1)</script>&\\x1b[2J") == 2  # bad, and in the list
+        assert "skipped" in shown.cells
+        assert shown.cells[-9:-6] == ["b", "13", "1"]  # after NaN, the largest
+    assert "Largest norms, 4 of 4 parameters" in Shown(clipper._repr_html_()).cells
+
+
+def test_what_a_notebook_shows_waits_for_the_device_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    report = GradClipper(model(), policies.global_norm(1.0)).clip_()
+    fetched = report.fetch()
+    monkeypatch.setattr(ClipReport, "fetch", lambda self, **options: fetched)
+    for name in ("total_norm", "skipped", "coefficient"):
+        monkeypatch.setattr(type(getattr(report, name)), "item", lambda tensor: pytest.fail("read"))
+    assert "13.93" in report._repr_html_()
+
+
+@pytest.mark.parametrize("policy", [policies.global_norm(1.0), policies.measure()])
+def test_its_tensors_are_the_scalars_of_its_dict_and_wait_for_nothing(policy: Any) -> None:
+    report = GradClipper(model(), policy).clip_()
+    with watch() as seen:
+        found = report.tensors()
+    assert not [op for op in seen.ops if "_local_scalar_dense" in op]
+    want = report.to_dict(per_parameter=False)
+    want["nonfinite"] = len(want["nonfinite"])
+    if isinstance(policy, policies.Measure):
+        assert math.isnan(want.pop("threshold"))
+    assert {name: value.item() for name, value in found.items()} == pytest.approx(want)
+    assert copy.deepcopy(report).tensors().keys() == found.keys()

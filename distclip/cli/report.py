@@ -23,6 +23,16 @@ def report(
         Path | None,
         typer.Option("--out", "-o", help="Page (html) or picture (png, svg, pdf) to write."),
     ] = None,
+    serve: Annotated[
+        bool,
+        typer.Option(
+            "--serve", help="Show the page in a browser of this machine, anew while runs go on."
+        ),
+    ] = False,
+    port: Annotated[
+        int | None,
+        typer.Option(min=0, max=65535, help="For --serve, instead of 8237; 0: any that is free."),
+    ] = None,
 ) -> None:
     """Show norms, clipping and advice for one or several runs; write a page with -o page.html.
 
@@ -32,6 +42,13 @@ def report(
     from distclip.monitor.reading import read_loss, read_runs
     from distclip.monitor.runs import summaries
 
+    if serve:
+        if loss or out is not None:
+            raise ConfigurationError("report: --serve writes nothing; leave out --out and --loss")
+        _serve(runs, port)
+        return
+    if port is not None:
+        raise ConfigurationError("report: --port is for --serve")
     if loss and len(loss) != len(runs):
         raise ConfigurationError(
             f"report: {len(loss)} --loss for {len(runs)} runs; give one for each run, in the "
@@ -55,6 +72,17 @@ def report(
     curves = [read_loss(path, found[-1].group) for path, found in pairs]
     plots.save(plots.draw(recorded, curves), out)
     typer.echo(f"\npicture: {clean(out)}")
+
+
+def _serve(runs: list[Path], port: int | None) -> None:
+    from distclip.monitor.page.serving import PORT, PageServer
+
+    with PageServer(runs, PORT if port is None else port) as server:
+        typer.echo(f"page: {server.address} (this machine only; Ctrl-C ends)")
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            raise typer.Exit() from None
 
 
 def _is_page(out: Path) -> bool:

@@ -144,6 +144,11 @@ class Walked:
                 first = torch.where(torch.isnan(first), ledger.threshold, first)
         return first
 
+    @cached_property
+    def has_threshold(self) -> bool:
+        """Whether there is a threshold to show; one of a state may be NaN in a step."""
+        return any(ledger.threshold is not None for ledger in self._ledgers)
+
     def __getstate__(self) -> dict[str, object]:
         """With everything computed, and without the model and the books behind it."""
         for name in (
@@ -154,6 +159,7 @@ class Walked:
             "smallest",
             "clipped",
             "threshold",
+            "has_threshold",
         ):
             getattr(self, name)
         return {**self.__dict__, "apply": None, "_program": None, "_ledgers": []}

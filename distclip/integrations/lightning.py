@@ -30,6 +30,7 @@ from distclip.integrations.lightning_attachments import (
 )
 from distclip.integrations.lightning_factories import ENVIRONMENT
 from distclip.integrations.patches import replace
+from distclip.monitor.tracking import tensors
 from distclip.report import ClipReport
 
 PACKAGES = ("lightning", "pytorch_lightning")
@@ -38,8 +39,6 @@ if not any(map(importlib.util.find_spec, PACKAGES)):
 
 TRAINERS = {f"{name}.trainer.trainer" for name in ("lightning.pytorch", "pytorch_lightning")}
 FABRICS = {"lightning.fabric.fabric", "lightning_fabric.fabric"}
-LOGGED = {"grad_norm": "total_norm", "clip_coefficient": "coefficient"}
-"""Name in Lightning's log -> attribute of a report."""
 
 _logger = logging.getLogger("distclip.lightning")
 _run: list[Config | None] = []
@@ -61,9 +60,11 @@ class ClipCallback:
     norm. A step that the policy skips leaves weights, moments and schedulers with
     ``interval="step"`` alone.
 
-    The Trainer's log shows ``grad_norm`` (before clipping) and ``clip_coefficient``; of a second
-    optimizer ``grad_norm/1`` and so on. The policy's state lies in the checkpoints, and is loaded
-    on any number of ranks.
+    The Trainer's log shows ``grad_norm`` (before clipping), ``grad_norm_clipped``,
+    ``clip_coefficient``, ``clip_threshold`` (if the policy has one), ``clipped_fraction``,
+    ``step_skipped`` (0 or 1) and ``nonfinite`` (a number of parameters); of a second optimizer
+    ``grad_norm/1`` and so on. They are given to ``log`` as tensors, so no step waits for the
+    device. The policy's state lies in the checkpoints, and is loaded on any number of ranks.
 
     Args:
         policy_or_config: a policy, a configuration file or mapping. None: what ``distclip run`` was
@@ -102,6 +103,15 @@ class ClipCallback:
     def last_report(self) -> ClipReport | None:
         """The newest report; None before the first step."""
         return None if self.handle is None else self.handle.last_report
+
+    @property
+    def metrics(self) -> dict[str, Tensor]:
+        """What the Trainer's log shows, of the newest report, as 0-dim tensors.
+
+        For Fabric, which logs nothing by itself: ``fabric.log_dict(callback.metrics)``. Empty
+        before the first step; reads no host.
+        """
+        return {} if self.last_report is None else tensors(self.last_report)
 
     def config(self, engine: Any = None) -> Config | None:
         """The configuration that is meant.
@@ -183,10 +193,10 @@ class ClipCallback:
             reports = [self.handle.reports.get(optimizer) for optimizer in trainer.optimizers]
         shown, self._logged = self._logged, reports
         values = {
-            key if number == 0 else f"{key}/{number}": getattr(report, attribute)
+            key if number == 0 else f"{key}/{number}": value
             for number, report in enumerate(reports)
             if report is not None and not any(report is each for each in shown)
-            for key, attribute in LOGGED.items()
+            for key, value in tensors(report).items()
         }
         if values:
             pl_module.log_dict(values, on_step=True, on_epoch=False)

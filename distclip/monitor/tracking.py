@@ -6,12 +6,17 @@ import importlib.util
 import logging
 import math
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from distclip._foreign import clean
 from distclip.errors import DistclipError
 from distclip.monitor.recording import RecordingSink
 from distclip.monitor.states import States
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from distclip.report import ClipReport
 
 _logger = logging.getLogger("distclip.monitor")
 
@@ -40,6 +45,14 @@ def metrics(record: Mapping[str, Any]) -> dict[str, float]:
         found[f"grad_norm/{parameter}"] = values["norm"]
         found[f"clip_coefficient/{parameter}"] = values["coefficient"]
     return found
+
+
+def tensors(report: ClipReport) -> dict[str, Tensor]:
+    """The same as 0-dim floating-point tensors, without the parameters; reads no host."""
+    return {
+        FIELDS.get(key, key): value if value.is_floating_point() else value.float()
+        for key, value in report.tensors().items()
+    }
 
 
 class Tracker(Protocol):

@@ -16,6 +16,7 @@ pytest.importorskip("lightning")
 import distclip
 from distclip import ConfigurationError, StateError, policies
 from distclip.config import Config
+from distclip.monitor.tracking import metrics
 from distclip.testing import run_on_ranks
 from tests.integrations.accelerated import (
     LR,
@@ -84,6 +85,7 @@ def test_weights_and_norms_are_those_of_the_oracle(tmp_path: Path, world_size: i
         same(whole(module), want)
         assert logged == pytest.approx(norms, rel=1e-5)
         assert float(callback.last_report.coefficient) < 0.9
+        in_the_log(module, callback, threshold=True)
         optimizer = module.trainer.optimizers[0]
         assert not optimizer._optimizer_step_pre_hooks  # detached
         assert "configure_gradient_clipping" not in vars(module)
@@ -99,6 +101,14 @@ def test_the_other_package(tmp_path: Path) -> None:
     assert isinstance(callback, pl.Callback)
     assert isinstance(callback, distclip.lightning.ClipCallback)
     same(whole(trained(tmp_path, "ddp", 5, callback, package=name)), reference(5)[0])
+
+
+def in_the_log(module: Any, callback: Any, threshold: bool) -> None:
+    """All that trackers get, and nothing else."""
+    logged = {name: float(value) for name, value in module.trainer.callback_metrics.items()}
+    want = metrics(callback.last_report.to_dict(per_parameter=False))
+    assert ("clip_threshold" in want) == threshold
+    assert logged == pytest.approx(want, rel=1e-6)
 
 
 def Norms(found: list[float]) -> Any:
@@ -206,7 +216,8 @@ def test_every_report_is_logged() -> None:
     trainer = SimpleNamespace(barebones=False, optimizers=["one", "two"])
     for number in range(9):
         for name in trainer.optimizers:
-            handle.reports[name] = SimpleNamespace(total_norm=number, coefficient=1)
+            values = {"total_norm": torch.tensor(number)}
+            handle.reports[name] = SimpleNamespace(tensors=lambda values=values: values)
         callback.on_train_batch_end(trainer, module, None, None, number)
     assert [values.get("grad_norm/1") for values in logged] == list(range(9))
     assert [values.get("grad_norm") for values in logged] == list(range(9))
@@ -265,7 +276,10 @@ def test_a_skipped_step_leaves_everything_alone(tmp_path: Path) -> None:
         return [optimizer], [{"scheduler": rates, "interval": "step"}]
 
     for policy, rate in ((SkipAbove(0.0), LR), (SkipAbove(1e9), LR / 8)):
-        module = trained(tmp_path, "ddp", 3, clip_with(policy), optimizers=optimizers)
+        callback = clip_with(policy)
+        module = trained(tmp_path, "ddp", 3, callback, optimizers=optimizers)
+        in_the_log(module, callback, threshold=False)
+        assert float(module.trainer.callback_metrics["step_skipped"]) == (rate == LR)
         (optimizer,) = module.trainer.optimizers
         assert optimizer.param_groups[0]["lr"] == rate
         assert bool(optimizer.state) == (rate != LR)

@@ -6,10 +6,7 @@ TensorBoard is in the test installation; wandb, mlflow and trackio are run where
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
-import sqlite3
-import struct
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,17 +15,12 @@ import pytest
 import torch
 
 import distclip
+from benchmarks.stores import NAMES, Values, of_mlflow, of_tensorboard, of_trackio, of_wandb
 from distclip import monitor, policies
 from distclip.errors import ConfigurationError, DistclipError
 from distclip.monitor.tracking import TrackerSink
 
 STEPS, SPIKE, BAD = 12, 5, 8
-NAMES = {
-    "grad_norm", "grad_norm_clipped", "clip_coefficient", "clip_threshold", "clipped_fraction",
-    "step_skipped", "nonfinite",
-}  # fmt: skip
-
-Values = dict[str, dict[int, float]]
 
 
 @pytest.fixture(autouse=True)
@@ -83,16 +75,6 @@ def check(found: Values, steps: Sequence[int] = range(STEPS)) -> None:
 # ---- TensorBoard -------------------------------------------------------------------------------
 
 
-def of_tensorboard(folder: Path) -> Values:
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    events = accumulator.EventAccumulator(str(folder), size_guidance={"scalars": 0})
-    events.Reload()
-    return {
-        tag: {event.step: event.value for event in events.Scalars(tag)}
-        for tag in events.Tags()["scalars"]
-    }
-
-
 def test_tensorboard(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     train(log={"tensorboard": "tb", "per_parameter": True})
@@ -130,39 +112,6 @@ def wandb(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     module.teardown()
 
 
-def records_of(path: Path) -> Iterator[bytes]:
-    """The records of a file in LevelDB's log format, as wandb writes it after 7 bytes of header."""
-    data, at, record = path.read_bytes(), 7, b""
-    while at + 7 <= len(data):
-        if 32768 - at % 32768 < 7:  # the rest of a block has no room for a header
-            at += 32768 - at % 32768
-            continue
-        length, kind = struct.unpack("<HB", data[at + 4 : at + 7])
-        record += data[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):  # whole, or the last part
-            yield record
-            record = b""
-
-
-def of_wandb(folder: Path) -> Values:
-    """What an offline run has written."""
-    import wandb
-    from wandb.proto import wandb_internal_pb2
-
-    wandb.teardown()  # ends the process that writes
-    found: Values = {}
-    for path in folder.glob("wandb/offline-run-*/*.wandb"):
-        for data in records_of(path):
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(data)
-            items = {item.key or "/".join(item.nested_key): json.loads(item.value_json)
-                     for item in record.history.item}  # fmt: skip
-            for key in NAMES & items.keys():
-                found.setdefault(key, {})[items["clip_step"]] = float(items[key])
-    return found
-
-
 def test_wandb(wandb: Any, tmp_path: Path) -> None:
     train(log={"wandb": "distclip"})
     assert wandb.run is None  # the run that the sink started has ended
@@ -188,36 +137,18 @@ def test_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with mlflow.start_run() as run:
         train([monitor.MLflowSink(prefix="mine/", per_parameter=True)])
         assert mlflow.active_run() is not None
-    database = sqlite3.connect(tmp_path / "mlflow.db")
-    rows = database.execute(
-        "select m.run_uuid, key, value, step, is_nan, e.name, r.status from metrics m "
-        "join runs r on r.run_uuid = m.run_uuid "
-        "join experiments e on e.experiment_id = r.experiment_id"
-    ).fetchall()
     for mine, experiment in ((False, "clipping"), (True, "Default")):
-        found: Values = {}
-        for uuid, key, value, step, is_nan, name, status in rows:
-            if (uuid == run.info.run_id) == mine:
-                assert (name, status) == (experiment, "FINISHED")
-                found.setdefault(key.removeprefix("mine/"), {})[step] = (
-                    math.nan if is_nan else value
-                )
-        check(found)
-        assert ("grad_norm/weight" in found) == mine
+        found, runs = of_mlflow(tmp_path / "mlflow.db", experiment)
+        assert [(uuid == run.info.run_id, status) for uuid, status in runs] == [(mine, "FINISHED")]
+        check({name.removeprefix("mine/"): values for name, values in found.items()})
+        assert ("mine/grad_norm/weight" in found) == mine
 
 
 def test_trackio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     pytest.importorskip("trackio")
-    from trackio.sqlite_storage import SQLiteStorage
-
     train(log={"trackio": "clipping"})
-    (name,) = SQLiteStorage.get_runs("clipping")
-    found: Values = {}
-    for row in SQLiteStorage.get_logs("clipping", name):
-        for key in NAMES & row.keys():
-            found.setdefault(key, {})[row["step"]] = float(row[key])
-    check(found)
+    check(of_trackio("clipping"))
 
 
 def test_accelerate(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@
   // Okabe and Ito's colours, which colour-blind readers tell apart.
   const COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"];
   const STATE = { spike: "#E69F00", exploding: "#D55E00", vanishing: "#56B4E9", nonfinite: "#CC79A7" };
-  const charts = [], redraws = [];
+  const charts = [], redraws = [], zoomed = [];
   const dark = () => document.documentElement.dataset.theme === "dark";
   const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
   const ink = () => css("--ink"), line = () => css("--line");
@@ -65,6 +65,7 @@
       tools.append(button);
     }
     charts.push(() => { plot.setSize({ width: width(), height }); plot.redraw(); });
+    zoomed.push(() => plot.scales.x.min > all[0] || plot.scales.x.max < all[1]);
     return { plot, tools };
   }
 
@@ -232,9 +233,22 @@
 
   const button = document.getElementById("theme");
   const theme = (name) => { document.documentElement.dataset.theme = name; button.textContent = name === "dark" ? "Light" : "Dark"; button.setAttribute("aria-label", `Switch to ${button.textContent.toLowerCase()} colours`); charts.forEach((c) => c()); redraws.forEach((r) => r()); };
-  theme(matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
-  button.addEventListener("click", () => theme(dark() ? "light" : "dark"));
+  // Kept while the page is served; a page from disk may have no store.
+  const stored = (name) => { try { if (name) sessionStorage.setItem("theme", name); return sessionStorage.getItem("theme"); } catch { return null; } };
+  const chosen = stored();
+  theme(["dark", "light"].includes(chosen) ? chosen : matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
+  button.addEventListener("click", () => { theme(dark() ? "light" : "dark"); stored(document.documentElement.dataset.theme); });
   build();
+  if (data.refresh) {
+    document.querySelector("header").append(el("p", { class: "note" }, "Follows the log; waits while a chart is zoomed."));
+    setInterval(async () => {
+      if (document.hidden || zoomed.some((z) => z())) return;
+      try {
+        const { ok, headers } = await fetch(location.href, { method: "HEAD", cache: "no-store" });
+        if (ok && headers.get("etag") !== `"${data.version}"`) location.reload();
+      } catch { /* the server has ended: the page stays as it is */ }
+    }, 1000 * data.refresh);
+  }
   let waiting;
   addEventListener("resize", () => { clearTimeout(waiting); waiting = setTimeout(() => { charts.forEach((c) => c()); redraws.forEach((r) => r()); }, 100); });
 })();

@@ -21,21 +21,26 @@ from distclip.monitor.page.data import page_data
 from distclip.monitor.runs import Run, Summary
 
 
-def html(runs: Sequence[Run], summaries: Sequence[Summary], *, refresh: int = 0) -> str:
+def html(
+    runs: Sequence[Run], summaries: Sequence[Summary], *, refresh: int = 0, version: str = ""
+) -> str:
     """The page.
 
     Args:
         runs: at least one.
         summaries: of the same runs.
-        refresh: seconds after which the page loads itself again; 0: never.
+        refresh: seconds after which the page asks its server whether there is another version, and
+            loads it; 0: never, and no address can be reached.
+        version: what the server calls this one.
     """
     scripts = [_part("uPlot.iife.min.js"), _part("page.js")]
     allowed = " ".join(f"'sha256-{_digest(script)}'" for script in scripts)
     # "<" of a name could end the block, or begin a comment in it.
-    data = json.dumps(page_data(runs, summaries), allow_nan=False, separators=(",", ":"))
+    numbers = {**page_data(runs, summaries), "refresh": refresh, "version": version}
+    data = json.dumps(numbers, allow_nan=False, separators=(",", ":"))
+    reached = "; connect-src 'self'" if refresh else ""
     fields = {
-        "POLICY": f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'",
-        "REFRESH": f'<meta http-equiv="refresh" content="{refresh}">' if refresh else "",
+        "POLICY": f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'{reached}",
         "STYLES": _part("uPlot.min.css") + _part("page.css"),
         "DATA": data.replace("<", "\\u003c").replace("&", "\\u0026"),
         "UPLOT": scripts[0],
