@@ -50,22 +50,25 @@ class Timed:
         self.times.append(time.thread_time() - start)
 
 
-def every_sink(folder: Path) -> dict[str, tuple[Any, Callable[[], Values]]]:
+def every_sink(folder: Path, states: monitor.States) -> dict[str, tuple[Any, Callable[[], Values]]]:
     """Package -> its sink, and what reads back what it has stored."""
     os.environ |= {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_DIR": str(folder)}
     os.environ |= {"TRACKIO_DIR": str(folder / "trackio")}
     os.environ |= {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
     made: dict[str, tuple[Callable[[], Any], Callable[[], Values]]] = {
         "tensorboard": (
-            lambda: monitor.TensorBoardSink(folder / "tensorboard"),
+            lambda: monitor.TensorBoardSink(folder / "tensorboard", states=states),
             lambda: of_tensorboard(folder / "tensorboard"),
         ),
-        "wandb": (lambda: monitor.WandbSink(NAME), lambda: of_wandb(folder)),
+        "wandb": (lambda: monitor.WandbSink(NAME, states=states), lambda: of_wandb(folder)),
         "mlflow": (
-            lambda: monitor.MLflowSink(NAME),
+            lambda: monitor.MLflowSink(NAME, states=states),
             lambda: of_mlflow(folder / "mlflow.db", NAME)[0],
         ),
-        "trackio": (lambda: monitor.TrackioSink(NAME), lambda: of_trackio(NAME)),
+        "trackio": (
+            lambda: monitor.TrackioSink(NAME, states=states),
+            lambda: of_trackio(NAME),
+        ),
     }
     there = [name for name in made if importlib.util.find_spec(name)]
     return {name: (made[name][0](), made[name][1]) for name in there}
@@ -138,8 +141,9 @@ def main() -> None:
     folder = options.folder.absolute()
     folder.mkdir(parents=True)
     torch.set_num_threads(1)
-    trackers = every_sink(folder)
-    jsonl = monitor.JsonlSink(folder / "clip.jsonl", per_parameter=True)
+    states = monitor.States()
+    trackers = every_sink(folder, states)
+    jsonl = monitor.JsonlSink(folder / "clip.jsonl", per_parameter=True, states=states)
     timed = {"jsonl": Timed(jsonl), **{name: Timed(sink) for name, (sink, _) in trackers.items()}}
     step = statistics.median(train(options.steps, [*timed.values()]))
     for each in timed.values():

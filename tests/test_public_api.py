@@ -323,6 +323,7 @@ def test_a_report_has_exactly_these_fields() -> None:
     assert {name for name in fields | set(vars(report)) if not name.startswith("_")} - {
         "of",
         "fetch",
+        "tensors",
         "to_dict",
     } == REPORT
 
