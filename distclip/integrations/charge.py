@@ -117,15 +117,15 @@ def of(optimizer: Optimizer) -> Charge | None:
         return known
     if is_attached(optimizer):
         return Charge("clipper")
-    engine = next((name for name in ENGINES if name in sys.modules and _is_running(name)), None)
+    engine = next((name for name in ENGINES if name in sys.modules and is_running(name)), None)
     return None if engine is None else Charge(engine)
 
 
-def _is_running(package: str) -> bool:
-    """Whether a function of a package is being called."""
+def is_running(package: str) -> bool:
+    """Whether a function of a package (its full name) is being called."""
     frame: FrameType | None = sys._getframe()
     while frame is not None:
-        if str(frame.f_globals.get("__name__")).partition(".")[0] == package:
+        if f"{frame.f_globals.get('__name__')}.".startswith(f"{package}."):
             return True
         frame = frame.f_back
     return False

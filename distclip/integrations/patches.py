@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
+from types import ModuleType
 from typing import Any
 
 _ABSENT = object()
@@ -39,12 +41,39 @@ def replace(
     def restore() -> None:
         nonlocal active
         active = False
-        if vars(owner).get(name) is not replacement:
+        if vars(owner).get(name) is not placed:
             return
         if before is _ABSENT:
             delattr(owner, name)
         else:
             setattr(owner, name, before)
 
-    setattr(owner, name, replacement)
+    placed = staticmethod(replacement) if isinstance(before, staticmethod) else replacement
+    setattr(owner, name, placed)
     return restore
+
+
+def replace_everywhere(
+    functions: Mapping[Callable[..., Any], Callable[..., Any]],
+) -> list[Callable[[], None]]:
+    """As :func:`replace`, in every module that has one of ``functions`` by now, under any name.
+
+    Args:
+        functions: original -> what is called in its place. distclip's own modules keep theirs.
+
+    Returns:
+        Functions that restore them.
+    """
+    undo = []
+    for module in list(sys.modules.values()):
+        name = vars(module).get("__name__") if isinstance(module, ModuleType) else None
+        if not isinstance(name, str) or name.split(".")[0] == "distclip":
+            continue
+        for spelling, value in list(vars(module).items()):
+            if callable(value) and _is_hashable(value) and value in functions:
+                undo.append(replace(module, spelling, functions[value]))
+    return undo
+
+
+def _is_hashable(value: object) -> bool:
+    return type(value).__hash__ is object.__hash__

@@ -18,6 +18,7 @@ from distclip.config import Config
 from distclip.config.logs import open_log, release_log
 from distclip.engine.attaching import stepped_by
 from distclip.integrations.patches import replace
+from distclip.integrations.torch_checkpoints import Memory
 from distclip.integrations.torch_objects import TorchObjects
 from distclip.layouts.gradients import is_reduced
 
@@ -43,6 +44,7 @@ class Clippers:
         self._unreduced: weakref.WeakSet[DistributedDataParallel] = weakref.WeakSet()
         """Those whose last forward with gradients was under ``no_sync()``."""
         self._restore = replace(DistributedDataParallel, "_post_forward", self._note)
+        self._memory = Memory(self.known, config.policy)
 
     def forget(self) -> list[GradClipper]:
         """Forget all clippers; returns those that applied the policy."""
@@ -53,6 +55,7 @@ class Clippers:
         self.known.clear()
         self._measurers.clear()
         self._restore()
+        self._memory.restore()
         return clippers
 
     def of(self, parameters: Sequence[Tensor], *, measuring: float | None = None) -> GradClipper:
@@ -77,6 +80,7 @@ class Clippers:
         if measuring is None:
             self.known[key] = clipper
             open_log(clipper, self._config)
+            self._memory.hand_over(clipper, key)
         else:
             clipper.expects_gradients = False
             self._measurers[key, measuring] = clipper

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any, Protocol
@@ -15,7 +14,7 @@ from torch.nn import utils
 
 from distclip.application.eager import eagerly
 from distclip.integrations import hooks
-from distclip.integrations.patches import replace
+from distclip.integrations.patches import replace, replace_everywhere
 
 FSDP1 = "torch.distributed.fsdp.fully_sharded_data_parallel"
 
@@ -53,14 +52,7 @@ class Functions:
             "clip_grads_with_norm_": self._clip_grads_with_norm_,
         }
         originals = {getattr(utils, n): ours[n] for n in ours if hasattr(utils, n)}
-        self._undo: list[Callable[[], None]] = []
-        for module in list(sys.modules.values()):
-            name = vars(module).get("__name__") if isinstance(module, ModuleType) else None
-            if not isinstance(name, str) or name.split(".")[0] == "distclip":
-                continue
-            for spelling, value in list(vars(module).items()):
-                if callable(value) and _is_hashable(value) and value in originals:
-                    self._undo.append(replace(module, spelling, originals[value]))
+        self._undo = replace_everywhere(originals)
         self._undo.append(hooks.on_import(FSDP1, self._replace_method).remove)
 
     def restore(self) -> None:
@@ -137,10 +129,6 @@ class Functions:
 
 def _listed(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
     return [parameters] if isinstance(parameters, Tensor) else list(parameters)
-
-
-def _is_hashable(value: object) -> bool:
-    return type(value).__hash__ is object.__hash__
 
 
 def _as_torch_returns(norm: Tensor, parameters: list[Tensor]) -> Tensor:

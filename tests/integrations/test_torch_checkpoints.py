@@ -1,0 +1,358 @@
+"""Scripts under ``distclip run`` that save and load with plain torch keep the policy's memory."""
+
+from __future__ import annotations
+
+import copy
+import io
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_optimizer_state_dict,
+    set_state_dict,
+)
+from torch.distributed.fsdp import FullOptimStateDictConfig, FullStateDictConfig, StateDictType
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from torch.optim import Optimizer
+
+from distclip import policies
+from distclip.errors import StateError
+from distclip.integrations.checkpoints import FILE
+from distclip.integrations.torch_checkpoints import KEY
+from tests.integrations.accelerated import Model, batch, loss_of, make, same, sgd, whole
+from tests.integrations.test_torch_scripts import LAYOUTS, mine, running, wrapped
+
+ADAGC = {"name": "adagc", "warmup_steps": 2}
+AUTOCLIP = {"name": "autoclip", "percentile": 30, "window": 6}
+STEPS = 8
+NONE = "has no state of distclip"
+
+
+def step(model: nn.Module, stepper: Optimizer, numbers: Iterable[int]) -> None:
+    for number in numbers:
+        stepper.zero_grad()
+        loss_of(model, mine(batch(number))).backward()
+        stepper.step()
+
+
+def full(layout: str, model: nn.Module, rank0_only: bool = False) -> Any:
+    """FSDP1's way to whole tensors."""
+    if not layout.startswith("fsdp1"):
+        return nullcontext()
+    kind, options = StateDictType.FULL_STATE_DICT, {"rank0_only": rank0_only}
+    return FSDP.state_dict_type(
+        model, kind, FullStateDictConfig(**options), FullOptimStateDictConfig(**options)
+    )
+
+
+def save(layout: str, model: nn.Module, stepper: Optimizer) -> Any:
+    """As scripts do."""
+    file = io.BytesIO()
+    with full(layout, model):
+        state = (
+            FSDP.optim_state_dict(model, stepper)
+            if layout.startswith("fsdp1")
+            else stepper.state_dict()
+        )
+        torch.save({"model": model.state_dict(), "optimizer": state}, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def load(layout: str, model: nn.Module, stepper: Optimizer, checkpoint: Any) -> None:
+    with full(layout, model):
+        model.load_state_dict(checkpoint["model"])
+        state = copy.deepcopy(checkpoint["optimizer"])  # torch keeps its tensors
+        if layout.startswith("fsdp1"):
+            state = FSDP.optim_state_dict_to_load(model, stepper, state)
+    stepper.load_state_dict(state)
+
+
+@contextmanager
+def mentioned() -> Iterator[list[str]]:
+    """What is logged on this rank."""
+    found: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("distclip.torch")
+    logger.addHandler(handler)
+    try:
+        yield found
+    finally:
+        logger.removeHandler(handler)
+
+
+def begun(layout: str) -> tuple[nn.Module, Optimizer]:
+    model = wrapped(layout, make())
+    return model, sgd(model)
+
+
+def trained(layout: str, numbers: Iterable[int], checkpoint: Any = None) -> dict[str, Tensor]:
+    model, stepper = begun(layout)
+    if checkpoint is not None:
+        load(layout, model, stepper, checkpoint)
+    step(model, stepper, numbers)
+    return whole(model)
+
+
+@pytest.mark.ranks(1, 2)
+def test_a_resumed_run_is_the_uninterrupted_one_bit_by_bit(world_size: int) -> None:
+    for layout in LAYOUTS if world_size > 1 else ["one"]:
+        for policy in (ADAGC, AUTOCLIP) if layout in ("one", "fsdp2") else (ADAGC,):
+            with running(policy):
+                model, stepper = begun(layout)
+                step(model, stepper, range(4))
+                checkpoint = save(layout, model, stepper)
+                step(model, stepper, range(4, STEPS))
+                wanted = whole(model)
+            assert checkpoint["optimizer"][KEY]["clippers"][0]["step"] == 4
+            with running(policy):
+                same(trained(layout, range(4, STEPS), checkpoint), wanted, 0.0)
+            del checkpoint["optimizer"][KEY]
+            with running(policy):  # without its memory the policy decides otherwise
+                other = trained(layout, range(4, STEPS), checkpoint)
+            assert any(not torch.equal(other[name], wanted[name]) for name in wanted), policy
+
+
+@pytest.mark.ranks(1, 2)
+def test_checkpoints_load_with_distclip_and_without(world_size: int) -> None:
+    for layout in ("ddp", "fsdp1") if world_size > 1 else ["one"]:
+        plain, stepper = begun(layout)
+        step(plain, stepper, range(2))
+        before = save(layout, plain, stepper)
+        assert KEY not in before["optimizer"]
+        with running(ADAGC), mentioned() as found:
+            model, stepper = begun(layout)
+            load(layout, model, stepper, before)
+            assert not found  # nothing is lost, if nothing is clipped
+            step(model, stepper, range(2, 4))
+            load(layout, model, stepper, before)
+            assert [NONE in each for each in found] == [True] * (_rank() == 0)
+            step(model, stepper, range(2, 4))
+            clipped = save(layout, model, stepper)
+        assert KEY in clipped["optimizer"]
+        weights = trained(layout, range(4, 6), clipped)
+        del clipped["optimizer"][KEY]
+        same(weights, trained(layout, range(4, 6), clipped), 0.0)
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+@pytest.mark.ranks(2)
+def test_fsdp1_saves_and_loads_on_the_first_rank_alone() -> None:
+    with running(ADAGC):
+        model, stepper = begun("fsdp1")
+        step(model, stepper, range(4))
+        with full("fsdp1", model, rank0_only=True):
+            weights = model.state_dict()
+            state = FSDP.optim_state_dict(model, stepper)
+        assert (KEY in state) == (_rank() == 0)
+        at = whole(model)
+        step(model, stepper, range(4, STEPS))
+        wanted = whole(model)
+    with running(ADAGC):
+        model, stepper = begun("fsdp1")
+        with full("fsdp1", model):
+            model.load_state_dict(at)
+        with full("fsdp1", model, rank0_only=True):
+            FSDP.optim_state_dict_to_load(model, stepper, state, load_directly=True)
+        step(model, stepper, range(4, STEPS))
+        same(whole(model), wanted, 0.0)
+    assert bool(weights) == (_rank() == 0)
+
+
+def test_a_load_in_a_run_takes_the_memory_back() -> None:
+    with running(ADAGC) as scripts:
+        model, stepper = begun("one")
+        step(model, stepper, range(4))
+        checkpoint = save("one", model, stepper)
+        step(model, stepper, range(4, STEPS))
+        wanted = whole(model)
+        load("one", model, stepper, checkpoint)
+        (clipper,) = scripts._clippers.known.values()
+        assert clipper.state_dict()["step"] == 4
+        step(model, stepper, range(4, STEPS))
+        same(whole(model), wanted, 0.0)
+
+
+def test_each_of_two_equal_models_gets_its_own_memory() -> None:
+    """Loaded in another order than they were saved, and before either has a clipper."""
+    states = []
+    with running(ADAGC):
+        for seed in (0, 1):
+            model = make(seed)
+            stepper = sgd(model)
+            step(model, stepper, range(4 + seed))
+            states.append(stepper.state_dict())
+    with running(ADAGC) as scripts:
+        models = [make(seed) for seed in (0, 1)]
+        steppers = list(map(sgd, models))
+        for number in (1, 0):
+            steppers[number].load_state_dict(states[number])
+        # What waits is saved again.
+        assert steppers[1].state_dict()[KEY]["clippers"][0]["step"] == 5
+        for number in (1, 0):
+            step(models[number], steppers[number], [9])
+        assert [c.state_dict()["step"] for c in scripts._clippers.known.values()] == [6, 5]
+
+
+def test_two_optimizers_that_are_clipped_as_one() -> None:
+    def pair(model: Model) -> list[Optimizer]:
+        return [sgd(model.body), sgd(model.head)]
+
+    def update(model: Model, steppers: list[Optimizer], number: int) -> None:
+        model.zero_grad()
+        loss_of(model, batch(number)).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for stepper in steppers:
+            stepper.step()
+
+    with running(ADAGC):
+        model = make()
+        steppers = pair(model)
+        for number in range(4):
+            update(model, steppers, number)
+        weights = {name: value.clone() for name, value in model.state_dict().items()}
+        states = [copy.deepcopy(stepper.state_dict()) for stepper in steppers]
+        update(model, steppers, 4)
+        wanted = whole(model)
+    with running(ADAGC) as scripts:
+        model = make(7)
+        model.load_state_dict(weights)
+        steppers = pair(model)
+        for stepper, state in zip(steppers, states, strict=True):
+            stepper.load_state_dict(state)
+        update(model, steppers, 4)
+        same(whole(model), wanted, 0.0)
+        (clipper,) = scripts._clippers.known.values()
+        assert clipper.state_dict()["step"] == 5
+        assert [len(s.state_dict()[KEY]["clippers"]) for s in steppers] == [1, 1]
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    with running(ADAGC):
+        model, stepper = begun("one")
+        step(model, stepper, range(3))
+        state = stepper.state_dict()
+    with running(AUTOCLIP):
+        model, stepper = begun("one")
+        with pytest.raises(StateError, match=r"delete the key 'distclip' from it"):
+            stepper.load_state_dict(state)
+        assert not stepper.state  # nothing was loaded
+    with running(ADAGC):
+        other = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 1))
+        stepper = sgd(other)
+        stepper.load_state_dict(state)  # as torch: its parameters have no names
+        other(torch.ones(2, 5)).sum().backward()
+        stepper.step()  # another model: none of its parameters
+        model = make()
+        model.head = nn.Linear(7, 1, bias=False)
+        model.extra = nn.Parameter(torch.ones(1))
+        stepper = sgd(model)
+        stepper.load_state_dict(state)
+        (model.head(model.body(torch.ones(2, 5))).sum() * model.extra.sum()).backward()
+        with pytest.raises(StateError, match=r"missing: 'extra'; unexpected: 'head\.bias'|extra"):
+            stepper.step()
+
+
+class App:
+    """Model and optimizer, as torch's tutorial has them for ``torch.distributed.checkpoint``."""
+
+    def __init__(self, model: nn.Module, stepper: Optimizer) -> None:
+        self.model, self.stepper = model, stepper
+
+    def state_dict(self) -> dict[str, Any]:
+        model, optimizer = get_state_dict(self.model, self.stepper)
+        return {"model": model, "optimizer": optimizer}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        set_state_dict(
+            self.model,
+            self.stepper,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+        )
+
+
+@pytest.mark.ranks(1, 2)
+def test_distributed_checkpoints(world_size: int, tmp_path: Path) -> None:
+    layout = "fsdp2" if world_size > 1 else "one"
+    plain, first, later = (tmp_path / name for name in ("plain", "first", "later"))
+    model, stepper = begun(layout)
+    step(model, stepper, range(4))
+    dcp.save({"app": App(model, stepper)}, checkpoint_id=plain)
+    assert not (plain / FILE).exists()
+    with running(ADAGC):
+        model, stepper = begun(layout)
+        step(model, stepper, range(4))
+        dcp.save({"model": get_model_state_dict(model)}, checkpoint_id=tmp_path / "weights")
+        assert not (tmp_path / "weights" / FILE).exists()
+        dcp.save({"app": App(model, stepper)}, checkpoint_id=first)
+        step(model, stepper, range(4, 6))
+        state = App(model, stepper).state_dict()
+        dcp.async_save(state, storage_writer=dcp.FileSystemWriter(later)).result()
+        step(model, stepper, range(6, STEPS))
+        wanted = whole(model)
+    if dist.is_initialized():
+        dist.barrier()
+    for folder, done in ((first, 4), (later, 6)):
+        with running(ADAGC), mentioned() as found:
+            model, stepper = begun(layout)
+            app = App(model, stepper)
+            if folder is first:
+                dcp.load({"app": app}, checkpoint_id=folder)
+            else:
+                state = app.state_dict()
+                dcp.load(state, storage_reader=dcp.FileSystemReader(folder))
+                app.load_state_dict(state)
+            step(model, stepper, range(done, STEPS))
+            same(whole(model), wanted, 0.0)
+            assert not found
+            dcp.load({"app": app}, checkpoint_id=plain)  # from before distclip was in use
+            step(model, stepper, range(4, 6))
+            assert [NONE in each for each in found] == [True] * (_rank() == 0)
+    model, stepper = begun(layout)
+    dcp.load({"app": App(model, stepper)}, checkpoint_id=first)  # without distclip
+    assert stepper.state
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_what_is_lost_is_mentioned() -> None:
+    with running(ADAGC), mentioned() as found:
+        model, stepper = begun("one")
+        step(model, stepper, range(3))
+        for _ in range(2):
+            state = get_optimizer_state_dict(model, stepper)
+            assert KEY not in state
+            set_optimizer_state_dict(model, stepper, state)
+        assert [NONE in each for each in found] == [True]
+        dcp.save({"optimizer": stepper}, checkpoint_id="memory://here")
+        assert ["no folder" in each for each in found[1:]] == [True]
+    with running(policies.global_norm(1.0)), mentioned() as found:  # has nothing to lose
+        model, stepper = begun("one")
+        set_optimizer_state_dict(model, stepper, state)
+        step(model, stepper, range(3))
+        dcp.save({"optimizer": stepper}, checkpoint_id="memory://there")
+        assert not found
+
+
+def test_everything_is_restored() -> None:
+    before = Optimizer.state_dict, Optimizer.load_state_dict
+    methods = [vars(FSDP)[name] for name in ("optim_state_dict", "optim_state_dict_to_load")]
+    with running(ADAGC):
+        assert Optimizer.state_dict is not before[0]
+    assert before == (Optimizer.state_dict, Optimizer.load_state_dict)
+    assert methods == [vars(FSDP)[n] for n in ("optim_state_dict", "optim_state_dict_to_load")]
