@@ -48,9 +48,11 @@ if TYPE_CHECKING:
     from distclip.integrations import transformers as transformers
     from distclip.layouts.declared import declare_sharded as declare_sharded
     from distclip.report import ClipReport as ClipReport
+    from distclip.worker import ClippedStep as ClippedStep
 
 _NAMES = {
     "ClipReport": "distclip.report",
+    "ClippedStep": "distclip.worker",
     "GradClipper": "distclip.clipper",
     "clip_grad_agc_": "distclip.functional",
     "clip_grad_norm_": "distclip.functional",
@@ -76,6 +78,7 @@ _BESIDES = {"transformers": ("accelerate",)}
 
 __all__ = [
     "ClipReport",
+    "ClippedStep",
     "ConfigurationError",
     "DistclipError",
     "GradClipper",

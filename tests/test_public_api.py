@@ -24,6 +24,7 @@ from distclip import policies
 EXPORTED = {
     "distclip": {
         "ClipReport",
+        "ClippedStep",
         "ConfigurationError",
         "DistclipError",
         "GradClipper",
@@ -158,6 +159,9 @@ SIGNATURES = {
     "GradClipper.state_dict": "(self) -> dict[str, object]",
     "GradClipper.raise_late": "(self) -> None",
     "GradClipper.load_state_dict": "(self, state: dict[str, object]) -> None",
+    "ClippedStep": "(clipper: GradClipper, optimizer: Any, *, "
+    "scaler: torch.amp.GradScaler | None = None) -> None",
+    "ClippedStep.optimizer_step": "(self, loss: Tensor | float | None = None) -> Tensor",
     "ClipReport.to_dict": "(self, *, per_parameter: bool = True) -> dict[str, Any]",
     "policies.measure": "(norm_type: float = 2.0) -> None",
     "policies.global_norm": "(max_norm: float, norm_type: float = 2.0) -> None",
