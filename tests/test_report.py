@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from distclip import ClipReport, GradClipper, policies
 from distclip.testing import expected
 from tests.engine.test_matrix import POLICIES, build
+from tests.helpers.shares import share
 from tests.helpers.watching import watch
 from tests.sharded import shard, whole
 
@@ -207,27 +208,30 @@ def test_sinks_get_every_step() -> None:
     assert all(one is other for (_, one), other in zip(seen, reports, strict=True))
 
 
+LAYOUTS = ["fsdp2", "hsdp", "tp", "fsdp2_tp", "mixed"]
 LOWER_BOUND = "chain agc twice"
 """Units of two kinds for one parameter: no coefficient is tracked element by element."""
 
 
 @pytest.mark.ranks(2, 3, 4)
-@pytest.mark.parametrize("layout", ["fsdp2", "hsdp", "tp", "fsdp2_tp", "mixed"])
-def test_the_report_says_the_same_under_every_sharding(layout: str) -> None:
-    same_reports(layout, norms=True)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_report_says_the_same_under_every_sharding(layout: str, world_size: int) -> None:
+    """Each policy under each layout on one number of ranks."""
+    some = share(POLICIES, LAYOUTS.index(layout), world_size, of=3)
+    same_reports(some, layout, norms=True)
 
 
 @pytest.mark.ranks(3)
 def test_without_norms_it_does_too() -> None:
     for layout in ("fsdp2", "mixed"):
-        same_reports(layout, norms=False)
+        same_reports(POLICIES, layout, norms=False)
 
 
-def same_reports(layout: str, *, norms: bool) -> None:
+def same_reports(some: dict[str, Any], layout: str, *, norms: bool) -> None:
     values = whole(seed=2)
     sharded, alone = shard(layout, values), shard("plain", values)
     options: dict[str, Any] = {"norms": norms, "on_nonfinite": "skip"}
-    for label, configuration in POLICIES.items():
+    for label, configuration in some.items():
         reports = []
         for model in (sharded, alone):
             model.set_gradients(values.gradients)

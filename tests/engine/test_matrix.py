@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from distclip.statistics import collectives
 from distclip.testing.cases import LAYOUTS, POLICIES, ROUNDINGS
 from distclip.tools.verify.cells import build, faults_of
+from tests.helpers.shares import WHOLE, share
 
 __all__ = ["LAYOUTS", "POLICIES", "ROUNDINGS", "build", "check"]
 
@@ -21,14 +23,24 @@ def check(
     assert not faults, "\n".join(faults)
 
 
-@pytest.mark.ranks(1, 2, 3, 4)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_policy(layout: str) -> None:
-    for label, configuration in POLICIES.items():
+def check_all(some: dict[str, Any], layout: str, kind: str, seed: int = 0) -> None:
+    assert some
+    for label, configuration in some.items():
         try:
-            check(configuration, layout, "float32", roundings=ROUNDINGS.get(label, 1))
+            check(configuration, layout, kind, roundings=ROUNDINGS.get(label, 1), seed=seed)
         except Exception as error:
             raise AssertionError(f"policy {label!r}: {error}") from error
+
+
+NUMBERS = {layout: number for number, layout in enumerate(LAYOUTS)}
+KINDS = ["bfloat16", "float16", "mixed"]
+
+
+@pytest.mark.ranks(1, 2, 3, 4)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_policy(layout: str, world_size: int) -> None:
+    """Under each layout on two numbers of ranks, and on each number under half of the layouts."""
+    check_all(share(POLICIES, NUMBERS[layout], world_size, of=2), layout, "float32")
 
 
 @pytest.mark.ranks(2, 4)
@@ -36,21 +48,30 @@ def test_every_policy(layout: str) -> None:
 def test_every_policy_by_an_all_reduce(monkeypatch: pytest.MonkeyPatch, layout: str) -> None:
     """As with many ranks and on accelerators; a few gloo ranks gather instead."""
     monkeypatch.setattr(collectives, "FEW", 0)
-    test_every_policy(layout)
+    check_all(POLICIES, layout, "float32")
 
 
 @pytest.mark.ranks(2)  # one rank: `distclip verify`, nightly, and the goldens of each policy
-@pytest.mark.parametrize("kind", ["bfloat16", "float16", "mixed"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_dtype(layout: str, kind: str) -> None:
-    for label, configuration in POLICIES.items():
-        try:
-            check(configuration, layout, kind, roundings=ROUNDINGS.get(label, 1), seed=1)
-        except Exception as error:
-            raise AssertionError(f"policy {label!r}: {error}") from error
+    """Each policy under each layout in one of the kinds."""
+    check_all(share(POLICIES, NUMBERS[layout], KINDS.index(kind), of=3), layout, kind, seed=1)
 
 
 @pytest.mark.ranks(4)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_all_dtypes_together_on_four_ranks(layout: str) -> None:
-    test_every_dtype(layout, "mixed")
+    check_all(share(POLICIES, NUMBERS[layout], of=3), layout, "mixed", seed=1)
+
+
+def test_the_cases_together_meet_every_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(WHOLE, raising=False)
+    for number in range(len(LAYOUTS)):
+        kinds = [share(POLICIES, number, kind, of=3) for kind in range(3)]
+        assert sorted(itertools.chain(*kinds)) == sorted(POLICIES)
+        for low in (1, 2, 3):
+            ranks = [share(POLICIES, number, low + more, of=2) for more in range(2)]
+            assert sorted(itertools.chain(*ranks)) == sorted(POLICIES)
+    monkeypatch.setenv(WHOLE, "1")
+    assert share(POLICIES, 1, 2, of=3) == POLICIES

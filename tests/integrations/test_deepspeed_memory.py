@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 import distclip
 from tests.engine.test_matrix import build
+from tests.helpers.shares import share
 from tests.integrations.engines import (
     VERSION,
     Reference,
@@ -39,9 +40,10 @@ POLICIES: dict[str, Any] = {
 
 
 @pytest.mark.ranks(2, 4, timeout=240)
-def test_decisions_and_weights_are_those_of_one_process() -> None:
+def test_decisions_and_weights_are_those_of_one_process(world_size: int) -> None:
+    """Each policy in each stage on 2 or on 4 ranks."""
     for stage in range(4):
-        for label, policy in POLICIES.items():
+        for label, policy in share(POLICIES, stage, world_size // 2, of=2).items():
             engine = engine_of(json_of(stage))
             handle = distclip.deepspeed.attach(engine, build(policy))
             reference = Reference(policy)
@@ -112,14 +114,15 @@ def replay(engine: Any, policy: dict[str, Any], overflow: bool) -> None:
 
 @pytest.mark.ranks(2, 3, timeout=300)
 @pytest.mark.parametrize("kind", list(DTYPES))
-def test_decisions_in_half_precision(kind: str) -> None:
-    for label in EVERYWHERE:
+def test_decisions_in_half_precision(kind: str, world_size: int) -> None:
+    """Each policy in each stage on 2 or on 3 ranks."""
+    for number, label in enumerate(EVERYWHERE):
         _, stage, precision, options = KINDS[label]
         if precision != kind:
             continue
         if kind == "fp16":  # high enough to overflow once and low enough for the spike
             options = {"fp16": {"initial_scale_power": 4, "hysteresis": 1}}
-        for policy in POLICIES.values():
+        for policy in share(POLICIES, number, world_size, of=2).values():
             engine = engine_of(json_of(stage, kind, **options))
             # After an overflow 0.16.9 shows that step's gradients for ever, and steps with others.
             shown = VERSION > (0, 16) or stage == 3

@@ -17,6 +17,7 @@ import distclip
 from distclip import GradClipper, policies
 from distclip.testing import assert_rounded, expected
 from tests.engine.test_matrix import POLICIES, ROUNDINGS, build
+from tests.helpers.shares import share
 from tests.helpers.watching import REDUCTION, watch
 from tests.layouts.declared import expert_mesh, randn
 from tests.sharded import mesh_of
@@ -68,7 +69,7 @@ def model(mesh: Any, known: dict[str, tuple[Tensor, Tensor]], *, idle: bool = Fa
 
 @pytest.mark.ranks(2, 3, 4, timeout=120)
 @pytest.mark.parametrize("idle", [False, True])
-def test_every_policy_on_declared_experts(idle: bool) -> None:
+def test_every_policy_on_declared_experts(idle: bool, world_size: int) -> None:
     """FSDP2 beside them; counted once over their replicas; named apart; one all-reduce."""
     mesh = expert_mesh()
     known = values(mesh["ep"].size())
@@ -77,7 +78,7 @@ def test_every_policy_on_declared_experts(idle: bool) -> None:
         for name, (_, gradient) in known.items()
     }
     weights = {name: weight.double().numpy() for name, (weight, _) in known.items()}
-    for label, configuration in POLICIES.items():
+    for label, configuration in share(POLICIES, world_size, idle, of=2).items():
         words = _expert_words(configuration)
         mine = model(mesh, known, idle=idle)
         # The oracle's patterns know no places.

@@ -16,6 +16,7 @@ import distclip
 from distclip import GradClipper, policies
 from distclip.statistics import collectives
 from tests.engine.test_matrix import POLICIES, build
+from tests.helpers.shares import share
 from tests.helpers.watching import REDUCTION, bits, same_bits, watch
 from tests.sharded import mesh_of, shard, whole
 
@@ -59,12 +60,14 @@ def test_the_watch_sees_collectives_of_any_spelling() -> None:
 @pytest.mark.parametrize("layout", SHARDED)
 @pytest.mark.parametrize(("few", "name"), [(8, REDUCTION), (0, "allreduce_")])
 def test_one_all_reduce_a_step(
-    monkeypatch: pytest.MonkeyPatch, layout: str, few: int, name: str
+    monkeypatch: pytest.MonkeyPatch, layout: str, few: int, name: str, world_size: int
 ) -> None:
+    """Each policy under each layout on 2 or on 4 ranks, gathered or reduced."""
     monkeypatch.setattr(collectives, "FEW", few)
+    case = SHARDED.index(layout), world_size // 2, int(few == 0)
     values = whole()
     model = shard(layout, values)
-    for label, configuration in POLICIES.items():
+    for label, configuration in share(POLICIES, *case, of=2).items():
         model.set_gradients(values.gradients)
         clipper = GradClipper(model.named(), build(configuration))
         with watch() as seen:

@@ -21,6 +21,7 @@ from distclip.kernels import measuring
 from distclip.statistics import early
 from distclip.testing import expected
 from tests.engine.test_matrix import POLICIES, build
+from tests.helpers.shares import share
 from tests.helpers.watching import watch
 from tests.sharded import mesh_of
 from tests.statistics.overlapping import (
@@ -41,9 +42,9 @@ CLAMPING = {"value", "value zero", "chain value first", "by name"}
 
 
 @pytest.mark.ranks(1, 2, 3)
-def test_every_policy() -> None:
+def test_every_policy(world_size: int) -> None:
     """Early for all but those that clamp before they measure; orders of any kind."""
-    for label, document in POLICIES.items():
+    for label, document in share(POLICIES, world_size, of=2).items():
         try:
             model, memory = make(), {}  # type: ignore[var-annotated]
             clipper = GradClipper(model, build(document), overlap=True, on_nonfinite="pass")

@@ -1,0 +1,26 @@
+"""A part of the policies for each case, so that together the cases meet all of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+WHOLE = "DISTCLIP_TEST_WHOLE"
+"""Set in the environment: every case meets every policy, which takes minutes more (nightly)."""
+
+
+def share(policies: Mapping[str, Any], *numbers: int, of: int) -> dict[str, Any]:
+    """Every ``of``-th policy, beginning elsewhere in cases that differ in one number by one.
+
+    ``of`` cases whose numbers follow each other, such as three dtypes of one layout, meet each
+    policy once.
+
+    Args:
+        policies: by label.
+        *numbers: of the case: its layout, dtype or number of ranks, as a place in a list.
+        of: 1 or more.
+    """
+    step = 1 if os.environ.get(WHOLE) else of
+    first = sum(numbers) % step
+    return {k: v for i, (k, v) in enumerate(policies.items()) if i % step == first}
