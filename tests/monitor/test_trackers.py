@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import distclip
+from benchmarks import recorded_run
 from benchmarks.stores import NAMES, Values, of_mlflow, of_tensorboard, of_trackio, of_wandb
 from distclip import monitor, policies
 from distclip.errors import ConfigurationError, DistclipError
@@ -242,3 +243,19 @@ def test_a_tracker_that_is_not_installed(
     )
     with pytest.raises(DistclipError, match=f"pip install 'distclip\\[{package}\\]'"):
         make()
+
+
+def test_the_comparison_of_all_sinks_sees_what_is_lacking_or_off(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    train(log={"tensorboard": "tb", "jsonl": "r.jsonl"})
+    want = recorded_run.of_jsonl(tmp_path / "r.jsonl")
+    assert recorded_run.differs(of_tensorboard(tmp_path / "tb"), want) == 0.0
+    for changed in ({"grad_norm": {0: 1.0}}, {"step_skipped": {}}):
+        assert (
+            recorded_run.differs({**of_tensorboard(tmp_path / "tb"), **changed}, want) == math.inf
+        )
+    found = of_tensorboard(tmp_path / "tb")
+    found["grad_norm"][0] *= 1.001
+    assert recorded_run.differs(found, want) == pytest.approx(1e-3, rel=0.01)
+    found["grad_norm"][BAD] = 1.0  # where the log has NaN
+    assert recorded_run.differs(found, want) == math.inf
