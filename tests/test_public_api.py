@@ -66,6 +66,7 @@ EXPORTED = {
         "Measure",
         "MuonAware",
         "Needs",
+        "NormGate",
         "NormStabilizer",
         "ParameterInfo",
         "ParameterNorm",
@@ -96,6 +97,7 @@ EXPORTED = {
         "group_norm",
         "measure",
         "muon_aware",
+        "norm_gate",
         "norm_stabilizer",
         "parameter_norm",
         "register",
@@ -193,6 +195,7 @@ SIGNATURES = {
     "policies.by_part": "(mapping: Mapping[str, Policy | None], default: Policy | None = None) "
     "-> None",
     "policies.muon_aware": "(max_norm: float, norm_type: float = 2.0) -> None",
+    "policies.norm_gate": "(part: str, max_norm: float, norm_type: float = 2.0) -> None",
     "policies.expert_aware": "(max_norm: float, expert_max_norm: float | None = None, "
     "norm_type: float = 2.0) -> None",
     "policies.register": "(policy: PolicyType) -> PolicyType",

@@ -30,6 +30,8 @@ from distclip.policies._measure import Measure as Measure
 from distclip.policies._measure import measure as measure
 from distclip.policies._muon_aware import MuonAware as MuonAware
 from distclip.policies._muon_aware import muon_aware as muon_aware
+from distclip.policies._norm_gate import NormGate as NormGate
+from distclip.policies._norm_gate import norm_gate as norm_gate
 from distclip.policies._norm_stabilizer import NormStabilizer as NormStabilizer
 from distclip.policies._norm_stabilizer import norm_stabilizer as norm_stabilizer
 from distclip.policies._parameter_norm import ParameterNorm as ParameterNorm

@@ -363,6 +363,14 @@ def _skip_norm(
     run.clip_to(here, np.inf if clip_norm is None else clip_norm, total)
 
 
+def _norm_gate(
+    run: _Run, names: list[str], path: str, memory: Memory, part: str, **threshold: float
+) -> None:  # arXiv 2605.19425
+    text = part if "=" in part else f"name={part}"
+    inside = [name for name in names if is_in(text, name, run.weights[name].ndim)]
+    _skip_norm(run, inside, path, memory, **threshold)
+
+
 _REMEMBERING: dict[str, Callable[..., None]] = {
     "autoclip": functools.partial(_together, remembered.autoclip),
     "zclip": functools.partial(_together, remembered.zclip),
@@ -372,6 +380,7 @@ _REMEMBERING: dict[str, Callable[..., None]] = {
     "group_ema": functools.partial(_each, remembered.group_ema),
     "skip_spikes": _skip_spikes,
     "skip_norm": _skip_norm,
+    "norm_gate": _norm_gate,
 }
 
 _POLICIES: dict[str, Callable[..., None]] = {
@@ -386,5 +395,5 @@ _POLICIES: dict[str, Callable[..., None]] = {
     "dreamer_agc": _dreamer_agc,
 }
 
-WITHOUT_MEMORY = frozenset({*_POLICIES, "skip_norm"})
+WITHOUT_MEMORY = frozenset({*_POLICIES, "skip_norm", "norm_gate"})
 """Names of the policies of which one step can be repeated without those before it."""

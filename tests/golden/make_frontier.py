@@ -43,6 +43,12 @@ def skip_norm(table: np.ndarray, threshold: float, clip: float) -> np.ndarray:
     return np.array(result)
 
 
+def norm_gate(table: np.ndarray, columns: list[int], threshold: float) -> np.ndarray:
+    """By step, 1 where no step is made: the norm of one part is above a threshold."""
+    norms = [float(np.sqrt(sum(float(row[column]) ** 2 for column in columns))) for row in table]
+    return np.array([norm > threshold for norm in norms], dtype=np.float64)
+
+
 def running_max(table: np.ndarray, theta: float) -> np.ndarray:
     """By step, the bound of each parameter: ``m_max_hat`` of StableSPAM.step."""
     mean, bounds = np.zeros(table.shape[1]), []
@@ -102,6 +108,7 @@ def make() -> dict[str, np.ndarray]:
     return {
         "in|norms": table,
         "skip_norm|20,5": skip_norm(table, 20.0, 5.0),
+        "norm_gate|columns 1 and 3,2": norm_gate(table, [1, 3], 2.0),
         "running_max|0.9": running_max(table, 0.9),
         "norm_stabilizer|default": stabilized(table, 0.7, 0.9, 1e-8),
         "norm_stabilizer|0.85,0.99999": stabilized(table, 0.85, 0.99999, 1e-8),
