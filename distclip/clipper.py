@@ -26,13 +26,13 @@ from distclip.errors import ConfigurationError
 from distclip.layouts import plan as plans
 from distclip.layouts.detect import refuse_stepped_in_backward
 from distclip.layouts.names import Target
-from distclip.options import Fixed, OnNonfinite, VerifyReplicas
+from distclip.options import LOOKS, Every, Fixed, OnNonfinite, VerifyReplicas
 from distclip.policies import Measure, ParameterInfo, Policy
 from distclip.report import ClipReport
 
 Sink: TypeAlias = Callable[[int, ClipReport], None]
 
-_COPIED = ("on_nonfinite", "norms", "verify_replicas", "fold", "overlap")
+_COPIED = ("on_nonfinite", "norms", "verify_replicas", "fold", "overlap", *LOOKS)
 """Options that a deep copy has too."""
 
 _ANEW = (
@@ -114,6 +114,12 @@ class GradClipper:
             that names those that are missing (on an accelerator: until it logs so and ends the
             process). None: what the environment variable DISTCLIP_STUCK_AFTER says, or without it
             no limit but that of the process group.
+        ratios: n: every n-th step, measure the norms of the weights too, so that its report has the
+            ratio of gradient to weight of each parameter. Reads the weights once, and travels in
+            the same all-reduce.
+        exponents: n: every n-th step, count the elements of the gradients by binary exponent, so
+            that its report shows what is 0, subnormal, or near underflow or overflow of its dtype.
+            Reads the gradients once more; 2 KiB a parameter in the same all-reduce.
 
     Raises:
         ConfigurationError: an argument that cannot be meant.
@@ -129,6 +135,8 @@ class GradClipper:
     fold = Fixed(lambda options: options.fold)
     overlap = Fixed(lambda options: options.overlap)
     stuck_after = Fixed(lambda options: options.stuck_after)
+    ratios = Fixed(lambda options: options.ratios)
+    exponents = Fixed(lambda options: options.exponents)
 
     @eagerly
     def __init__(
@@ -145,6 +153,8 @@ class GradClipper:
         fold: bool = True,
         overlap: bool = False,
         stuck_after: float | None = None,
+        ratios: Every = None,
+        exponents: Every = None,
     ) -> None:
         given = {
             "policy": policy,
@@ -154,6 +164,8 @@ class GradClipper:
             "fold": fold,
             "overlap": overlap,
             "stuck_after": stuck_after,
+            "ratios": ratios,
+            "exponents": exponents,
         }
         self._session = session = Session.open(target, given, process_group, listed(optimizer))
         self._options = session.options

@@ -13,6 +13,7 @@ from typing import (
     Any,
     Generic,
     Literal,
+    NamedTuple,
     NoReturn,
     Protocol,
     TypeAlias,
@@ -31,7 +32,17 @@ OnNonfinite: TypeAlias = Literal["error", "error_late", "skip", "zero", "pass"]
 VerifyReplicas: TypeAlias = Literal["first", "never"] | Annotated[int, Ge(1)]
 """When replicas are compared: in the first step, never, or in the first and every n-th step."""
 
+Every: TypeAlias = Annotated[int, Ge(1)] | None
+"""Every n-th step, from step 0 on; None: never."""
+
 Value = TypeVar("Value")
+
+
+class Looks(NamedTuple):
+    """What one step measures for its report beyond the norms; the same on every rank."""
+
+    ratios: bool = False
+    exponents: bool = False
 
 
 @dataclass(frozen=True)
@@ -52,6 +63,8 @@ class Options:
     fold: bool = True
     overlap: bool = False
     stuck_after: float | None = None
+    ratios: Every = None
+    exponents: Every = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.policy, Policy):
@@ -71,10 +84,21 @@ class Options:
             raise ConfigurationError(
                 f"stuck_after must be a number of seconds > 0, or None for no limit, got {limit!r}"
             )
+        for name in LOOKS:
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < 1):
+                raise ConfigurationError(
+                    f"{name} must be a number of steps >= 1, or None for never, got {value!r}"
+                )
         for name in ("norms", "fold", "overlap"):
             value = getattr(self, name)
             if not isinstance(value, bool):
                 raise ConfigurationError(f"{name} must be True or False, got {value!r}")
+
+    def looks(self, step: int) -> Looks:
+        """What is measured in this step for its report alone."""
+        chosen = [getattr(self, name) for name in LOOKS]
+        return Looks(*(every is not None and step % every == 0 for every in chosen))
 
     def arguments(self, **changes: object) -> dict[str, Any]:
         """Keyword arguments of :class:`distclip.GradClipper`, some of them changed."""
@@ -89,6 +113,9 @@ def _meant(given: object) -> str:
     near = difflib.get_close_matches(str(name), registered(), n=1)
     return f"; write policies.{near[0]}(...)" if near else ""
 
+
+LOOKS = Looks._fields
+"""Options that say in which steps something is measured for the report."""
 
 NAMES = tuple(each.name for each in dataclasses.fields(Options))
 

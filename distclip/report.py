@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from distclip._exponents import Exponents, by_dtype, dtypes_of, of_row
 from distclip._hosted import HostCopy
+from distclip._rolled import Floats, grouped, joint
 from distclip._shown import report_html
 from distclip.engine.walked import Walked
+from distclip.errors import ConfigurationError
 from distclip.policies.protocol import combine_norms
 
 
@@ -40,6 +44,8 @@ class ClipReport:
             case, so that nobody has to read a flag of the device.
         clipped_fraction: mean over parameters of the share of their units that were clipped; a
             parameter clipped as a whole counts 1.
+        weight_norm: norm of all weights, in a step that measures ``ratios``; else NaN. Weights that
+            take no gradient do not count.
     """
 
     names: Sequence[str]
@@ -86,9 +92,75 @@ class ClipReport:
         return torch.where(self.skipped, torch.zeros_like(fraction), fraction).to(self._dtype)
 
     @cached_property
+    def weight_norm(self) -> Tensor:
+        """Norm of all weights that were measured."""
+        weights = self._walked.weights
+        if weights is None:
+            return self.total_norm.new_full((), math.nan)
+        return combine_norms(weights, self._norm_type).to(self._dtype)
+
+    @cached_property
     def parameter_norms(self) -> Mapping[str, float]:
         """Name -> norm of its whole gradient before clipping. Reads the host."""
         return dict(zip(self.names, self._walked.raw.tolist(), strict=True))
+
+    @cached_property
+    def parameter_ratios(self) -> Mapping[str, float]:
+        """Name -> norm of its gradient before clipping by that of its weight. Reads the host.
+
+        Empty but in a step that measures ``ratios``. inf for a weight of 0, NaN where the gradient
+        is 0 too.
+        """
+        if self._walked.weights is None:
+            return {}
+        ratios = self._walked.raw / self._walked.weights
+        return dict(zip(self.names, ratios.tolist(), strict=True))
+
+    @cached_property
+    def exponents(self) -> Mapping[str, Exponents]:
+        """Name -> counts of its gradient's elements by binary exponent. Reads the host.
+
+        Empty but in a step that counts ``exponents``; without the parameters that have no gradient.
+        Whole tensors, each element counted once, as they were before clipping; under a gradient
+        scaler that has not unscaled them, as they lie in memory.
+        """
+        if self._walked.exponents is None:
+            return {}
+        table = self._of_exponents.read()
+        rows = zip(self.names, dtypes_of(table), table, strict=True)
+        return {name: of_row(dtype, row) for name, dtype, row in rows if dtype is not None}
+
+    @cached_property
+    def exponents_by_dtype(self) -> Mapping[str, Exponents]:
+        """Dtype -> the same of all gradients of it together. Reads the host."""
+        if self._walked.exponents is None:
+            return {}
+        found = by_dtype(self.names, self._of_exponents.read())
+        return {dtype: whole for dtype, (whole, _) in found.items()}
+
+    def module_norms(self, depth: int) -> Mapping[str, float]:
+        """Module path -> joint norm of its parameters' gradients before clipping. Reads the host.
+
+        Args:
+            depth: parameters whose names have the first ``depth`` parts in common are one module;
+                of ``layers.0.attn.weight``, 1 is ``layers`` and 2 is ``layers.0``. A parameter
+                whose name has fewer parts stands for itself.
+
+        Raises:
+            ConfigurationError: ``depth < 1``.
+        """
+        return {path: each["norm"] for path, each in self._modules(depth).items()}
+
+    def module_ratios(self, depth: int) -> Mapping[str, float]:
+        """Module path -> joint norm of its gradients by that of its weights. Reads the host.
+
+        As :meth:`module_norms`; empty where :attr:`parameter_ratios` is.
+        """
+        found = self._modules(depth)
+        return {path: each["ratio"] for path, each in found.items() if "ratio" in each}
+
+    def _modules(self, depth: int) -> dict[str, dict[str, float]]:
+        return self.fetch(per_parameter=False, modules=depth)()["modules"]  # type: ignore[no-any-return]
 
     @cached_property
     def part_norms(self) -> Mapping[str, float]:
@@ -138,32 +210,52 @@ class ClipReport:
             del found["threshold"]
         return found
 
-    def to_dict(self, *, per_parameter: bool = True) -> dict[str, Any]:
+    def to_dict(self, *, per_parameter: bool = True, modules: int | None = None) -> dict[str, Any]:
         """Plain numbers, for a log. Reads the host.
 
         Args:
-            per_parameter: with ``"parameters": {name: {"norm": ..., "coefficient": ...}}``.
-        """
-        return self.fetch(per_parameter=per_parameter)()
+            per_parameter: with ``"parameters": {name: {"norm": ..., "coefficient": ...}}``, and a
+                ``"ratio"`` in a step that measures ``ratios``.
+            modules: with ``"modules"``, the same of the modules of this depth; see
+                :meth:`module_norms`.
 
-    def fetch(self, *, per_parameter: bool = True) -> ReportFetch:
+        Raises:
+            ConfigurationError: ``modules < 1``.
+        """
+        return self.fetch(per_parameter=per_parameter, modules=modules)()
+
+    def fetch(self, *, per_parameter: bool = True, modules: int | None = None) -> ReportFetch:
         """Start copying what :meth:`to_dict` gives, and wait for nothing.
 
         Args:
             per_parameter: as for :meth:`to_dict`.
+            modules: as for :meth:`to_dict`.
 
         Returns:
             Called, it waits for the copy and gives the numbers; ``ready`` says whether a call waits
             for nothing.
         """
-        parameters = self._of_parameters if per_parameter else None
-        return ReportFetch(self.names, tuple(self._walked.part_norms), self._summary, parameters)
+        if modules is not None and (isinstance(modules, bool) or modules < 1):
+            raise ConfigurationError(
+                f"a depth of modules must be an integer >= 1, or None for none, got {modules!r}"
+            )
+        parameters = self._of_parameters if per_parameter or modules is not None else None
+        return ReportFetch(
+            self.names,
+            tuple(self._walked.part_norms),
+            self._summary,
+            parameters,
+            None if self._walked.exponents is None else self._of_exponents,
+            per_parameter=per_parameter,
+            modules=modules,
+            order=self._norm_type,
+        )
 
     @cached_property
     def _summary(self) -> HostCopy:
         scalars = [
             self.total_norm, self.clipped_norm, self.coefficient, self.threshold,
-            self.clipped_fraction, self.skipped,
+            self.clipped_fraction, self.skipped, self.weight_norm,
         ]  # fmt: skip
         whole = torch.stack([scalar.double() for scalar in scalars])
         parts = [norm.reshape(1) for norm in self._walked.part_norms.values()]
@@ -172,7 +264,13 @@ class ClipReport:
     @cached_property
     def _of_parameters(self) -> HostCopy:
         coefficients = torch.where(self.skipped, 1.0, self._walked.coefficients)
-        return HostCopy(torch.stack((self._walked.raw, coefficients)))
+        weights = () if self._walked.weights is None else (self._walked.weights,)
+        return HostCopy(torch.stack((self._walked.raw, coefficients, *weights)))
+
+    @cached_property
+    def _of_exponents(self) -> HostCopy:
+        assert self._walked.exponents is not None
+        return HostCopy(self._walked.exponents)
 
     def __repr__(self) -> str:
         return f"<ClipReport: {self}>"
@@ -201,22 +299,29 @@ class ReportFetch:
         parts: Sequence[str],
         summary: HostCopy,
         parameters: HostCopy | None,
+        exponents: HostCopy | None,
+        *,
+        per_parameter: bool,
+        modules: int | None,
+        order: float,
     ) -> None:
         self._names = names
+        self._per_parameter, self._depth, self._order = per_parameter, modules, order
         self._parts = parts
         self._summary = summary
-        self._parameters = parameters
+        self._parameters, self._exponents = parameters, exponents
 
     @property
     def ready(self) -> bool:
         """Whether a call waits for nothing."""
-        return self._summary.ready and (self._parameters is None or self._parameters.ready)
+        copies = self._summary, self._parameters, self._exponents
+        return all(copy is None or copy.ready for copy in copies)
 
     def __call__(self) -> dict[str, Any]:
         """What ``ClipReport.to_dict`` gives; waits for the copy."""
         values = self._summary.read()
-        before, after, coefficient, threshold, fraction, skipped = values[:6].tolist()
-        flags = values[6 : 6 + len(self._names)]
+        before, after, coefficient, threshold, fraction, skipped, weights = values[:7].tolist()
+        flags = values[7 : 7 + len(self._names)]
         shown: dict[str, Any] = {
             "total_norm": before,
             "clipped_norm": after,
@@ -227,12 +332,43 @@ class ReportFetch:
             "nonfinite": [self._names[i] for i in flags.nonzero()[0].tolist()],
         }
         if self._parts:
-            norms = values[6 + len(self._names) :].tolist()
+            norms = values[7 + len(self._names) :].tolist()
             shown["parts"] = dict(zip(self._parts, norms, strict=True))
-        if self._parameters is not None:
-            norms, coefficients = self._parameters.read().tolist()
-            shown["parameters"] = {
-                name: {"norm": norm, "coefficient": coefficient}
-                for name, norm, coefficient in zip(self._names, norms, coefficients, strict=True)
+        if not math.isnan(weights):
+            shown["weight_norm"] = weights
+        if self._exponents is not None:
+            counted = by_dtype(self._names, self._exponents.read())
+            shown["exponents"] = {
+                dtype: {**whole.to_dict(), "nearest": nearest}
+                for dtype, (whole, nearest) in counted.items()
             }
+        if self._parameters is not None:
+            found = self._parameters.read()
+            if self._depth is not None:
+                groups = grouped(self._names, self._depth)
+                shown["modules"] = _named(groups, _rolled_up(found, groups.values(), self._order))
+            if self._per_parameter:  # the last: readers may leave it out
+                shown["parameters"] = _named(self._names, found)
         return shown
+
+
+def _rolled_up(found: Floats, groups: Collection[list[int]], order: float) -> Floats:
+    """Norms, coefficients and norms of weights: of groups of parameters from those of each."""
+    norms, coefficients, *weights = found
+    parts = np.stack((norms, norms * coefficients, *weights))
+    joined = np.empty((len(parts), len(groups)))
+    for number, places in enumerate(groups):
+        joined[:, number] = joint(parts[:, places], order)
+    with np.errstate(all="ignore"):
+        joined[1] = np.where(joined[0] == 0.0, 1.0, joined[1] / joined[0])
+    return joined
+
+
+def _named(names: Iterable[str], found: Floats) -> dict[str, dict[str, float]]:
+    """By name: norm, coefficient, and ratio of gradient to weight where that was measured."""
+    norms, coefficients, *weights = found
+    with np.errstate(all="ignore"):
+        columns = np.stack((norms, coefficients, *(norms / each for each in weights)), axis=1)
+    fields = ("norm", "coefficient", "ratio")[: columns.shape[1]]
+    rows = [dict(zip(fields, row, strict=True)) for row in columns.tolist()]
+    return dict(zip(names, rows, strict=True))

@@ -23,6 +23,8 @@ OTHER: dict[str, Any] = {
     "fold": False,
     "overlap": True,
     "stuck_after": 90.0,
+    "ratios": 5,
+    "exponents": 7,
 }
 """A value of each option that is not its default."""
 pytestmark = pytest.mark.filterwarnings("ignore:overlap=True has no effect")
@@ -96,6 +98,10 @@ def test_an_option_cannot_be_changed_later(name: str) -> None:
         ("stuck_after", "1"),
         ("stuck_after", True),
         ("stuck_after", float("inf")),
+        ("ratios", 0),
+        ("ratios", True),
+        ("ratios", "always"),
+        ("exponents", 1.0),
     ],
 )
 def test_a_bad_option_is_refused_by_name(name: str, bad: Any) -> None:

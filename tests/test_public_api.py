@@ -152,7 +152,7 @@ SIGNATURES = {
     "on_nonfinite: OnNonfinite = error, process_group: ProcessGroup | None = None, "
     "sinks: Sink | Sequence[Sink] = (), norms: bool = True, "
     "verify_replicas: VerifyReplicas = first, fold: bool = True, overlap: bool = False, "
-    "stuck_after: float | None = None) -> None",
+    "stuck_after: float | None = None, ratios: Every = None, exponents: Every = None) -> None",
     "GradClipper.clip_": "(self, loss: Tensor | float | None = None) -> ClipReport",
     "GradClipper.observe": "(self, loss: Tensor | float) -> None",
     "GradClipper.attach": "(self, optimizer: Optimizer | Sequence[Optimizer], *more: Optimizer) "
@@ -164,7 +164,8 @@ SIGNATURES = {
     "ClippedStep": "(clipper: GradClipper, optimizer: Any, *, "
     "scaler: torch.amp.GradScaler | None = None) -> None",
     "ClippedStep.optimizer_step": "(self, loss: Tensor | float | None = None) -> Tensor",
-    "ClipReport.to_dict": "(self, *, per_parameter: bool = True) -> dict[str, Any]",
+    "ClipReport.to_dict": "(self, *, per_parameter: bool = True, "
+    "modules: int | None = None) -> dict[str, Any]",
     "policies.measure": "(norm_type: float = 2.0) -> None",
     "policies.global_norm": "(max_norm: float, norm_type: float = 2.0) -> None",
     "policies.value": "(clip_value: float) -> None",
@@ -229,6 +230,12 @@ REPORT = {
     "part_norms",
     "parameter_coefficients",
     "nonfinite",
+    "weight_norm",
+    "parameter_ratios",
+    "module_norms",
+    "module_ratios",
+    "exponents",
+    "exponents_by_dtype",
 }
 
 FRAMEWORKS = (

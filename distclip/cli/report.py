@@ -33,6 +33,10 @@ def report(
         int | None,
         typer.Option(min=0, max=65535, help="For --serve, instead of 8237; 0: any that is free."),
     ] = None,
+    modules: Annotated[
+        int | None,
+        typer.Option(min=1, help="A table of modules too, by so many parts of parameters' names."),
+    ] = None,
 ) -> None:
     """Show norms, clipping and advice for one or several runs; write a page with -o page.html.
 
@@ -49,19 +53,13 @@ def report(
         return
     if port is not None:
         raise ConfigurationError("report: --port is for --serve")
-    if loss and len(loss) != len(runs):
-        raise ConfigurationError(
-            f"report: {len(loss)} --loss for {len(runs)} runs; give one for each run, in the "
-            f"same order, or none"
-        )
-    if loss and (out is None or _is_page(out)):
-        raise ConfigurationError(
-            "report: --loss is for the picture; name one with --out (png, svg, pdf)"
-        )
+    _check_loss(loss, runs, out)
     by_file = [read_runs(path) for path in runs]
     recorded = [run for found in by_file for run in found]
     summed = summaries(recorded)
     table.show(summed)
+    if modules is not None:
+        table.show_modules(recorded, modules)
     if out is None:
         return
     if _is_page(out):
@@ -72,6 +70,18 @@ def report(
     curves = [read_loss(path, found[-1].group) for path, found in pairs]
     plots.save(plots.draw(recorded, curves), out)
     typer.echo(f"\npicture: {clean(out)}")
+
+
+def _check_loss(loss: list[Path] | None, runs: list[Path], out: Path | None) -> None:
+    if loss and len(loss) != len(runs):
+        raise ConfigurationError(
+            f"report: {len(loss)} --loss for {len(runs)} runs; give one for each run, in the "
+            f"same order, or none"
+        )
+    if loss and (out is None or _is_page(out)):
+        raise ConfigurationError(
+            "report: --loss is for the picture; name one with --out (png, svg, pdf)"
+        )
 
 
 def _serve(runs: list[Path], port: int | None) -> None:

@@ -16,6 +16,8 @@
     fold: true                               # false: never leave the multiplying to the optimizer
     overlap: false                           # true: under FSDP2, measure during backward
     stuck_after: null                        # seconds to wait for other ranks in a clip
+    ratios: 10                               # every 10th report has gradient-to-weight ratios
+    exponents: 100                           # every 100th report has histograms of exponents
     imports: [my_project.clipping]           # modules that register policies of one's own; they
                                              # are run once everything else has been found valid
 
@@ -42,7 +44,7 @@ from distclip.config.log import LogConfig, StatesConfig
 from distclip.config.policies import build
 from distclip.config.problems import Path, Problems, key_text, said, shown
 from distclip.errors import ConfigurationError
-from distclip.options import NAMES, OnNonfinite, Options, VerifyReplicas
+from distclip.options import LOOKS, NAMES, Every, OnNonfinite, Options, VerifyReplicas
 from distclip.policies import Policy
 
 HYPERPARAMETER = "gradient_clip_norm"
@@ -107,6 +109,16 @@ class _Document(BaseModel):
         default=Options.stuck_after,
         description="Seconds that a clip waits for other ranks until it raises and names those "
         "that are missing; null: no limit but that of the process group.",
+    )
+    ratios: Every = Field(
+        default=Options.ratios,
+        description="Every n-th step, measure the weights too, for ratios of gradient to weight in "
+        "its report; null: never.",
+    )
+    exponents: Every = Field(
+        default=Options.exponents,
+        description="Every n-th step, count the gradients' elements by binary exponent, which "
+        "shows what underflows; null: never.",
     )
     imports: list[str] = Field(
         default_factory=list,
@@ -220,6 +232,8 @@ def _examined(raw: Mapping[Any, Any], source: str) -> Examined:
     _check_names(modules, problems)
     unknown: list[str] = []
     policy = _policy(raw, problems, unknown if modules else None)
+    if document is not None:
+        _check_steps(document, problems)
     problems.raise_if_any(source)
     assert document is not None  # None comes with a problem only
     config = None if unknown or policy is None else _config(document, policy)
@@ -229,6 +243,19 @@ def _examined(raw: Mapping[Any, Any], source: str) -> Examined:
 def _config(document: _Document, policy: Policy) -> Config:
     given = {name: getattr(document, name) for name in NAMES} | {"policy": policy}
     return Config(**given, log=document.log)
+
+
+def _check_steps(document: _Document, problems: Problems) -> None:
+    """What is measured for the log is measured in steps that are written."""
+    written = document.log.every if document.log else 1
+    for name in LOOKS:
+        every = getattr(document, name)
+        if every is not None and every % written:
+            problems.add(
+                (name,),
+                f"{every} is no multiple of log.every, {written}: most of what it measures would "
+                f"not be written; write {written * -(-every // written)}",
+            )
 
 
 def _check_names(modules: Sequence[str], problems: Problems) -> None:

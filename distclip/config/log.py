@@ -67,6 +67,11 @@ class LogConfig(BaseModel):
     per_parameter: bool = Field(
         default=False, description="Write each parameter's norm and coefficient too."
     )
+    modules: Annotated[int, Field(ge=1)] | None = Field(
+        default=None,
+        description="Write the joint norms of the parameters whose names begin alike too, up to "
+        "this many parts of the name (2: layers.0, layers.1).",
+    )
     states: StatesConfig = Field(
         default_factory=StatesConfig,
         description="Bounds for what is called normal, exploding and vanishing.",

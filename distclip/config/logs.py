@@ -96,6 +96,8 @@ def _sinks(log: LogConfig, number: int, accelerator: Any) -> list[RecordingSink]
         sinks.append(trackers.TrackioSink(log.trackio, **prefixed))
     if log.accelerate:
         sinks.append(trackers.AccelerateSink(accelerator, **prefixed))
+    for sink in sinks:
+        sink.modules = log.modules
     return sinks
 
 

@@ -74,7 +74,7 @@ def open_together(
         limit = options.stuck_after
         limit = waiting.limit_from_environment() if limit is None else float(limit)
         named, described = describe(naming.named_parameters(target))
-        check_weights(options.policy, described)
+        check_weights(options.policy, described, all_of_them=options.ratios is not None)
     except Exception as error:
         if group is not None:  # the others are waiting to hear from this rank
             handshake.tell_trouble(error, group)

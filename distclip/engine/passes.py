@@ -19,12 +19,16 @@ from distclip.policies.compose import Stage, stages
 from distclip.statistics.request import Request
 
 
-def check_weights(policy: Policy, described: Sequence[Described]) -> None:
-    """Refuse weights without values to measure, where a policy reads them.
+def check_weights(
+    policy: Policy, described: Sequence[Described], *, all_of_them: bool = False
+) -> None:
+    """Refuse weights without values to measure, where a policy reads them, or ``all_of_them``.
 
     Raises:
         UnsupportedGradientError: names the first.
     """
+    if all_of_them:
+        soundness.check_weights((entry.name, piece) for entry, ps in described for piece in ps)
     infos = [ParameterInfo(entry.name, entry.shape) for entry, _ in described]
     for stage in stages(policy, infos):
         if isinstance(stage.policy, UnitPolicy) or stage.policy.needs.weight_norms:

@@ -191,6 +191,7 @@ class Session:
                     harmless=late and not leaves_out,
                     fetched=fetched,
                     go_on=_GO_ON if self._lasting else GO_ON_OF_CALLS,
+                    looks=self.options.looks(self.step),
                 )
         finally:
             if self.early is not None:

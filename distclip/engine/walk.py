@@ -21,12 +21,15 @@ from distclip.errors import DistclipError, NonFiniteGradientError, UnsupportedGr
 from distclip.kernels import changing
 from distclip.layouts.fetching import Fetched
 from distclip.layouts.plan import Plan
+from distclip.options import Looks
 from distclip.policies.decide import rehearse
 from distclip.statistics import collectives
 from distclip.statistics.alignment import align_alone, align_together, cannot_move
 from distclip.statistics.measurement import LocalMeasurement, measure
 from distclip.statistics.packing import LocalDecision, Measurement, Stamp, reduce
 from distclip.statistics.request import Request
+
+NOTHING_MORE = Looks()
 
 Fold: TypeAlias = Callable[[float | Tensor | None], bool]
 
@@ -46,6 +49,7 @@ def walk(
     harmless: bool = False,
     fetched: Fetched | None = None,
     go_on: str = "",
+    looks: Looks = NOTHING_MORE,
 ) -> Walked:
     """Measure, decide and act once over all the gradients of a plan.
 
@@ -67,6 +71,7 @@ def walk(
             other tensors than the measured ones. Dropping and earlier passes act here.
         fetched: the gradients, where they have been fetched already.
         go_on: how the caller's user may go on without an error where a gradient is not finite.
+        looks: what is measured for the report alone; alike on all ranks.
 
     Raises:
         RankMismatchError: ranks differ in what is agreed; on every rank, before any changes.
@@ -79,6 +84,8 @@ def walk(
     _rehearse(program, states)
     for number, one in enumerate(program.passes):
         request = one.request
+        if number == 0:
+            request = _with(looks, request, program)
         if loss_scale is not None and request.bounds:
             factor = float(loss_scale)  # a host sync, for clamping under a loss scale only
             scaled = {member: bound * factor for member, bound in request.bounds.items()}
@@ -111,6 +118,9 @@ def walk(
         ledger = Ledger(program, number, measurement)
         if number == 0 and measurement.raw:
             _look_for_nonfinite(program, walked, measurement, measured, on_nonfinite, go_on)
+        if number == 0:
+            walked.exponents = measurement.exponents
+            walked.weights = measurement.weights.get(program.shown) if looks.ratios else None
         bad = walked.nonfinite is not program.all_finite
         if bad and on_nonfinite == "zero":
             ledger.forget(walked.nonfinite)
@@ -133,6 +143,13 @@ def walk(
         gradients = [gradient for _, gradient in pairs(measured)]
         changing.zero_(gradients, walked.nonfinite.any().expand(len(gradients)))
     return walked
+
+
+def _with(looks: Looks, request: Request, program: Program) -> Request:
+    """The request of the first pass, with what is measured for the report alone."""
+    if looks.ratios:
+        request = request.with_weights(program.shown, len(program.parameters))
+    return request.with_exponents() if looks.exponents else request
 
 
 def _rehearse(program: Program, states: States) -> None:

@@ -43,6 +43,8 @@ class Walked:
         in_range: whether powers of these stay in float64's range.
         skipped: 0-dim bool.
         nonfinite: bool ``(parameters,)``.
+        weights: float64 ``(parameters,)`` norms of the weights; None where not asked for.
+        exponents: float64 ``(parameters, columns)`` counts; None where not asked for.
         states: the new state of every stage.
         apply: under ``later``, what is still to be done.
     """
@@ -52,6 +54,8 @@ class Walked:
         self.in_range = False
         self.skipped = program.no_skip
         self.nonfinite = program.all_finite
+        self.weights: Tensor | None = None
+        self.exponents: Tensor | None = None
         self.states = dict(states)
         self.apply: Apply | None = None
         self._program: Program | None = program

@@ -17,15 +17,18 @@ from typing import Any
 
 import numpy as np
 
+from distclip._exponents import from_log
 from distclip._foreign import clean, read_lines
 from distclip.errors import ConfigurationError
-from distclip.monitor.runs import Curve, Floats, Parameters, Run
+from distclip.monitor.runs import Counted, Curve, Floats, Parameters, Run
 from distclip.monitor.states import STATES
 from distclip.monitor.tracking import FIELDS
 
 PARSED = 400_000_000
 _BEFORE_PARAMETERS = b', "parameters": {'
 _CODES: dict[str, int] = {state: code for code, state in enumerate(STATES)}
+_THREE = ("norm", "coefficient", "ratio")
+_TWO = _THREE[:2]
 _COLUMNS = ("total_norm", "clipped_norm", "coefficient", "threshold", "clipped_fraction")
 
 
@@ -96,8 +99,11 @@ class _Columns:
         self.skipped, self.bad, self.states = bytearray(), bytearray(), bytearray()
         self.first_bad: tuple[float, tuple[str, ...]] | None = None
         self.names: dict[str, int] = {}
-        self.rows: list[tuple[int, Any, Any, Any]] = []
-        """Position of a line; places of its parameters; norms; coefficients."""
+        self.exponents: dict[str, Counted] = {}
+        self.each = "modules"
+        """The key of the norms that are kept: of modules where there are none of parameters."""
+        self.rows: list[tuple[int, Any, Any]] = []
+        """Position of a line; places of its parameters; norms, coefficients and ratios."""
 
     def add(self, step: float, record: dict[str, Any]) -> None:
         self.steps.append(step)
@@ -115,20 +121,29 @@ class _Columns:
             self.first_bad = (step, tuple(clean(name, 200) for name in names[:100]))
         state = record.get("state")
         self.states.append(_CODES.get(state, 255) if isinstance(state, str) else 255)
-        parameters = record.get("parameters")
+        exponents = record.get("exponents")
+        for dtype, each in exponents.items() if isinstance(exponents, dict) else ():
+            found = from_log(dtype, each)
+            if found is not None:
+                counted = self.exponents.setdefault(found.dtype, Counted(found))
+                counted.add(step, found, each.get("nearest"))
+        if "parameters" in record:
+            self.each = "parameters"
+        parameters = record.get(self.each)
         if isinstance(parameters, dict) and parameters:
             self._add_parameters(parameters)
 
     def _add_parameters(self, parameters: dict[str, Any]) -> None:
         known = self.names
         try:
-            norms = [entry["norm"] for entry in parameters.values()]
-            coefficients = [entry["coefficient"] for entry in parameters.values()]
-            row = np.array([norms, coefficients], np.float32)
+            fields = _THREE if "ratio" in next(iter(parameters.values())) else _TWO
+            row = np.array(
+                [[entry[field] for entry in parameters.values()] for field in fields], np.float32
+            )
         except (TypeError, KeyError, ValueError, OverflowError):
             return
         places = [known.setdefault(name, len(known)) for name in parameters]
-        self.rows.append((len(self.steps) - 1, places, row[0], row[1]))
+        self.rows.append((len(self.steps) - 1, places, row))
 
     def run(self, name: str, group: str) -> Run:
         steps = np.frombuffer(self.steps)
@@ -146,6 +161,7 @@ class _Columns:
             state_codes=np.frombuffer(self.states, np.uint8)[order],
             first_bad=self.first_bad,
             parameters=self._parameters(steps, order),
+            exponents=self.exponents,
         )
 
     def _parameters(self, steps: Floats, order: Any) -> Parameters | None:
@@ -154,16 +170,15 @@ class _Columns:
         rows = sorted((row for row in self.rows if kept[row[0]]), key=lambda row: steps[row[0]])
         if not rows:
             return None
-        tables = np.full((2, len(rows), len(self.names)), np.nan, np.float32)
-        for number, (_, places, norms, coefficients) in enumerate(rows):
-            tables[0, number, places] = norms
-            tables[1, number, places] = coefficients
+        fields = max(len(row) for *_, row in rows)
+        tables = np.full((fields, len(rows), len(self.names)), np.nan, np.float32)
+        for number, (_, places, row) in enumerate(rows):
+            tables[: len(row), number, places] = row
         tables[~np.isfinite(tables) | (tables < 0.0)] = np.nan
         return Parameters(
             [clean(name, 300) for name in self.names],
             steps[[row[0] for row in rows]],
-            tables[0],
-            tables[1],
+            *tables,
         )
 
 

@@ -29,7 +29,7 @@ class Report(Protocol):
     """What a sink reads of a ``ClipReport``; of one that has ``fetch``, that."""
 
     def to_dict(self, *, per_parameter: bool = True) -> dict[str, Any]:
-        """Plain numbers; waits for the device, starts no collective."""
+        """Plain numbers; waits for the device, starts no collective. Takes ``modules`` if asked."""
 
 
 Sink: TypeAlias = Callable[[int, Report], object]
@@ -63,6 +63,10 @@ class RecordingSink:
         states: judges the norms. Give one to all sinks of a clipper, so that a change is logged
             once. None: one of its own, with the default bounds.
 
+    Attributes:
+        modules: n: with the joint norms of the parameters whose names begin with the same n parts;
+            may be set at any time. None: without.
+
     Raises:
         ConfigurationError: ``every < 1``.
     """
@@ -75,6 +79,7 @@ class RecordingSink:
             raise ConfigurationError(f"{name}: every must be an integer >= 1, got {every!r}")
         self.every = every
         self.per_parameter = per_parameter
+        self.modules: int | None = None
         self._queue = _Queue(writer, states or States())
         self._end = weakref.finalize(self, self._queue.end)
         self._closed = False
@@ -97,7 +102,8 @@ class RecordingSink:
             self._queue.first = step
         if step % self.every == 0:
             start = getattr(report, "fetch", None) or functools.partial(_Read, report)
-            self._queue.put(step, start(per_parameter=self.per_parameter))
+            more = {} if self.modules is None else {"modules": self.modules}
+            self._queue.put(step, start(per_parameter=self.per_parameter, **more))
 
     def close(self) -> None:
         """Write what is waiting, and close; a second call does nothing."""
@@ -124,8 +130,8 @@ class _Read:
 
     ready = True
 
-    def __init__(self, report: Report, per_parameter: bool) -> None:
-        self._values = report.to_dict(per_parameter=per_parameter)
+    def __init__(self, report: Report, per_parameter: bool, **more: int) -> None:
+        self._values = report.to_dict(per_parameter=per_parameter, **more)
 
     def __call__(self) -> dict[str, Any]:
         return self._values

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from distclip._exponents import Exponents
+from distclip._foreign import clean
+from distclip._rolled import joint
 from distclip.errors import ConfigurationError
 from distclip.monitor.states import STATES, judged, spike_score
 from distclip.monitor.thinning import sparkline
 
 Floats = npt.NDArray[np.float64]
+BINADES = 4
+"""How near to underflow or overflow is near."""
+
 PERCENTILES = (50, 90, 99)
 CANDIDATES = (50.0, 75.0, 90.0, 95.0, 99.0)
 """Percentiles of the norms that a suggestion shows beside its own."""
@@ -25,17 +33,109 @@ CANDIDATES = (50.0, 75.0, 90.0, 95.0, 99.0)
 class Parameters:
     """Norms and coefficients of each parameter, where a log has them; of every n-th step if many.
 
+    Of each module, where a log has only those.
+
     Attributes:
         names: of the parameters.
         steps: ``(steps,)``.
         norms: float32 ``(steps, parameters)``, before clipping; NaN where not finite or not there.
         coefficients: float32 ``(steps, parameters)``.
+        ratios: float32 ``(steps, parameters)``, of gradient to weight; None where a log has none.
     """
 
     names: list[str]
     steps: Floats
     norms: npt.NDArray[np.float32]
     coefficients: npt.NDArray[np.float32]
+    ratios: npt.NDArray[np.float32] | None = None
+
+    def rolled_up(self, groups: Mapping[str, list[int]]) -> Parameters:
+        """The same of groups of parameters, by their places; their norms are taken as 2-norms."""
+        size = len(self.steps), len(groups)
+        norms, coefficients = np.empty(size, np.float32), np.empty(size, np.float32)
+        ratios = None if self.ratios is None else np.empty(size, np.float32)
+        with np.errstate(all="ignore"):
+            for number, places in enumerate(groups.values()):
+                each = self.norms[:, places].astype(np.float64)
+                whole = norms[:, number] = _joint(each)
+                after = _joint(each * self.coefficients[:, places])
+                coefficients[:, number] = np.where(whole > 0.0, after / whole, 1.0)
+                if ratios is not None and self.ratios is not None:
+                    ratios[:, number] = whole / _joint(each / self.ratios[:, places])
+        for each in (coefficients, *(() if ratios is None else (ratios,))):
+            each[np.isnan(norms)] = np.nan
+        return Parameters(list(groups), self.steps, norms, coefficients, ratios)
+
+
+@dataclass
+class Counted:
+    """What a log says of the binary exponents of the gradients of one dtype.
+
+    Attributes:
+        last: of the last line.
+        nearest: parameter -> share near underflow, of the last line.
+        steps: in the order of the lines, as the shares are.
+        zero: share of the elements that are 0.
+        underflow: share that is subnormal, or within ``BINADES`` of it.
+        overflow: share within ``BINADES`` of overflow.
+    """
+
+    last: Exponents
+    nearest: dict[str, float] = field(default_factory=dict)
+    steps: array[float] = field(default_factory=lambda: array("d"))
+    zero: array[float] = field(default_factory=lambda: array("d"))
+    underflow: array[float] = field(default_factory=lambda: array("d"))
+    overflow: array[float] = field(default_factory=lambda: array("d"))
+
+    def add(self, step: float, found: Exponents, nearest: object) -> None:
+        """Add a line; ``nearest`` may be anything."""
+        self.last = found
+        self.steps.append(step)
+        self.zero.append(found.zero / max(found.elements, 1))
+        self.underflow.append(found.near_underflow(BINADES))
+        self.overflow.append(found.near_overflow(BINADES))
+        pairs = [*nearest.items()][:3] if isinstance(nearest, dict) else []
+        self.nearest = {clean(k, 200): v for k, v in pairs if isinstance(v, float) and 0 <= v <= 1}
+
+    def shares(self) -> list[str]:
+        """The last line in words."""
+        found = [
+            f"gradients in {self.last.dtype} at step {self.steps[-1]:g}: {self.zero[-1]:.2%} zero, "
+            f"{self.underflow[-1]:.2%} within {BINADES} binades of underflow, "
+            f"{self.overflow[-1]:.2%} of overflow"
+        ]
+        if self.nearest:
+            listed = ", ".join(f"{name} {share:.2%}" for name, share in self.nearest.items())
+            found.append(f"nearest to underflow: {listed}")
+        return found
+
+    def lines(self) -> list[str]:
+        """For a terminal: the same, with sparklines."""
+        found = self.shares()
+        used = np.flatnonzero(self.last.counts)
+        if used.size:
+            first, last = used[0], used[-1]
+            shape = sparkline(self.last.counts[first : last + 1].astype(float), 256)
+            found.append(
+                f"exponents {self.last.lowest + first} {shape} {self.last.lowest + last}, log scale"
+            )
+        if any(self.underflow[:-1]):
+            line = sparkline(np.array(self.underflow))
+            found.append(f"near underflow {line} up to {max(self.underflow):.2%}, log scale")
+        return found
+
+
+def median(values: npt.NDArray[Any]) -> float:
+    """The median of those that are there; NaN where none is."""
+    known = values[~np.isnan(values)]
+    return float(np.median(known)) if known.size else math.nan
+
+
+def _joint(norms: Floats) -> Floats:
+    """The joint norm of those that are there; NaN where none is."""
+    whole = joint(np.nan_to_num(norms, nan=0.0, posinf=0.0), 2.0)
+    whole[np.isnan(norms).all(axis=1)] = np.nan
+    return whole
 
 
 @dataclass(frozen=True)
@@ -44,7 +144,7 @@ class Run:
 
     All arrays have one entry a step; NaN stands for what was not finite or not there.
     ``state_codes`` are indices into ``STATES``, 255 where the log has none. ``first_bad`` is the
-    first step with NaN or inf, and the parameters that had it.
+    first step with NaN or inf, and the parameters that had it. ``exponents`` are by dtype.
     """
 
     name: str
@@ -60,6 +160,7 @@ class Run:
     state_codes: npt.NDArray[np.uint8]
     first_bad: tuple[float, tuple[str, ...]] | None = None
     parameters: Parameters | None = None
+    exponents: Mapping[str, Counted] = field(default_factory=dict)
 
     @cached_property
     def states(self) -> npt.NDArray[np.uint8]:
@@ -126,6 +227,7 @@ class Summary:
     spike_score: float
     smallest: float
     sparkline: str
+    exponents: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, run: Run) -> Summary:
@@ -149,6 +251,7 @@ class Summary:
             spike_score=spike_score(run.total_norm),
             smallest=float(finite.min()) if finite.size else math.nan,
             sparkline=sparkline(run.total_norm),
+            exponents=tuple(line for each in run.exponents.values() for line in each.lines()),
         )
 
     def advice(self) -> list[str]:

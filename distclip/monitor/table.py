@@ -6,11 +6,13 @@ import math
 from collections.abc import Sequence
 from typing import TextIO
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from distclip.monitor.runs import PERCENTILES, Summary
+from distclip._rolled import grouped
+from distclip.monitor.runs import PERCENTILES, Run, Summary, median
 
 HEADER = (
     "run",
@@ -23,6 +25,8 @@ HEADER = (
     "skipped",
     "NaN/inf",
 )
+
+MODULES = ("module", "median norm", "largest", "steps clipped", "median gradient/weight")
 
 
 def show(
@@ -66,8 +70,42 @@ def show(
         console.print(
             f"  steps by state: {states}; spike score {_number(summary.spike_score)}%", markup=False
         )
+        for line in summary.exponents:
+            console.print(f"  {line}", markup=False)
         for sentence in summary.advice():
             console.print(f"  - {sentence}", markup=False)
+
+
+def show_modules(runs: Sequence[Run], depth: int, file: TextIO | None = None) -> None:
+    """Write a table of modules for each run: norms and ratios of all their parameters together.
+
+    Args:
+        runs: those without norms of parameters are named and passed over.
+        depth: how many parts of the parameters' names make a module.
+        file: standard output when None.
+    """
+    console = Console(file=file, highlight=False, soft_wrap=True, emoji=False)
+    for run in runs:
+        if run.parameters is None:
+            console.print(
+                f"\n{run.name}: no norms of parameters; log them with per_parameter: true, or with "
+                f"modules: {depth}", markup=False,
+            )  # fmt: skip
+            continue
+        rolled = run.parameters.rolled_up(grouped(run.parameters.names, depth))
+        console.print(f"\n{run.name}, by module:", markup=False)
+        rows = [MODULES]
+        for place, name in enumerate(rolled.names):
+            norms, coefficients = rolled.norms[:, place], rolled.coefficients[:, place]
+            ratio = math.nan if rolled.ratios is None else median(rolled.ratios[:, place])
+            clipped = (coefficients < 1.0).sum() / max((~np.isnan(coefficients)).sum(), 1)
+            known = norms[~np.isnan(norms)]
+            rows.append((
+                name, _number(median(norms)), _number(known.max() if known.size else math.nan),
+                f"{clipped:.1%}", _number(ratio),
+            ))  # fmt: skip
+        for line in _columns(rows):
+            console.print(line, markup=False)
 
 
 def _row(summary: Summary) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
+from distclip._exponents import from_log
 from distclip._foreign import clean
 from distclip.errors import DistclipError
 from distclip.monitor.recording import RecordingSink
@@ -30,20 +31,29 @@ FIELDS = {
 }
 """Field of a report -> its name in trackers."""
 
+_EACH = {"norm": "grad_norm", "coefficient": "clip_coefficient", "ratio": "grad_weight_ratio"}
+
 
 def metrics(record: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of a record, under the names that trackers show.
 
     A threshold that the policy does not have is left out; a norm that is not finite is not.
-    ``nonfinite`` is a number of parameters.
+    ``nonfinite`` is a number of parameters, ``grad_weight_ratio`` that of the whole model.
     """
     found = {name: float(record[field]) for field, name in FIELDS.items()}
     if math.isnan(found["clip_threshold"]):
         del found["clip_threshold"]
     found["nonfinite"] = float(len(record["nonfinite"]))
-    for parameter, values in record.get("parameters", {}).items():
-        found[f"grad_norm/{parameter}"] = values["norm"]
-        found[f"clip_coefficient/{parameter}"] = values["coefficient"]
+    if weights := record.get("weight_norm"):
+        found["grad_weight_ratio"] = record["total_norm"] / weights
+    for dtype, each in record.get("exponents", {}).items():
+        if (counted := from_log(dtype, each)) is not None and counted.elements:
+            found[f"grad_zero/{dtype}"] = counted.zero / counted.elements
+            found[f"grad_near_underflow/{dtype}"] = counted.near_underflow()
+            found[f"grad_near_overflow/{dtype}"] = counted.near_overflow()
+    for key in ("modules", "parameters"):
+        for name, values in record.get(key, {}).items():
+            found |= {f"{_EACH[field]}/{name}": value for field, value in values.items()}
     return found
 
 
@@ -108,7 +118,11 @@ class TrackerSink(RecordingSink):
 
     The values are ``grad_norm`` (before clipping), ``grad_norm_clipped``, ``clip_coefficient``,
     ``clip_threshold``, ``clipped_fraction``, ``step_skipped`` (0 or 1) and ``nonfinite`` (a number
-    of parameters); under ``per_parameter`` also ``grad_norm/NAME`` and ``clip_coefficient/NAME``.
+    of parameters); under ``per_parameter`` also ``grad_norm/NAME`` and ``clip_coefficient/NAME``,
+    and the same with the paths of modules where ``modules`` is set; ``grad_weight_ratio`` and
+    ``grad_weight_ratio/NAME`` in steps that measure ``ratios``; the shares ``grad_zero/DTYPE``,
+    ``grad_near_underflow/DTYPE`` and ``grad_near_overflow/DTYPE`` in steps that count
+    ``exponents``.
     Only the main rank writes. What the tracker raises costs the record and not the run: a warning
     says so once, and ``lost`` counts.
     """

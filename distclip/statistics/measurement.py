@@ -11,8 +11,9 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from distclip._exponents import COLUMNS
 from distclip.errors import DistclipError
-from distclip.kernels import measuring
+from distclip.kernels import exponents, measuring
 from distclip.kernels.measuring import Look, Tables
 from distclip.kernels.transfer import to_device
 from distclip.layouts import soundness, sparse
@@ -39,6 +40,7 @@ class LocalMeasurement:
         seen: what a look at ``present`` has found, where nothing in it is unusual.
         misplaced: whether a gradient here has to be redistributed, by all ranks of its mesh.
         loss: float64 ``(2,)``, the sum of the losses given on this rank, and how many those are.
+        exponents: float64 ``(parameters, columns)``, the elements here; None where not asked for.
         sparse: whether any gradient is, so that ``present`` has its values in its place.
     """
 
@@ -51,6 +53,7 @@ class LocalMeasurement:
     seen: Look | None = None
     misplaced: bool = False
     loss: Tensor | None = None
+    exponents: Tensor | None = None
     sparse: bool = False
 
     def dense(self, plan: Plan) -> Sequence[Tensor | None]:
@@ -147,6 +150,8 @@ def measure(
         result.norms[order] = norms
     if request.bounds:
         _measure_raw(plan, request, result)
+    if request.exponents:
+        result.exponents = _exponents(plan, result)
     if not request.weight_orders:
         return result
     weighted: list[Tensor | None] = [
@@ -236,6 +241,17 @@ def _counted(
         None if piece.share == 0.0 or piece.index in request.unit_dims else gradient
         for piece, gradient in zip(plan.pieces, present, strict=True)
     ]
+
+
+def _exponents(plan: Plan, result: LocalMeasurement) -> Tensor:
+    """The counted elements of each parameter here by binary exponent; of zeros with trouble."""
+    size = len(plan.entries), COLUMNS
+    table = torch.zeros(size, dtype=torch.float64, device=plan.device)
+    present = result.dense(plan) if result.trouble is None else ()
+    for piece, gradient in zip(plan.pieces, present, strict=False):
+        if gradient is not None and piece.share > 0.0:
+            table[piece.index] += exponents.counts(gradient).to(plan.device) * piece.share
+    return table
 
 
 def _measure_raw(plan: Plan, request: Request, result: LocalMeasurement) -> None:

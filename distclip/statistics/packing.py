@@ -65,6 +65,7 @@ class Measurement:
         passengers: what else was summed along; None where nothing travelled.
         in_range: whether powers of the norms stay in float64's range.
         loss: 0-dim, mean of the losses that ranks gave, NaN for none; None where not asked for.
+        exponents: ``(parameters, columns)`` counts of elements; None where not asked for.
     """
 
     raw: Mapping[float, Tensor]
@@ -80,6 +81,7 @@ class Measurement:
     passengers: Tensor | None
     in_range: bool
     loss: Tensor | None = None
+    exponents: Tensor | None = None
 
     @cached_property
     def read_flags(self) -> list[float]:
@@ -284,6 +286,8 @@ def reduce(
         packet.add_sum("passengers", passengers)
     if measured.loss is not None:
         packet.add_sum("loss", measured.loss)
+    if measured.exponents is not None:
+        packet.add_sum("exponents", measured.exponents)
     as_maxima = packet.only_maxima
     packet.add_flag("flags", _flags(plan, measured, None if group is None else stamp, as_maxima))
     got.update(packet.exchange())
@@ -308,6 +312,7 @@ def reduce(
         as_maxima=as_maxima,
         passengers=got.get("passengers"),
         in_range=True not in wide.values(),
+        exponents=got.get("exponents"),
         loss=got["loss"][0] / got["loss"][1] if "loss" in got else None,
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 
@@ -23,6 +23,7 @@ class Request:
         raw_orders: orders to measure also without the clamping.
         reduced: whether anything has to be known on all ranks.
         loss: whether the loss is averaged over ranks along with the norms.
+        exponents: whether the elements of each binary exponent are counted.
     """
 
     orders: tuple[float, ...]
@@ -35,6 +36,20 @@ class Request:
     raw_orders: tuple[float, ...] = ()
     reduced: bool = True
     loss: bool = False
+    exponents: bool = False
+
+    def with_weights(self, order: float, parameters: int) -> Request:
+        """This, and the norms of all weights, of one order, known on all ranks."""
+        return replace(
+            self,
+            weight_orders=tuple(dict.fromkeys((*self.weight_orders, order))),
+            weighted=frozenset(range(parameters)),
+            reduced=True,
+        )
+
+    def with_exponents(self) -> Request:
+        """This, and counts of binary exponents, known on all ranks."""
+        return replace(self, exponents=True, reduced=True)
 
     @cached_property
     def unit_orders(self) -> tuple[float, ...]:

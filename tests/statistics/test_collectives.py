@@ -153,6 +153,23 @@ def test_every_mode_costs_the_same_one() -> None:
 
 
 @pytest.mark.ranks(2)
+def test_what_is_measured_for_the_report_alone_rides_along() -> None:
+    values = whole()
+    for policy, wanted in (
+        (policies.global_norm(1.0), 1),
+        (policies.agc(0.1), 1),
+        (policies.measure(math.inf), 2),  # counts of exponents are sums, and travel beside maxima
+    ):
+        model = shard("fsdp2", values)
+        clipper = GradClipper(model.named(), policy, ratios=2, exponents=2, verify_replicas="never")
+        for calls in (wanted, 1, wanted):
+            model.set_gradients(values.gradients)
+            with watch() as seen:
+                clipper.clip_()
+            assert len(seen.collectives) == calls
+
+
+@pytest.mark.ranks(2)
 def test_plain_ddp_communicates_nothing() -> None:
     model = DistributedDataParallel(nn.Linear(5, 3))
     clippers = [GradClipper(model, build(policy)) for policy in POLICIES.values()]

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from distclip.monitor.runs import Floats, Parameters, Run, Summary
+from distclip._rolled import grouped
+from distclip.monitor.runs import Counted, Floats, Parameters, Run, Summary, median
 from distclip.monitor.states import STATES
 from distclip.monitor.thinning import bins, thinned
 
@@ -54,7 +55,24 @@ def _run(run: Run, summary: Summary) -> dict[str, Any]:
         "candidates": candidates(run.total_norm),
         "first_bad": None if first is None else {"step": first[0], "names": list(first[1])},
         "parameters": None if run.parameters is None else _parameters(run.parameters),
+        "exponents": [_exponents(each) for each in run.exponents.values()],
         "summary": _summary(summary),
+    }
+
+
+def _exponents(counted: Counted) -> dict[str, Any]:
+    last = counted.last
+    steps, shares = thinned(
+        np.array(counted.steps), (np.array(counted.zero), np.array(counted.underflow)), POINTS
+    )
+    return {
+        "dtype": last.dtype,
+        "said": counted.shares(),
+        "exponents": list(range(last.lowest, last.lowest + len(last.counts))),
+        "counts": last.counts.tolist(),
+        "steps": _numbers(steps, 9),
+        "zero": _numbers(100.0 * shares[0]),
+        "underflow": _numbers(100.0 * shares[1]),
     }
 
 
@@ -126,22 +144,20 @@ def _parameters(parameters: Parameters) -> dict[str, Any]:
     share = clipped.sum(axis=0) / np.maximum(known.sum(axis=0), 1)
     lowest = _largest(-parameters.coefficients)
     largest = _largest(parameters.norms)
+    ratios = np.full_like(known, np.nan, float) if parameters.ratios is None else parameters.ratios
     order = np.lexsort((lowest, -share))[:LISTED]
-    median = np.full(len(parameters.names), np.nan)
-    for place in order:
-        column = parameters.norms[:, place]
-        column = column[~np.isnan(column)]
-        median[place] = np.median(column) if column.size else np.nan
     return {
         "lines": len(parameters.steps),
         "count": len(parameters.names),
+        "has_ratios": parameters.ratios is not None,
         "most_clipped": [
             {
                 "name": parameters.names[place],
                 "share": _number(100.0 * share[place]),
                 "coefficient": _number(-lowest[place]),
-                "median": _number(median[place]),
+                "median": _number(median(parameters.norms[:, place])),
                 "largest": _number(largest[place]),
+                "ratio": _number(median(ratios[:, place])),
             }
             for place in order
         ],
@@ -153,16 +169,9 @@ def _heat(parameters: Parameters) -> dict[str, Any]:
     """Norms by module and step: the joint norm of a module's parameters, the largest in a cell."""
     groups = _modules(parameters.names)
     edges = bins(len(parameters.steps), CELLS)
-    rows = []
-    for places in groups.values():
-        part = parameters.norms[:, places].astype(np.float64)
-        top = np.nanmax(part, initial=0.0)
-        scaled = part / top if top > 0.0 else part
-        joint = top * np.sqrt(np.nansum(scaled * scaled, axis=1))
-        joint[np.isnan(part).all(axis=1)] = np.nan
-        known = np.where(np.isnan(joint), -np.inf, joint)
-        cells = np.maximum.reduceat(known, edges[:-1])
-        rows.append(_numbers(np.where(np.isfinite(cells), cells, np.nan), 3))
+    norms = parameters.rolled_up(groups).norms
+    cells = np.maximum.reduceat(np.where(np.isnan(norms), -np.inf, norms), edges[:-1])
+    rows = [_numbers(row, 3) for row in cells.T.tolist()]
     return {
         "names": list(groups),
         "steps": _numbers(parameters.steps[edges[:-1]], 9),
@@ -173,11 +182,8 @@ def _heat(parameters: Parameters) -> dict[str, Any]:
 
 def _modules(names: Sequence[str]) -> dict[str, list[int]]:
     """Places of the parameters by the longest module path that leaves few enough groups."""
-    paths = [name.split(".") for name in names]
-    for depth in range(max(map(len, paths)), 0, -1):
-        groups: dict[str, list[int]] = {}
-        for place, path in enumerate(paths):
-            groups.setdefault(".".join(path[:depth]), []).append(place)
+    for depth in range(max(name.count(".") for name in names) + 1, 0, -1):
+        groups = grouped(names, depth)
         if len(groups) <= ROWS:
             return groups
     edges = bins(len(names), ROWS)  # no structure in the names: runs of neighbours

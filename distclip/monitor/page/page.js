@@ -150,6 +150,16 @@
       run.candidates.map((c) => [`p${c.percentile}`, short(c.threshold), `${(100 * c.share).toFixed(1)} %`])));
   }
 
+  function exponents(run, i, parent) {
+    for (const e of run.exponents) {
+      parent.append(el("h3", {}, `Binary exponents of the gradients in ${e.dtype}`), ...e.said.map((line) => el("p", { class: "note" }, line)));
+      const fill = () => colour(i) + "99", bars = uPlot.paths.bars({ size: [1, Infinity] });
+      if (e.counts.length) chart(parent, `Binary exponents of the gradients of ${run.name} in ${e.dtype}`, 220, { series: [{ label: "exponent", value: (u, v) => v == null ? "–" : v }, { label: "elements", stroke: () => colour(i), fill, paths: bars, points: { show: false } }], scales: { x: { time: false }, y: { distr: 3, range: logRange } }, axes: [axis({ label: "exponent: of elements from 2^e to 2^(e+1)", labelSize: 20 }), axis({ size: 62, label: "elements (log scale)", labelSize: 20, values: logTicks })] }, [e.exponents, positive(e.counts)]);
+      const line = (label, dash) => ({ label, dash, stroke: () => colour(i), width: 1.5, points: { show: e.steps.length < 60 }, value: (u, v) => v == null ? "–" : `${short(v)} %` });
+      if (e.steps.length > 1) chart(parent, `Share that is zero, and near underflow, of ${run.name} in ${e.dtype}`, 200, { sync: "steps", series: [{ label: "step" }, line("zero", [6, 4]), line("near underflow", [])], scales: { x: { time: false }, y: { range: (u, low, high) => [0, high * 1.1 || 1] } }, axes: [steps(), axis({ size: 62, label: "%", labelSize: 20 })] }, [e.steps, e.zero, e.underflow]);
+    }
+  }
+
   // ---- heat map: one canvas, since it has no axes of numbers ------------------------------------
 
   function viridis(t) {
@@ -208,8 +218,8 @@
   function parameters(run, parent) {
     if (!run.parameters) return;
     heat(run, parent);
-    parent.append(el("h3", {}, "Parameters that were clipped most"), table("Parameters that were clipped most", ["parameter", "steps clipped", "smallest coefficient", "median norm", "largest norm"],
-      run.parameters.most_clipped.map((p) => [p.name, p.share == null ? "–" : `${p.share.toFixed(1)} %`, short(p.coefficient), short(p.median), short(p.largest)])));
+    parent.append(el("h3", {}, "Parameters that were clipped most"), table("Parameters that were clipped most", ["parameter", "steps clipped", "smallest coefficient", "median norm", "largest norm", ...(run.parameters.has_ratios ? ["median gradient/weight"] : [])],
+      run.parameters.most_clipped.map((p) => [p.name, p.share == null ? "–" : `${p.share.toFixed(1)} %`, short(p.coefficient), short(p.median), short(p.largest), ...(run.parameters.has_ratios ? [short(p.ratio)] : [])])));
   }
 
   const percent = (v) => v == null ? "–" : `${v.toFixed(1)} %`;
@@ -227,7 +237,7 @@
       if (run.summary.advice.length) section.append(el("ul", {}, ...run.summary.advice.map((a) => el("li", {}, a))));
       norms(run, i, section);
       if (data.runs.length === 1) share(section);
-      histogram(run, i, section); parameters(run, section);
+      histogram(run, i, section); exponents(run, i, section); parameters(run, section);
     });
   }
 
