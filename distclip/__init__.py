@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from distclip.integrations import lightning as lightning
     from distclip.integrations import transformers as transformers
     from distclip.layouts.declared import declare_sharded as declare_sharded
+    from distclip.micro import MicroBatchClipper as MicroBatchClipper
     from distclip.report import ClipReport as ClipReport
     from distclip.worker import ClippedStep as ClippedStep
 
@@ -54,6 +55,7 @@ _NAMES = {
     "ClipReport": "distclip.report",
     "ClippedStep": "distclip.worker",
     "GradClipper": "distclip.clipper",
+    "MicroBatchClipper": "distclip.micro",
     "clip_grad_agc_": "distclip.functional",
     "clip_grad_norm_": "distclip.functional",
     "clip_grad_value_": "distclip.functional",
@@ -82,6 +84,7 @@ __all__ = [
     "ConfigurationError",
     "DistclipError",
     "GradClipper",
+    "MicroBatchClipper",
     "NonFiniteGradientError",
     "CollectiveError",
     "ProcessGroupError",

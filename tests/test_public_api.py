@@ -28,6 +28,7 @@ EXPORTED = {
         "ConfigurationError",
         "DistclipError",
         "GradClipper",
+        "MicroBatchClipper",
         "NonFiniteGradientError",
         "CollectiveError",
         "ProcessGroupError",
@@ -161,6 +162,9 @@ SIGNATURES = {
     "GradClipper.state_dict": "(self) -> dict[str, object]",
     "GradClipper.raise_late": "(self) -> None",
     "GradClipper.load_state_dict": "(self, state: dict[str, object]) -> None",
+    "MicroBatchClipper": "(model: nn.Module, policy: Policy, *, "
+    "process_group: ProcessGroup | None = None) -> None",
+    "MicroBatchClipper.average_": "(self) -> None",
     "ClippedStep": "(clipper: GradClipper, optimizer: Any, *, "
     "scaler: torch.amp.GradScaler | None = None) -> None",
     "ClippedStep.optimizer_step": "(self, loss: Tensor | float | None = None) -> Tensor",

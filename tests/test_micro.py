@@ -1,0 +1,179 @@
+"""Micro-batch clipping on 1, 2 and 3 ranks, against the float64 oracle."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from distclip import ConfigurationError, GradClipper, MicroBatchClipper, policies
+from distclip.config import load
+from distclip.testing import expected
+
+DOCUMENTS: dict[str, Any] = {
+    "global": {"name": "global_norm", "max_norm": 0.5},
+    "skip": {"name": "skip_norm", "max_norm": 5.0, "clip_norm": 0.5},
+    "agc": {"name": "agc", "clip_factor": 0.05},
+}
+MICROBATCHES = 3
+
+
+class Model(nn.Module):
+    """An odd bias, a frozen weight, a branch that only rank 0 goes down, one that nobody does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(5, 7)
+        self.frozen = nn.Linear(7, 7).requires_grad_(False)
+        self.branch = nn.Linear(7, 1)
+        self.unused = nn.Linear(3, 3)
+        self.head = nn.Linear(7, 1)
+
+    def forward(self, x: Tensor, *, branch: bool) -> Tensor:
+        hidden = torch.tanh(self.frozen(torch.tanh(self.first(x))))
+        return self.head(hidden) + (self.branch(hidden) if branch else 0.0)
+
+
+def loss_of(model: nn.Module, rank: int, number: int) -> Tensor:
+    """Micro-batches of different sizes, one of them with a gradient 100 times the others'."""
+    random = torch.Generator().manual_seed(10 * rank + number)
+    x = torch.randn(2 + number + rank, 5, generator=random, dtype=torch.float64)
+    y = torch.randn(len(x), 1, generator=random, dtype=torch.float64)
+    dtype = next(model.parameters()).dtype
+    times = 100.0 if number == 1 and rank != 1 else 1.0
+    out = model(x.to(dtype), branch=rank == 0 and number > 0)
+    loss: Tensor = (out - y.to(dtype)).square().mean() * times
+    return loss
+
+
+def truth(document: Any, ranks: int) -> dict[str, np.ndarray | None]:
+    """Clipped micro-batch by micro-batch in float64, summed, and averaged over the ranks."""
+    model = Model().double()
+    weights = {name: p.detach().numpy() for name, p in model.named_parameters()}
+    total: dict[str, np.ndarray | None] = dict.fromkeys(weights)
+    for rank in range(ranks):
+        for number in range(MICROBATCHES):
+            model.zero_grad()
+            loss_of(model, rank, number).backward()
+            gradients = {
+                name: None if p.grad is None else p.grad.numpy().copy()
+                for name, p in model.named_parameters()
+            }
+            want = expected(document, gradients, weights)
+            for name, gradient in want.gradients.items():
+                if gradient is not None and not want.skipped:
+                    old = total[name]
+                    total[name] = gradient / ranks + (0.0 if old is None else old)
+    return total
+
+
+def ranks_now() -> tuple[int, int]:
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+@pytest.mark.ranks(1, 2, 3)
+@pytest.mark.parametrize("view", [False, True])
+def test_each_micro_batch_is_clipped_before_it_is_added(view: bool) -> None:
+    rank, ranks = ranks_now()
+    for document in DOCUMENTS.values():
+        bare = Model()
+        model: nn.Module = bare
+        if dist.is_initialized():
+            model = DistributedDataParallel(bare, gradient_as_bucket_view=view)
+        micro = MicroBatchClipper(model, load({"policy": document}).policy)
+        for _ in range(2):  # the second time with gradients left from before
+            bare.zero_grad(set_to_none=view)
+            for number in range(MICROBATCHES):
+                with micro.clip_():
+                    loss_of(model, rank, number).backward()
+            micro.average_()
+            for (name, p), want in zip(
+                bare.named_parameters(), truth(document, ranks).values(), strict=True
+            ):
+                if want is None:
+                    assert p.grad is None, name
+                    continue
+                assert p.grad is not None, name
+                np.testing.assert_allclose(p.grad.numpy(), want, rtol=2e-5, atol=2e-6, err_msg=name)
+
+
+def test_it_is_not_the_clipped_sum() -> None:
+    """A check must be able to fail: the sum is another one, and so is no clipping at all."""
+    want = truth(DOCUMENTS["global"], 1)["head.weight"]
+    model = Model()
+    for number in range(MICROBATCHES):
+        loss_of(model, 0, number).backward()
+    for _ in range(2):
+        assert model.head.weight.grad is not None
+        assert want is not None
+        assert np.abs(model.head.weight.grad.numpy() - want).max() > 0.1 * np.abs(want).max()
+        GradClipper(model, policies.global_norm(0.5)).clip_()
+
+
+def test_an_error_in_a_micro_batch_leaves_what_was_there() -> None:
+    model = Model()
+    micro = MicroBatchClipper(model, policies.global_norm(0.5))
+    with micro.clip_():
+        loss_of(model, 0, 0).backward()
+    before = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    loss = loss_of(model, 0, 1)
+    loss.backward(retain_graph=False)
+    for old, p in zip(before, model.parameters(), strict=True):
+        p.grad = None if old is None else old.clone()
+    with pytest.raises(RuntimeError, match="a second time"), micro.clip_():
+        loss.backward()
+    for old, p in zip(before, model.parameters(), strict=True):
+        assert (p.grad is None) == (old is None)
+        assert old is None or (p.grad is not None and torch.equal(old, p.grad))
+
+
+def test_nan_is_handed_on_and_found_in_the_sum() -> None:
+    model = Model()
+    micro = MicroBatchClipper(model, policies.global_norm(0.5))
+    with micro.clip_():
+        (loss_of(model, 0, 0) * float("nan")).backward()
+    with micro.clip_():
+        loss_of(model, 0, 1).backward()
+    report = GradClipper(model, policies.global_norm(1.0), on_nonfinite="skip").clip_()
+    assert bool(report.skipped)
+
+
+def test_under_a_scaler_the_threshold_is_of_unscaled_gradients() -> None:
+    plain, scaled = Model(), Model()
+    for model, scale in ((plain, 1.0), (scaled, 1024.0)):
+        micro = MicroBatchClipper(model, policies.global_norm(0.5))
+        with micro.clip_(None if scale == 1.0 else torch.tensor(scale)):
+            (loss_of(model, 0, 1) * scale).backward()
+        assert micro.last_report is not None
+        assert micro.last_report.clipped_norm.item() == pytest.approx(0.5, rel=1e-4)
+    for one, other in zip(plain.parameters(), scaled.parameters(), strict=True):
+        if one.grad is not None:
+            assert other.grad is not None
+            torch.testing.assert_close(other.grad, one.grad * 1024.0)
+
+
+@pytest.mark.ranks(2)
+def test_what_has_no_gradient_of_its_own_is_refused() -> None:
+    sharded = fully_shard(Model())
+    flat = FullyShardedDataParallel(
+        nn.Linear(5, 7), device_id=torch.device("cpu"), use_orig_params=True
+    )
+    for model in (sharded, flat):
+        with pytest.raises(ConfigurationError, match="no rank has the gradient of its micro-batch"):
+            MicroBatchClipper(model, policies.global_norm(1.0))
+
+
+def test_engines_and_memories_are_refused() -> None:
+    engine = nn.Linear(2, 2)
+    engine.zero_optimization_stage = lambda: 2  # as a DeepSpeedEngine has it
+    with pytest.raises(ConfigurationError, match=r"distclip.deepspeed.attach\(engine\)"):
+        MicroBatchClipper(engine, policies.global_norm(1.0))
+    with pytest.raises(ConfigurationError, match="zclip remembers norms"):
+        MicroBatchClipper(Model(), policies.chain(policies.value(1.0), policies.zclip()))
