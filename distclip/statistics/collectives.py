@@ -121,9 +121,8 @@ def all_reduce_sum(values: Tensor, group: ProcessGroup) -> Tensor:
             _all_reduce(values, dist.ReduceOp.SUM, group)
             return values
     # One after another: the order in which torch.sum adds depends on the processor.
-    first, *rest = everyones.unbind()
-    values.copy_(first)
-    for other in rest:
+    values.copy_(everyones[0])
+    for other in everyones[1:]:
         values.add_(other)
     return values
 
@@ -136,7 +135,7 @@ def all_reduce_max(values: Tensor, group: ProcessGroup) -> Tensor:
         if everyones is None:
             _all_reduce(bits, dist.ReduceOp.MAX, group)
         else:
-            bits = everyones.amax(0)
+            bits = torch.stack(everyones).amax(0)
     return from_ordered_bits(bits)
 
 
@@ -149,8 +148,8 @@ def _all_reduce(values: Tensor, op: Any, group: ProcessGroup) -> None:
     waiting.finish(cast(dist.Work, work), group, on_host=values.device.type == "cpu")
 
 
-def _everyones(values: Tensor, group: ProcessGroup) -> Tensor | None:
-    """Every rank's ``values``, ``(ranks, *values.shape)``, for each to reduce by itself.
+def _everyones(values: Tensor, group: ProcessGroup) -> list[Tensor] | None:
+    """Every rank's ``values``, in group order, for each to reduce by itself.
 
     None where an all-reduce is better: among many ranks, for long messages, without gloo. gloo's
     all-reduce goes round the ring twice and its all-gather once, and what counts there is how often
@@ -162,8 +161,8 @@ def _everyones(values: Tensor, group: ProcessGroup) -> Tensor | None:
         return None
     if f"{values.device.type}:gloo" not in dist.get_backend_config(group):
         return None
-    everyones = values.new_empty(ranks, *values.shape)
-    work = group.allgather([list(everyones.unbind())], [values])
+    everyones = [torch.empty_like(values) for _ in range(ranks)]
+    work = group.allgather([everyones], [values])
     waiting.finish(work, group, on_host=True)
     return everyones
 

@@ -116,7 +116,7 @@ def finish(work: dist.Work, group: ProcessGroup, *, on_host: bool) -> None:
         if wait.limit is not None:
             _watchdog.watch(_Watched(work, group, wait, start))
         return
-    notes = _Notes(group)
+    notes: _Notes | None = None  # made when there is something to note
     pause = min(NOTED_AFTER, wait.limit)
     while True:
         try:
@@ -126,6 +126,7 @@ def finish(work: dist.Work, group: ProcessGroup, *, on_host: bool) -> None:
             if work.is_completed():
                 raise
         waited = time.monotonic() - start
+        notes = notes or _Notes(group)
         if waited >= wait.limit:
             raise _stuck(wait, notes)
         notes.write()

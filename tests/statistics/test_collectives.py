@@ -123,7 +123,7 @@ def test_gathered_or_reduced_it_is_the_same(monkeypatch: pytest.MonkeyPatch) -> 
 def test_the_order_of_addition_is_that_of_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not torch's for a dim, which depends on the processor; seen from 5 ranks on."""
     everyones = torch.randn(8, 37, dtype=torch.float64)
-    monkeypatch.setattr(collectives, "_everyones", lambda values, group: everyones)
+    monkeypatch.setattr(collectives, "_everyones", lambda values, group: [*everyones])
     found = torch.empty(37, dtype=torch.float64)
     collectives.all_reduce_sum(found, None)  # type: ignore[arg-type]
     assert found.tolist() == [sum(column) for column in everyones.t().tolist()]
