@@ -1,0 +1,169 @@
+"""The gradient noise scale, from norms of one micro-batch's gradient and of the whole step's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from distclip._rolled import Floats, grouped
+from distclip.errors import ConfigurationError, ReplicaDriftError
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from distclip.layouts.names import Target
+
+_MEND = (
+    "its gradient has to be reduced over the ranks by then: leave out no_sync() and "
+    "set_requires_gradient_sync(False) in the steps that are sampled"
+)
+
+
+class NoiseScale:
+    """The gradient noise scale: about how many samples a step can use before more are wasted.
+
+    ::
+
+        noise = monitor.NoiseScale(model, batch=512, micro_batches=8, every=10)
+        for part in parts:
+            (loss(part) / 8).backward()
+            noise.micro_batch()
+        optimizer.step()
+
+    The *simple* noise scale of McCandlish et al. 2018 (arXiv 1812.06162, appendix A.1), ``tr(S) /
+    |G|**2`` with the covariance ``S`` of the gradients of single samples and the true gradient
+    ``G``; per layer as in arXiv 2411.00999. Both are estimated without bias from the squared norms
+    of the first micro-batch's gradient and of all micro-batches' together, and averaged over steps.
+    Whole tensors under any sharding; needs gradient accumulation, with gradients that are reduced
+    after each micro-batch.
+
+    A sampled step costs two readings of the gradients, two all-reduces of 8 bytes a parameter where
+    anything is sharded, and two waits for the device. Other steps cost nothing. The averages are
+    not kept in checkpoints.
+
+    Args:
+        target: as for :class:`distclip.GradClipper`. Every rank builds this at the same point.
+        batch: samples of one step, over all micro-batches and ranks.
+        micro_batches: backwards of one step, of equally many samples.
+        every: sample the steps that are divisible by it.
+        decay: of the moving averages, per sampled step; in [0, 1).
+        process_group: as for :class:`distclip.GradClipper`.
+
+    Raises:
+        ConfigurationError: an argument that cannot be meant, such as ``micro_batches < 2``.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        *,
+        batch: int,
+        micro_batches: int,
+        every: int = 1,
+        decay: float = 0.95,
+        process_group: ProcessGroup | None = None,
+    ) -> None:
+        for name, value, least in (
+            ("micro_batches", micro_batches, 2),
+            ("batch", batch, micro_batches),
+            ("every", every, 1),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ConfigurationError(
+                    f"NoiseScale: {name} must be an integer >= {least}, got {value!r}"
+                )
+        if not 0.0 <= decay < 1.0:
+            raise ConfigurationError(f"NoiseScale: decay must be in [0, 1), got {decay!r}")
+        from distclip.clipper import GradClipper  # imports torch, which a log is read without
+        from distclip.policies import measure
+
+        self._clipper = GradClipper(
+            target, measure(), on_nonfinite="pass", process_group=process_group
+        )
+        self._clipper.expects_gradients = False
+        self._batch, self._parts, self._every = float(batch), micro_batches, every
+        self._decay = decay
+        self._calls = 0
+        self._first: Floats = np.zeros(0)
+        self._noise = self._signal = np.zeros(len(self._clipper.names))
+        self.samples = 0
+        """How many steps the averages are over."""
+
+    def micro_batch(self, loss_scale: float = 1.0) -> None:
+        """Call it after every backward, before clipping, on every rank.
+
+        Args:
+            loss_scale: the gradients are this many times too large, as under a gradient scaler.
+
+        Raises:
+            ConfigurationError: the first micro-batch left no gradient, or another one on each rank:
+                on all ranks alike.
+        """
+        step, number = divmod(self._calls, self._parts)
+        self._calls += 1
+        if step % self._every:
+            return
+        if number == 0:
+            self._first = self._squares(loss_scale)
+            if not self._first.any():
+                raise ConfigurationError(f"NoiseScale: the first micro-batch left none; {_MEND}")
+        elif number == self._parts - 1:
+            self._take(self._first * self._parts**2, self._squares(loss_scale))
+
+    def _squares(self, loss_scale: float) -> Floats:
+        """Squared norm of each parameter's gradient as it is now."""
+        try:
+            report = self._clipper.clip_()
+        except ReplicaDriftError as error:
+            raise ConfigurationError(
+                f"NoiseScale: after the first micro-batch ranks differ; {_MEND} ({error})"
+            ) from None
+        norms = np.array([*report.parameter_norms.values()])
+        squares: Floats = np.square(norms / loss_scale)
+        return squares
+
+    def _take(self, small: Floats, large: Floats) -> None:
+        """Squared norms of gradients of a part of the batch, and of all of it; both as means."""
+        if not np.isfinite(small.sum() + large.sum()):
+            return  # a step that will be skipped, or scaled anew
+        part = self._batch / self._parts
+        noise = (small - large) / (1.0 / part - 1.0 / self._batch)
+        signal = (self._batch * large - part * small) / (self._batch - part)
+        self._noise = self._decay * self._noise + (1.0 - self._decay) * noise
+        self._signal = self._decay * self._signal + (1.0 - self._decay) * signal
+        self.samples += 1
+
+    @property
+    def scale(self) -> float:
+        """Of the whole model, in samples; NaN before the first sampled step.
+
+        inf where, so far, nothing but noise is seen. May be below 0, where the noise is smaller
+        than the error of its estimate.
+        """
+        return self._ratio(slice(None))
+
+    @property
+    def parameter_scales(self) -> Mapping[str, float]:
+        """Name -> noise scale of one parameter; NaN where it has no gradient."""
+        return {name: self._ratio(place) for place, name in enumerate(self._clipper.names)}
+
+    def module_scales(self, depth: int) -> Mapping[str, float]:
+        """Module path -> noise scale of its parameters together; see ``ClipReport.module_norms``.
+
+        Raises:
+            ConfigurationError: ``depth < 1``.
+        """
+        if isinstance(depth, bool) or not depth >= 1:
+            raise ConfigurationError(f"a depth of modules must be an integer >= 1, got {depth!r}")
+        groups = grouped(self._clipper.names, depth)
+        return {path: self._ratio(places) for path, places in groups.items()}
+
+    def _ratio(self, places: Any) -> float:
+        noise = float(np.sum(self._noise[places]))
+        signal = float(np.sum(self._signal[places]))
+        if signal > 0.0:
+            return noise / signal
+        return math.inf if noise > 0.0 else math.nan
