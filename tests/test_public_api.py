@@ -191,7 +191,9 @@ SIGNATURES = {
     "policies.norm_stabilizer": "(gamma1: float = 0.7, gamma2: float = 0.9, eps: float = 1e-08) "
     "-> None",
     "policies.group_ema": "(high_mult: float = 1.05, low_mult: float = 0.0, "
-    "ema_beta: float = 0.98, max_down_scale: float = 0.0, max_up_scale: float = 1.1) -> None",
+    "ema_beta: float = 0.98, max_down_scale: float = 0.0, max_up_scale: float = 1.1, "
+    "high_late: float | None = None, low_late: float | None = None, late_start: int = 0, "
+    "late_stop: int = 0) -> None",
     "policies.skip_norm": "(max_norm: float, norm_type: float = 2.0, "
     "clip_norm: float | None = None) -> None",
     "policies.chain": "(*policies: Policy) -> None",

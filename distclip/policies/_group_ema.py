@@ -37,7 +37,8 @@ class GroupEMA(ScalingPolicy):
     With the group's joint norm ``n`` and its running norm ``S``: where ``n > high_mult * S``, the
     group is scaled to ``high_mult * S``; where ``n < low_mult * S``, to ``low_mult * S``. Then
     ``S = ema_beta * S + (1 - ema_beta) * n`` with ``n`` as it is after scaling. AGGC
-    (arXiv 2601.11864), without its schedule.
+    (arXiv 2601.11864). With ``high_late`` or ``low_late`` the band moves: linearly over the steps
+    ``late_start`` to ``late_stop``, from ``high_mult`` and ``low_mult`` to these.
 
     A group is what the modules of one kind have in common, over all layers: ``q_proj`` of
     ``layers.0.attn.q_proj.weight`` and ``layers.1.attn.q_proj.weight``. It is the last component
@@ -57,9 +58,13 @@ class GroupEMA(ScalingPolicy):
         ema_beta: weight of the past, 0 <= ema_beta < 1.
         max_down_scale: no coefficient is smaller than this; 0 to 1.
         max_up_scale: no coefficient is larger than this; >= 1.
+        high_late: ``high_mult`` of late steps; None for no change.
+        low_late: ``low_mult`` of late steps; None for no change.
+        late_start: the step at which they begin to move, >= 0.
+        late_stop: the step from which on they hold; after ``late_start``.
 
     Raises:
-        ConfigurationError: a value outside of these ranges.
+        ConfigurationError: a value outside of these ranges; late values without ``late_stop``.
     """
 
     high_mult: float = 1.05
@@ -67,29 +72,39 @@ class GroupEMA(ScalingPolicy):
     ema_beta: float = 0.98
     max_down_scale: float = 0.0
     max_up_scale: float = 1.1
+    high_late: float | None = None
+    low_late: float | None = None
+    late_start: int = 0
+    late_stop: int = 0
     name: ClassVar[str] = "group_ema"
     per_parameter: ClassVar[frozenset[str]] = frozenset(("ema",))
     memory_fields: ClassVar[frozenset[str] | None] = frozenset(("ema_beta",))
 
     def __post_init__(self) -> None:
-        for key in ("high_mult", "max_up_scale"):
+        given = [key for key in ("high_late", "low_late") if getattr(self, key) is not None]
+        for key in ("high_mult", "max_up_scale", *(key for key in given if key == "high_late")):
             value = checks.positive(self.name, key, getattr(self, key))
             if value < 1.0:
                 raise ConfigurationError(f"group_ema: {key} must be >= 1, got {value}")
             object.__setattr__(self, key, value)
-        for key in ("low_mult", "max_down_scale"):
+        for key in ("low_mult", "max_down_scale", *(key for key in given if key == "low_late")):
             value = checks.threshold(self.name, key, getattr(self, key))
             if value > 1.0:
                 raise ConfigurationError(f"group_ema: {key} must be at most 1, got {value}")
             object.__setattr__(self, key, value)
         object.__setattr__(self, "ema_beta", checks.fraction(self.name, "ema_beta", self.ema_beta))
+        for key, least in (("late_start", 0), ("late_stop", self.late_start + 1 if given else 0)):
+            object.__setattr__(self, key, checks.whole(self.name, key, getattr(self, key), least))
 
     @property
     def needs(self) -> Needs:
         return Needs.of(gradients=[2.0])
 
     def init(self, parameters: Sequence[ParameterInfo]) -> State:
-        return {"ema": torch.zeros(len(parameters), dtype=torch.float64)}
+        return {
+            "ema": torch.zeros(len(parameters), dtype=torch.float64),
+            "steps": torch.zeros((), dtype=torch.int64),
+        }
 
     def update(self, statistics: Statistics, state: State) -> tuple[Sequence[Action], State]:
         norms = statistics.gradient_norms(2.0)
@@ -99,7 +114,12 @@ class GroupEMA(ScalingPolicy):
         )
         n, ema = joint[places[0]], state["ema"]
         counts, known = _history.is_sample(n), ema > 0
-        high, low = self.high_mult * ema, self.low_mult * ema
+        late = (state["steps"] - self.late_start).double() / max(
+            1, self.late_stop - self.late_start
+        )
+        late = late.clamp(0.0, 1.0)
+        high = _moved(self.high_mult, self.high_late, late) * ema
+        low = _moved(self.low_mult, self.low_late, late) * ema
         down = torch.clamp(high / (n + EPS), min=self.max_down_scale)
         up = torch.clamp(low / (n + EPS), max=self.max_up_scale)
         coefficients = torch.where(n < low, up, 1.0)
@@ -108,7 +128,13 @@ class GroupEMA(ScalingPolicy):
         sample = torch.where(counts, n * coefficients, ema)
         new = torch.where(known, self.ema_beta * ema + (1.0 - self.ema_beta) * sample, sample)
         coefficients = torch.where(n == 0, 1.0, coefficients)
-        return (Scale(coefficients),), {"ema": torch.where(counts, new, ema)}
+        new = torch.where(counts, new, ema)
+        return (Scale(coefficients),), {"ema": new, "steps": state["steps"] + 1}
+
+
+def _moved(early: float, later: float | None, late: Tensor) -> Tensor | float:
+    """``early`` as far on its way to ``later`` as ``late`` says, 0 to 1."""
+    return early if later is None else early + (later - early) * late
 
 
 def group_of(name: str) -> str:

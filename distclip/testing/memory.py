@@ -146,9 +146,18 @@ def group_ema(
     ema_beta: float = 0.98,
     max_down_scale: float = 0.0,
     max_up_scale: float = 1.1,
+    high_late: float | None = None,
+    low_late: float | None = None,
+    late_start: int = 0,
+    late_stop: int = 0,
 ) -> tuple[dict[str, float], Memory]:
-    """The coefficient of each gradient. arXiv 2601.11864, the authors' code without schedule."""
+    """The coefficient of each gradient. arXiv 2601.11864, with its linear schedule."""
     running, coefficients = dict(memory), {}
+    step = running.get("*steps", 0)
+    running["*steps"] = step + 1
+    late = min(1.0, max(0.0, (step - late_start) / max(1, late_stop - late_start)))
+    high_mult += 0.0 if high_late is None else late * (high_late - high_mult)
+    low_mult += 0.0 if low_late is None else late * (low_late - low_mult)
     groups: dict[str, list[str]] = {}
     for name in norms:
         words = [word for word in name.split("@")[0].split(".")[:-1] if not word.isdigit()]

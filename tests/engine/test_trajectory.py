@@ -41,7 +41,15 @@ SKIP = {
     "clip_sigma": 1.0,
 }
 STABLE = {"name": "norm_stabilizer"}
-GROUPS = {"name": "group_ema", "low_mult": 0.9, "max_up_scale": 1.5, "high_mult": 1.2}
+GROUPS = {
+    "name": "group_ema",
+    "low_mult": 0.9,
+    "max_up_scale": 1.5,
+    "high_mult": 1.2,
+    "high_late": 1.05,
+    "late_start": 40,
+    "late_stop": 120,
+}
 FIXED = {"name": "skip_norm", "max_norm": 2000.0, "clip_norm": 60.0}
 POLICIES: dict[str, Any] = {
     "autoclip": COUNTED,

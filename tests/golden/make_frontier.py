@@ -75,6 +75,7 @@ def aggc(
     table: np.ndarray,
     options: tuple[float, float, float, float, float],
     start: bool,
+    late: tuple[float, float, int, int] | None = None,
 ) -> np.ndarray:
     """By step, the scale of each group (a column is a group), as PerModuleGradClipper has it.
 
@@ -83,11 +84,17 @@ def aggc(
         options: high_mult, low_mult, ema_beta, max_down_scale, max_up_scale; small norms are
             raised (``raise_small``) where low_mult is not 0.
         start: whether the average begins with the first norm; with 0 in the authors' code.
+        late: high_mult and low_mult to which those of ``options`` move linearly, and the steps
+            between which they do.
     """
     high, low, beta, down, up = options
     ema = table[0].copy() if start else np.zeros(table.shape[1])
     result = np.ones_like(table)
     for step, row in enumerate(table):
+        if late is not None:
+            points = [late[2], late[3]]
+            high = float(np.interp(step, points, [options[0], late[0]]))
+            low = float(np.interp(step, points, [options[1], late[1]]))
         for group, norm in enumerate(row):
             lower, upper, scale = ema[group] * low, ema[group] * high, 1.0
             if upper > 0.0 and norm > upper + 1e-12:
@@ -113,6 +120,7 @@ def make() -> dict[str, np.ndarray]:
         "norm_stabilizer|default": stabilized(table, 0.7, 0.9, 1e-8),
         "norm_stabilizer|0.85,0.99999": stabilized(table, 0.85, 0.99999, 1e-8),
         "group_ema|from the first norm": aggc(table, AGGC, start=True),
+        "group_ema|schedule": aggc(table, AGGC, start=True, late=(1.02, 0.5, 50, 150)),
         "group_ema|from 0": aggc(table, AGGC, start=False),
     }
 

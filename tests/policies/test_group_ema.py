@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -33,6 +34,14 @@ def test_the_published_scales(frontier: dict[str, np.ndarray]) -> None:
     assert (want > 1).any()
     assert (want < 1).any()
     np.testing.assert_allclose(scales(POLICY, frontier["in|norms"]), want, rtol=1e-9)
+
+
+def test_the_band_moves_by_the_schedule(frontier: dict[str, np.ndarray]) -> None:
+    want, fixed = frontier["group_ema|schedule"], frontier["group_ema|from the first norm"]
+    policy = dataclasses.replace(POLICY, high_late=1.02, low_late=0.5, late_start=50, late_stop=150)
+    np.testing.assert_allclose(scales(policy, frontier["in|norms"]), want, rtol=1e-9)
+    assert np.array_equal(want[:51], fixed[:51])
+    assert not np.array_equal(want[51:150], fixed[51:150])
 
 
 def test_an_average_from_0_scales_nearly_everything_down(frontier: dict[str, np.ndarray]) -> None:
@@ -90,6 +99,11 @@ def test_impossible_arguments() -> None:
         ({"low_mult": 1.1}, "low_mult must be at most 1"),
         ({"max_up_scale": 0.5}, "max_up_scale must be >= 1"),
         ({"ema_beta": 1.0}, "ema_beta must be >= 0 and < 1"),
+        ({"high_late": 0.9, "late_stop": 5}, "high_late must be >= 1"),
+        ({"low_late": 1.1, "late_stop": 5}, "low_late must be at most 1"),
+        ({"low_late": 0.5}, "late_stop must be a whole number of at least 1"),
+        ({"high_late": 2.0, "late_start": 9, "late_stop": 9}, "late_stop .* at least 10"),
+        ({"late_start": -1}, "late_start must be a whole number of at least 0"),
     ):
         with pytest.raises(ConfigurationError, match=message):
             policies.group_ema(**arguments)  # type: ignore[arg-type]
