@@ -15,7 +15,7 @@ from benchmarks.reliability import fuzz, fuzz_guards
 from distclip import _foreign, config, policies
 from distclip.cli.app import main
 from distclip.errors import ConfigurationError, DistclipError
-from distclip.monitor import plots, reading, runs, table
+from distclip.monitor import plots, reading, runs, suggesting, table
 
 FIELDS = {"clipped_norm": 1.0, "coefficient": 1.0, "threshold": 1.0, "clipped_fraction": 0.0}
 
@@ -287,7 +287,7 @@ def test_of_a_log_what_can_be_read_is_read(tmp_path: Path) -> None:
     assert list(run.steps) == [1.0, 3.0]
     assert list(run.total_norm)[:1] == [2.0]
     runs.summaries([run])[0].advice()
-    assert runs.Suggestion.of([run]).max_norm == 2.0
+    assert suggesting.Suggestion.of_norms([run]).threshold == 2.0
 
 
 def test_a_line_without_an_end_is_passed_over(

@@ -179,6 +179,7 @@ class _Columns:
             [clean(name, 300) for name in self.names],
             steps[[row[0] for row in rows]],
             *tables,
+            of_modules=self.each == "modules",
         )
 
 

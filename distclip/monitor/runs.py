@@ -16,7 +16,6 @@ import numpy.typing as npt
 from distclip._exponents import Exponents
 from distclip._foreign import clean
 from distclip._rolled import joint
-from distclip.errors import ConfigurationError
 from distclip.monitor.states import STATES, judged, spike_score
 from distclip.monitor.thinning import sparkline
 
@@ -25,8 +24,6 @@ BINADES = 4
 """How near to underflow or overflow is near."""
 
 PERCENTILES = (50, 90, 99)
-CANDIDATES = (50.0, 75.0, 90.0, 95.0, 99.0)
-"""Percentiles of the norms that a suggestion shows beside its own."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +38,7 @@ class Parameters:
         norms: float32 ``(steps, parameters)``, before clipping; NaN where not finite or not there.
         coefficients: float32 ``(steps, parameters)``.
         ratios: float32 ``(steps, parameters)``, of gradient to weight; None where a log has none.
+        of_modules: whether these are modules, and not parameters.
     """
 
     names: list[str]
@@ -48,6 +46,7 @@ class Parameters:
     norms: npt.NDArray[np.float32]
     coefficients: npt.NDArray[np.float32]
     ratios: npt.NDArray[np.float32] | None = None
+    of_modules: bool = False
 
     def rolled_up(self, groups: Mapping[str, list[int]]) -> Parameters:
         """The same of groups of parameters, by their places; their norms are taken as 2-norms."""
@@ -64,7 +63,7 @@ class Parameters:
                     ratios[:, number] = whole / _joint(each / self.ratios[:, places])
         for each in (coefficients, *(() if ratios is None else (ratios,))):
             each[np.isnan(norms)] = np.nan
-        return Parameters(list(groups), self.steps, norms, coefficients, ratios)
+        return Parameters(list(groups), self.steps, norms, coefficients, ratios, of_modules=True)
 
 
 @dataclass
@@ -288,80 +287,3 @@ def summaries(runs: Sequence[Run]) -> list[Summary]:
 def configuration(max_norm: float) -> str:
     """The line of YAML that clips at this norm, to three digits."""
     return f"policy: {{name: global_norm, max_norm: {max_norm:.3g}}}"
-
-
-@dataclass(frozen=True)
-class Suggestion:
-    """A threshold for the global norm, after Google's tuning playbook.
-
-    ``max_norm`` is the asked percentile of the finite norms before clipping, of all runs together;
-    ``clipped`` the share of these ``steps`` in which anything was clipped. ``spread`` is the
-    largest of the runs' medians by the smallest. ``candidates`` are other percentiles, the
-    thresholds there, and the share of the steps that each would have clipped.
-    """
-
-    max_norm: float
-    percentile: float
-    steps: int
-    median: float
-    largest: float
-    clipped: float
-    spread: float
-    candidates: tuple[tuple[float, float, float], ...]
-
-    @classmethod
-    def of(
-        cls, runs: Sequence[Run], percentile: float = 90.0, first_step: float = 0.0
-    ) -> Suggestion:
-        """Build from recorded runs.
-
-        Args:
-            runs: of one model, at the learning rate that is meant.
-            percentile: in (0, 100].
-            first_step: steps before it do not count.
-
-        Raises:
-            ConfigurationError: another percentile, or no norm that is finite and not zero.
-        """
-        if not 0.0 < percentile <= 100.0:
-            raise ConfigurationError(f"suggest: percentile must be in (0, 100], got {percentile!r}")
-        chosen = [np.isfinite(run.total_norm) & (run.steps >= first_step) for run in runs]
-        norms = np.concatenate(
-            [run.total_norm[here] for run, here in zip(runs, chosen, strict=True)]
-        )
-        clipped = np.concatenate(
-            [run.clipped[here] for run, here in zip(runs, chosen, strict=True)]
-        )
-        found = float(np.percentile(norms, percentile)) if norms.size else 0.0
-        if found <= 0.0:
-            since = f" from step {first_step:g} on" if first_step else ""
-            raise ConfigurationError(
-                f"suggest: {norms.size} finite norms{since}, and no threshold above 0 in them; "
-                f"give the log of a run that trains"
-            )
-        return cls(
-            found,
-            percentile,
-            norms.size,
-            float(np.median(norms)),
-            float(norms.max()),
-            float(clipped.mean()),
-            _spread([run.total_norm[here] for run, here in zip(runs, chosen, strict=True)]),
-            tuple(
-                (p, level, float((norms > level).mean()))
-                for p, level in zip(CANDIDATES, np.percentile(norms, CANDIDATES), strict=True)
-            ),
-        )
-
-    def __str__(self) -> str:
-        return (
-            f"percentile {self.percentile:g} of {self.steps} norms, median {self.median:.3g}, "
-            f"largest {self.largest:.3g}"
-        )
-
-
-def _spread(norms: Sequence[Floats]) -> float:
-    """The largest median by the smallest, of those that are above 0."""
-    medians = [float(np.median(part)) for part in norms if part.size]
-    positive = [median for median in medians if median > 0.0]
-    return max(positive) / min(positive) if positive else 1.0

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import typer.testing
 
+import distclip
 from distclip import config, policies
 from distclip.cli.app import app
 from distclip.errors import ConfigurationError
@@ -79,3 +83,89 @@ def test_other_percentiles_and_runs_that_differ(tmp_path: Path) -> None:
     assert alone.stderr == ""
     both = invoke(app, ["suggest", str(one), str(other)])
     assert "the largest of their median norms is 2.68 times the smallest" in both.stderr
+
+
+def with_ratios(step: int, **of: tuple[float, float | None]) -> dict[str, Any]:
+    """A record of a run that clips nothing, with the norm and the ratio of some parameters."""
+    each = {n: {"norm": g, "coefficient": 1.0, "ratio": r} for n, (g, r) in of.items()}
+    free = {"coefficient": 1.0, "clipped_fraction": 0.0, "threshold": None}
+    return record(step, 1.0, parameters=each, **free)
+
+
+def test_a_factor_for_agc_clips_what_it_says(tmp_path: Path) -> None:
+    """The policy itself, on gradients and weights of these norms."""
+    generator = np.random.default_rng(1)
+    gradients = generator.lognormal(-3.0, 1.0, (120, 4))
+    weights = np.tile([1.0, 2.0, 0.0, 5e-4], (120, 1))  # one is 0, and one below the floor
+    gradients[:, 2:] *= 1e-3
+    gradients[3, 1:3] = 0.0  # do not count, whatever the weight
+    lines = []
+    for step, row in enumerate(gradients.tolist()):
+        pairs = zip(row, weights[step].tolist(), strict=True)
+        of = {f"p{n}": (g, g / w if w else None) for n, (g, w) in enumerate(pairs)}
+        lines.append(with_ratios(step, **of))
+    path = write(tmp_path / "a.jsonl", lines)
+    result = invoke(app, ["suggest", str(path), "--policy", "agc", "--percentile", "95"])
+    assert result.exit_code == 0, result.output
+    assert result.stderr == ""
+    (tmp_path / "p.yaml").write_text(result.stdout)
+    assert config.load(tmp_path / "p.yaml").policy == policies.agc(
+        float(result.stdout.split("clip_factor: ")[1].split(",")[0]), unit="tensor"
+    )
+    found = re.findall(
+        r"clip_factor (\S+) clips (\S+)% of the gradients, something in (\S+)% of these steps",
+        result.stdout,
+    )
+    assert len(found) == 5
+    assert "of 478 ratios in 120 steps" in result.stdout
+    for factor, of_gradients, of_steps in found:
+        policy = policies.agc(float(factor), unit="tensor")
+        clipped = policy.unit_coefficients(torch.tensor(gradients), torch.tensor(weights)) < 1
+        # The factor has three digits: at the threshold itself one or two gradients more or fewer.
+        assert 100 * clipped.sum() / 478 == pytest.approx(float(of_gradients), abs=0.5)
+        assert 100 * clipped.any(1).double().mean() == pytest.approx(float(of_steps), abs=1.0)
+
+
+def test_ratios_of_some_steps_and_runs_that_differ(tmp_path: Path) -> None:
+    records = [with_ratios(s, a=(1.0, 0.5), b=(1.0, 0.1)) for s in range(0, 200, 2)]
+    del records[0]["parameters"]["a"]["ratio"], records[0]["parameters"]["b"]["ratio"]
+    one = write(tmp_path / "a.jsonl", records)
+    other = write(
+        tmp_path / "b.jsonl",
+        [
+            {**with_ratios(s, a=(1.0, 2.0), b=(1.0, 1.0)), "clipped_fraction": float(s < 30)}
+            for s in range(60)
+        ],
+    )
+    result = invoke(app, ["suggest", str(one), str(other), "--policy", "agc"])
+    assert "of 318 ratios in 159 steps" in result.stdout
+    assert "in 19% of these steps something was clipped: their ratios" in result.stderr
+    assert "the largest of their median ratios is 5 times the smallest" in result.stderr
+
+
+def test_a_log_without_ratios_says_how_to_record_them(tmp_path: Path) -> None:
+    norms = {"w": {"norm": 1.0, "coefficient": 1.0}}
+    of_modules = {"layers": {"norm": 1.0, "coefficient": 1.0, "ratio": 0.5}}
+    for more in ({}, {"parameters": norms}, {"modules": of_modules}):
+        path = write(tmp_path / "a.jsonl", [record(s, 1.0, **more) for s in range(5)])
+        result = invoke(app, ["suggest", str(path), "--policy", "agc"])
+        assert isinstance(result.exception, ConfigurationError)
+        assert "ratios: 1" in str(result.exception)
+        assert "per_parameter: true" in str(result.exception)
+
+
+def test_the_configuration_that_it_names_records_ratios(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = torch.nn.Linear(3, 2)
+    log = {"jsonl": "a.jsonl", "per_parameter": True}
+    clipper = distclip.from_config({"policy": "measure", "ratios": 1, "log": log}, model)
+    for _ in range(3):
+        model(torch.ones(3)).sum().backward()
+        clipper.clip_()
+    for sink in clipper.sinks:
+        sink.close()
+    result = invoke(app, ["suggest", "a.jsonl", "--policy", "agc"])
+    assert result.exit_code == 0, result.output
+    assert "of 6 ratios in 3 steps" in result.stdout
