@@ -250,7 +250,7 @@
   button.addEventListener("click", () => { theme(dark() ? "light" : "dark"); stored(document.documentElement.dataset.theme); });
   build();
   if (data.refresh) {
-    document.querySelector("header").append(el("p", { class: "note" }, "Follows the log; waits while a chart is zoomed."));
+    document.querySelector("header").after(el("p", { class: "note" }, "Follows the log; waits while a chart is zoomed."));
     setInterval(async () => {
       if (document.hidden || zoomed.some((z) => z())) return;
       try {
