@@ -178,7 +178,9 @@ class _Columns:
         return Parameters(
             [clean(name, 300) for name in self.names],
             steps[[row[0] for row in rows]],
-            *tables,
+            norms=tables[0],
+            coefficients=tables[1],
+            ratios=tables[2] if len(tables) > 2 else None,
             of_modules=self.each == "modules",
         )
 

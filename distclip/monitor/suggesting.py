@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from distclip.errors import ConfigurationError
-from distclip.monitor.runs import Run, configuration
+from distclip.monitor.runs import Floats, Run, configuration
 
 CANDIDATES = (50.0, 75.0, 90.0, 95.0, 99.0)
 """Percentiles that a suggestion shows beside its own."""
@@ -18,7 +19,7 @@ CANDIDATES = (50.0, 75.0, 90.0, 95.0, 99.0)
 EPS = 1e-3
 """AGC's floor of the norm of a weight."""
 
-Values = npt.NDArray[np.floating]
+Values = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -98,9 +99,9 @@ class Suggestion:
         """
         tables, chosen = [], []
         for run in runs:
-            table, steps = _ratios(run, first_step)
+            table, measured = _ratios(run, first_step)
             tables.append(table)
-            chosen.append(np.isin(run.steps, steps))
+            chosen.append(np.isin(run.steps, measured))
         each = [table[~np.isnan(table)] for table in tables]
         ratios = np.concatenate(each)
         found = _percentile(ratios, percentile)
@@ -110,7 +111,7 @@ class Suggestion:
                 f"policy: measure, ratios: 1 (or every n-th step) and log: {{jsonl: ..., "
                 f"per_parameter: true}}"
             )
-        steps = sum(map(len, tables))
+        steps = sum(len(table) for table in tables)
         levels = np.percentile(ratios, CANDIDATES).tolist()
         return cls(
             threshold=found,
@@ -129,7 +130,7 @@ class Suggestion:
         )
 
 
-def _ratios(run: Run, first_step: float) -> tuple[Values, Values]:
+def _ratios(run: Run, first_step: float) -> tuple[Values, Floats]:
     """``(steps, parameters)``, NaN where there is none; and the steps."""
     kept = run.parameters
     if kept is None or kept.ratios is None or kept.of_modules:
@@ -138,7 +139,7 @@ def _ratios(run: Run, first_step: float) -> tuple[Values, Values]:
     norms, ratios = kept.norms[here], kept.ratios[here]
     with np.errstate(all="ignore"):  # no ratio in a step that has some: a weight of 0
         weights = np.where(np.isnan(ratios), 0.0, norms / ratios)
-        found = norms / np.maximum(weights, EPS).astype(np.float32)
+        found: Values = norms / np.maximum(weights, EPS).astype(np.float32)
     found[~(norms > 0.0)] = np.nan
     return found, kept.steps[here]
 
