@@ -25,10 +25,12 @@ from distclip._version import __version__ as __version__
 from distclip.errors import CollectiveError as CollectiveError
 from distclip.errors import ConfigurationError as ConfigurationError
 from distclip.errors import DistclipError as DistclipError
+from distclip.errors import LadderExhaustedError as LadderExhaustedError
 from distclip.errors import NonFiniteGradientError as NonFiniteGradientError
 from distclip.errors import ProcessGroupError as ProcessGroupError
 from distclip.errors import RankMismatchError as RankMismatchError
 from distclip.errors import ReplicaDriftError as ReplicaDriftError
+from distclip.errors import RewindRequested as RewindRequested
 from distclip.errors import StateError as StateError
 from distclip.errors import UnsupportedGradientError as UnsupportedGradientError
 
@@ -85,11 +87,13 @@ __all__ = [
     "DistclipError",
     "GradClipper",
     "MicroBatchClipper",
+    "LadderExhaustedError",
     "NonFiniteGradientError",
     "CollectiveError",
     "ProcessGroupError",
     "RankMismatchError",
     "ReplicaDriftError",
+    "RewindRequested",
     "StateError",
     "UnsupportedGradientError",
     "__version__",

@@ -20,6 +20,7 @@ from distclip.application.notices import earlier_clip, note_clip, sample, warn
 from distclip.application.stepping import skips_by_found_inf
 from distclip.engine import attaching, checkpoint
 from distclip.engine.attaching import listed
+from distclip.engine.ladder import Attendant
 from distclip.engine.session import Session
 from distclip.engine.walked import Apply
 from distclip.errors import ConfigurationError
@@ -169,6 +170,7 @@ class GradClipper:
         }
         self._session = session = Session.open(target, given, process_group, listed(optimizer))
         self._options = session.options
+        self._ladder = Attendant.of(session, process_group)
         self.sinks: tuple[Sink, ...] = (sinks,) if callable(sinks) else tuple(sinks)
         self.last_report: ClipReport | None = None
         """The report of the last clip."""
@@ -295,6 +297,22 @@ class GradClipper:
             ConfigurationError: several numbers, or a DTensor.
         """
         self._session.observe(loss)
+
+    def note(self, batch: Any = None, recompute: Callable[[], object] | None = None) -> None:
+        """Tell what the step to come is made of, for a :func:`~distclip.policies.ladder`.
+
+        Several notes of one step (micro-batches) add up. For another policy it does nothing.
+
+        Args:
+            batch: what names this rank's batch in the log and in
+                :attr:`RewindRequested.batches <distclip.RewindRequested>`; any value.
+            recompute: forward and backward of the same batch, as the step makes them, without
+                optimizer step; it and the batch are kept until the next clip. It is called there,
+                on every rank or on none, with ``.grad`` None and the weights of this step. What it
+                does not restore by itself (a random generator) makes the results differ.
+        """
+        if self._ladder is not None:
+            self._ladder.note(batch, recompute)
 
     @eagerly
     def attach(self, optimizer: Optimizer | Sequence[Optimizer], *more: Optimizer) -> AttachHandle:
@@ -427,11 +445,14 @@ class GradClipper:
 
         For the end of a training loop, and after replays of a CUDA graph, which run no Python.
         ``state_dict()`` and ``handle.remove()`` call it. Reads the host. Raises once for each
-        error, and so does the step that follows, on all ranks alike.
+        error, and so does the step that follows, on all ranks alike. A ladder's decision on the
+        last step is logged.
 
         Raises:
             NonFiniteGradientError: a step so far had a gradient that is not finite.
         """
+        if self._ladder is not None:
+            self._ladder.tell()
         self._session.late.raise_now()
 
     @eagerly
@@ -521,7 +542,8 @@ class GradClipper:
             state: what :meth:`state_dict` gave.
             source: where it is from, for the messages.
         """
-        return self._session.prepare(state, source)
+        load = self._session.prepare(state, source)
+        return load if self._ladder is None else self._ladder.loading(load)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GradClipper:
         """A clipper of the copied parameters, attached to the copied optimizers if this one is.
@@ -577,11 +599,15 @@ class GradClipper:
         in_use = True
         session = self._session
         session.begin(mode)
+        if self._ladder is not None:
+            self._ladder.attend(loss_scale)
         for watcher in watchers:
             watcher.before(self, loss_scale)
-        step = session.step
+        step, states = session.step, session.states
         multiply = None if fold is None else fold.multiply
         walked = session.clip(mode, loss_scale, later=later, fold=multiply, leaves_out=leaves_out)
+        if self._ladder is not None:
+            self._ladder.keep(states, walked, step)
         self._apply = walked.apply
         asks = leaves_out or walked.may_skip or mode != "error_late"
         never = walked.skipped is session.program.no_skip or not asks

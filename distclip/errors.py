@@ -11,6 +11,8 @@ The tree::
         ├── ProcessGroupError (RuntimeError)      a group that is closed, or that misses this rank
         ├── ReplicaDriftError (RuntimeError)      copies of one tensor differ between ranks
         ├── StateError (ValueError)               a state of another policy or model, or damaged
+        ├── RewindRequested (RuntimeError)        a ladder asks to go back to a checkpoint
+        ├── LadderExhaustedError (RuntimeError)   a ladder has used all its budgets
         └── NonFiniteGradientError (FloatingPointError, RuntimeError)
                                                   NaN or inf under on_nonfinite="error"
 
@@ -21,7 +23,7 @@ gradient changes, and alike on all ranks wherever all ranks can know.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class DistclipError(Exception):
@@ -103,3 +105,23 @@ class NonFiniteGradientError(DistclipError, FloatingPointError, RuntimeError):
     def __init__(self, message: str, parameters: Sequence[str] = ()) -> None:
         super().__init__(message)
         self.parameters = tuple(parameters)
+
+
+class RewindRequested(DistclipError, RuntimeError):  # noqa: N818 - asks, and is no fault
+    """A :func:`~distclip.policies.ladder` asks to go back; raised before a clip, on every rank.
+
+    The weights are those from before the spike that asked, whose update was skipped.
+
+    ``step`` is the clip (counted from 0) before which to go on: load a checkpoint that was taken
+    at this step or earlier. ``batches`` holds what this rank told
+    :meth:`~distclip.GradClipper.note` of the spikes of this episode, since this process began.
+    """
+
+    def __init__(self, message: str, step: int = 0, batches: Sequence[Any] = ()) -> None:
+        super().__init__(message)
+        self.step = step
+        self.batches = tuple(batches)
+
+
+class LadderExhaustedError(DistclipError, RuntimeError):
+    """A :func:`~distclip.policies.ladder` has used all its budgets; raised on every rank."""

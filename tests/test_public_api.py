@@ -29,11 +29,13 @@ EXPORTED = {
         "DistclipError",
         "GradClipper",
         "MicroBatchClipper",
+        "LadderExhaustedError",
         "NonFiniteGradientError",
         "CollectiveError",
         "ProcessGroupError",
         "RankMismatchError",
         "ReplicaDriftError",
+        "RewindRequested",
         "StateError",
         "UnsupportedGradientError",
         "__version__",
@@ -64,6 +66,7 @@ EXPORTED = {
         "GlobalNorm",
         "GroupEMA",
         "GroupNorm",
+        "Ladder",
         "Measure",
         "MuonAware",
         "Needs",
@@ -96,6 +99,7 @@ EXPORTED = {
         "global_norm",
         "group_ema",
         "group_norm",
+        "ladder",
         "measure",
         "muon_aware",
         "norm_gate",
@@ -156,6 +160,8 @@ SIGNATURES = {
     "stuck_after: float | None = None, ratios: Every = None, exponents: Every = None) -> None",
     "GradClipper.clip_": "(self, loss: Tensor | float | None = None) -> ClipReport",
     "GradClipper.observe": "(self, loss: Tensor | float) -> None",
+    "GradClipper.note": "(self, batch: Any = None, "
+    "recompute: Callable[[], object] | None = None) -> None",
     "GradClipper.attach": "(self, optimizer: Optimizer | Sequence[Optimizer], *more: Optimizer) "
     "-> AttachHandle",
     "GradClipper.close": "(self) -> None",
@@ -187,6 +193,8 @@ SIGNATURES = {
     "lambda_abs: float = 1.0, floor: float = 1e-06, max_growth: float | None = None) -> None",
     "policies.skip_spikes": "(window: int = 128, sigma: float = 6.0, min_history: int = 64, "
     "max_consecutive: int = 10, loss: bool = False, clip_sigma: float | None = None) -> None",
+    "policies.ladder": "(spikes: Policy, clips: int = 0, skips: int = 5, recomputes: int = 1, "
+    "rewinds: int = 2, calm: int = 100, margin: int = 0, tolerance: float = 0.001) -> None",
     "policies.running_max": "(theta: float = 0.999) -> None",
     "policies.norm_stabilizer": "(gamma1: float = 0.7, gamma2: float = 0.9, eps: float = 1e-08) "
     "-> None",

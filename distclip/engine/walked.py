@@ -86,11 +86,17 @@ class Walked:
         if not remembering or not (asked or dropped):
             return
         bad = self.nonfinite.any() if dropped else None
+        counting = {
+            stage.path
+            for one in self._compiled.passes
+            for stage in one.stages
+            if stage.policy.counts_nonfinite
+        }
         for path in remembering:
             stop = self.skipped
             if path in asked:
                 stop = stop & ~asked[path]
-                stop = stop if bad is None else stop | bad
+                stop = stop if bad is None or path in counting else stop | bad
             old = before[path]
             self.states[path] = {
                 key: torch.where(stop, old[key], value) for key, value in self.states[path].items()

@@ -26,6 +26,8 @@ from distclip.policies._group_ema import GroupEMA as GroupEMA
 from distclip.policies._group_ema import group_ema as group_ema
 from distclip.policies._group_norm import GroupNorm as GroupNorm
 from distclip.policies._group_norm import group_norm as group_norm
+from distclip.policies._ladder import Ladder as Ladder
+from distclip.policies._ladder import ladder as ladder
 from distclip.policies._measure import Measure as Measure
 from distclip.policies._measure import measure as measure
 from distclip.policies._muon_aware import MuonAware as MuonAware

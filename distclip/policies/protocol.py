@@ -193,6 +193,10 @@ class Policy(abc.ABC):
     is for its own fields; those of a subclass count until that says otherwise, and all of them do
     where it decides on the state itself."""
 
+    counts_nonfinite: ClassVar[bool] = False
+    """Whether a step that ``on_nonfinite="skip"`` drops leaves its trace in the state, which is to
+    be as finite as ever."""
+
     _kind: ClassVar[str] = "a scaling policy"
     _refused: ClassVar[Mapping[str, str]] = {
         "bound": "ClampingPolicy",

@@ -1,0 +1,164 @@
+"""What to do about spikes, the milder first: clip, skip, recompute, rewind, abort."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from distclip.errors import ConfigurationError
+from distclip.policies import checks
+from distclip.policies._skip_norm import SkipNorm
+from distclip.policies._skip_spikes import SkipSpikes
+from distclip.policies._torch import torch
+from distclip.policies.protocol import (
+    Action,
+    Needs,
+    ParameterInfo,
+    Policy,
+    ScalingPolicy,
+    Skip,
+    State,
+    Statistics,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_OF_SPIKES = "spikes."
+
+
+@dataclass(frozen=True)
+class Ladder(ScalingPolicy):
+    """Do more about each spike that follows another, as far as the budgets go.
+
+    ::
+
+        ladder(skip_spikes(clip_sigma=3.0), clips=2, skips=3, recomputes=1, rewinds=2)
+
+    ``spikes`` says what a spike is: a step that it would skip. Of the spikes of one episode the
+    first ``clips`` are not skipped, so that its own clipping, and what is behind it in a chain, see
+    them; the next ``skips`` are skipped; each of the next ``recomputes`` is skipped, and its
+    gradients computed again and compared; each after it is skipped, and :exc:`RewindRequested`
+    raised, ``rewinds`` times in the whole run; then :exc:`LadderExhaustedError` ends the run. Calm
+    steps in a row end an episode, and refill all budgets but that of rewinds.
+
+    Everything up to the skip is decided on the device. What needs the host is read from it one step
+    late and comes before the next clip, on all ranks alike; the weights are then still those of the
+    skipped step. Each decision is a line in the log ``distclip.ladder``, with what
+    :meth:`distclip.GradClipper.note` was given.
+
+    A step with a NaN or inf is a spike that is never clipped. (Under ``on_nonfinite="error"`` and
+    ``"error_late"`` it is an error, under ``"zero"`` its gradients are 0.)
+
+    Args:
+        spikes: a policy that skips, such as :class:`SkipSpikes` or :class:`SkipNorm`. It ends a
+            series of skips by itself after ``max_consecutive``, which should lie above the sum of
+            the budgets.
+        clips: spikes that are clipped, >= 0.
+        skips: spikes that are skipped and no more, >= 0.
+        recomputes: spikes after which the step is computed again, >= 0.
+        rewinds: rewinds asked for in one run, >= 0. Loading an older state does not refill them.
+        calm: steps in a row without a spike that end an episode, >= 1.
+        margin: steps before the first spike of the episode to go back to, >= 0.
+        tolerance: two results are equal where no parameter's gradient norm differs by more than
+            this part of the joint norm, >= 0; 0 is bit by bit.
+
+    Raises:
+        ConfigurationError: a value outside of these ranges; ``spikes`` is no single policy that
+            scales or skips; ``clips`` with a policy that clips nothing.
+    """
+
+    spikes: Policy
+    clips: int = 0
+    skips: int = 5
+    recomputes: int = 1
+    rewinds: int = 2
+    calm: int = 100
+    margin: int = 0
+    tolerance: float = 1e-3
+    name: ClassVar[str] = "ladder"
+    memory_fields: ClassVar[frozenset[str] | None] = frozenset(("spikes",))
+    counts_nonfinite: ClassVar[bool] = True
+    rungs: ClassVar[tuple[str, ...]] = ("clips", "skips", "recomputes", "rewinds")
+    """From the mildest up; above them there is only to abort. Also the keys of what is used."""
+
+    def __post_init__(self) -> None:
+        spikes = self.spikes
+        if not isinstance(spikes, ScalingPolicy) or isinstance(spikes, Ladder):
+            raise ConfigurationError(
+                f"ladder: spikes must be one policy that skips, such as policies.skip_spikes(), "
+                f"got {spikes!r}; put others behind the ladder, by policies.chain(ladder, ...)"
+            )
+        if spikes.per_parameter:
+            raise ConfigurationError(
+                f"ladder: {spikes!r} remembers something of each parameter, which is not supported "
+                f"here; put it behind the ladder, by policies.chain(ladder, ...)"
+            )
+        least = dict.fromkeys(self.rungs, 0) | {"calm": 1, "margin": 0}
+        for key, value in least.items():
+            whole = checks.whole(self.name, key, getattr(self, key), value)
+            object.__setattr__(self, key, whole)
+        tolerance = checks.threshold(self.name, "tolerance", self.tolerance)
+        object.__setattr__(self, "tolerance", tolerance)
+        clips = (isinstance(spikes, SkipSpikes) and spikes.clip_sigma is not None) or (
+            isinstance(spikes, SkipNorm) and spikes.clip_norm not in (None, float("inf"))
+        )
+        if self.clips and isinstance(spikes, (SkipSpikes, SkipNorm)) and not clips:
+            field = "clip_sigma" if isinstance(spikes, SkipSpikes) else "clip_norm"
+            raise ConfigurationError(
+                f"ladder: clips is {self.clips}, and {spikes!r} would leave these spikes as they "
+                f"are; give it {field}, or use clips=0"
+            )
+
+    @property
+    def needs(self) -> Needs:
+        return self.spikes.needs
+
+    def init(self, parameters: Sequence[ParameterInfo]) -> State:
+        inner = self.spikes.init(parameters)
+        state = {_OF_SPIKES + key: value for key, value in inner.items()}
+        for key in (*self.rungs, "seen", "rung", "calm", "ago"):
+            state[key] = torch.zeros((), dtype=torch.int64)
+        return state
+
+    def update(self, statistics: Statistics, state: State) -> tuple[Sequence[Action], State]:
+        old = {k.removeprefix(_OF_SPIKES): v for k, v in state.items() if k.startswith(_OF_SPIKES)}
+        actions, inner = self.spikes.update(statistics, old)  # type: ignore[attr-defined]
+        spike = torch.zeros_like(state["seen"], dtype=torch.bool)
+        for action in actions:
+            if isinstance(action, Skip):
+                spike = spike | action.flag
+        finite = torch.ones_like(spike)
+        for norms in statistics.gradients.values():
+            finite = finite & torch.isfinite(norms).all()
+        new = {
+            _OF_SPIKES + key: torch.where(finite, value, old[key]) for key, value in inner.items()
+        }
+        new |= self._climbed(state, spike, finite)
+        skip = Skip(spike & (new["rung"] > 1))
+        return (skip, *(each for each in actions if not isinstance(each, Skip))), new
+
+    def _climbed(self, state: State, spike: Tensor, finite: Tensor) -> State:
+        """The counters after this step, and the rung that it stands on: 0 for none."""
+        over = state["calm"] >= self.calm
+        free, rung, new = spike, torch.zeros_like(state["rung"]), {}
+        for number, key in enumerate(self.rungs, 1):
+            used = state[key] if key == "rewinds" else torch.where(over, 0, state[key])
+            taken = free & (used < getattr(self, key))
+            if key == "clips":
+                taken = taken & finite
+            new[key] = used + taken
+            rung = torch.where(taken, number, rung)
+            free = free & ~taken
+        rung = torch.where(free, len(self.rungs) + 1, rung)
+        first = over | (state["seen"] == 0)
+        return new | {
+            "rung": rung,
+            "seen": state["seen"] + spike,
+            "calm": torch.where(spike, 0, state["calm"] + 1),
+            "ago": torch.where(first & spike, 0, state["ago"] + 1),
+        }
+
+
+ladder = Ladder
