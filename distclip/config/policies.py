@@ -1,8 +1,8 @@
 """Policies as configuration, read off the policy classes themselves.
 
 Nothing here knows a policy by name. The arguments, their types and defaults are those of the
-class's ``__init__``, the descriptions those of its docstring, and the limits are found by asking
-the class: so a policy of the user's own is configured, checked and described like a built-in one.
+class's ``__init__``, the descriptions those of its docstring, and the limits stand in the type
+hints: so a policy of the user's own is configured, checked and described like a built-in one.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Union
 
@@ -30,6 +30,7 @@ from distclip import policies
 from distclip.config.problems import Path, Problems, did_you_mean, key_text, said, shown
 from distclip.errors import ConfigurationError
 from distclip.policies import Policy
+from distclip.policies.checks import Limit, limits_of
 from distclip.policies.registry import registered
 
 
@@ -79,7 +80,7 @@ def arguments(policy: type[Policy]) -> dict[str, Argument]:
             file can hold.
     """
     try:
-        hints = typing.get_type_hints(policy.__init__, include_extras=True)
+        hints = _hints(policy)
     except NameError as error:
         raise ConfigurationError(
             f"policy {policy.name!r} ({policy.__qualname__}): a type hint of its __init__ cannot "
@@ -224,9 +225,33 @@ def _in_files(hint: Any) -> Any:
     if origin in (Union, types.UnionType):
         return Union[tuple(_in_files(part) for part in parts)]  # noqa: UP007 - a tuple of types
     if origin is Annotated:
-        whole = (_in_files(parts[0]), *parts[1:])
+        whole = (_in_files(parts[0]), *parts[1:], *_schema_of(limits_of(hint)))
         return Annotated[whole]
     return hint
+
+
+def _hints(policy: type[Policy]) -> dict[str, Any]:
+    """The type hints of a policy's arguments.
+
+    The ``__init__`` of a dataclass has them as its fields have, and these are understood where they
+    were written, which may be in a base of another module.
+    """
+    fields = {key: f.type for key, f in getattr(policy, "__dataclass_fields__", {}).items()}
+    written = inspect.get_annotations(policy.__init__)
+    generated = all(fields.get(key) == hint for key, hint in written.items() if key != "return")
+    return typing.get_type_hints(policy if generated else policy.__init__, include_extras=True)
+
+
+def _schema_of(limits: Sequence[Limit]) -> list[WithJsonSchema]:
+    """What :class:`distclip.policies.Limit` says, for pydantic; nothing without limits."""
+    if not limits:
+        return []
+    schema: dict[str, Any] = {"type": "integer" if any(x.whole for x in limits) else "number"}
+    if all(limit.fits(math.inf) for limit in limits):
+        schema = {"anyOf": [schema, {"const": "inf"}]}
+    for limit in limits:
+        schema.update(limit.bounds)
+    return [WithJsonSchema(schema)]
 
 
 _ARGUMENT = re.compile(r"    (\w+)(?: \([^)]*\))?: (.*)")

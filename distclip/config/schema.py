@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
 from typing import Any
 
 from distclip.config.policies import Argument, arguments
@@ -12,8 +11,6 @@ from distclip.policies import Policy
 from distclip.policies.registry import registered
 
 Schema = dict[str, Any]
-
-_BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 
 
 def complete(document: Schema) -> Schema:
@@ -63,7 +60,7 @@ def _described(schema: Schema) -> Schema:
 def _policy(policy: type[Policy]) -> Schema:
     properties: Schema = {"name": {"const": policy.name}}
     for argument in arguments(policy).values():
-        properties[argument.name] = _argument(policy, argument)
+        properties[argument.name] = _argument(argument)
     text = (inspect.getdoc(policy) or "").split("\nArgs:")[0].split("\nRaises:")[0]
     required = [a.name for a in arguments(policy).values() if a.required]
     return {
@@ -76,10 +73,8 @@ def _policy(policy: type[Policy]) -> Schema:
     }
 
 
-def _argument(policy: type[Policy], argument: Argument) -> Schema:
+def _argument(argument: Argument) -> Schema:
     schema: Schema = _plain(argument.adapter.json_schema())
-    if not any(bound in str(schema) for bound in _BOUNDS):
-        schema = _with_limits(schema, _question(policy, argument))
     if argument.description:
         schema["description"] = argument.description
     if not argument.required:
@@ -100,66 +95,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and math.isinf(value):
         return "inf" if value > 0 else "-inf"
     return value if isinstance(value, (str, int, float, type(None))) else repr(value)
-
-
-# ---- limits ----------------------------------------------------------------------------------
-# A type hint says "float"; that it must be > 0 is known only to the check in the class. So the
-# class is asked about a few values, and what it says is written down where it fits a bound that
-# occurs in practice. Values between arguments ("a < b") are beyond this, and left to the class.
-
-
-def _question(policy: type[Policy], argument: Argument) -> Callable[[object], bool]:
-    """A function that says whether the class takes a value for this argument."""
-    others = {
-        a.name: 1 for a in arguments(policy).values() if a.required and a.name != argument.name
-    }
-
-    def accepts(value: object) -> bool:
-        try:
-            policy(**others, **{argument.name: value})
-        except Exception:
-            return False
-        return True
-
-    return accepts
-
-
-def _with_limits(schema: Schema, accepts: Callable[[object], bool]) -> Schema:
-    branches = _branches(schema)
-    kinds = [branch.get("type") for branch in branches]
-    if "number" not in kinds and "integer" not in kinds:
-        return schema
-    if not accepts(math.inf):
-        branches = [branch for branch in branches if branch != {"const": "inf"}]
-    limits = _integer_limits(accepts) if "integer" in kinds else _number_limits(accepts)
-    if len(branches) == 1:
-        return {**branches[0], **limits}
-    return {"anyOf": branches, **limits}
-
-
-def _branches(schema: Schema) -> list[Schema]:
-    if "anyOf" not in schema:
-        return [schema]
-    return [leaf for branch in schema["anyOf"] for leaf in _branches(branch)]
-
-
-def _number_limits(accepts: Callable[[object], bool]) -> Schema:
-    limits: Schema = {}
-    if not accepts(-1.0):
-        for bound in (0.0, 1.0):
-            if accepts(bound) and not accepts(bound - 1e-6):
-                limits["minimum"] = bound
-            elif accepts(bound + 1e-6) and not accepts(bound):
-                limits["exclusiveMinimum"] = bound
-    if not accepts(1e12):
-        for bound in (1.0, 100.0):
-            if accepts(bound) and not accepts(bound + 1e-6):
-                limits["maximum"] = bound
-            elif accepts(bound - 1e-6) and not accepts(bound):
-                limits["exclusiveMaximum"] = bound
-    return limits
-
-
-def _integer_limits(accepts: Callable[[object], bool]) -> Schema:
-    lowest = next((bound for bound in (0, 1, 2) if accepts(bound)), None)
-    return {} if lowest is None or accepts(-1) else {"minimum": lowest}

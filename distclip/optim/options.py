@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeAlias, cast, get_args
+from typing import Annotated, Any, TypeAlias, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ from distclip.policies import checks
 
 DecayMask: TypeAlias = Callable[[str, Tensor], bool] | Sequence[str] | None
 """Which parameters decay: a function of name and parameter, name patterns, or None (see LaProp)."""
+
+_Finite = Annotated[float, checks.Limit("finite and >= 0", finite=True, minimum=0)]
 
 FLAGS = ("nesterov", "maximize", "capturable")
 
@@ -37,17 +39,17 @@ def checked(where: str, options: dict[str, Any]) -> dict[str, Any]:
             f"{list(lr.shape)} of {lr.dtype}"
         )
     if not isinstance(lr, Tensor):
-        result["lr"] = _finite(where, "lr", lr)
+        result["lr"] = checks.checked(where, "lr", lr, _Finite)
     result["betas"] = _betas(where, options["betas"])
-    result["eps"] = checks.positive(where, "eps", options["eps"])
+    result["eps"] = checks.checked(where, "eps", options["eps"], checks.Positive)
     if torch.tensor(result["eps"], dtype=torch.float32) < torch.finfo(torch.float32).tiny:
         raise ConfigurationError(
             f"{where}: eps must be at least 1.2e-38, the smallest normal float32, got "
             f"{options['eps']!r}: below it a zero gradient may give 0 / 0"
         )
-    result["weight_decay"] = _finite(where, "weight_decay", options["weight_decay"])
-    result["agc"] = _finite(where, "agc", options["agc"])  # 0: no clipping
-    result["pmin"] = checks.positive(where, "pmin", options["pmin"])
+    for key in ("weight_decay", "agc"):  # agc=0: no clipping
+        result[key] = checks.checked(where, key, options[key], _Finite)
+    result["pmin"] = checks.checked(where, "pmin", options["pmin"], checks.Positive)
     for key in ("warmup", "anneal"):
         result[key] = _count(where, key, options[key])
     for key in FLAGS:
@@ -67,23 +69,16 @@ def checked(where: str, options: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _finite(where: str, key: str, value: Any) -> float:
-    number = checks.number(where, key, value)
-    if not 0.0 <= number < float("inf"):
-        raise ConfigurationError(f"{where}: {key} must be finite and >= 0, got {value!r}")
-    return number
-
-
 def _betas(where: str, value: Any) -> tuple[float, float]:
     if not isinstance(value, (tuple, list)) or len(value) != 2:
         raise ConfigurationError(
             f"{where}: betas must be two numbers (momentum, RMS) such as (0.9, 0.999), got "
             f"{value!r}"
         )
-    for key, beta in zip(("betas[0]", "betas[1]"), value, strict=True):
-        if not 0.0 <= checks.number(where, key, beta) < 1.0:
-            raise ConfigurationError(f"{where}: {key} must be >= 0 and < 1, got {beta!r}")
-    return float(value[0]), float(value[1])
+    first, second = (
+        checks.checked(where, f"betas[{i}]", beta, checks.Fraction) for i, beta in enumerate(value)
+    )
+    return first, second
 
 
 def _count(where: str, key: str, value: Any) -> int:

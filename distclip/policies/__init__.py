@@ -48,6 +48,7 @@ from distclip.policies._value import Value as Value
 from distclip.policies._value import value as value
 from distclip.policies._zclip import ZClip as ZClip
 from distclip.policies._zclip import zclip as zclip
+from distclip.policies.checks import Limit as Limit
 from distclip.policies.compose import ByName as ByName
 from distclip.policies.compose import ByPart as ByPart
 from distclip.policies.compose import Chain as Chain

@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
-from distclip.errors import ConfigurationError
-from distclip.policies import checks
 from distclip.policies._torch import torch
+from distclip.policies.checks import Factor, Fraction, Positive, Threshold, at_least
 from distclip.policies.protocol import (
     Action,
     Needs,
@@ -51,25 +50,15 @@ class AdaGC(ScalingPolicy):
         ConfigurationError: a value outside of these ranges.
     """
 
-    lambda_rel: float = 1.05
-    beta: float = 0.98
-    warmup_steps: int = 100
-    lambda_abs: float = 1.0
-    floor: float = 1e-6
-    max_growth: float | None = None
+    lambda_rel: Factor = 1.05
+    beta: Fraction = 0.98
+    warmup_steps: Annotated[int, at_least(1)] = 100
+    lambda_abs: Threshold = 1.0
+    floor: Positive = 1e-6
+    max_growth: Factor | None = None
     name: ClassVar[str] = "adagc"
     memory_fields: ClassVar[frozenset[str] | None] = frozenset(("beta", "warmup_steps"))
     per_parameter: ClassVar[frozenset[str]] = frozenset(("gamma", "first"))
-
-    def __post_init__(self) -> None:
-        set_ = object.__setattr__
-        set_(self, "lambda_rel", _at_least_one("lambda_rel", self.lambda_rel))
-        set_(self, "beta", checks.fraction(self.name, "beta", self.beta))
-        set_(self, "warmup_steps", checks.whole(self.name, "warmup_steps", self.warmup_steps, 1))
-        set_(self, "lambda_abs", checks.threshold(self.name, "lambda_abs", self.lambda_abs))
-        set_(self, "floor", checks.positive(self.name, "floor", self.floor))
-        if self.max_growth is not None:
-            set_(self, "max_growth", _at_least_one("max_growth", self.max_growth))
 
     @property
     def needs(self) -> Needs:
@@ -110,13 +99,6 @@ class AdaGC(ScalingPolicy):
         }
         shown = torch.where(warm, math.nan, self.lambda_abs)
         return (Scale(torch.where(warm, alone, together), shown),), state
-
-
-def _at_least_one(key: str, value: float) -> float:
-    checked = checks.positive(AdaGC.name, key, value)
-    if checked < 1.0:
-        raise ConfigurationError(f"adagc: {key} must be >= 1, got {value!r}")
-    return checked
 
 
 adagc = AdaGC

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from distclip.errors import ConfigurationError
-from distclip.policies import checks
 from distclip.policies._torch import torch
+from distclip.policies.checks import NormOrder, Positive
 from distclip.policies.protocol import ParameterInfo, UnitPolicy, matches
 from distclip.policies.registry import register
 
@@ -46,30 +46,31 @@ class AGC(UnitPolicy):
             dims that a matching parameter does not have.
     """
 
-    clip_factor: float = 0.01
-    eps: float = 1e-3
+    clip_factor: Positive = 0.01
+    eps: Positive = 1e-3
     unit: Literal["row", "tensor"] = "row"
     unit_dims_by_name: tuple[tuple[str, tuple[int, ...]], ...] = ()
-    norm_type: float = 2.0
+    norm_type: NormOrder = 2.0
     name: ClassVar[str] = "agc"
 
     def __init__(
         self,
-        clip_factor: float = 0.01,
-        eps: float = 1e-3,
+        clip_factor: Positive = 0.01,
+        eps: Positive = 1e-3,
         unit: Literal["row", "tensor"] = "row",
         unit_dims: Mapping[str, Sequence[int]] | None = None,
-        norm_type: float = 2.0,
+        norm_type: NormOrder = 2.0,
     ) -> None:
         if unit not in ("row", "tensor"):
             raise ConfigurationError(f'agc: unit must be "row" or "tensor", got {unit!r}')
         set_ = object.__setattr__
-        set_(self, "clip_factor", checks.positive(self.name, "clip_factor", clip_factor))
-        set_(self, "eps", checks.positive(self.name, "eps", eps))
+        set_(self, "clip_factor", clip_factor)
+        set_(self, "eps", eps)
         set_(self, "unit", unit)
         items = tuple((name, _dims(name, dims)) for name, dims in (unit_dims or {}).items())
         set_(self, "unit_dims_by_name", items)
-        set_(self, "norm_type", checks.norm_order(self.name, norm_type))
+        set_(self, "norm_type", norm_type)
+        self.__post_init__()
 
     def __repr__(self) -> str:
         dims = dict(self.unit_dims_by_name) or None

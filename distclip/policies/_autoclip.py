@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
-from distclip.errors import ConfigurationError
-from distclip.policies import _history, checks
+from distclip.policies import _history
 from distclip.policies._torch import torch
+from distclip.policies.checks import LONGEST, Limit, at_least
 from distclip.policies.norm_threshold import coefficient_to
 from distclip.policies.protocol import (
     Action,
@@ -48,24 +48,13 @@ class AutoClip(ScalingPolicy):
         ConfigurationError: a percentile outside of 0 to 100, a window < 1 or > 1,000,000.
     """
 
-    percentile: float = 10.0
-    window: int | None = None
+    percentile: Annotated[float, Limit("0 to 100", minimum=0, maximum=100)] = 10.0
+    window: Annotated[int, at_least(1), LONGEST] | None = None
     name: ClassVar[str] = "autoclip"
     memory_fields: ClassVar[frozenset[str] | None] = frozenset(("window",))
 
     relative_error: ClassVar[float] = _history.BIN_ERROR
     """Bound of the threshold's relative error with ``window=None``."""
-
-    def __post_init__(self) -> None:
-        percentile = checks.number(self.name, "percentile", self.percentile)
-        if not 0 <= percentile <= 100:
-            raise ConfigurationError(
-                f"autoclip: percentile must be 0 to 100, got {self.percentile!r}"
-            )
-        object.__setattr__(self, "percentile", percentile)
-        if self.window is not None:
-            window = checks.window(self.name, self.window, 1)
-            object.__setattr__(self, "window", window)
 
     @property
     def needs(self) -> Needs:

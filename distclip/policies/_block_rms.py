@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from distclip.policies import checks
 from distclip.policies._torch import torch
+from distclip.policies.checks import Positive
 from distclip.policies.protocol import Action, Needs, Scale, ScalingPolicy, State, Statistics
 from distclip.policies.registry import register
 
@@ -27,12 +27,8 @@ class BlockRMS(ScalingPolicy):
         ConfigurationError: a threshold that is not finite and > 0.
     """
 
-    threshold: float
+    threshold: Positive
     name: ClassVar[str] = "block_rms"
-
-    def __post_init__(self) -> None:
-        threshold = checks.positive(self.name, "threshold", self.threshold)
-        object.__setattr__(self, "threshold", threshold)
 
     @property
     def needs(self) -> Needs:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from distclip.policies import checks
 from distclip.policies._torch import torch
+from distclip.policies.checks import Positive
 from distclip.policies.protocol import Action, Needs, Scale, ScalingPolicy, State, Statistics
 from distclip.policies.registry import register
 
@@ -28,13 +28,9 @@ class DreamerAGC(ScalingPolicy):
         ConfigurationError: an argument that is not finite and > 0.
     """
 
-    clip: float = 0.3
-    pmin: float = 1e-3
+    clip: Positive = 0.3
+    pmin: Positive = 1e-3
     name: ClassVar[str] = "dreamer_agc"
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "clip", checks.positive(self.name, "clip", self.clip))
-        object.__setattr__(self, "pmin", checks.positive(self.name, "pmin", self.pmin))
 
     @property
     def needs(self) -> Needs:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from distclip.policies._global_norm import GlobalNorm
+from distclip.policies.checks import NormOrder, Threshold
 from distclip.policies.compose import ByPart
 from distclip.policies.registry import register
 
@@ -35,7 +36,10 @@ class ExpertAware(ByPart):
     labels: ClassVar[Mapping[str, str]] = {"kind=expert": "experts"}
 
     def __init__(
-        self, max_norm: float, expert_max_norm: float | None = None, norm_type: float = 2.0
+        self,
+        max_norm: Threshold,
+        expert_max_norm: Threshold | None = None,
+        norm_type: NormOrder = 2.0,
     ) -> None:
         limit = max_norm if expert_max_norm is None else expert_max_norm
         super().__init__(

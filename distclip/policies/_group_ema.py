@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
-from distclip.errors import ConfigurationError
 from distclip.policies import _history, checks
 from distclip.policies._torch import torch
+from distclip.policies.checks import Factor, Fraction, Share, at_least
 from distclip.policies.protocol import (
     Action,
     Needs,
@@ -67,34 +67,24 @@ class GroupEMA(ScalingPolicy):
         ConfigurationError: a value outside of these ranges; late values without ``late_stop``.
     """
 
-    high_mult: float = 1.05
-    low_mult: float = 0.0
-    ema_beta: float = 0.98
-    max_down_scale: float = 0.0
-    max_up_scale: float = 1.1
-    high_late: float | None = None
-    low_late: float | None = None
-    late_start: int = 0
-    late_stop: int = 0
+    high_mult: Factor = 1.05
+    low_mult: Share = 0.0
+    ema_beta: Fraction = 0.98
+    max_down_scale: Share = 0.0
+    max_up_scale: Factor = 1.1
+    high_late: Factor | None = None
+    low_late: Share | None = None
+    late_start: Annotated[int, at_least(0)] = 0
+    late_stop: Annotated[int, at_least(0)] = 0
     name: ClassVar[str] = "group_ema"
     per_parameter: ClassVar[frozenset[str]] = frozenset(("ema",))
     memory_fields: ClassVar[frozenset[str] | None] = frozenset(("ema_beta",))
 
     def __post_init__(self) -> None:
-        given = [key for key in ("high_late", "low_late") if getattr(self, key) is not None]
-        for key in ("high_mult", "max_up_scale", *(key for key in given if key == "high_late")):
-            value = checks.positive(self.name, key, getattr(self, key))
-            if value < 1.0:
-                raise ConfigurationError(f"group_ema: {key} must be >= 1, got {value}")
-            object.__setattr__(self, key, value)
-        for key in ("low_mult", "max_down_scale", *(key for key in given if key == "low_late")):
-            value = checks.threshold(self.name, key, getattr(self, key))
-            if value > 1.0:
-                raise ConfigurationError(f"group_ema: {key} must be at most 1, got {value}")
-            object.__setattr__(self, key, value)
-        object.__setattr__(self, "ema_beta", checks.fraction(self.name, "ema_beta", self.ema_beta))
-        for key, least in (("late_start", 0), ("late_stop", self.late_start + 1 if given else 0)):
-            object.__setattr__(self, key, checks.whole(self.name, key, getattr(self, key), least))
+        super().__post_init__()
+        if (self.high_late, self.low_late) != (None, None):
+            later = Annotated[int, at_least(self.late_start + 1)]
+            checks.checked(self.name, "late_stop", self.late_stop, later)
 
     @property
     def needs(self) -> Needs:

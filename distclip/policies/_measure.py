@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from distclip.policies import checks
+from distclip.policies.checks import NormOrder
 from distclip.policies.protocol import Action, Needs, ScalingPolicy, State, Statistics
 from distclip.policies.registry import register
 
@@ -20,11 +20,8 @@ class Measure(ScalingPolicy):
         norm_type: order p of the norms in the report; p > 0 or inf.
     """
 
-    norm_type: float = 2.0
+    norm_type: NormOrder = 2.0
     name: ClassVar[str] = "measure"
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "norm_type", checks.norm_order(self.name, self.norm_type))
 
     @property
     def needs(self) -> Needs:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from distclip.policies._global_norm import GlobalNorm
+from distclip.policies.checks import NormOrder, Threshold
 from distclip.policies.compose import ByPart
 from distclip.policies.registry import register
 
@@ -44,7 +45,7 @@ class MuonAware(ByPart):
     name: ClassVar[str] = "muon_aware"
     labels: ClassVar[Mapping[str, str]] = {BY_MUON: "muon"}
 
-    def __init__(self, max_norm: float, norm_type: float = 2.0) -> None:
+    def __init__(self, max_norm: Threshold, norm_type: NormOrder = 2.0) -> None:
         super().__init__({BY_MUON: None}, default=GlobalNorm(max_norm, norm_type))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from distclip.policies._skip_norm import SkipNorm
+from distclip.policies.checks import NormOrder, Threshold
 from distclip.policies.compose import ByPart
 from distclip.policies.registry import register
 
@@ -39,7 +40,7 @@ class NormGate(ByPart):
 
     name: ClassVar[str] = "norm_gate"
 
-    def __init__(self, part: str, max_norm: float, norm_type: float = 2.0) -> None:
+    def __init__(self, part: str, max_norm: Threshold, norm_type: NormOrder = 2.0) -> None:
         key = f"name={part}" if isinstance(part, str) and "=" not in part else part
         super().__init__({key: SkipNorm(max_norm, norm_type)})
 

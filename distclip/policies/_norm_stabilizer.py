@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from distclip.policies import _history, checks
+from distclip.policies import _history
 from distclip.policies._torch import torch
+from distclip.policies.checks import Fraction, Positive
 from distclip.policies.protocol import (
     Action,
     Needs,
@@ -49,18 +50,12 @@ class NormStabilizer(ScalingPolicy):
         ConfigurationError: a value outside of these ranges.
     """
 
-    gamma1: float = 0.7
-    gamma2: float = 0.9
-    eps: float = 1e-8
+    gamma1: Fraction = 0.7
+    gamma2: Fraction = 0.9
+    eps: Positive = 1e-8
     name: ClassVar[str] = "norm_stabilizer"
     per_parameter: ClassVar[frozenset[str]] = frozenset(("mean", "root", "seen"))
     memory_fields: ClassVar[frozenset[str] | None] = frozenset(("gamma1", "gamma2"))
-
-    def __post_init__(self) -> None:
-        set_ = object.__setattr__
-        set_(self, "gamma1", checks.fraction(self.name, "gamma1", self.gamma1))
-        set_(self, "gamma2", checks.fraction(self.name, "gamma2", self.gamma2))
-        set_(self, "eps", checks.positive(self.name, "eps", self.eps))
 
     @property
     def needs(self) -> Needs:

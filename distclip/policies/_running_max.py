@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from distclip.policies import _history, checks
+from distclip.policies import _history
 from distclip.policies._torch import torch
+from distclip.policies.checks import Fraction
 from distclip.policies.protocol import ClampingPolicy, Needs, ParameterInfo, State, Statistics
 from distclip.policies.registry import register
 
@@ -36,12 +37,9 @@ class RunningMax(ClampingPolicy):
         ConfigurationError: a value outside of this range; at the first clip, a complex parameter.
     """
 
-    theta: float = 0.999
+    theta: Fraction = 0.999
     name: ClassVar[str] = "running_max"
     per_parameter: ClassVar[frozenset[str]] = frozenset({"mean", "seen"})
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "theta", checks.fraction(self.name, "theta", self.theta))
 
     @property
     def needs(self) -> Needs:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from distclip.errors import ConfigurationError
-from distclip.policies import checks
 from distclip.policies._torch import torch
+from distclip.policies.checks import Threshold
 from distclip.policies.norm_threshold import NormThreshold, norm_coefficient
 from distclip.policies.protocol import Action, Scale, Skip, State, Statistics
 from distclip.policies.registry import register
@@ -39,13 +39,12 @@ class SkipNorm(NormThreshold):
         ConfigurationError: a negative or NaN threshold, ``clip_norm > max_norm``, p <= 0.
     """
 
-    clip_norm: float | None = None
+    clip_norm: Threshold | None = None
     name: ClassVar[str] = "skip_norm"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        given = math.inf if self.clip_norm is None else self.clip_norm
-        limit = checks.threshold(self.name, "clip_norm", given)
+        limit = math.inf if self.clip_norm is None else self.clip_norm
         if not math.isinf(limit) and limit > self.max_norm:
             raise ConfigurationError(
                 f"skip_norm: clip_norm must be at most max_norm, which is {self.max_norm}, got "

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from distclip.errors import ConfigurationError
-from distclip.policies import _history, checks
+from distclip.policies import _history
 from distclip.policies._torch import torch
+from distclip.policies.checks import LONGEST, Positive, at_least
 from distclip.policies.norm_threshold import coefficient_to
 from distclip.policies.protocol import (
     Action,
@@ -63,22 +64,17 @@ class SkipSpikes(ScalingPolicy):
         ConfigurationError: a value outside of these ranges.
     """
 
-    window: int = 128
-    sigma: float = 6.0
-    min_history: int = 64
-    max_consecutive: int = 10
+    window: Annotated[int, at_least(2), LONGEST] = 128
+    sigma: Positive = 6.0
+    min_history: Annotated[int, at_least(2)] = 64
+    max_consecutive: Annotated[int, at_least(1)] = 10
     loss: bool = False
-    clip_sigma: float | None = None
+    clip_sigma: Positive | None = None
     name: ClassVar[str] = "skip_spikes"
     memory_fields: ClassVar[frozenset[str] | None] = frozenset(("window", "loss"))
 
     def __post_init__(self) -> None:
-        set_ = object.__setattr__
-        set_(self, "window", checks.window(self.name, self.window, 2))
-        set_(self, "sigma", checks.positive(self.name, "sigma", self.sigma))
-        set_(self, "min_history", checks.whole(self.name, "min_history", self.min_history, 2))
-        most = checks.whole(self.name, "max_consecutive", self.max_consecutive, 1)
-        set_(self, "max_consecutive", most)
+        super().__post_init__()
         if self.min_history > self.window:
             raise ConfigurationError(
                 f"skip_spikes: min_history must be at most window, which is {self.window}, got "
@@ -86,13 +82,11 @@ class SkipSpikes(ScalingPolicy):
             )
         if not isinstance(self.loss, bool):
             raise ConfigurationError(f"skip_spikes: loss must be true or false, got {self.loss!r}")
-        if self.clip_sigma is not None:
-            set_(self, "clip_sigma", checks.positive(self.name, "clip_sigma", self.clip_sigma))
-            if self.clip_sigma > self.sigma:
-                raise ConfigurationError(
-                    f"skip_spikes: clip_sigma must be at most sigma, which is {self.sigma}, got "
-                    f"{self.clip_sigma}; nothing would be clipped, since larger norms are skipped"
-                )
+        if self.clip_sigma is not None and self.clip_sigma > self.sigma:
+            raise ConfigurationError(
+                f"skip_spikes: clip_sigma must be at most sigma, which is {self.sigma}, got "
+                f"{self.clip_sigma}; nothing would be clipped, since larger norms are skipped"
+            )
 
     @property
     def needs(self) -> Needs:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from distclip.policies import checks
+from distclip.policies.checks import Threshold
 from distclip.policies.protocol import ClampingPolicy
 from distclip.policies.registry import register
 
@@ -25,12 +25,8 @@ class Value(ClampingPolicy):
         ConfigurationError: a negative or NaN threshold.
     """
 
-    clip_value: float
+    clip_value: Threshold
     name: ClassVar[str] = "value"
-
-    def __post_init__(self) -> None:
-        clip_value = checks.threshold(self.name, "clip_value", self.clip_value)
-        object.__setattr__(self, "clip_value", clip_value)
 
     @property
     def bound(self) -> float:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
-from distclip.policies import _history, checks
+from distclip.policies import _history
 from distclip.policies._torch import torch
+from distclip.policies.checks import Fraction, Positive, Threshold, at_least
 from distclip.policies.norm_threshold import coefficient_to
 from distclip.policies.protocol import (
     Action,
@@ -55,20 +56,17 @@ class ZClip(ScalingPolicy):
         ConfigurationError: a value outside of these ranges.
     """
 
-    z_thresh: float = 2.5
-    alpha: float = 0.97
-    warmup_steps: int = 25
-    max_norm: float | None = 1.0
+    z_thresh: Positive = 2.5
+    alpha: Fraction = 0.97
+    warmup_steps: Annotated[int, at_least(1)] = 25
+    max_norm: Threshold | None = 1.0
     name: ClassVar[str] = "zclip"
     memory_fields: ClassVar[frozenset[str] | None] = frozenset(("alpha", "warmup_steps"))
 
     def __post_init__(self) -> None:
-        set_ = object.__setattr__
-        set_(self, "z_thresh", checks.positive(self.name, "z_thresh", self.z_thresh))
-        set_(self, "alpha", checks.fraction(self.name, "alpha", self.alpha))
-        set_(self, "warmup_steps", checks.whole(self.name, "warmup_steps", self.warmup_steps, 1))
-        ceiling = math.inf if self.max_norm is None else self.max_norm
-        set_(self, "max_norm", checks.threshold(self.name, "max_norm", ceiling))
+        super().__post_init__()
+        if self.max_norm is None:
+            object.__setattr__(self, "max_norm", math.inf)
 
     @property
     def needs(self) -> Needs:

@@ -7,8 +7,8 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from distclip.policies import checks
 from distclip.policies._torch import torch
+from distclip.policies.checks import NormOrder, Threshold
 from distclip.policies.protocol import Needs, ScalingPolicy
 
 if TYPE_CHECKING:
@@ -68,13 +68,8 @@ class NormThreshold(ScalingPolicy):
         ConfigurationError: a negative or NaN threshold, p <= 0.
     """
 
-    max_norm: float
-    norm_type: float = 2.0
-
-    def __post_init__(self) -> None:
-        max_norm = checks.threshold(self.name, "max_norm", self.max_norm)
-        object.__setattr__(self, "max_norm", max_norm)
-        object.__setattr__(self, "norm_type", checks.norm_order(self.name, self.norm_type))
+    max_norm: Threshold
+    norm_type: NormOrder = 2.0
 
     @property
     def needs(self) -> Needs:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, TypeAlias
 
 from distclip.errors import ConfigurationError
+from distclip.policies import checks
 from distclip.policies._torch import torch
 
 if TYPE_CHECKING:
@@ -176,7 +177,8 @@ class Policy(abc.ABC):
 
     A class that derives from ``Policy`` itself and defines ``update`` is a scaling policy.
     Subclasses are frozen dataclasses: the fields are the configuration, checked in
-    ``__post_init__`` and printed by ``repr`` (ranks compare the ``repr``). A class that defines a
+    ``__post_init__`` and printed by ``repr`` (ranks compare the ``repr``). Fields whose type hints
+    have a :class:`Limit` are checked without further ado. A class that defines a
     member of another kind is refused when it is made.
     """
 
@@ -205,6 +207,14 @@ class Policy(abc.ABC):
         "unit_coefficients": "UnitPolicy",
     }
     """Members that a class of this kind may not define -> the kind that may."""
+
+    def __post_init__(self) -> None:
+        """Check the fields whose type hints have a limit, and store them as numbers.
+
+        Raises:
+            ConfigurationError: names the field, its value and the limit.
+        """
+        checks.check_fields(self.name, self)
 
     @property
     def needs(self) -> Needs:

@@ -6,13 +6,12 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import pytest
 
 from distclip import config, policies
-from distclip.errors import ConfigurationError
-from distclip.policies import registry
+from distclip.policies import checks, registry
 from tests.config.writing import Write, fault
 
 
@@ -24,19 +23,20 @@ class Halve(policies.Policy):
         every: how often,
             in steps.
         share: of the parameters, 0 to 1.
+        most: at most so much.
         limit: none by default.
         key: used in Python only.
     """
 
-    every: int
+    every: Annotated[int, policies.Limit(">= 1", whole=True, minimum=1)]
     share: float = 0.5
+    most: checks.Share | None = None
     limit: float = math.inf
     key: Callable[[int], int] | None = None
     name: ClassVar[str] = "halve"
 
     def __post_init__(self) -> None:
-        if self.every < 1:
-            raise ConfigurationError(f"halve: every must be >= 1, got {self.every}")
+        super().__post_init__()
         if not 0 <= self.share <= 1:
             raise ValueError(f"a share of {self.share} is none")
 
@@ -65,8 +65,12 @@ def test_a_policy_of_ones_own() -> None:
             "name": {"const": "halve"},
             "every": {"type": "integer", "minimum": 1, "description": "how often, in steps."},
             "share": {
-                "type": "number", "minimum": 0.0, "maximum": 1.0, "default": 0.5,
+                "anyOf": [{"type": "number"}, {"const": "inf"}], "default": 0.5,
                 "description": "of the parameters, 0 to 1.",
+            },
+            "most": {
+                "anyOf": [{"type": "number", "minimum": 0, "maximum": 1}, {"type": "null"}],
+                "default": None, "description": "at most so much.",
             },
             "limit": {
                 "anyOf": [{"type": "number"}, {"const": "inf"}], "default": "inf",

@@ -6,7 +6,7 @@ import io
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import pytest
 import torch
@@ -127,6 +127,34 @@ def test_a_policy_that_decides_nothing_is_refused_by_the_clipper(
 ) -> None:
     with pytest.raises(ConfigurationError, match=message):
         GradClipper(nn.Linear(2, 2), policies.chain(policies.measure(), factory()))
+
+
+@dataclass(frozen=True)
+class Limited(policies.AutoClip):
+    at_most: Annotated[int, policies.Limit("even", whole=True, minimum=2)] | None = None
+
+
+@dataclass(frozen=True)
+class Unresolved(policies.ClampingPolicy):
+    bound: Nowhere = 1.0  # type: ignore[name-defined]  # noqa: F821
+    name: ClassVar[str] = "unresolved"
+
+
+def test_limits_of_fields_are_checked() -> None:
+    limited = Limited(50, at_most=4.0)  # type: ignore[arg-type]
+    assert (limited.at_most, limited.window) == (4, None)
+    assert isinstance(limited.at_most, int)
+    for arguments, message in (
+        ({"at_most": 1}, "at_most must be even, got 1"),
+        ({"at_most": math.inf}, "at_most must be even"),
+        ({"at_most": True}, "at_most must be a number, got True"),
+        ({"percentile": 101}, "percentile must be 0 to 100"),  # a field of its base
+        ({"percentile": None}, "percentile must be a number, got None"),
+    ):
+        with pytest.raises(ConfigurationError, match=message):
+            Limited(**arguments)  # type: ignore[arg-type]
+    assert Unresolved().bound == 1.0
+    assert policies.global_norm("inf") == policies.global_norm(math.inf)  # type: ignore[arg-type]
 
 
 def test_a_field_is_a_bound() -> None:
