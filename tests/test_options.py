@@ -57,13 +57,12 @@ def test_from_config_hands_every_option_on() -> None:
 def test_accelerate_hands_every_option_on() -> None:
     model = nn.Linear(2, 2)
     prepared: Any = SimpleNamespace(
-        named=lambda parameters: [(str(n), p) for n, p in enumerate(parameters)],
-        optimizers=lambda parameters: [],
+        meant=lambda parameters: ([(str(n), p) for n, p in enumerate(parameters)], []),
         accelerator=SimpleNamespace(is_main_process=False),
     )
     clippers = Clippers(prepared, config.Config(**OTHER))
     assert shown(clippers.of(list(model.parameters()))) == OTHER
-    measuring = clippers.of(list(model.parameters()), measuring=True)
+    measuring = clippers.of(list(model.parameters()), measuring=2.0)
     assert measuring.on_nonfinite == "pass"
     assert measuring.policy == policies.measure()
 

@@ -206,7 +206,7 @@ class AcceleratorAttachment(Attachment):
             if not all(map(is_reduced, chosen)):
                 norm = get_total_norm([p.grad for p in chosen if p.grad is not None])
                 return norm if scale is None else norm / scale
-            return self._clippers.of(chosen, measuring=True).clip_before_step(scale).total_norm
+            return self._clippers.of(chosen, measuring=2.0).clip_before_step(scale).total_norm
         self._unscale(chosen)
         marks = [self._called.get(id(parameter)) for parameter in chosen]
         if any(mark and mark.outdated(p) for mark, p in zip(marks, chosen, strict=True)):

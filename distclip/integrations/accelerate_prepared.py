@@ -15,6 +15,7 @@ from distclip.errors import DistclipError
 from distclip.integrations.clippers import named_in
 from distclip.layouts import fsdp2
 from distclip.layouts.gradients import is_uneven
+from distclip.layouts.names import Target
 from distclip.statistics import collectives
 
 
@@ -114,13 +115,10 @@ class Prepared:
         unknown = {key: p for key, p in chosen.items() if key not in known}
         return agreed | unknown, {key for key, flag in zip(known, there, strict=True) if flag}
 
-    def named(self, parameters: list[Tensor]) -> list[tuple[str, Tensor]]:
-        """Names as in the prepared models concerned; a number for a parameter that is in none."""
-        return named_in(self.accelerator._models, parameters)
-
-    def optimizers(self, parameters: list[Tensor]) -> list[Optimizer]:
-        """The torch optimizers that step these."""
-        return [innermost(owner) for owner in self.owners(parameters)]
+    def meant(self, parameters: list[Tensor]) -> tuple[Target, list[Optimizer]]:
+        """Names as in the prepared models concerned, and the torch optimizers that step these."""
+        optimizers = [innermost(owner) for owner in self.owners(parameters)]
+        return named_in(self.accelerator._models, parameters), optimizers
 
 
 def innermost(accelerated: AcceleratedOptimizer) -> Optimizer:

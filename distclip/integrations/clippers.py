@@ -17,31 +17,18 @@ from distclip.config.logs import open_log, release_log
 from distclip.errors import ConfigurationError
 from distclip.integrations.checkpoints import Shelf
 from distclip.layouts import fsdp2
-from distclip.layouts.names import Excerpt, Named, named_parameters
+from distclip.layouts.names import Excerpt, Named, Target, named_parameters
 from distclip.policies.compose import reads_loss
 from distclip.statistics import collectives
 
 _logger = logging.getLogger("distclip")
 
 
-MEASURING = {
-    "policy": policies.measure(),
-    "on_nonfinite": "pass",
-    "norms": True,
-    "verify_replicas": "never",
-    "overlap": False,
-}
-"""Options of a clipper that only measures."""
-
-
 class Trained(Protocol):
     """What a framework trains at the moment."""
 
-    def named(self, parameters: list[Tensor]) -> Named:
-        """The parameters with their names in the models."""
-
-    def optimizers(self, parameters: list[Tensor]) -> list[Optimizer]:
-        """All torch optimizers that step any of these."""
+    def meant(self, parameters: list[Tensor]) -> tuple[Target, list[Optimizer]]:
+        """What a clipper of these is built of, and the torch optimizers that step any of them."""
 
 
 def named_in(models: Sequence[nn.Module], parameters: list[Tensor]) -> Named:
@@ -79,7 +66,7 @@ class Clippers:
 
     def __init__(self, trained: Trained, config: Config) -> None:
         self.known: dict[frozenset[int], GradClipper] = {}
-        self._measurers: dict[frozenset[int], GradClipper] = {}
+        self._measurers: dict[tuple[frozenset[int], float], GradClipper] = {}
         self.shelf = Shelf(config.policy)
         self.reads_loss = reads_loss(config.policy)
         self._losses: list[Tensor] = []
@@ -88,7 +75,7 @@ class Clippers:
         self._config = config
 
     def forget(self) -> None:
-        """Forget the clippers of models that no longer exist."""
+        """Forget all clippers."""
         for clipper in self.known.values():
             clipper.close()
             release_log(clipper)
@@ -105,40 +92,57 @@ class Clippers:
         if not self.known:
             self._losses.append(torch.as_tensor(loss).detach())
 
-    def of(self, parameters: list[Tensor], *, measuring: bool = False) -> GradClipper:
-        """The one of exactly these parameters, or the one that only measures them."""
-        known = self._measurers if measuring else self.known
-        key = frozenset(map(id, parameters))
-        if key not in known:
-            policy = self._config.policy
-            if not measuring and self.known and self.reads_loss:
-                raise ConfigurationError(
-                    f"{policy!r} reads the loss, and this script clips several sets of parameters "
-                    f"by themselves (several optimizers, or clip_grad_norm_ on parts of a model): "
-                    f"backward(loss) does not say to which of them a loss belongs. "
-                    f"Leave `loss` off, or build a GradClipper for each set and give it its own "
-                    f"by clipper.observe(loss)"
-                )
-            asked = self._config.arguments(**(MEASURING if measuring else {}))
-            known[key] = GradClipper(
-                self._trained.named(parameters),
-                optimizer=self._trained.optimizers(parameters),
-                **asked,
-            )
-            known[key].expects_gradients = not measuring
-            if not measuring:
-                self._open_log(known[key])
-                self._begin(known[key])
-            if not measuring and collectives.is_first():
-                _logger.info("clipping %d parameters by %r", len(key), policy)
-        return known[key]
+    def of(self, parameters: list[Tensor], *, measuring: float | None = None) -> GradClipper:
+        """The one of exactly these parameters.
 
-    def _begin(self, clipper: GradClipper) -> None:
+        Args:
+            parameters: as an optimizer steps them.
+            measuring: order of a norm: the one that only measures it.
+        """
+        key = frozenset(map(id, parameters))
+        found = self.known.get(key) if measuring is None else self._measurers.get((key, measuring))
+        if found is not None:
+            return found
+        self._make_way(measuring)
+        target, optimizers = self._trained.meant(parameters)
+        options = self._config.arguments(**({} if measuring is None else _measuring(measuring)))
+        clipper = GradClipper(target, optimizer=optimizers, **options)
+        if measuring is None:
+            self.known[key] = clipper
+            open_log(clipper, self._config, getattr(self._trained, "accelerator", None))
+            self._begin(clipper, key)
+        else:
+            clipper.expects_gradients = False
+            self._measurers[key, measuring] = clipper
+        return clipper
+
+    def _make_way(self, measuring: float | None) -> None:
+        """Called before a new one is built."""
+        if measuring is None and self.known and self.reads_loss:
+            raise ConfigurationError(
+                f"{self._config.policy!r} reads the loss, and this script clips several sets of "
+                f"parameters by themselves (several optimizers, or clip_grad_norm_ on parts of a "
+                f"model): backward(loss) does not say to which of them a loss belongs. "
+                f"Leave `loss` off, or build a GradClipper for each set and give it its own "
+                f"by clipper.observe(loss)"
+            )
+
+    def _begin(self, clipper: GradClipper, key: frozenset[int]) -> None:
         """Give a new clipper what came before it."""
         self.shelf.hand_over(clipper)
         for loss in self._losses:
             clipper.observe(loss)
         self._losses.clear()
+        if collectives.is_first():
+            _logger.info("clipping %d parameters by %r", len(key), clipper.policy)
 
-    def _open_log(self, clipper: GradClipper) -> None:
-        open_log(clipper, self._config, getattr(self._trained, "accelerator", None))
+
+def _measuring(norm_type: float) -> dict[str, object]:
+    """Options of a clipper that only measures."""
+    return {
+        "policy": policies.measure(norm_type),
+        "on_nonfinite": "pass",
+        "norms": True,
+        "verify_replicas": "never",
+        "overlap": False,
+    }

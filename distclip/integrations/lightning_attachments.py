@@ -32,7 +32,7 @@ from distclip.integrations.checkpoints import Shelf
 from distclip.integrations.clippers import Clippers, named_in
 from distclip.layouts import fsdp2
 from distclip.layouts.gradients import is_reduced, is_uneven
-from distclip.layouts.names import Named
+from distclip.layouts.names import Target
 from distclip.report import ClipReport
 from distclip.statistics import collectives
 
@@ -67,9 +67,9 @@ class LightningAttachment(Attachment):
         if self._adopted.add(optimizer):
             self._begin("lightning")
 
-    def named(self, parameters: list[Tensor]) -> Named:
-        """The parameters with their names in the models."""
-        return named_in(self.models, parameters)
+    def meant(self, parameters: list[Tensor]) -> tuple[Target, list[Optimizer]]:
+        """The parameters with their names in the models, and the optimizers that step any."""
+        return named_in(self.models, parameters), self.optimizers(parameters)
 
     def optimizers(self, parameters: list[Tensor]) -> list[Optimizer]:
         """All optimizers that step any of these."""
@@ -198,7 +198,7 @@ class TrainerAttachment(LightningAttachment):
         if not all(map(is_reduced, parameters)):
             norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
             return norm if scale is None else norm / scale
-        return self._clippers.of(parameters, measuring=True).clip_before_step(scale).total_norm
+        return self._clippers.of(parameters, measuring=2.0).clip_before_step(scale).total_norm
 
     def _scale(self, owners: list[Optimizer]) -> Tensor | None:
         """The loss scale that is still in the gradients of these optimizers."""

@@ -140,8 +140,8 @@ class TorchObjects:
     def _active(self) -> list[torch.amp.GradScaler]:
         return [s for s in self.scalers if s.is_enabled() and s._scale is not None]
 
-    def target(self, parameters: Sequence[Tensor], owners: Sequence[Optimizer]) -> Target:
-        """What a :class:`distclip.GradClipper` is to be built of, for just these parameters.
+    def meant(self, parameters: Sequence[Tensor]) -> tuple[Target, list[Optimizer]]:
+        """What a :class:`distclip.GradClipper` of just these parameters is to be built of.
 
         Their names are those in the outermost modules that have them; without a module those that
         the optimizer was given (``param_names``), or ``group0.0`` and so on. The result is a list,
@@ -149,8 +149,11 @@ class TorchObjects:
 
         Args:
             parameters: sharded ones where FSDP2 has gathered them.
-            owners: the optimizers that step them.
+
+        Returns:
+            The modules or pairs, and the optimizers that step any of the parameters.
         """
+        owners = self.owners(parameters)
         wanted = {id(parameter): parameter for parameter in parameters}
         roots = self._covering(wanted)
         there = {id(parameter) for _, named in roots for _, parameter in named}
@@ -161,12 +164,12 @@ class TorchObjects:
         ]
         whole = all(id(p) in wanted or not p.requires_grad for _, named in roots for _, p in named)
         if whole and not alone:
-            return [module for module, _ in roots]
+            return [module for module, _ in roots], owners
         parts = [
             Excerpt([(name, p) for name, p in named if id(p) in wanted], [module])
             for module, named in roots
         ]
-        return [Part(each) for each in (*parts, Excerpt(alone, [])) if each]
+        return [Part(each) for each in (*parts, Excerpt(alone, [])) if each], owners
 
     def _covering(self, wanted: dict[int, Tensor]) -> list[tuple[nn.Module, Named]]:
         """Outermost modules that have the parameters, each of which adds some; with all they have.

@@ -25,7 +25,7 @@ from distclip.errors import UnsupportedGradientError
 from distclip.functional import get_total_norm
 from distclip.integrations import charge, hooks
 from distclip.integrations.accelerate_marks import JointDecision, Mark
-from distclip.integrations.torch_clippers import Clippers
+from distclip.integrations.torch_clippers import ScriptClippers
 from distclip.integrations.torch_functions import Functions
 from distclip.integrations.torch_objects import TorchObjects
 from distclip.layouts import fsdp2
@@ -67,7 +67,7 @@ class TorchScripts:
         self.config = config
         self.last_report: ClipReport | None = None
         self._objects = TorchObjects()
-        self._clippers = Clippers(self._objects, config)
+        self._clippers = ScriptClippers(self._objects, config)
         self._adopted = charge.Adopted(charge.Charge("torch"), self._before_step, self._after_step)
         self._marks: dict[int, Mark] = {}
         """Parameters (by id) that have been clipped since their last step, by a call or a step."""
@@ -91,7 +91,8 @@ class TorchScripts:
         while self._undo:
             self._undo.pop()()
         self._adopted.release()
-        clippers = self._clippers.forget()
+        clippers = list(self._clippers.known.values())
+        self._clippers.forget()
         for clipper in clippers:
             clipper.raise_late()
 
