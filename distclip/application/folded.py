@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from distclip.layouts import plain
+from distclip.layouts.tensors import is_sharded
 
 FOLDING = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad)
 """Optimizers whose fused kernels divide by ``grad_scale``, and write the quotient back."""
@@ -83,7 +83,7 @@ class Scope:
             if id(parameter) not in self._known
         ]
         self._left_out = [p for p in self._parameters if id(p) not in ids]
-        self._sharded = any(isinstance(parameter, DTensor) for parameter in listed)
+        self._sharded = any(map(is_sharded, listed))
         devices = {parameter.device for parameter in listed}
         self._suits = (
             len(devices) == 1

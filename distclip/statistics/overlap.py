@@ -23,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from distclip.layouts import plain
 from distclip.layouts.piece import Holder, Piece
 from distclip.layouts.plan import Plan
+from distclip.layouts.tensors import own
 from distclip.statistics import buckets
 from distclip.statistics.early import Batch, Early, Pattern, batch_of
 from distclip.statistics.request import Request
@@ -33,7 +34,7 @@ CALLER = "torch.distributed.fsdp._fully_shard."
 PATTERNS = 512
 """Sets of parameters that are remembered; routing may call other ones at every step."""
 
-_shard, _grad = map(operator.attrgetter, ("_local_tensor", "grad"))
+_grad = operator.attrgetter("grad")
 
 _running = 0
 """Hooks that run now, in any thread: meanwhile torch walks over the hooks of a parameter."""
@@ -183,7 +184,7 @@ class Overlap:
         if position not in self._wanted or self.error is not None:
             return
         (gradient,) = self._gradients((position,))
-        storage = _shard(gradient).untyped_storage().data_ptr()
+        storage = own(gradient).untyped_storage().data_ptr()
         group = self._group
         if group is None or group[0] != storage or position in self._pending:
             self._end_group()
@@ -218,7 +219,7 @@ class Overlap:
 
     def _measure(self, positions: tuple[int, ...], storage: int) -> None:
         gradients = self._gradients(positions)
-        shards: list[Tensor] = list(map(_shard, gradients))
+        shards: list[Tensor] = list(map(own, gradients))
         if not _are_alike(shards, storage, self._plan.device):
             return
         pattern, request = self._pattern(positions), self._request

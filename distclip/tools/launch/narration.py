@@ -8,12 +8,12 @@ import weakref
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from distclip._foreign import clean
 from distclip.clipper import GradClipper
 from distclip.config import Config, logs
 from distclip.layouts import fsdp2
+from distclip.layouts.tensors import is_sharded
 from distclip.monitor.sinks import JsonlSink
 from distclip.policies.compose import summary
 from distclip.report import ClipReport
@@ -134,7 +134,7 @@ def _layout(clipper: GradClipper) -> str:
         parameter = clipper.here.get(entry.name)
         if entry.layout.startswith(("FSDP1", "ZeRO")):
             found[entry.layout.split(" [")[0].split(" (")[0]] = None
-        elif isinstance(parameter, DTensor):
+        elif is_sharded(parameter):
             found["FSDP2" if id(parameter) in by_fsdp2 else "DTensor"] = None
         elif entry.others:
             found["experts"] = None
