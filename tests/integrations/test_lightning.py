@@ -233,7 +233,7 @@ def test_torchs_functions_return_the_norm_and_the_policy_clips(
     """As ``distclip run`` has it, which replaces these functions."""
     from lightning.pytorch.plugins.precision import MixedPrecision
 
-    from tests.integrations.test_torch_scripts import running
+    from tests.integrations.scripted import running
 
     class Full(MixedPrecision):  # type: ignore[misc]
         def autocast_context_manager(self) -> Any:

@@ -85,7 +85,7 @@ def test_a_scaler_has_unscaled_before(kind: Any, calls: str) -> None:
 def test_torchs_functions_become_the_policy(world_size: int) -> None:
     """As ``distclip run`` has it, which replaces these functions."""
     from tests.integrations.lightnings import fabric_of, prepared, whole
-    from tests.integrations.test_torch_scripts import running
+    from tests.integrations.scripted import running
 
     want, norms = reference(4)
     for layout in ["ddp", "fsdp2"][:world_size]:

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 import distclip
 from distclip import policies
 from distclip.layouts.names import Excerpt, clean
-from tests.integrations.test_torch_scripts import running
+from tests.integrations.scripted import running
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -31,7 +31,7 @@ from distclip.errors import StateError
 from distclip.integrations.checkpoints import FILE
 from distclip.integrations.torch_checkpoints import KEY
 from tests.integrations.accelerated import Model, batch, loss_of, make, same, sgd, whole
-from tests.integrations.test_torch_scripts import LAYOUTS, mine, running, wrapped
+from tests.integrations.scripted import LAYOUTS, mine, running, wrapped
 
 ADAGC = {"name": "adagc", "warmup_steps": 2}
 AUTOCLIP = {"name": "autoclip", "percentile": 30, "window": 6}
