@@ -33,29 +33,10 @@ def describe(name: str, parameter: DTensor, hold: Holder | None = None) -> Descr
     Raises:
         UnsupportedGradientError: placements that leave no well-defined pieces.
     """
-    # Long: all of an entry and its pieces follows from the same mesh and placements.
     mesh, placements = parameter.device_mesh, tuple(parameter.placements)
     shape = tuple(parameter.shape)
     _check_placements(name, placements)
-    split = {
-        dim
-        for size, placement in zip(mesh.shape, placements, strict=True)
-        if (dim := shard_dim(placement)) is not None and size > 1
-    }
-    replicated = any(
-        size > 1 and shard_dim(placement) is None
-        for size, placement in zip(mesh.shape, placements, strict=True)
-    )
-    entry = Entry(
-        name,
-        shape,
-        str(parameter.dtype).removeprefix("torch."),
-        tuple(sorted(split)),
-        gradients.mesh_ranks(mesh),
-        f"{tuple(mesh.shape)} {' '.join(map(str, placements))}",
-        replicated=replicated,
-        copies=replicated,
-    )
+    entry = _entry(name, parameter)
     coordinate = mesh.get_coordinate()
     if coordinate is None:
         return entry, ()
@@ -73,7 +54,7 @@ def describe(name: str, parameter: DTensor, hold: Holder | None = None) -> Descr
                 f"this rank a shard of shape {local_shape}, but it holds {found}; distclip cannot "
                 f"tell which elements these are (it can on a mesh of one dim that cuts one dim)"
             )
-        (dim,) = split
+        (dim,) = entry.split_dims
         entry = replace(entry, slice=Slice(found[dim], whole=True))
         # Somewhere: where exactly, the ranks say to each other when a GradClipper is built.
         start = min(spans[dim][0][0] if spans[dim] else 0, shape[dim] - found[dim])
@@ -94,6 +75,26 @@ def describe(name: str, parameter: DTensor, hold: Holder | None = None) -> Descr
         )
         for box, local, whole in boxes(spans)
     ]
+
+
+def _entry(name: str, parameter: DTensor) -> Entry:
+    """What all ranks know of a DTensor parameter."""
+    mesh, placements = parameter.device_mesh, parameter.placements
+    cuts = {
+        shard_dim(placement)
+        for size, placement in zip(mesh.shape, placements, strict=True)
+        if size > 1
+    }
+    return Entry(
+        name,
+        tuple(parameter.shape),
+        str(parameter.dtype).removeprefix("torch."),
+        tuple(sorted(dim for dim in cuts if dim is not None)),
+        gradients.mesh_ranks(mesh),
+        f"{tuple(mesh.shape)} {' '.join(map(str, placements))}",
+        replicated=None in cuts,
+        copies=None in cuts,
+    )
 
 
 def _is_slice(parameter: DTensor, found: Sequence[int]) -> bool:

@@ -103,8 +103,6 @@ def main() -> None:
     """Gradients on the CPU, with statistics and coefficients on the device, and a mix of both."""
     kept = register()
     from distclip import policies
-    from distclip.kernels import changing as inplace
-    from distclip.kernels import measuring as local
     from distclip.policies import RunningMax
     from tests.engine.test_matrix import POLICIES, build
 
@@ -113,13 +111,31 @@ def main() -> None:
     rows = torch.randn(6, 300, generator=generator)
     rows[1] = 0.0  # measured again: float32 partial sums are zero, or too small to be sure of
     rows[2] *= 1e-25
-    short = torch.randn(5, generator=generator)
-    cpu = torch.device("cpu")
     with pytest.raises(RuntimeError, match=r"same device|two devices"):  # it is strict
         torch.ones(2).to(there) + torch.ones(2)
     # So a layout has to bring such gradients from elsewhere, as an engine that offloads does.
     with pytest.raises(RuntimeError, match="same device"):
         torch.ones(2).to(there).grad = torch.ones(2)
+    check_measuring(rows, torch.randn(5, generator=generator))
+    check_changing(rows)
+    running = RunningMax(0.75)
+    chosen = {label: build(configuration) for label, configuration in POLICIES.items()}
+    chosen["running max"] = running
+    chosen["running max between"] = policies.chain(chosen["global"], running, chosen["parameter"])
+    for mode in ("pass", "zero", "skip"):
+        for label, policy in chosen.items():
+            check(label, policy, mode, generator)
+    with torch.inference_mode(False), torch.no_grad():
+        for fused in (True, False):
+            check_late(fused)
+    del kept
+    print("all equal")
+
+
+def check_measuring(rows: Tensor, short: Tensor) -> None:
+    from distclip.kernels import measuring as local
+
+    cpu, there = torch.device("cpu"), torch.device(NAME)
     for order in (1.0, 2.0, 3.0, math.inf):
         for bounds in (None, [0.5, None, None]):
             want, have = (
@@ -135,6 +151,11 @@ def main() -> None:
         assert have.device.type == NAME
         assert torch.equal(read(have), want), ("unit norms", order)
 
+
+def check_changing(rows: Tensor) -> None:
+    from distclip.kernels import changing as inplace
+
+    there = torch.device(NAME)
     factors = torch.tensor([1.0, 0.5, 1.0, 0.25, 1.0, 1.0], dtype=torch.float64)
     for chosen in (factors, factors / 2):  # few rows are changed, or all
         for dtype in (torch.float32, torch.bfloat16, torch.float64):
@@ -153,18 +174,6 @@ def main() -> None:
     assert torch.equal(one, two), "scale"
     inplace.zero_([one], torch.tensor([True]).to(there))
     assert not bool(one.any()), "zero"
-    running = RunningMax(0.75)
-    chosen = {label: build(configuration) for label, configuration in POLICIES.items()}
-    chosen["running max"] = running
-    chosen["running max between"] = policies.chain(chosen["global"], running, chosen["parameter"])
-    for mode in ("pass", "zero", "skip"):
-        for label, policy in chosen.items():
-            check(label, policy, mode, generator)
-    with torch.inference_mode(False), torch.no_grad():
-        for fused in (True, False):
-            check_late(fused)
-    del kept
-    print("all equal")
 
 
 def check(label: str, policy: Any, mode: str, generator: torch.Generator) -> None:

@@ -204,7 +204,13 @@ def counted(handle: Any) -> list[int]:
     """The number of each report that the sinks of this attachment are given from now on."""
     steps: list[int] = []
     sinks = ((lambda step, report: steps.append(step)),)
-    handle._clippers._open_log = lambda clipper: setattr(clipper, "sinks", sinks)
+    begin = handle._clippers._begin
+
+    def begin_counted(clipper: Any, key: Any) -> None:
+        begin(clipper, key)
+        clipper.sinks = sinks
+
+    handle._clippers._begin = begin_counted
     return steps
 
 

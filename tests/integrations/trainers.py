@@ -84,11 +84,50 @@ def trainer_of(
     ``made``: a model in place of :func:`model`'s.
     """
     world = dist.get_world_size() if dist.is_initialized() else 1
+    begin_anew()
+    given: dict[str, Any] = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": ROWS // 2 // world,
+        "max_steps": updates,
+        "learning_rate": LR,
+        "lr_scheduler_type": "constant",
+        "optim": "sgd",
+        "max_grad_norm": 1e-9,  # would stop the training
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        **layout_options(layout, options),
+    }
+    if layout == "ddp" and world > 1:
+        given["ddp_backend"] = "gloo"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = kind(
+            model=model() if made is None else made,
+            args=TrainingArguments(**given),
+            train_dataset=examples(count or updates * ROWS),
+            callbacks=callbacks,
+        )
+    for quiet in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(quiet)
+    return trainer
+
+
+def begin_anew() -> None:
+    """Forget what an earlier Trainer of this process has told Accelerate."""
     for name in [n for n in os.environ if n.startswith(("FSDP_", "ACCELERATE_"))]:
         del os.environ[name]
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     accelerate_cpu.install(cpu=True)
+
+
+def layout_options(layout: str, options: dict[str, Any]) -> dict[str, Any]:
+    """``options`` with those that the Trainer takes a layout by."""
     if layout == "fsdp2":
         options["fsdp"] = "full_shard"
         options["fsdp_config"] = {
@@ -109,36 +148,7 @@ def trainer_of(
         }
         if not options["deepspeed"]["optimizer"]:
             del options["deepspeed"]["optimizer"]  # the Trainer's own, and its scheduler
-    given: dict[str, Any] = {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": ROWS // 2 // world,
-        "max_steps": updates,
-        "learning_rate": LR,
-        "lr_scheduler_type": "constant",
-        "optim": "sgd",
-        "max_grad_norm": 1e-9,  # would stop the training
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-        **options,
-    }
-    if layout == "ddp" and world > 1:
-        given["ddp_backend"] = "gloo"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        trainer = kind(
-            model=model() if made is None else made,
-            args=TrainingArguments(**given),
-            train_dataset=examples(count or updates * ROWS),
-            callbacks=callbacks,
-        )
-    for quiet in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(quiet)
-    return trainer
+    return options
 
 
 def train(trainer: Any, **options: Any) -> None:
