@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from distclip._exponents import Exponents, by_dtype, dtypes_of, of_row
-from distclip._hosted import HostCopy
 from distclip._rolled import Floats, grouped, joint
 from distclip._shown import report_html
 from distclip.engine.walked import Walked
 from distclip.errors import ConfigurationError
+from distclip.kernels.transfer import HostCopy
 from distclip.policies.protocol import combine_norms
 
 
@@ -126,7 +126,7 @@ class ClipReport:
         """
         if self._walked.exponents is None:
             return {}
-        table = self._of_exponents.read()
+        table = self._of_exponents.read().numpy()
         rows = zip(self.names, dtypes_of(table), table, strict=True)
         return {name: of_row(dtype, row) for name, dtype, row in rows if dtype is not None}
 
@@ -135,7 +135,7 @@ class ClipReport:
         """Dtype -> the same of all gradients of it together. Reads the host."""
         if self._walked.exponents is None:
             return {}
-        found = by_dtype(self.names, self._of_exponents.read())
+        found = by_dtype(self.names, self._of_exponents.read().numpy())
         return {dtype: whole for dtype, (whole, _) in found.items()}
 
     def module_norms(self, depth: int) -> Mapping[str, float]:
@@ -319,7 +319,7 @@ class ReportFetch:
 
     def __call__(self) -> dict[str, Any]:
         """What ``ClipReport.to_dict`` gives; waits for the copy."""
-        values = self._summary.read()
+        values = self._summary.read().numpy()
         before, after, coefficient, threshold, fraction, skipped, weights = values[:7].tolist()
         flags = values[7 : 7 + len(self._names)]
         shown: dict[str, Any] = {
@@ -337,13 +337,13 @@ class ReportFetch:
         if not math.isnan(weights):
             shown["weight_norm"] = weights
         if self._exponents is not None:
-            counted = by_dtype(self._names, self._exponents.read())
+            counted = by_dtype(self._names, self._exponents.read().numpy())
             shown["exponents"] = {
                 dtype: {**whole.to_dict(), "nearest": nearest}
                 for dtype, (whole, nearest) in counted.items()
             }
         if self._parameters is not None:
-            found = self._parameters.read()
+            found = self._parameters.read().numpy()
             if self._depth is not None:
                 groups = grouped(self._names, self._depth)
                 shown["modules"] = _named(groups, _rolled_up(found, groups.values(), self._order))

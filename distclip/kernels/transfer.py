@@ -1,4 +1,4 @@
-"""Numbers from the host to a device, without waiting for it.
+"""Numbers from the host to a device and back, without waiting for it.
 
 ``torch.tensor(numbers, device="cuda")`` copies from pageable memory, which makes the host wait and
 cannot be captured in a CUDA graph. From pinned memory neither is so.
@@ -12,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+
+_WITH_EVENTS = ("cuda", "xpu")
 
 _captured: list[Tensor] = []
 """Host memory that a CUDA graph reads again at every replay, and so must never be given back."""
@@ -48,12 +50,17 @@ class HostCopy:
 
     def __init__(self, numbers: Tensor, previous: HostCopy | None = None) -> None:
         if previous is None:
-            pinned = numbers.device.type == "cuda"
+            pinned = numbers.device.type in _WITH_EVENTS
             self._there = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=pinned)
         else:
             self._there = previous._there
         self._there.copy_(numbers, non_blocking=has_events(numbers.device))
         self._event = record_event(numbers.device) if has_events(numbers.device) else None
+
+    @property
+    def ready(self) -> bool:
+        """Whether they are there, so that :meth:`read` waits for nothing."""
+        return self._event is None or bool(self._event.query())
 
     def read(self) -> Tensor:
         """The numbers, on the host. Waits for what was launched before the copy, and no more."""
@@ -64,10 +71,10 @@ class HostCopy:
 
 def has_events(device: torch.device) -> bool:
     """Whether a copy from the device may go on while the host does; elsewhere the copy waits."""
-    return device.type == "cuda"
+    return device.type in _WITH_EVENTS
 
 
 def record_event(device: torch.device) -> torch.Event:
     """An event on the device's current stream, after all that is launched so far."""
-    event: torch.Event = torch.cuda.current_stream(device).record_event()
+    event: torch.Event = getattr(torch, device.type).current_stream(device).record_event()
     return event
