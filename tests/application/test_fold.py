@@ -27,7 +27,7 @@ MAX_NORM = 0.3
 
 FOLDED = {"measure", "global", "global loose", "global p=0.5", "global p=1", "global p=3",
           "global p=12", "global p=inf", "skip norm loose", "autoclip", "zclip",
-          "by name in a chain", "expert aware"}  # fmt: skip
+          "by name in a chain", "norm gate", "expert aware"}  # fmt: skip
 """Policies with one coefficient for everything; the last names what this model has not."""
 
 
