@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from distclip.errors import ConfigurationError
-from distclip.policies import checks
 from distclip.policies._skip_norm import SkipNorm
 from distclip.policies._skip_spikes import SkipSpikes
 from distclip.policies._torch import torch
+from distclip.policies.checks import Threshold, at_least
 from distclip.policies.protocol import (
     Action,
     Needs,
@@ -70,13 +70,13 @@ class Ladder(ScalingPolicy):
     """
 
     spikes: Policy
-    clips: int = 0
-    skips: int = 5
-    recomputes: int = 1
-    rewinds: int = 2
-    calm: int = 100
-    margin: int = 0
-    tolerance: float = 1e-3
+    clips: Annotated[int, at_least(0)] = 0
+    skips: Annotated[int, at_least(0)] = 5
+    recomputes: Annotated[int, at_least(0)] = 1
+    rewinds: Annotated[int, at_least(0)] = 2
+    calm: Annotated[int, at_least(1)] = 100
+    margin: Annotated[int, at_least(0)] = 0
+    tolerance: Threshold = 1e-3
     name: ClassVar[str] = "ladder"
     memory_fields: ClassVar[frozenset[str] | None] = frozenset(("spikes",))
     counts_nonfinite: ClassVar[bool] = True
@@ -95,12 +95,7 @@ class Ladder(ScalingPolicy):
                 f"ladder: {spikes!r} remembers something of each parameter, which is not supported "
                 f"here; put it behind the ladder, by policies.chain(ladder, ...)"
             )
-        least = dict.fromkeys(self.rungs, 0) | {"calm": 1, "margin": 0}
-        for key, value in least.items():
-            whole = checks.whole(self.name, key, getattr(self, key), value)
-            object.__setattr__(self, key, whole)
-        tolerance = checks.threshold(self.name, "tolerance", self.tolerance)
-        object.__setattr__(self, "tolerance", tolerance)
+        super().__post_init__()
         clips = (isinstance(spikes, SkipSpikes) and spikes.clip_sigma is not None) or (
             isinstance(spikes, SkipNorm) and spikes.clip_norm not in (None, float("inf"))
         )

@@ -126,16 +126,6 @@ def checked(where: str, key: str, value: Any, hint: Any) -> Any:
     return int(found) if any(limit.whole for limit in limits) else found
 
 
-def threshold(where: str, key: str, value: Any) -> float:
-    """A :data:`Threshold`."""
-    return float(checked(where, key, value, Threshold))
-
-
-def whole(where: str, key: str, value: Any, least: int) -> int:
-    """An integer of at least ``least``."""
-    return int(checked(where, key, value, Annotated[int, at_least(least)]))
-
-
 def check_fields(where: str, policy: object) -> None:
     """Check the fields of a dataclass that have limits, and store them as numbers.
 
