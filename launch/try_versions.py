@@ -24,7 +24,7 @@ from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "versions.md"
-PACKAGES = ("torch", "accelerate", "transformers", "deepspeed")
+PACKAGES = ("torch", "accelerate", "transformers", "deepspeed", "lightning")
 TOOLS = ("pytest>=8", "hypothesis>=6.100", "jsonschema>=4", "matplotlib>=3.8")
 
 
@@ -48,14 +48,14 @@ def _row(name: str, python: str, *versions: str) -> Row:
 
 
 ROWS = (
-    _row("oldest", "3.10", "2.9.1", "1.10.1", "4.57.6", "0.16.9"),
-    _row("torch-2.10", "3.11", "2.10.0", "1.11.0", "5.0.0", "0.18.0"),
-    _row("torch-2.11", "3.12", "2.11.0", "1.12.0", "5.10.4", "0.18.9"),
-    _row("torch-2.12", "3.13", "2.12.1", "1.14.0", "5.16.1", "0.19.0"),
-    _row("constraints", "3.11", "2.13.0", "1.15.0", "5.23.0", "0.19.8"),
-    _row("torch-2.14", "3.11", "2.14.1", "1.15.0", "5.24.0", "0.19.8"),
-    _row("torch-2.15", "3.13", "2.15.0", "1.15.0", "5.24.0", "0.19.8"),
-    _row("newest", "3.14", "", "", "", ""),
+    _row("oldest", "3.10", "2.9.1", "1.10.1", "4.57.6", "0.16.9", "2.5.0.post0"),
+    _row("torch-2.10", "3.11", "2.10.0", "1.11.0", "5.0.0", "0.18.0", "2.5.6"),
+    _row("torch-2.11", "3.12", "2.11.0", "1.12.0", "5.10.4", "0.18.9", "2.6.0"),
+    _row("torch-2.12", "3.13", "2.12.1", "1.14.0", "5.16.1", "0.19.0", "2.6.4"),
+    _row("constraints", "3.11", "2.13.0", "1.15.0", "5.23.0", "0.19.8", "2.6.6"),
+    _row("torch-2.14", "3.11", "2.14.1", "1.15.0", "5.24.0", "0.19.8", "2.6.6"),
+    _row("torch-2.15", "3.13", "2.15.0", "1.15.0", "5.24.0", "0.19.8", "2.6.6"),
+    _row("newest", "3.14", "", "", "", "", ""),
 )
 
 PARTS = {
@@ -68,6 +68,8 @@ PARTS = {
         "accelerate": ["tests/integrations/test_accelerate.py", "-k", "2ranks"],
         "transformers": ["tests/integrations/test_trainer.py", "-k", "oracle"],
         "deepspeed": ["tests/integrations/test_deepspeed.py", "-k", "2ranks"],
+        "lightning": ["tests/integrations/test_lightning.py",
+                      "tests/integrations/test_lightning_fabric.py", "-k", "oracle and not 4ranks"],
     },
     "all": {
         "core": ["tests/test_tested.py", "tests/test_public_api.py", "tests/engine",
@@ -78,6 +80,7 @@ PARTS = {
         "accelerate": ["tests/integrations", "-k", "accelerate"],
         "transformers": ["tests/integrations", "-k", "trainer"],
         "deepspeed": ["tests/integrations", "-k", "deepspeed"],
+        "lightning": ["tests/integrations", "-k", "lightning"],
     },
 }  # fmt: skip
 """Size -> part -> arguments of pytest. Parts named after a package need it in the row."""

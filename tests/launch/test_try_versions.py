@@ -37,9 +37,9 @@ def cells(script: ModuleType) -> dict[str, dict[str, str]]:
     return {name: dict(zip(columns, row, strict=True)) for name, row in found.items()}
 
 
-@pytest.mark.parametrize("package", ["torch", "accelerate", "transformers", "deepspeed"])
+@pytest.mark.parametrize("package", TESTED)
 def test_the_tested_ranges_are_those_of_the_page(package: str, script: ModuleType) -> None:
-    assert package in script.PACKAGES  # the rows have no Lightning
+    assert package in script.PACKAGES
     versions = [row[package] for row in cells(script).values() if row[package] != "-"]
     assert {_tested.place(package, version) for version in versions} == {0}
     newest = TESTED[package].newest
