@@ -18,10 +18,10 @@ import importlib
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
-from distclip import _tested
 from distclip import errors as errors
 from distclip import policies as policies
 from distclip._version import __version__ as __version__
+from distclip.common import tested as _tested
 from distclip.errors import CollectiveError as CollectiveError
 from distclip.errors import ConfigurationError as ConfigurationError
 from distclip.errors import DistclipError as DistclipError

@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from distclip._shown import clipper_html
 from distclip.application.eager import eagerly
 from distclip.application.folded import FusedStep, Scope
 from distclip.application.joint import AttachHandle, GradientsSeen
 from distclip.application.notices import earlier_clip, note_clip, sample, warn
 from distclip.application.stepping import skips_by_found_inf
+from distclip.common.notebook import clipper_html
 from distclip.engine import attaching, checkpoint
 from distclip.engine.attaching import listed
 from distclip.engine.ladder import Attendant

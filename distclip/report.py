@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distclip._exponents import Exponents, by_dtype, dtypes_of, of_row
-from distclip._rolled import Floats, grouped, joint
-from distclip._shown import report_html
+from distclip.common.exponents import Exponents, by_dtype, dtypes_of, of_row
+from distclip.common.notebook import report_html
+from distclip.common.rollups import Floats, grouped, joint
 from distclip.engine.walked import Walked
 from distclip.errors import ConfigurationError
 from distclip.kernels.transfer import HostCopy

@@ -60,7 +60,7 @@ ROWS = (
 
 PARTS = {
     "quick": {
-        "core": ["tests/test_tested.py", "tests/test_public_api.py",
+        "core": ["tests/common/test_tested.py", "tests/test_public_api.py",
                  "tests/application/test_fold.py"],
         "kernels": ["tests/kernels/test_precision.py"],
         "layouts": ["tests/layouts/test_experts.py", "-k", "2ranks or 3ranks"],
@@ -72,7 +72,7 @@ PARTS = {
                       "tests/integrations/test_lightning_fabric.py", "-k", "oracle and not 4ranks"],
     },
     "all": {
-        "core": ["tests/test_tested.py", "tests/test_public_api.py", "tests/engine",
+        "core": ["tests/common/test_tested.py", "tests/test_public_api.py", "tests/engine",
                  "tests/policies", "tests/application", "tests/statistics", "tests/optim"],
         "kernels": ["tests/kernels"],
         "layouts": ["tests/layouts"],

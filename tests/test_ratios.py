@@ -15,8 +15,8 @@ import typer.testing
 from torch import nn
 
 from distclip import ConfigurationError, GradClipper, config, policies
-from distclip._rolled import grouped, joint
 from distclip.cli.app import app
+from distclip.common.rollups import grouped, joint
 from distclip.config.logs import open_log
 from distclip.monitor import JsonlSink
 from distclip.monitor.page.data import page_data

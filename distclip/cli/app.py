@@ -11,9 +11,9 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from distclip._foreign import clean_lines
 from distclip._version import __version__
 from distclip.cli import bench, config, doctor, report, run, simulate, suggest, verify, watch
+from distclip.common.foreign import clean_lines
 from distclip.errors import DistclipError
 from distclip.tools.launch import reason
 

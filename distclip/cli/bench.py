@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from distclip._foreign import clean
+from distclip.common.foreign import clean
 from distclip.errors import ConfigurationError
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from distclip._foreign import clean
+from distclip.common.foreign import clean
 from distclip.policies import Chain, Policy, SideBySide
 
 if TYPE_CHECKING:

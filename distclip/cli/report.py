@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from distclip._foreign import clean
+from distclip.common.foreign import clean
 from distclip.errors import ConfigurationError
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from distclip._foreign import clean
+from distclip.common.foreign import clean
 from distclip.tools.simulate.layouts import LAYOUTS
 
 if TYPE_CHECKING:

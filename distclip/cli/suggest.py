@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from distclip._foreign import clean
+from distclip.common.foreign import clean
 
 FEW = 100
 """Steps below which a percentile of the norms says little."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from distclip._foreign import clean, clean_lines
+from distclip.common.foreign import clean, clean_lines
 from distclip.testing.cases import DTYPES, LAYOUTS
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 
 import yaml
 
-from distclip._foreign import clean, read_text
+from distclip.common.foreign import clean, read_text
 from distclip.errors import ConfigurationError
 
 MOST_JSON, MOST_YAML = 2**19, 2**16

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from distclip._foreign import clean
 from distclip.clipper import GradClipper
+from distclip.common.foreign import clean
 from distclip.config import Config, LogConfig
 from distclip.errors import ConfigurationError
 from distclip.monitor import trackers

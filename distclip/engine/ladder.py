@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from distclip._foreign import clean
+from distclip.common.foreign import clean
 from distclip.engine.program import States
 from distclip.engine.session import Session
 from distclip.engine.walk import walk

@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any
 
 from distclip import policies
-from distclip._foreign import clean
+from distclip.common.foreign import clean
 from distclip.config import Config, Examined, examine, files, load
 from distclip.config.problems import shown
 from distclip.errors import ConfigurationError

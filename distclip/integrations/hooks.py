@@ -17,7 +17,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from distclip import _tested
+from distclip.common import tested
 from distclip.errors import DistclipError
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def install(config: Config | None) -> None:
 
 
 def _enable(name: str, config: Config | None, module: ModuleType) -> None:
-    _tested.check(name)
+    tested.check(name)
     # Imported here, so that no integration is loaded whose framework the program does not use.
     importlib.import_module(f"distclip.integrations.{name}").enable(module, config)
 

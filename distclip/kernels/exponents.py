@@ -11,7 +11,7 @@ import functools
 import torch
 from torch import Tensor
 
-from distclip import _exponents as rows
+from distclip.common import exponents as rows
 from distclip.kernels.plain import chunks_of
 
 _FORMATS = {
@@ -27,7 +27,7 @@ _AT_ONCE = 1 << 22
 
 
 def counts(tensor: Tensor) -> Tensor:
-    """A row of counts, as :mod:`distclip._exponents` has them; float64 on the tensor's device.
+    """A row of counts as in :mod:`distclip.common.exponents`; float64, on the tensor's device.
 
     Args:
         tensor: local, of any strides. The parts of complex numbers count as two elements; of a

@@ -1,6 +1,6 @@
 """What a run's clipping looked like: sinks that record it, tables and pictures that show it."""
 
-from distclip._exponents import Exponents as Exponents
+from distclip.common.exponents import Exponents as Exponents
 from distclip.monitor.noise import NoiseScale as NoiseScale
 from distclip.monitor.notebook import plot as plot
 from distclip.monitor.recording import Sink as Sink

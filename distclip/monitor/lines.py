@@ -8,7 +8,7 @@ import logging
 import os
 from pathlib import Path
 
-from distclip._foreign import clean
+from distclip.common.foreign import clean
 
 _logger = logging.getLogger("distclip.monitor")
 

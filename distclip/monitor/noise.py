@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from distclip._rolled import Floats, grouped
+from distclip.common.rollups import Floats, grouped
 from distclip.errors import ConfigurationError, ReplicaDriftError
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from distclip._exponents import from_log
-from distclip._foreign import clean, read_lines
+from distclip.common.exponents import from_log
+from distclip.common.foreign import clean, read_lines
 from distclip.errors import ConfigurationError
 from distclip.monitor.runs import Counted, Curve, Floats, Parameters, Run
 from distclip.monitor.states import STATES

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Protocol, TypeAlias
 
-from distclip._foreign import clean
+from distclip.common.foreign import clean
 from distclip.errors import ConfigurationError
 from distclip.monitor.states import States
 

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from distclip._exponents import Exponents
-from distclip._foreign import clean
-from distclip._rolled import joint
+from distclip.common.exponents import Exponents
+from distclip.common.foreign import clean
+from distclip.common.rollups import joint
 from distclip.monitor.states import STATES, judged, spike_score
 from distclip.monitor.thinning import sparkline
 

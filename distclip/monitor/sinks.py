@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from distclip._foreign import clean
+from distclip.common.foreign import clean
 from distclip.errors import ConfigurationError
 from distclip.monitor.lines import LineFile
 from distclip.monitor.recording import RecordingSink

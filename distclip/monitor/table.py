@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from distclip._rolled import grouped
+from distclip.common.rollups import grouped
 from distclip.monitor.runs import PERCENTILES, Run, Summary, median
 
 HEADER = (

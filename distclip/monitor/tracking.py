@@ -8,8 +8,8 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
-from distclip._exponents import from_log
-from distclip._foreign import clean
+from distclip.common.exponents import from_log
+from distclip.common.foreign import clean
 from distclip.errors import DistclipError
 from distclip.monitor.recording import RecordingSink
 from distclip.monitor.states import States

@@ -11,7 +11,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from distclip._foreign import clean
+from distclip.common.foreign import clean
 from distclip.monitor.reading import read_run
 from distclip.monitor.runs import Run, Summary
 from distclip.monitor.states import STATES

@@ -11,7 +11,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from distclip._exponents import COLUMNS
+from distclip.common.exponents import COLUMNS
 from distclip.errors import DistclipError
 from distclip.kernels import exponents, measuring
 from distclip.kernels.measuring import Look, Tables

@@ -23,8 +23,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distclip import clipper as clippers
-from distclip._foreign import clean_lines
 from distclip.clipper import GradClipper, Watcher
+from distclip.common.foreign import clean_lines
 from distclip.engine.passes import report_order
 from distclip.errors import DistclipError
 from distclip.integrations import hooks

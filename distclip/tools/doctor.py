@@ -18,8 +18,8 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
-from distclip import _tested
 from distclip._version import __version__
+from distclip.common import tested
 from distclip.errors import DistclipError
 
 State = Literal["good", "note", "wrong"]
@@ -86,16 +86,16 @@ def versions() -> list[Line]:
 
 
 def _package(name: str, needed: str) -> Line:
-    tested = _tested.TESTED.get(name)
-    shown = f"tested with {tested.oldest} to {tested.newest}" if tested else f"needs {needed}"
-    known = bool(tested or needed)
-    found = _tested.installed(name)
+    range_ = tested.TESTED.get(name)
+    shown = f"tested with {range_.oldest} to {range_.newest}" if range_ else f"needs {needed}"
+    known = bool(range_ or needed)
+    found = tested.installed(name)
     if not found:
         state: State = "wrong" if name in NEEDED else "note"
         return Line("versions", name, state, f"not installed{f'; {shown}' if known else ''}")
     if not known:
         return Line("versions", name, "note", f"{found}; nothing is said of it")
-    place = _tested.place(name, found) if tested else -int(not within(found, needed))
+    place = tested.place(name, found) if range_ else -int(not within(found, needed))
     state = "wrong" if place < 0 else "note" if place else "good"
     return Line("versions", name, state, f"{found}, {shown}")
 

@@ -14,8 +14,8 @@ import torch
 import typer.testing
 import yaml
 
-from distclip._tested import TESTED
 from distclip.cli import app as application
+from distclip.common.tested import TESTED
 from distclip.testing import run_on_ranks
 from distclip.tools import doctor
 from distclip.tools.simulate.layouts import accelerate_config, inherited

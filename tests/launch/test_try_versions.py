@@ -9,8 +9,8 @@ from types import ModuleType
 
 import pytest
 
-from distclip import _tested
-from distclip._tested import TESTED
+from distclip.common import tested
+from distclip.common.tested import TESTED
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,7 +41,7 @@ def cells(script: ModuleType) -> dict[str, dict[str, str]]:
 def test_the_tested_ranges_are_those_of_the_page(package: str, script: ModuleType) -> None:
     assert package in script.PACKAGES
     versions = [row[package] for row in cells(script).values() if row[package] != "-"]
-    assert {_tested.place(package, version) for version in versions} == {0}
+    assert {tested.place(package, version) for version in versions} == {0}
     newest = TESTED[package].newest
     assert any(f"{version}.".startswith(f"{newest}.") for version in versions)
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from distclip._rolled import grouped
+from distclip.common.rollups import grouped
 from distclip.monitor.runs import Counted, Floats, Parameters, Run, Summary, median
 from distclip.monitor.states import STATES
 from distclip.monitor.thinning import bins, thinned

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
-from distclip._foreign import clean
+from distclip.common.foreign import clean
 from distclip.errors import ConfigurationError
 from distclip.monitor.page.data import page_data
 from distclip.monitor.runs import Run, Summary

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from distclip._foreign import clean, read_text
 from distclip._version import __version__
+from distclip.common.foreign import clean, read_text
 from distclip.errors import DistclipError
 from distclip.tools.bench.timing import Taken
 

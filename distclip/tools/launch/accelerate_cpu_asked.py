@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from distclip._foreign import clean
+from distclip.common.foreign import clean
 from distclip.errors import ConfigurationError
 
 _logger = logging.getLogger(__name__)

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distclip._foreign import clean
 from distclip.clipper import GradClipper
+from distclip.common.foreign import clean
 from distclip.config import Config, logs
 from distclip.layouts import fsdp2
 from distclip.layouts.tensors import is_sharded

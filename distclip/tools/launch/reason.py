@@ -12,7 +12,7 @@ import json
 import os
 import time
 
-from distclip._foreign import clean
+from distclip.common.foreign import clean
 
 FILE = "TORCHELASTIC_ERROR_FILE"
 LONGEST = 1000

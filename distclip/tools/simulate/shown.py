@@ -14,8 +14,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from distclip._foreign import clean_lines
 from distclip._version import __version__
+from distclip.common.foreign import clean_lines
 from distclip.tools.simulate.agreement import QUANTITIES, Row, agree, rows
 from distclip.tools.simulate.findings import Finding
 from distclip.tools.simulate.watch import Ending

@@ -13,8 +13,8 @@ import torch
 from rich.markup import escape
 from rich.table import Table
 
-from distclip._foreign import clean
 from distclip._version import __version__
+from distclip.common.foreign import clean
 from distclip.tools.verify.cells import Cell, Found
 
 

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from benchmarks.reliability import fuzz, fuzz_guards
-from distclip import _foreign, config, policies
+from distclip import config, policies
 from distclip.cli.app import main
+from distclip.common import foreign
 from distclip.errors import ConfigurationError, DistclipError
 from distclip.monitor import plots, reading, runs, suggesting, table
 
@@ -236,10 +237,10 @@ def test_a_name_is_shown_and_does_nothing(
 
 
 def test_clean() -> None:
-    assert _foreign.clean("é 1") == "é 1"
-    assert _foreign.clean("\x1b\n\u2028\udc80\x85") == r"\x1b\n\u2028\udc80\x85"
-    assert _foreign.clean("x" * 100, 10) == "xxxxx...xxxxx"
-    assert _foreign.clean_lines("a\n\tb") == "a\n" + r"\tb"
+    assert foreign.clean("é 1") == "é 1"
+    assert foreign.clean("\x1b\n\u2028\udc80\x85") == r"\x1b\n\u2028\udc80\x85"
+    assert foreign.clean("x" * 100, 10) == "xxxxx...xxxxx"
+    assert foreign.clean_lines("a\n\tb") == "a\n" + r"\tb"
 
 
 @pytest.mark.parametrize(
@@ -293,10 +294,10 @@ def test_of_a_log_what_can_be_read_is_read(tmp_path: Path) -> None:
 def test_a_line_without_an_end_is_passed_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_foreign, "LINE", 100)
+    monkeypatch.setattr(foreign, "LINE", 100)
     path = tmp_path / "r"
     path.write_bytes(b"a\n" + b"x" * 1000 + b"\nb\n" + b"y" * 99 + b"\nc")
-    assert list(_foreign.read_lines(path)) == [b"a\n", b"b\n", b"y" * 99 + b"\n", b"c"]
+    assert list(foreign.read_lines(path)) == [b"a\n", b"b\n", b"y" * 99 + b"\n", b"c"]
 
 
 def test_a_refused_deepspeed_json_is_a_distclip_error(tmp_path: Path) -> None:

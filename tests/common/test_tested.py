@@ -9,8 +9,8 @@ import pytest
 from packaging.requirements import Requirement
 
 import distclip
-from distclip import _tested
-from distclip._tested import TESTED
+from distclip.common import tested
+from distclip.common.tested import TESTED
 from distclip.errors import DistclipError
 from distclip.integrations import hooks
 
@@ -21,7 +21,7 @@ REQUIREMENTS = [Requirement(each) for each in metadata.requires("distclip") or (
 def versions(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """The installed versions, to be set; as if nothing had been checked in this process."""
     found: dict[str, str] = {}
-    monkeypatch.setattr(_tested, "_checked", set())
+    monkeypatch.setattr(tested, "_checked", set())
     monkeypatch.setattr(metadata, "version", lambda name: found[name])
     monkeypatch.delenv("RANK", raising=False)
     return found
@@ -55,8 +55,8 @@ def test_no_requirement_has_an_upper_limit() -> None:
     ],
 )
 def test_places(version: str, place: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(TESTED, "torch", _tested.Range("2.13", "2.14"))
-    assert _tested.place("torch", version) == place
+    monkeypatch.setitem(TESTED, "torch", tested.Range("2.13", "2.14"))
+    assert tested.place("torch", version) == place
 
 
 def test_a_newer_version_is_mentioned_once(
@@ -77,7 +77,7 @@ def test_the_first_rank_mentions_it(
 ) -> None:
     versions["torch"] = "99.1.2"
     monkeypatch.setenv("RANK", "1")
-    _tested.check("torch")
+    tested.check("torch")
     assert not caplog.messages
 
 

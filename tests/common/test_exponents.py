@@ -16,8 +16,8 @@ import typer.testing
 from torch import Tensor, nn
 
 from distclip import ConfigurationError, GradClipper, config, policies
-from distclip._exponents import COLUMNS, LOWEST, Exponents, from_log, of_row
 from distclip.cli.app import app
+from distclip.common.exponents import COLUMNS, LOWEST, Exponents, from_log, of_row
 from distclip.config.logs import open_log
 from distclip.kernels import exponents
 from distclip.monitor import page

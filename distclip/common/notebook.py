@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from distclip._foreign import clean
+from distclip.common.foreign import clean
 
 LISTED = 10
 """Parameters in the table of the largest ones."""
