@@ -309,7 +309,9 @@ class GradClipper:
             recompute: forward and backward of the same batch, as the step makes them, without
                 optimizer step; it and the batch are kept until the next clip. It is called there,
                 on every rank or on none, with ``.grad`` None and the weights of this step. What it
-                does not restore by itself (a random generator) makes the results differ.
+                does not restore by itself (a random generator) makes the results differ. Under a
+                gradient scaler it leaves gradients without the loss scale. Where the scaler drops
+                a step before it is clipped, its notes are counted to the next.
         """
         if self._ladder is not None:
             self._ladder.note(batch, recompute)
@@ -431,7 +433,8 @@ class GradClipper:
         if watchers and coming is not None and not coming.alone:
             folds = False  # they are to see what this clipper did, and no other hook
         fold = coming if folds else None
-        return self._clip(mode, loss_scale, fold=fold, leaves_out=self._leaves_out(coming))
+        out = self._leaves_out(coming)
+        return self._clip(mode, loss_scale, found_inf=found_inf, fold=fold, leaves_out=out)
 
     def _leaves_out(self, coming: FusedStep | None) -> bool:
         """Whether the steps to come leave an update out, without a read of a device."""
@@ -591,6 +594,7 @@ class GradClipper:
         mode: str,
         loss_scale: Tensor | None,
         *,
+        found_inf: Tensor | None = None,
         later: bool = False,
         fold: FusedStep | None = None,
         leaves_out: bool = False,
@@ -598,16 +602,18 @@ class GradClipper:
         global in_use
         in_use = True
         session = self._session
+        if self._ladder is not None:
+            self._ladder.begin()
         session.begin(mode)
         if self._ladder is not None:
-            self._ladder.attend(loss_scale)
+            self._ladder.attend()
         for watcher in watchers:
             watcher.before(self, loss_scale)
         step, states = session.step, session.states
         multiply = None if fold is None else fold.multiply
         walked = session.clip(mode, loss_scale, later=later, fold=multiply, leaves_out=leaves_out)
         if self._ladder is not None:
-            self._ladder.keep(states, walked, step)
+            self._ladder.keep(states, walked, step, found_inf)
         self._apply = walked.apply
         asks = leaves_out or walked.may_skip or mode != "error_late"
         never = walked.skipped is session.program.no_skip or not asks

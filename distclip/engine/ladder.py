@@ -7,7 +7,8 @@ and is acted on before the next clip: the skipped step has left the weights as t
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from distclip.errors import ConfigurationError, LadderExhaustedError, RewindRequ
 from distclip.kernels import transfer
 from distclip.policies import Ladder
 from distclip.policies.compose import Stage, stages
+from distclip.policies.protocol import combine_norms
 from distclip.statistics import collectives
 
 _logger = logging.getLogger("distclip.ladder")
@@ -61,6 +63,9 @@ class Attendant:
     ) -> None:
         self._session, self._path, self._policy, self._group = session, path, policy, group
         self._noted = Noted()
+        """Of the step to come."""
+        self._taken = Noted()
+        """Of the step that is being clipped."""
         self._pending: tuple[transfer.HostCopy, int, Noted] | None = None
         """Of the last step, not read yet: seen before and after, and the rest."""
         self._copy: transfer.HostCopy | None = None
@@ -96,10 +101,27 @@ class Attendant:
         if recompute is not None:
             self._noted.recompute.append(recompute)
 
-    def keep(self, before: States, walked: Walked, step: int) -> None:
-        """Start copying what the ladder decided on a step. Waits for nothing."""
-        noted, self._noted = self._noted, Noted()
+    def begin(self) -> None:
+        """A clip begins; whether or not it raises, what comes now is noted of the next step."""
+        self._taken, self._noted = self._noted, Noted()
+
+    def keep(self, before: States, walked: Walked, step: int, found_inf: Tensor | None) -> None:
+        """Start copying what the ladder decided on a step. Waits for nothing.
+
+        Args:
+            before: the states before the step.
+            walked: the step.
+            step: counted from 0.
+            found_inf: of the gradient scaler, None without one. What it drops to find its scale is
+                no spike.
+        """
+        noted, self._taken = self._taken, Noted()
         state = walked.states.get(self._path)
+        if state and found_inf is not None:
+            overflow = (found_inf > 0).any() | walked.nonfinite.any()
+            old = before[self._path]
+            state = {key: torch.where(overflow, old[key], state[key]) for key in state}
+            walked.states[self._path] = state
         if not state or transfer.is_capturing(self._session.plan.device):
             return
         numbers = [before[self._path]["seen"], *(state[key] for key in _READ)]
@@ -110,7 +132,7 @@ class Attendant:
     def forget(self) -> None:
         """The last step is taken back, and the one that was to come is not made."""
         self._pending = self._decision = None
-        self._noted = Noted()
+        self._noted, self._taken = Noted(), Noted()
 
     def loading(self, load: Callable[[], None]) -> Callable[[], None]:
         """What loads a state, and does not give back the rewinds that have been made."""
@@ -145,11 +167,11 @@ class Attendant:
             f"{mine} of {getattr(self._policy, key)} {key}"
             for key, mine in zip(Ladder.rungs, used, strict=True)
         )
-        total = sum(norm * norm for norm in norms) ** 0.5
+        total = self._joint(norms)
         self._say(noted, f"{_line(step)}: a spike (norm {total:.4g}), {_DONE[rung]}; used: "
                          f"{budgets}; largest: {self._largest(norms)}")  # fmt: skip
 
-    def attend(self, loss_scale: Tensor | None) -> None:
+    def attend(self) -> None:
         """Act on the decision on the last step; before a clip, on every rank.
 
         Raises:
@@ -163,7 +185,7 @@ class Attendant:
             return
         (rung, step, first, norms, noted), self._decision = self._decision, None
         if rung == RECOMPUTE:
-            self._recompute(step, norms, noted, loss_scale)
+            self._recompute(step, norms, noted)
         elif rung == REWIND:
             self.forget()
             raise RewindRequested(
@@ -182,9 +204,7 @@ class Attendant:
                 f"the learning rate, look at these batches, or raise the budgets"
             )
 
-    def _recompute(
-        self, step: int, norms: list[float], noted: Noted, loss_scale: Tensor | None
-    ) -> None:
+    def _recompute(self, step: int, norms: list[float], noted: Noted) -> None:
         """Compute a skipped step again, compare, and leave everything as it was."""
         missing = torch.full((1,), float(not noted.recompute), device=self._session.plan.device)
         if self._group is not None:
@@ -193,43 +213,58 @@ class Attendant:
             self._say(noted, f"{_line(step)}: not computed again, since on some rank "
                              f"note(recompute=...) has not said how")  # fmt: skip
             return
-        parameters = [parameter for _, parameter in self._session.named]
-        kept = [None if p.grad is None else p.grad.clone() for p in parameters]
+        session = self._session
         try:
-            for parameter in parameters:
-                parameter.grad = None
-            with torch.enable_grad():
-                for again in noted.recompute:
-                    again()
-            with torch.no_grad():
-                session = self._session
-                found = walk(session.program, session.states, loss_scale=loss_scale).raw.tolist()
+            with _set_aside([parameter for _, parameter in session.named]):
+                with torch.enable_grad():
+                    for again in noted.recompute:
+                        again()
+                with torch.no_grad():
+                    found = walk(session.program, session.states).raw.tolist()
         finally:
-            with torch.no_grad():
-                for parameter, gradient in zip(parameters, kept, strict=True):
-                    if gradient is None or parameter.grad is None:
-                        parameter.grad = gradient
-                    else:
-                        parameter.grad.copy_(gradient)
-            if self._session.early is not None:
-                self._session.early.forget()
+            if session.early is not None:
+                session.early.forget()
         self._judge(step, norms, found, noted)
 
     def _judge(self, step: int, norms: list[float], again: list[float], noted: Noted) -> None:
         finite = torch.tensor([norms, again], dtype=torch.float64)
-        limit = self._policy.tolerance * finite.norm(dim=1).nan_to_num(0.0, 0.0, 0.0).max()
+        joint = torch.tensor([self._joint(norms), self._joint(again)], dtype=torch.float64)
+        limit = self._policy.tolerance * joint.nan_to_num(0.0, 0.0, 0.0).max()
         differs = ((finite[0] - finite[1]).abs() > limit) | (
             finite[0].isfinite() != finite[1].isfinite()
         )
         names = [n for n, d in zip(self._session.plan.names, differs.tolist(), strict=True) if d]
-        norm = finite[1].norm().item()
-        if names:
+        norm, factor = joint[1].item(), self._factor(finite[0], finite[1])
+        if names and factor is not None:
+            text = (
+                f"every result is {factor:.4g} times the first (norm {norm:.4g}), as where "
+                f"note(recompute=...) leaves a loss scale on the gradients, or divides the loss "
+                f"otherwise than the step does; only the same gradients tell hardware from data"
+            )
+        elif names:
             text = (
                 f"the results differ (norm {norm:.4g}), which points at hardware: {_shown(names)}"
             )
         else:
             text = f"the results are equal (norm {norm:.4g}), which points at the data"
-        self._say(noted, f"{_line(step)}: computed again, and {text}", error=bool(names))
+        self._say(
+            noted,
+            f"{_line(step)}: computed again, and {text}",
+            error=bool(names) and factor is None,
+        )
+
+    def _joint(self, norms: list[float]) -> float:
+        """As the report's ``total_norm``."""
+        each = torch.tensor(norms, dtype=torch.float64)
+        return combine_norms(each, self._session.program.shown).item()
+
+    def _factor(self, first: Tensor, again: Tensor) -> float | None:
+        """By which one factor, other than 1, all of several gradients differ; None: by no one."""
+        ratios = (again / first)[(first > 0) | (again > 0)]
+        if len(ratios) < 2 or not bool(ratios.isfinite().all()) or not bool((ratios > 0).all()):
+            return None
+        low, high = ratios.min().item(), ratios.max().item()
+        return high if high - low <= self._policy.tolerance * high else None
 
     def _largest(self, norms: list[float]) -> str:
         pairs = zip(self._session.plan.names, norms, strict=True)
@@ -240,6 +275,30 @@ class Attendant:
         if noted.batches or self._session.speaks:
             batches = f"; batches: {_shown(noted.batches)}" if noted.batches else ""
             _logger.log(logging.ERROR if error else logging.WARNING, "%s%s", text, batches)
+
+
+@contextmanager
+def _set_aside(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """No gradients within, neither in ``.grad`` nor in ``main_grad``; after it those of before."""
+    found = (getattr(parameter, "main_grad", None) for parameter in parameters)
+    mains = [(main, main.clone()) for main in found if main is not None]
+    kept = [None if p.grad is None else p.grad.clone() for p in parameters]
+    try:
+        with torch.no_grad():
+            for main, _ in mains:
+                main.zero_()
+        for parameter in parameters:
+            parameter.grad = None
+        yield
+    finally:
+        with torch.no_grad():
+            for main, gradient in mains:
+                main.copy_(gradient)
+            for parameter, gradient in zip(parameters, kept, strict=True):
+                if gradient is None or parameter.grad is None:
+                    parameter.grad = gradient
+                else:
+                    parameter.grad.copy_(gradient)
 
 
 def _line(step: int) -> str:

@@ -49,7 +49,8 @@ class Ladder(ScalingPolicy):
     :meth:`distclip.GradClipper.note` was given.
 
     A step with a NaN or inf is a spike that is never clipped. (Under ``on_nonfinite="error"`` and
-    ``"error_late"`` it is an error, under ``"zero"`` its gradients are 0.)
+    ``"error_late"`` it is an error, under ``"zero"`` its gradients are 0.) One that a gradient
+    scaler drops to find its scale is none.
 
     Args:
         spikes: a policy that skips, such as :class:`SkipSpikes` or :class:`SkipNorm`. It ends a
