@@ -72,7 +72,8 @@ class ClippedStep:
         """Clip, and step or skip. Call it on every rank, after the last backward of the update.
 
         A skipped update leaves weights, momentum and step counters alone and sets the gradients to
-        zero, as verl does. Reads the host once, where a step may be skipped.
+        zero, as verl does. Reads the host once, where a step may be skipped, and twice more under a
+        scaler.
 
         Args:
             loss: as for :meth:`GradClipper.observe`.
@@ -89,7 +90,8 @@ class ClippedStep:
         before = self.clipper.last_report
         updated = self._step()
         report = self.clipper.last_report
-        self.report = None if report is before else report
+        dropped = not updated and self.scaler is not None
+        self.report = None if report is before or dropped else report
         if self.report is None or not updated:
             self.skipped = True
         else:
@@ -102,7 +104,7 @@ class ClippedStep:
         return self.report.total_norm
 
     def _step(self) -> bool:
-        """Clip and step; whether an engine that was asked to step did."""
+        """Clip and step; whether an engine that was asked to step did, or a scaler let it."""
         if self._engine is not None:
             if bool(self.clipper.clip_().skipped):
                 return False
@@ -113,9 +115,11 @@ class ClippedStep:
                 optimizer.step()
             else:
                 self.scaler.step(optimizer)
-        if self.scaler is not None:
-            self.scaler.update()
-        return True
+        if self.scaler is None:
+            return True
+        scale = self.scaler.get_scale()
+        self.scaler.update()
+        return self.scaler.get_scale() >= scale  # lower after an overflow, and only then
 
 
 def _check_engine(several: Sequence[Any], scaler: object) -> None:

@@ -246,3 +246,23 @@ def test_without_a_skip_to_come_nothing_is_zeroed() -> None:
     backward(model)
     step.optimizer_step()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("mode", ["error", "pass", "zero"])
+def test_a_fused_step_that_the_scaler_drops(mode: Any) -> None:
+    """The optimizer's kernel leaves it out: the policy does not know of it."""
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    clipper = GradClipper(model, policies.global_norm(1.0), on_nonfinite=mode)
+    step = ClippedStep(clipper, optimizer, scaler=scaler)
+    for times, dropped in ((1.0, False), (float("nan"), True), (1.0, False)):
+        before = model.weight.detach().clone()
+        scaler.scale(model(torch.ones(4, 3)).sum() * times).backward()
+        norm = step.optimizer_step()
+        assert step.skipped == dropped
+        assert bool(norm.isinf()) == dropped
+        assert (step.report is None) == dropped
+        assert torch.equal(before, model.weight) == dropped
+        assert (model.weight.grad is None) == dropped
+        optimizer.zero_grad()
