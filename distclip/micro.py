@@ -52,7 +52,8 @@ class MicroBatchClipper:
         process_group: the ranks to average over; that of DDP, or all ranks, by default.
 
     Raises:
-        ConfigurationError: sharded parameters, a DeepSpeed engine, a policy with memory.
+        ConfigurationError: sharded parameters, a DeepSpeed engine, gradients in ``main_grad``, a
+            policy with memory.
     """
 
     last_report: ClipReport | None = None
@@ -72,6 +73,7 @@ class MicroBatchClipper:
         self._clipper = clipper = GradClipper(
             model, policy, on_nonfinite="pass", verify_replicas="never", process_group=process_group
         )
+        self._refuse_main_gradients()
         if clipper.plan.group is not None:
             raise ConfigurationError(
                 f"MicroBatchClipper: {clipper.names[0]!r} or other parameters are spread over "
@@ -86,18 +88,24 @@ class MicroBatchClipper:
                     f"GradClipper of the sum"
                 )
         self._group = collectives.default_group(process_group)
-        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._parameters = list(model.parameters())
 
     @contextlib.contextmanager
     def clip_(self, loss_scale: Tensor | None = None) -> Iterator[None]:
         """Clip what the backward in this block leaves, and add it to what was there before.
 
         The forward belongs into the block, since DDP decides there whether to synchronise. After an
-        exception the gradients are as they were before the block.
+        exception the gradients are as they were before the block. Parameters may be frozen and
+        unfrozen between blocks.
 
         Args:
             loss_scale: 0-dim; how many times too large the gradients are, under a gradient scaler.
+
+        Raises:
+            ConfigurationError: a forward outside of the block, under DDP; gradients in
+                ``main_grad``.
         """
+        self._refuse_main_gradients()
         kept = [parameter.grad for parameter in self._parameters]
         for parameter in self._parameters:
             parameter.grad = None
@@ -105,12 +113,29 @@ class MicroBatchClipper:
         try:
             with contextlib.nullcontext() if self._ddp is None else self._ddp.no_sync():
                 yield
+            # What the last forward has set: True where its backward averages over the ranks.
+            synced = self._ddp is not None and self._ddp.require_forward_param_sync
+            if synced and any(parameter.grad is not None for parameter in self._parameters):
+                raise ConfigurationError(
+                    "MicroBatchClipper: the forward was made outside of `with micro.clip_():`, so "
+                    "that DDP averaged this micro-batch over the ranks before it could be clipped; "
+                    "move the forward into the block"
+                )
             self.last_report = report = self._clipper.clip_before_step(loss_scale)
             if report.leave_out is None or not bool(report.skipped):
                 added = list(map(_sum, kept, [parameter.grad for parameter in self._parameters]))
         finally:
             for parameter, gradient in zip(self._parameters, added, strict=True):
                 parameter.grad = gradient
+
+    def _refuse_main_gradients(self) -> None:
+        for name, parameter in self._clipper.here.items():
+            if getattr(parameter, "main_grad", None) is not None:
+                raise ConfigurationError(
+                    f"MicroBatchClipper: {name!r} accumulates its gradients in main_grad, where a "
+                    f"micro-batch's cannot be told from those before it; leave Megatron's wrapper "
+                    f"out (delete main_grad), or clip once per step by GradClipper"
+                )
 
     @torch.no_grad()
     def average_(self) -> None:
@@ -122,7 +147,7 @@ class MicroBatchClipper:
         """
         if self._group is None:
             return
-        for bucket in _buckets(self._parameters):
+        for bucket in _buckets([p for p in self._parameters if p.requires_grad]):
             gradients = [
                 torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.to_dense()
                 for parameter in bucket

@@ -177,3 +177,45 @@ def test_engines_and_memories_are_refused() -> None:
         MicroBatchClipper(engine, policies.global_norm(1.0))
     with pytest.raises(ConfigurationError, match="zclip remembers norms"):
         MicroBatchClipper(Model(), policies.chain(policies.value(1.0), policies.zclip()))
+
+
+def test_a_layer_that_is_unfrozen_later() -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1)).double()
+    model[0].requires_grad_(False)
+    micro = MicroBatchClipper(model, policies.global_norm(1.0))
+    model[0].requires_grad_(True)
+    truth = [torch.zeros_like(p) for p in model.parameters()]
+    for number in range(1, 4):
+        x = torch.full((4, 3), float(number), dtype=torch.float64)
+        found = torch.autograd.grad(model(x).sum() * 10, list(model.parameters()))
+        norm = torch.cat([each.flatten() for each in found]).norm()
+        truth = [t + each / norm for t, each in zip(truth, found, strict=True)]
+        with micro.clip_():
+            (model(x).sum() * 10).backward()
+    for parameter, expect in zip(model.parameters(), truth, strict=True):
+        torch.testing.assert_close(parameter.grad, expect, rtol=1e-6, atol=1e-9)
+
+
+def test_main_gradients_are_refused() -> None:
+    model: Any = nn.Linear(3, 2)
+    micro = MicroBatchClipper(model, policies.global_norm(1.0))
+    model.bias.main_grad = torch.zeros(2)
+    with pytest.raises(ConfigurationError, match="'bias' accumulates its gradients in main_grad"):
+        MicroBatchClipper(model, policies.global_norm(1.0))
+    with pytest.raises(ConfigurationError, match="main_grad"), micro.clip_():
+        model(torch.ones(1, 3)).sum().backward()
+
+
+@pytest.mark.ranks(2)
+def test_a_forward_outside_of_the_block() -> None:
+    model = DistributedDataParallel(nn.Linear(3, 2))
+    micro = MicroBatchClipper(model, policies.global_norm(1.0))
+    with micro.clip_():
+        pass  # a rank without a micro-batch
+    loss = model(torch.ones(1, 3)).sum()
+    with pytest.raises(ConfigurationError, match="move the forward into the block"), micro.clip_():
+        loss.backward()
+    assert all(parameter.grad is None for parameter in model.parameters())
+    with micro.clip_():
+        model(torch.ones(1, 3)).sum().backward()
+    micro.average_()
