@@ -47,7 +47,8 @@ class NoiseScale:
     Args:
         target: as for :class:`distclip.GradClipper`. Every rank builds this at the same point.
         batch: samples of one step, over all micro-batches and ranks.
-        micro_batches: backwards of one step, of equally many samples.
+        micro_batches: backwards of one step, of equally many samples. A step with fewer, as at the
+            end of an epoch, is left out, once its optimizer has changed the weights.
         every: sample the steps that are divisible by it.
         decay: of the moving averages, per sampled step; in [0, 1).
         process_group: as for :class:`distclip.GradClipper`.
@@ -77,7 +78,9 @@ class NoiseScale:
                 )
         if not 0.0 <= decay < 1.0:
             raise ConfigurationError(f"NoiseScale: decay must be in [0, 1), got {decay!r}")
+        from distclip.application.notices import sample  # these import torch, too
         from distclip.clipper import GradClipper  # imports torch, which a log is read without
+        from distclip.layouts.tensors import version_of
         from distclip.policies import measure
 
         self._clipper = GradClipper(
@@ -86,7 +89,11 @@ class NoiseScale:
         self._clipper.expects_gradients = False
         self._batch, self._parts, self._every = float(batch), micro_batches, every
         self._decay = decay
-        self._calls = 0
+        self._version_of = version_of
+        self._step = self._number = 0
+        """Of the micro-batch to come: its step, and which of the step it is."""
+        self._weights = sample([p for p in self._clipper.here.values() if p.requires_grad])
+        self._versions = [version_of(parameter) for parameter in self._weights]
         self._first: Floats = np.zeros(0)
         self._noise = self._signal = np.zeros(len(self._clipper.names))
         self.samples = 0
@@ -99,16 +106,18 @@ class NoiseScale:
             loss_scale: the gradients are this many times too large, as under a gradient scaler.
 
         Raises:
-            ConfigurationError: the first micro-batch left no gradient, or another one on each rank:
-                on all ranks alike.
+            ConfigurationError: the first micro-batch left no gradient at all, or another one on
+                each rank: on all ranks alike.
         """
-        step, number = divmod(self._calls, self._parts)
-        self._calls += 1
+        if self._has_stepped() and self._number:
+            self._step, self._number = self._step + 1, 0  # the last step had fewer micro-batches
+        step, number = self._step, self._number
+        self._step, self._number = divmod(step * self._parts + number + 1, self._parts)
         if step % self._every:
             return
         if number == 0:
             self._first = self._squares(loss_scale)
-            if not self._first.any():
+            if not self._first.any() and self._are_missing():
                 raise ConfigurationError(f"NoiseScale: the first micro-batch left none; {_MEND}")
         elif number == self._parts - 1:
             self._take(self._first * self._parts**2, self._squares(loss_scale))
@@ -124,6 +133,21 @@ class NoiseScale:
         norms = np.array([*report.parameter_norms.values()])
         squares: Floats = np.square(norms / loss_scale)
         return squares
+
+    def _has_stepped(self) -> bool:
+        """Whether an optimizer has changed the weights since this was asked last."""
+        before, self._versions = self._versions, [self._version_of(p) for p in self._weights]
+        changed = [
+            old != new
+            for old, new, parameter in zip(before, self._versions, self._weights, strict=True)
+            if _gradient(parameter) is not None
+        ]
+        return bool(changed) and all(changed)  # one alone may be changed by its module's forward
+
+    def _are_missing(self) -> bool:
+        """Whether no rank has a gradient, where all are 0: of a masked batch they may be."""
+        here = any(_gradient(p) is not None for p in self._clipper.here.values())
+        return not self._clipper._session.anywhere(here)
 
     def _take(self, small: Floats, large: Floats) -> None:
         """Squared norms of gradients of a part of the batch, and of all of it; both as means."""
@@ -167,3 +191,7 @@ class NoiseScale:
         if signal > 0.0:
             return noise / signal
         return math.inf if noise > 0.0 else math.nan
+
+
+def _gradient(parameter: Any) -> Any:
+    return getattr(parameter, "main_grad", None) if parameter.grad is None else parameter.grad

@@ -159,3 +159,38 @@ def test_what_cannot_be_meant(bad: dict[str, Any]) -> None:
     with pytest.raises(ConfigurationError, match="depth"):
         NoiseScale(nn.Linear(2, 2), batch=8, micro_batches=4).module_scales(0)
     assert np.isnan(NoiseScale(nn.Linear(2, 2), batch=8, micro_batches=4).scale)
+
+
+def test_a_micro_batch_with_a_gradient_of_zero() -> None:
+    """As a batch of rollouts without any advantage leaves it; no gradient at all is an error."""
+    model = nn.Linear(3, 1, bias=False)
+    found = NoiseScale(model, batch=8, micro_batches=2)
+    (model(torch.ones(4, 3)).sum() * 0.0).backward()
+    found.micro_batch()
+    model(torch.ones(4, 3)).sum().backward()
+    found.micro_batch()
+    assert found.samples == 1
+    model.zero_grad()
+    with pytest.raises(ConfigurationError, match="left none"):
+        found.micro_batch()
+
+
+def test_a_step_with_fewer_micro_batches_shifts_no_other() -> None:
+    scales = []
+    for short in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(3, 3, max_norm=0.5), nn.Linear(3, 3), nn.Linear(3, 1))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        found = NoiseScale(model, batch=8, micro_batches=4)
+        for step in range(4):
+            for number in range(2 if short and step == 0 else 4):
+                words = torch.tensor([(step + number) % 3, number % 3])
+                ((model(words) - number - step).square().mean() / 4).backward()
+                found.micro_batch()
+            optimizer.step()
+            optimizer.zero_grad()
+            if step == 0:  # what the long first step counts for
+                found._noise, found._signal = found._noise * 0.0, found._signal * 0.0
+        assert found.samples == (3 if short else 4)
+        scales.append(found.scale)
+    assert scales[0] == scales[1]
