@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
+from distclip.errors import ConfigurationError
 from distclip.policies import _history, checks
 from distclip.policies._torch import torch
 from distclip.policies.checks import Factor, Fraction, Share, at_least
@@ -64,7 +65,8 @@ class GroupEMA(ScalingPolicy):
         late_stop: the step from which on they hold; after ``late_start``.
 
     Raises:
-        ConfigurationError: a value outside of these ranges; late values without ``late_stop``.
+        ConfigurationError: a value outside of these ranges; late values without ``late_stop``,
+            or the other way round.
     """
 
     high_mult: Factor = 1.05
@@ -85,6 +87,11 @@ class GroupEMA(ScalingPolicy):
         if (self.high_late, self.low_late) != (None, None):
             later = Annotated[int, at_least(self.late_start + 1)]
             checks.checked(self.name, "late_stop", self.late_stop, later)
+        elif self.late_start or self.late_stop:
+            raise ConfigurationError(
+                f"group_ema: late_start is {self.late_start} and late_stop {self.late_stop}, and "
+                f"nothing moves then; give high_late or low_late, or leave both out"
+            )
 
     @property
     def needs(self) -> Needs:

@@ -107,3 +107,16 @@ def test_impossible_arguments() -> None:
     ):
         with pytest.raises(ConfigurationError, match=message):
             policies.group_ema(**arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"high_late": 1.2, "late_start": "x", "late_stop": 5}, "late_start must be a number"),
+        ({"late_start": 5, "late_stop": 10}, "nothing moves"),
+        ({"late_start": 5}, "nothing moves"),
+    ],
+)
+def test_a_schedule_that_cannot_be_meant(given: Any, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        policies.group_ema(**given)
