@@ -84,7 +84,9 @@ class Session:
         self._replicas = opened.replicas
         self._losses = Losses(self.policy)
         self.states: States = {}
-        self.step = 0
+        # A state that one rank alone loads does not change what the next clip looks at: so ranks
+        # send messages of one length, and hear by them that their steps differ.
+        self.step, self._looks = 0, self.options.looks(0)
         self.expects_gradients = opened.lasting
         self.fetched: Fetched | None = None
         self._clips = 0
@@ -191,7 +193,7 @@ class Session:
                     harmless=late and not leaves_out,
                     fetched=fetched,
                     go_on=_GO_ON if self._lasting else GO_ON_OF_CALLS,
-                    looks=self.options.looks(self.step),
+                    looks=self._looks,
                 )
         finally:
             if self.early is not None:
@@ -204,7 +206,7 @@ class Session:
             if self.expects_gradients and self._absence.is_here():
                 self._absence.judge(walked.raw, speaks=self.speaks)
         self._last.remember()
-        self.step += 1
+        self.step, self._looks = self.step + 1, self.options.looks(self.step + 1)
         return walked
 
     def scale(self, coefficient: Tensor) -> None:
@@ -369,7 +371,8 @@ class Session:
         """Go on where another session of a copy of the model is, with these states."""
         self._facts = other._facts
         self.program = self._compiled()
-        self.step, self._clips, self.states = other.step, other._clips, states
+        self.step, self._clips, self._looks = other.step, other._clips, other._looks
+        self.states = states
 
     def dump(self) -> dict[str, object]:
         """See :meth:`distclip.GradClipper.state_dict`."""
