@@ -97,9 +97,15 @@ class Memory:
 
     def _memory(self, optimizers: Iterable[Optimizer]) -> dict[str, Any]:
         """Of the clippers of these, and what still waits for one, as :class:`Shelf` gives it."""
-        clippers = {id(clipper): clipper for each in optimizers for clipper in self._of(each)}
+        optimizers = list(optimizers)
+        # In the order in which they came into being, by which equal models are told apart.
+        clippers = [
+            clipper
+            for key, clipper in self._known.items()
+            if any(_steps_any(each, key) for each in optimizers)
+        ]
         waiting = {id(s): s for each in optimizers if (s := self._shelves.get(each)) is not None}
-        saved = Shelf(self._policy).state_dict(clippers.values())
+        saved = Shelf(self._policy).state_dict(clippers)
         for shelf in waiting.values():
             saved["clippers"] += shelf.state_dict([])["clippers"]
         return saved

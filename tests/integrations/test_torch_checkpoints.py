@@ -268,6 +268,21 @@ def test_what_does_not_fit_is_refused() -> None:
             stepper.step()
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_folder_has_the_memories_of_equal_models_in_their_order(tmp_path: Path) -> None:
+    """By which they are told apart; an order by addresses in memory would be right by chance."""
+    with running(ADAGC):
+        models = [make(seed) for seed in range(5)]
+        steppers = list(map(sgd, models))
+        for number, (model, stepper) in enumerate(zip(models, steppers, strict=True)):
+            step(model, stepper, range(1 + number))
+        pairs = zip(models, steppers, strict=True)
+        states = {str(n): get_optimizer_state_dict(*pair) for n, pair in enumerate(pairs)}
+        dcp.save(states, checkpoint_id=tmp_path, no_dist=True)
+    saved = torch.load(tmp_path / FILE, weights_only=True)["clippers"]
+    assert [each["step"] for each in saved] == [1, 2, 3, 4, 5]
+
+
 class App:
     """Model and optimizer, as torch's tutorial has them for ``torch.distributed.checkpoint``."""
 
