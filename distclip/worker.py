@@ -64,7 +64,7 @@ class ClippedStep:
         self.scaler = scaler
         self._engine = None if all(isinstance(o, Optimizer) for o in several) else several[0]
         if self._engine is None:
-            clipper.attach(several)
+            self._handle = clipper.attach(several)
         else:
             _check_engine(several, scaler)
 
@@ -87,11 +87,7 @@ class ClippedStep:
         """
         if loss is not None:
             self.clipper.observe(loss)
-        before = self.clipper.last_report
-        updated = self._step()
-        report = self.clipper.last_report
-        dropped = not updated and self.scaler is not None
-        self.report = None if report is before or dropped else report
+        self.report, updated = self._step()
         if self.report is None or not updated:
             self.skipped = True
         else:
@@ -103,23 +99,26 @@ class ClippedStep:
             return torch.tensor(math.inf, device=self.clipper.plan.device)
         return self.report.total_norm
 
-    def _step(self) -> bool:
-        """Clip and step; whether an engine that was asked to step did, or a scaler let it."""
+    def _step(self) -> tuple[ClipReport | None, bool]:
+        """Clip and step; the report, and whether an engine that was asked to step did."""
         if self._engine is not None:
-            if bool(self.clipper.clip_().skipped):
-                return False
+            report = self.clipper.clip_()
+            if bool(report.skipped):
+                return report, False
             done = self._engine.step()
-            return bool(done[0]) if isinstance(done, tuple) else True
+            return report, bool(done[0]) if isinstance(done, tuple) else True
+        self._handle.last_report = None
         for optimizer in self.optimizers:
             if self.scaler is None:
                 optimizer.step()
             else:
                 self.scaler.step(optimizer)
-        if self.scaler is None:
-            return True
-        scale = self.scaler.get_scale()
-        self.scaler.update()
-        return self.scaler.get_scale() >= scale  # lower after an overflow, and only then
+        if self.scaler is not None:
+            scale = self.scaler.get_scale()
+            self.scaler.update()
+            if self.scaler.get_scale() < scale:  # it was an overflow
+                return None, False
+        return self._handle.last_report, True
 
 
 def _check_engine(several: Sequence[Any], scaler: object) -> None:

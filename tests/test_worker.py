@@ -266,3 +266,15 @@ def test_a_fused_step_that_the_scaler_drops(mode: Any) -> None:
         assert torch.equal(before, model.weight) == dropped
         assert (model.weight.grad is None) == dropped
         optimizer.zero_grad()
+
+
+@pytest.mark.filterwarnings("ignore:.*is attached to an optimizer")
+def test_a_clip_by_hand_before_the_step() -> None:
+    model = nn.Linear(3, 2)
+    clipper = GradClipper(model, policies.global_norm(1.0), on_nonfinite="skip")
+    step = ClippedStep(clipper, torch.optim.SGD(model.parameters(), lr=0.1))
+    model(torch.ones(4, 3)).sum().backward()
+    by_hand = clipper.clip_().total_norm
+    assert torch.equal(step.optimizer_step(), by_hand)
+    assert not step.skipped
+    assert model.weight.grad is not None
