@@ -110,7 +110,8 @@ class NonFiniteGradientError(DistclipError, FloatingPointError, RuntimeError):
 class RewindRequested(DistclipError, RuntimeError):  # noqa: N818 - asks, and is no fault
     """A :func:`~distclip.policies.ladder` asks to go back; raised before a clip, on every rank.
 
-    The weights are those from before the spike that asked, whose update was skipped.
+    The weights are those from before the spike that asked, whose update was skipped. Under a
+    gradient scaler call its ``update()`` before going on, since it has unscaled the gradients.
 
     ``step`` is the clip (counted from 0) before which to go on: load a checkpoint that was taken
     at this step or earlier. ``batches`` holds what this rank told

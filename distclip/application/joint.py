@@ -7,11 +7,9 @@ gradient norm: it is measured, and clipped by, once per update, before the first
 from __future__ import annotations
 
 import functools
-import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -20,7 +18,7 @@ from torch.optim import Optimizer
 
 from distclip.application.copies import FollowedCopy
 from distclip.application.folded import FusedStep
-from distclip.application.stepping import Decision, StepHandle
+from distclip.application.stepping import Decision, StepHandle, scaler_of_step
 from distclip.errors import ConfigurationError
 from distclip.layouts.tensors import own, version_of
 
@@ -163,7 +161,7 @@ class AttachHandle:
         coming: FusedStep,
     ) -> Decision:
         """Clip with all gradients in one scale; a scaler unscales them optimizer by optimizer."""
-        scaler = _scaler()
+        scaler = scaler_of_step()
         if scaler is None:
             self._refuse_scales(number, loss_scale)
             return self._clip(loss_scale, found_inf, coming)
@@ -228,18 +226,6 @@ class GradientsSeen:
 
 def _gradients(optimizer: Optimizer) -> list[Tensor | None]:
     return [parameter.grad for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def _scaler() -> torch.amp.GradScaler | None:
-    """The enabled gradient scaler whose ``step`` is making this step."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_name in ("step", "_maybe_opt_step"):
-            owner = frame.f_locals.get("self")
-            if isinstance(owner, torch.amp.GradScaler) and owner.is_enabled():
-                return owner
-        frame = frame.f_back
-    return None
 
 
 def _is_scaled(scaler: Any, optimizer: Optimizer) -> bool:

@@ -149,6 +149,9 @@ class StepHandle:
             decision = self._clip(scale, found_inf, coming)
         except BaseException:
             take_back(optimizer)  # there will be no step, whatever other handles have told it
+            if getattr(told, "_step_supports_amp_scaling", False) and scaler_of_step() is not None:
+                for name in ("grad_scale", "found_inf"):  # which the scaler deletes after a step
+                    vars(optimizer).pop(name, None)
             raise
         self._asked, self._then = coming.told, coming.then
         self._skipped = False if found_inf is None else _lazy((found_inf > 0).any())
@@ -207,6 +210,18 @@ class StepHandle:
         if self not in owners:  # removed by the closure
             return True
         return not all(isinstance(o, StepHandle) for o in owners[owners.index(self) :])
+
+
+def scaler_of_step() -> torch.amp.GradScaler | None:
+    """The enabled gradient scaler whose ``step`` is making this step."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name in ("step", "_maybe_opt_step"):
+            owner = frame.f_locals.get("self")
+            if isinstance(owner, torch.amp.GradScaler) and owner.is_enabled():
+                return owner
+        frame = frame.f_back
+    return None
 
 
 def is_attached(optimizer: Any) -> bool:

@@ -191,8 +191,8 @@ class Attendant:
             raise RewindRequested(
                 f"{_line(step)}: a spike after all others of this ladder's budgets; its update was "
                 f"skipped. Load a checkpoint taken at step {first} or before, leave out the "
-                f"batches of the spikes ({_shown(self._offending)}), and go on "
-                f"(distclip.errors.RewindRequested)",
+                f"batches of the spikes ({_shown(self._offending)}), call update() of a gradient "
+                f"scaler if there is one, and go on (distclip.errors.RewindRequested)",
                 first,
                 self._offending,
             )
