@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from distclip.clipper import GradClipper
 from distclip.errors import ConfigurationError
+from distclip.layouts import fsdp1
 from distclip.report import ClipReport
 
 
@@ -42,7 +43,7 @@ class ClippedStep:
     Raises:
         ConfigurationError: an attached clipper; an engine that clips by itself
             (``config.clip_grad``), shards gradients (``config.use_distributed_optimizer``), or
-            scales losses.
+            scales losses; under FSDP1, a scaler that each rank decides by alone.
     """
 
     report: ClipReport | None = None
@@ -64,6 +65,8 @@ class ClippedStep:
         self.scaler = scaler
         self._engine = None if all(isinstance(o, Optimizer) for o in several) else several[0]
         if self._engine is None:
+            if scaler is not None and scaler.is_enabled():
+                _check_scaler(clipper, several, scaler)
             self._handle = clipper.attach(several)
         else:
             _check_engine(several, scaler)
@@ -119,6 +122,27 @@ class ClippedStep:
             if self.scaler.get_scale() < scale:  # it was an overflow
                 return None, False
         return self._handle.last_report, True
+
+
+def _check_scaler(
+    clipper: GradClipper, several: Sequence[Optimizer], scaler: torch.amp.GradScaler
+) -> None:
+    """Refuse a scaler that would drop a step on some ranks of FSDP1 only."""
+    if not any(map(fsdp1.is_flattened, clipper.here.values())):
+        return
+    if type(scaler) is torch.amp.GradScaler:
+        raise ConfigurationError(
+            "ClippedStep: under FSDP1 a GradScaler drops a step only on the ranks whose part of "
+            "the gradients overflows, and the others wait for them in the clip; give a "
+            "torch.distributed.fsdp.sharded_grad_scaler.ShardedGradScaler"
+        )
+    fused = [o for o in several if getattr(o, "_step_supports_amp_scaling", False)]
+    if fused:
+        raise ConfigurationError(
+            f"ClippedStep: with a fused {type(fused[0]).__name__} a {type(scaler).__name__} does "
+            f"not tell the other ranks of an overflow, and each goes on with a scale of its own; "
+            f"build the optimizer with fused=False"
+        )
 
 
 def _check_engine(several: Sequence[Any], scaler: object) -> None:

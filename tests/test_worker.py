@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.nn.parallel import DistributedDataParallel
 
 import distclip
@@ -278,3 +279,33 @@ def test_a_clip_by_hand_before_the_step() -> None:
     assert torch.equal(step.optimizer_step(), by_hand)
     assert not step.skipped
     assert model.weight.grad is not None
+
+
+@pytest.mark.ranks(2)
+def test_scalers_under_fsdp1() -> None:
+    """One that each rank decides by alone is refused; with the other, all drop a step together."""
+    cpu, rank = torch.device("cpu"), dist.get_rank()
+    model = FullyShardedDataParallel(nn.Linear(3, 2), device_id=cpu, use_orig_params=True)
+    clipper = GradClipper(model, policies.global_norm(1.0), on_nonfinite="skip")
+    sharded = ShardedGradScaler("cpu", init_scale=1024.0)
+    for fused, scaler, message in (
+        (False, torch.amp.GradScaler("cpu"), "give a .*ShardedGradScaler"),
+        (True, sharded, "fused=False"),
+    ):
+        optimizer = torch.optim.AdamW(model.parameters(), fused=fused)
+        with pytest.raises(ConfigurationError, match=message):
+            ClippedStep(clipper, optimizer, scaler=scaler)
+    optimizer = torch.optim.AdamW(model.parameters())
+    step = ClippedStep(clipper, optimizer, scaler=sharded)
+    skipped = []
+    for number in range(3):
+        sharded.scale(model(torch.ones(4, 3)).sum()).backward()
+        if number == 1 and rank == 1:
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.fill_(float("inf"))
+        step.optimizer_step()
+        optimizer.zero_grad()
+        skipped.append(step.skipped)
+    assert skipped == [False, True, False]
+    assert sharded.get_scale() == 512.0
