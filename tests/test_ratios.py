@@ -18,11 +18,13 @@ from distclip import ConfigurationError, GradClipper, config, policies
 from distclip.cli.app import app
 from distclip.common.rollups import grouped, joint
 from distclip.config.logs import open_log
+from distclip.integrations import clippers
 from distclip.monitor import JsonlSink
 from distclip.monitor.page.data import page_data
 from distclip.monitor.reading import read_run
 from distclip.monitor.runs import summaries
 from distclip.monitor.tracking import metrics
+from distclip.options import Looks, Options
 from distclip.policies import Policy
 from tests.helpers.watching import REDUCTION, watch
 from tests.sharded import Whole, shard, whole
@@ -180,6 +182,12 @@ def test_the_log_the_table_and_the_page_have_them(tmp_path: Path) -> None:
     assert any(
         line.split()[0::4] == ["head", ratio] for line in run.output.splitlines() if "head" in line
     )
+
+
+def test_a_clipper_that_only_returns_a_norm_measures_no_more() -> None:
+    settings = config.load({"policy": "measure", "ratios": 1, "exponents": 1})
+    asked = settings.arguments(**clippers._measuring(2.0))
+    assert Options(**asked).looks(0) == Looks()
 
 
 def test_what_cannot_be_meant() -> None:

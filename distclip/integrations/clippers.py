@@ -145,4 +145,6 @@ def _measuring(norm_type: float) -> dict[str, object]:
         "norms": True,
         "verify_replicas": "never",
         "overlap": False,
+        "ratios": None,
+        "exponents": None,
     }
