@@ -36,6 +36,8 @@ def replace(
     def replacement(*args: Any, **kwargs: Any) -> Any:
         if not active or (when is not None and not when()):
             return original(*args, **kwargs)
+        if "self" in kwargs:  # as torch.distributed.checkpoint calls a method of a class
+            args = kwargs.pop("self"), *args
         return function(original, *args, **kwargs)
 
     def restore() -> None:

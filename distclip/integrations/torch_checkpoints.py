@@ -11,6 +11,7 @@ there the memory is a file of its own in the folder of the checkpoint.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import sys
@@ -68,12 +69,41 @@ class Memory:
         self._folder: Shelf | None = None
         """What was in the folder that ``torch.distributed.checkpoint`` loaded last."""
         self._said: set[str] = set()
-        self._undo: list[Callable[[], object]] = [
-            replace(Optimizer, "state_dict", self._save),
-            replace(Optimizer, "load_state_dict", self._load),
-        ]
+        self._busy: set[int] = set()
+        """Optimizers (by id) of which a method is being called."""
+        self._kinds: set[type] = set()
+        """Classes of optimizers whose own methods are replaced."""
+        self._undo: list[Callable[[], object]] = []
+        self._replace_in(Optimizer)
         self._undo.append(hooks.on_import(FSDP1, self._replace_methods).remove)
         self._undo.append(hooks.on_import(DCP, self._replace_functions).remove)
+
+    def meet(self, optimizer: Optimizer) -> None:
+        """Of a new optimizer: its class may have methods that do not call those of torch."""
+        for kind in type(optimizer).__mro__:
+            if issubclass(kind, Optimizer):
+                self._replace_in(kind)
+
+    def _replace_in(self, kind: type) -> None:
+        if kind in self._kinds:
+            return
+        self._kinds.add(kind)
+        for name, ours in (("state_dict", self._save), ("load_state_dict", self._load)):
+            if name in vars(kind):
+                self._undo.append(replace(kind, name, functools.partial(self._outermost, ours)))
+
+    def _outermost(
+        self, ours: Callable[..., Any], original: Callable[..., Any], optimizer: Optimizer,
+        *args: Any, **kw: Any,
+    ) -> Any:  # fmt: skip
+        """A method may call that of its base class, and the memory is to be treated once."""
+        if id(optimizer) in self._busy:
+            return original(optimizer, *args, **kw)
+        self._busy.add(id(optimizer))
+        try:
+            return ours(original, optimizer, *args, **kw)
+        finally:
+            self._busy.discard(id(optimizer))
 
     def restore(self) -> None:
         """Put torch's own methods back."""
@@ -124,7 +154,14 @@ class Memory:
         return {**state, KEY: memory} if memory["clippers"] else state
 
     @eagerly
-    def _load(self, original: Callable[..., None], optimizer: Optimizer, state_dict: Any) -> None:
+    def _load(
+        self,
+        original: Callable[..., None],
+        optimizer: Optimizer,
+        state_dict: Any,
+        *args: Any,
+        **kw: Any,
+    ) -> None:
         found = state_dict.get(KEY) if isinstance(state_dict, Mapping) else None
         shelf = self._folder if is_running(DCP) else None
         if found:
@@ -140,7 +177,7 @@ class Memory:
             self._shelves.pop(optimizer, None)
             self._without.add(optimizer)
             self._mention_none(self._of(optimizer))
-        original(optimizer, state_dict)
+        original(optimizer, state_dict, *args, **kw)
 
     # ---- FSDP1's -----------------------------------------------------------------------------
 

@@ -37,6 +37,7 @@ class ScriptClippers(Clippers):
         """Those whose last forward with gradients was under ``no_sync()``."""
         self._restore = replace(DistributedDataParallel, "_post_forward", self._note)
         self._memory = Memory(self.known, config.policy)
+        objects.optimizers.met.append(self._memory.meet)
 
     def forget(self) -> None:
         super().forget()

@@ -32,10 +32,12 @@ class Instances(Generic[Made]):
 
     Attributes:
         forget: no longer look for new ones.
+        met: called with each new one.
     """
 
     def __init__(self, kind: type[Made]) -> None:
         self._known: dict[int, weakref.ref[Made]] = {}
+        self.met: list[Callable[[Made], object]] = []
         self.forget = replace(kind, "__init__", self._note)
 
     def _note(self, original: Callable[..., None], made: Made, *args: Any, **kwargs: Any) -> None:
@@ -48,6 +50,8 @@ class Instances(Generic[Made]):
         if (known := self._known.get(key)) is None or known() is not made:
             self._known.pop(key, None)
             self._known[key] = weakref.ref(made)
+            for call in self.met:
+                call(made)
 
     def __iter__(self) -> Iterator[Made]:
         for key, reference in list(self._known.items()):

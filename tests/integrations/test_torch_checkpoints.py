@@ -16,6 +16,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
+    _patch_optimizer_state_dict,
     get_model_state_dict,
     get_optimizer_state_dict,
     get_state_dict,
@@ -362,6 +363,47 @@ def test_what_is_lost_is_mentioned() -> None:
         step(model, stepper, range(3))
         dcp.save({"optimizer": stepper}, checkpoint_id="memory://there")
         assert not found
+
+
+class OwnMethods(torch.optim.SGD):
+    """Loads by itself, as the optimizers of bitsandbytes; saves through torch's method."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "mine": 1}
+
+    def load_state_dict(self, state_dict: dict[str, Any], move_to_device: bool = True) -> None:
+        assert not move_to_device
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            group["lr"] = saved["lr"]
+
+
+def test_an_optimizer_whose_class_loads_by_itself() -> None:
+    methods = vars(OwnMethods)["state_dict"], vars(OwnMethods)["load_state_dict"]
+    with running(ADAGC):
+        model = make()
+        stepper = OwnMethods(model.parameters(), lr=0.1)
+        step(model, stepper, range(4))
+        state = stepper.state_dict()
+        assert len(state[KEY]["clippers"]) == state["mine"] == 1
+    with running(ADAGC) as scripts:
+        model = make()
+        stepper = OwnMethods(model.parameters(), lr=0.2)
+        stepper.load_state_dict(state, move_to_device=False)
+        assert stepper.param_groups[0]["lr"] == 0.1
+        step(model, stepper, [4])
+        (clipper,) = scripts._clippers.known.values()
+        assert clipper.state_dict()["step"] == 5
+    assert methods == (vars(OwnMethods)["state_dict"], vars(OwnMethods)["load_state_dict"])
+
+
+def test_an_optimizer_whose_methods_torch_has_replaced() -> None:
+    """They call that of the class by keyword: ``Optimizer.state_dict(self=optimizer)``."""
+    with running(ADAGC):
+        model = make()
+        stepper = sgd(model)
+        _patch_optimizer_state_dict(model, optimizers=stepper)
+        step(model, stepper, [0])
+        stepper.load_state_dict(stepper.state_dict())
 
 
 def test_everything_is_restored() -> None:
