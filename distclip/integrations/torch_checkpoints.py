@@ -29,6 +29,7 @@ from distclip.application.eager import eagerly
 from distclip.clipper import GradClipper
 from distclip.engine.attaching import stepped_by
 from distclip.engine.checkpoint import Source
+from distclip.errors import NonFiniteGradientError
 from distclip.integrations import hooks
 from distclip.integrations.charge import is_running
 from distclip.integrations.checkpoints import FILE, Shelf
@@ -229,7 +230,7 @@ class Memory:
 
     def _mention_none(self, clippers: list[GradClipper]) -> None:
         """Of a policy without memory there is nothing to say."""
-        if any(clipper.state_dict()["states"] for clipper in clippers):
+        if any(map(_remembers, clippers)):
             self._mention(
                 "the optimizer's state that was loaded has no state of distclip (it was saved "
                 "without distclip, before the first step, or through a function that drops it): %r "
@@ -240,6 +241,14 @@ class Memory:
         if message not in self._said and collectives.is_first():
             _logger.warning(message, self._policy)
         self._said.add(message)
+
+
+def _remembers(clipper: GradClipper) -> bool:
+    """Whether there is a memory to lose, when an optimizer is about to load another state."""
+    try:
+        return bool(clipper.state_dict()["states"])
+    except NonFiniteGradientError:  # once; the step to come raises it too
+        return bool(clipper.state_dict()["states"])
 
 
 def _folder(options: Mapping[str, Any], storage: str) -> Path | None:

@@ -28,7 +28,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.optim import Optimizer
 
 from distclip import policies
-from distclip.errors import StateError
+from distclip.errors import NonFiniteGradientError, StateError
 from distclip.integrations.checkpoints import FILE
 from distclip.integrations.torch_checkpoints import KEY
 from tests.integrations.accelerated import Model, batch, loss_of, make, same, sgd, whole
@@ -241,6 +241,21 @@ def test_two_optimizers_that_are_clipped_as_one() -> None:
         (clipper,) = scripts._clippers.known.values()
         assert clipper.state_dict()["step"] == 5
         assert [len(s.state_dict()[KEY]["clippers"]) for s in steppers] == [1, 1]
+
+
+def test_a_load_is_made_where_a_late_error_is_still_to_come() -> None:
+    with running(ADAGC, on_nonfinite="error_late"):
+        model, stepper = begun("one")
+        plain = copy.deepcopy(stepper.state_dict())
+        step(model, stepper, range(2))
+        own = copy.deepcopy(stepper.state_dict())
+        for state, raises in ((plain, True), (own, False)):
+            loss_of(model, batch(2)).backward()
+            model.head.weight.grad.fill_(torch.nan)
+            stepper.step()
+            stepper.load_state_dict(state)
+            with pytest.raises(NonFiniteGradientError) if raises else nullcontext():
+                step(model, stepper, [2])
 
 
 def test_what_does_not_fit_is_refused() -> None:
