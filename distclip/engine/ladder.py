@@ -215,7 +215,9 @@ class Attendant:
             return
         session = self._session
         try:
-            with _set_aside([parameter for _, parameter in session.named]):
+            parameters = [parameter for _, parameter in session.named]
+            buffers = [each for module in session.watched.modules for each in module.buffers()]
+            with _set_aside(parameters, buffers):
                 with torch.enable_grad():
                     for again in noted.recompute:
                         again()
@@ -278,8 +280,12 @@ class Attendant:
 
 
 @contextmanager
-def _set_aside(parameters: Sequence[Tensor]) -> Iterator[None]:
-    """No gradients within, neither in ``.grad`` nor in ``main_grad``; after it those of before."""
+def _set_aside(parameters: Sequence[Tensor], buffers: Sequence[Tensor]) -> Iterator[None]:
+    """No gradients within, neither in ``.grad`` nor in ``main_grad``; after it those of before.
+
+    So are the buffers: running statistics would count the batch twice.
+    """
+    statistics = [buffer.clone() for buffer in buffers]
     found = (getattr(parameter, "main_grad", None) for parameter in parameters)
     mains = [(main, main.clone()) for main in found if main is not None]
     kept = [None if p.grad is None else p.grad.clone() for p in parameters]
@@ -292,6 +298,8 @@ def _set_aside(parameters: Sequence[Tensor]) -> Iterator[None]:
         yield
     finally:
         with torch.no_grad():
+            for buffer, before in zip(buffers, statistics, strict=True):
+                buffer.copy_(before)
             for main, gradient in mains:
                 main.copy_(gradient)
             for parameter, gradient in zip(parameters, kept, strict=True):

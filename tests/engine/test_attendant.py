@@ -338,3 +338,24 @@ def test_a_scaler_goes_on_after_a_rewind(fused: bool) -> None:
         norms.append(float(clipper.last_report.total_norm))
     assert asked == [2]
     assert norms[3] == pytest.approx(norms[0], rel=0.1)
+
+
+def test_running_statistics_count_a_batch_once() -> None:
+    ends = []
+    for budgets in ({"skips": 0, "recomputes": 1}, {"skips": 1, "recomputes": 0}):
+        torch.manual_seed(0)
+        model: Any = nn.Sequential(nn.Linear(7, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))
+        policy = policies.ladder(policies.skip_norm(500.0), **budgets)
+        clipper = GradClipper(model, policy, on_nonfinite="skip")
+        for step in range(3):
+            data = torch.randn(8, 7, generator=torch.Generator().manual_seed(step))
+
+            def backward(data: Tensor = data, times: float = 1e3 if step == 1 else 1.0) -> None:
+                (model(data).square().sum() * times).backward()  # noqa: B023
+
+            model.zero_grad()
+            clipper.note(recompute=backward)
+            backward()
+            clipper.clip_()
+        ends.append(list(model[1].buffers()))
+    assert all(map(same_bits, *ends))
