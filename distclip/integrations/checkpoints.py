@@ -38,6 +38,11 @@ class Shelf:
         self._waiting: list[dict[str, Any]] = []
         self._source = Source()
 
+    @property
+    def empty(self) -> bool:
+        """Whether nothing waits."""
+        return not self._waiting
+
     def state_dict(self, clippers: Iterable[GradClipper]) -> dict[str, Any]:
         """The states of all clippers, and those that still wait: tensors and plain values."""
         states = [clipper.state_dict() for clipper in clippers] + self._waiting

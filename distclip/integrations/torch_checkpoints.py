@@ -165,6 +165,8 @@ class Memory:
     ) -> None:
         found = state_dict.get(KEY) if isinstance(state_dict, Mapping) else None
         shelf = self._folder if is_running(DCP) else None
+        if shelf is not None and shelf.empty and self._shelves.get(optimizer) is shelf:
+            shelf = None  # it has taken what is there, and loads something else now
         if found:
             shelf = Shelf(self._policy)
             shelf.load_state_dict(found, self._of(optimizer), _SOURCE)

@@ -299,6 +299,28 @@ def test_a_folder_has_the_memories_of_equal_models_in_their_order(tmp_path: Path
     assert [each["step"] for each in saved] == [1, 2, 3, 4, 5]
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_folder_is_loaded_from_once(tmp_path: Path) -> None:
+    """A dict that is kept and given back has no memory, whatever has been loaded before."""
+    with running(ADAGC):
+        model, stepper = begun("one")
+        step(model, stepper, range(3))
+        state = {"optimizer": get_optimizer_state_dict(model, stepper)}
+        dcp.save(state, checkpoint_id=tmp_path, no_dist=True)
+    with running(ADAGC) as scripts, mentioned() as found:
+        model, stepper = begun("one")
+        state = {"optimizer": get_optimizer_state_dict(model, stepper)}
+        dcp.load(state, checkpoint_id=tmp_path, no_dist=True)
+        for _ in range(2):  # nothing has been taken before the first step
+            set_optimizer_state_dict(model, stepper, copy.deepcopy(state["optimizer"]))
+        step(model, stepper, [3])
+        (clipper,) = scripts._clippers.known.values()
+        assert clipper.state_dict()["step"] == 4
+        assert not found
+        set_optimizer_state_dict(model, stepper, get_optimizer_state_dict(model, stepper))
+        assert [NONE in each for each in found] == [True]
+
+
 class App:
     """Model and optimizer, as torch's tutorial has them for ``torch.distributed.checkpoint``."""
 
