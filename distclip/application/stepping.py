@@ -87,7 +87,7 @@ class StepHandle:
     @property
     def stepping(self) -> bool:
         """Whether this is asked from within a step of the optimizer."""
-        return self._step is not None and _is_within(sys._getframe(), self._step)
+        return self._step is not None and is_within(sys._getframe(), self._step)
 
     def remove(self) -> None:
         """Take the hooks off; the optimizer steps as it did before."""
@@ -108,9 +108,9 @@ class StepHandle:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         # Of a class whose `step` calls `super().step()`, torch runs the hooks twice.
         step = caller()
-        if self._step is not None and _is_within(step, self._step):
+        if self._step is not None and is_within(step, self._step):
             return None
-        if not optimizer.state and _only_makes_state(step):
+        if not optimizer.state and only_makes_state(step):
             return None
         self._step = step
         # A step that raised never reached its post-hook. What it hid is history by now.
@@ -238,7 +238,7 @@ _STATE_MAKERS = {
 makes its state: name -> module."""
 
 
-def _only_makes_state(frame: FrameType | None) -> bool:
+def only_makes_state(frame: FrameType | None) -> bool:
     """Whether the step is made by torch's checkpointing, and none of training."""
     if sys.modules.keys().isdisjoint(_STATE_MAKERS.values()):
         return False
@@ -250,7 +250,8 @@ def _only_makes_state(frame: FrameType | None) -> bool:
     return False
 
 
-def _is_within(frame: FrameType | None, outer: FrameType) -> bool:
+def is_within(frame: FrameType | None, outer: FrameType) -> bool:
+    """Whether ``frame`` is ``outer``, or called by it."""
     while frame is not None and frame is not outer:
         frame = frame.f_back
     return frame is not None

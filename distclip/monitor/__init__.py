@@ -11,3 +11,5 @@ from distclip.monitor.trackers import MLflowSink as MLflowSink
 from distclip.monitor.trackers import TensorBoardSink as TensorBoardSink
 from distclip.monitor.trackers import TrackioSink as TrackioSink
 from distclip.monitor.trackers import WandbSink as WandbSink
+from distclip.monitor.updates import UpdateMonitor as UpdateMonitor
+from distclip.monitor.updates import UpdateReport as UpdateReport
