@@ -316,6 +316,20 @@ class GradClipper:
         if self._ladder is not None:
             self._ladder.note(batch, recompute)
 
+    @property
+    def rewinds(self) -> int:
+        """Rewinds that its :func:`~distclip.policies.ladder` has asked for; 0 without one.
+
+        Reads the host. An integration that goes back to a state from before there was this clipper
+        sets it; it is never lowered.
+        """
+        return 0 if self._ladder is None else self._ladder.made
+
+    @rewinds.setter
+    def rewinds(self, made: int) -> None:
+        if self._ladder is not None:
+            self._ladder.made = made
+
     @eagerly
     def attach(self, optimizer: Optimizer | Sequence[Optimizer], *more: Optimizer) -> AttachHandle:
         """Clip before every ``optimizer.step()`` from now on.

@@ -25,7 +25,7 @@ from distclip.kernels import transfer
 from distclip.policies import Ladder
 from distclip.policies.compose import Stage, stages
 from distclip.policies.protocol import combine_norms
-from distclip.statistics import collectives
+from distclip.statistics import collectives, waiting
 
 _logger = logging.getLogger("distclip.ladder")
 
@@ -138,14 +138,24 @@ class Attendant:
         """What loads a state, and does not give back the rewinds that have been made."""
 
         def loads() -> None:
-            made = self._session.states.get(self._path, {}).get("rewinds")
+            made = self.made
             load()
             self.forget()
-            state = self._session.states.get(self._path)
-            if made is not None and state:
-                state["rewinds"] = torch.maximum(state["rewinds"], made)
+            self.made = made
 
         return loads
+
+    @property
+    def made(self) -> int:
+        """Rewinds asked for so far, read from the device. Setting it never lowers it."""
+        state = self._session.states.get(self._path)
+        return int(state["rewinds"]) if state else 0
+
+    @made.setter
+    def made(self, made: int) -> None:
+        state = self._session.states.get(self._path)
+        if state:
+            state["rewinds"] = state["rewinds"].clamp(min=made)
 
     def tell(self) -> None:
         """Log the decision on the last step, if it was a spike. Waits for that step."""
@@ -213,12 +223,12 @@ class Attendant:
             self._say(noted, f"{_line(step)}: not computed again, since on some rank "
                              f"note(recompute=...) has not said how")  # fmt: skip
             return
-        session = self._session
+        session, what = self._session, f"{_line(step)}: note(recompute=...)"
         try:
             parameters = [parameter for _, parameter in session.named]
             buffers = [each for module in session.watched.modules for each in module.buffers()]
             with _set_aside(parameters, buffers):
-                with torch.enable_grad():
+                with waiting.all_or_none(self._group, what), torch.enable_grad():
                     for again in noted.recompute:
                         again()
                 with torch.no_grad():

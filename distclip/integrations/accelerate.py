@@ -34,6 +34,7 @@ from distclip.integrations.accelerate_prepared import (
     refuse_engines,
     refuse_lomo,
 )
+from distclip.integrations.accelerate_rewinds import Rewinds as Rewinds
 from distclip.integrations.attachment import Attachment
 from distclip.integrations.checkpoints import Shelf
 from distclip.integrations.clippers import Clippers
@@ -284,6 +285,14 @@ class AcceleratorAttachment(Attachment):
 
     def observe(self, loss: Tensor | float) -> None:
         self._clippers.observe(loss)
+
+    def note(self, batch: Any = None, recompute: Callable[[], object] | None = None) -> None:
+        """As :meth:`distclip.GradClipper.note`, for all sets of parameters."""
+        self._clippers.note(batch, recompute)
+
+    def begin_anew(self) -> None:
+        """Forget what the policy remembers, as before the first step."""
+        self._forget_models()
 
     def _backward(self, original: Callable[..., Any], loss: Tensor, **kwargs: Any) -> None:
         original(loss, **kwargs)

@@ -97,6 +97,11 @@ class Attachment(ABC):
     def memory(self) -> tuple[Shelf, Iterable[GradClipper]]:
         """The states that have no clipper yet, and the clippers, for a framework's checkpoints."""
 
+    def keep_rewinds(self) -> None:
+        """Let no clipper that comes into being from now on have less rewinds than there were."""
+        shelf, clippers = self.memory()
+        shelf.rewinds = max([shelf.rewinds, *(clipper.rewinds for clipper in clippers)])
+
     def state_dict(self) -> dict[str, Any]:
         """The state of the policy, for checkpoints that the framework does not make.
 

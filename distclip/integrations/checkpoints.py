@@ -31,12 +31,16 @@ class Shelf:
 
     Args:
         policy: that of all its clippers; with None a state is compared when its clipper is there.
+
+    Attributes:
+        rewinds: those that this process has made, which none of its clippers gets back.
     """
 
     def __init__(self, policy: Policy | None = None) -> None:
         self._policy = policy
         self._waiting: list[dict[str, Any]] = []
         self._source = Source()
+        self.rewinds = 0
 
     @property
     def empty(self) -> bool:
@@ -115,6 +119,7 @@ class Shelf:
             StateError: a state with some of its parameters: what differs.
         """
         _taken(clipper, self._waiting, self._source)()
+        clipper.rewinds = self.rewinds
 
 
 def _taken(

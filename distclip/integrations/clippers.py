@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +71,8 @@ class Clippers:
         self.reads_loss = reads_loss(config.policy)
         self._losses: list[Tensor] = []
         """Those of the first update, which come before there is a clipper."""
+        self._notes: list[tuple[Any, Callable[[], object] | None]] = []
+        """As well."""
         self._trained = trained
         self._config = config
 
@@ -82,6 +84,7 @@ class Clippers:
         self.known.clear()
         self._measurers.clear()
         self._losses.clear()
+        self._notes.clear()
 
     def observe(self, loss: Tensor | float) -> None:
         """A loss of the update to come, for a policy that reads it."""
@@ -91,6 +94,13 @@ class Clippers:
             clipper.observe(loss)
         if not self.known:
             self._losses.append(torch.as_tensor(loss).detach())
+
+    def note(self, batch: Any, recompute: Callable[[], object] | None) -> None:
+        """See :meth:`distclip.GradClipper.note`."""
+        for clipper in self.known.values():
+            clipper.note(batch, recompute)
+        if not self.known:
+            self._notes.append((batch, recompute))
 
     def of(self, parameters: list[Tensor], *, measuring: float | None = None) -> GradClipper:
         """The one of exactly these parameters.
@@ -133,6 +143,9 @@ class Clippers:
         for loss in self._losses:
             clipper.observe(loss)
         self._losses.clear()
+        for batch, recompute in self._notes:
+            clipper.note(batch, recompute)
+        self._notes.clear()
         if collectives.is_first():
             _logger.info("clipping %d parameters by %r", len(key), clipper.policy)
 

@@ -14,6 +14,7 @@ import math
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -207,6 +208,53 @@ class _Notes:
 
     def _has_written(self, rank: int) -> bool:
         return bool(self._store.check([self._prefix + str(rank)]))
+
+
+_joint: Counter[str] = Counter()
+"""Group name -> calls of :func:`all_or_none` so far, the same on all of its ranks."""
+
+
+@contextlib.contextmanager
+def all_or_none(group: ProcessGroup | None, what: str) -> Iterator[None]:
+    """Run something that may fail on one rank, and let no other rank go on by itself then.
+
+    Each rank writes into the store how it went, and one that failed raises at once, without a
+    collective, which others could take for theirs. A rank that waits in a collective of the thing
+    itself gets no word: that ends when the failed rank does, or by the limit of its process group.
+
+    Args:
+        group: the ranks that run it together; None: this one alone.
+        what: it, for the message.
+
+    Raises:
+        CollectiveError: it has failed on another rank.
+    """
+    if group is None or dist.get_world_size(group) == 1:
+        yield
+        return
+    store: Any = dist.distributed_c10d._get_default_store()
+    name = group.group_name
+    _joint[name] += 1
+    prefix = f"distclip/joint/{name}/{_joint[name]}/"
+    mine, ranks = str(dist.get_rank()), dist.get_process_group_ranks(group)
+    try:
+        yield
+    except Exception as error:
+        word = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
+        _in_time(lambda: store.set(prefix + mine, word))
+        raise
+    _in_time(lambda: store.set(prefix + mine, ""))
+    words: dict[int, str] = {}
+    with contextlib.suppress(RuntimeError):  # no store any more, or none in time: as without it
+        for rank in ranks:
+            words[rank] = store.get(prefix + str(rank)).decode()  # waits for it
+    failed = [rank for rank in words if words[rank]]
+    if failed:
+        raise CollectiveError(
+            f"{what} has failed on rank {failed[0]}, whose own error says where: "
+            f"{words[failed[0]]}",
+            ranks=failed,
+        )
 
 
 def _in_time(ask: Callable[[], Any]) -> Any:

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from distclip import (
+    CollectiveError,
     GradClipper,
     LadderExhaustedError,
     NonFiniteGradientError,
@@ -186,6 +187,33 @@ def test_a_rank_that_cannot_compute_again() -> None:
         for step in range(12):
             run.step(step, recompute=run.rank == 0)
     assert "not computed again, since on some rank" in lines[1]
+
+
+@pytest.mark.ranks(2)
+def test_a_rank_whose_second_computation_fails() -> None:
+    """Its own error there, and its name elsewhere: nobody waits for it in the next collective."""
+    run = Run("fsdp2", policies.ladder(SPIKES, skips=0, recomputes=1), (10,))
+
+    def fails(step: int) -> None:
+        run.backward(step)
+        if run.rank == 1:
+            raise KeyError("row 12")
+
+    for step in range(11):
+        run.optimizer.zero_grad()
+        run.clipper.note(recompute=lambda step=step: fails(step))
+        run.backward(step)
+        run.optimizer.step()
+    before = run.weights()
+    error: Any = KeyError if run.rank == 1 else CollectiveError
+    with pytest.raises(error, match="row 12") as raised:
+        run.step(11)
+    if run.rank == 0:
+        assert "step 10 " in str(raised.value)
+        assert "has failed on rank 1, whose own error says where: KeyError" in str(raised.value)
+        assert raised.value.ranks == (1,)
+    assert all(map(same_bits, before, run.weights()))
+    run.step(11)  # the ranks are still together
 
 
 @pytest.mark.ranks(1, 2)
