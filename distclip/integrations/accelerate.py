@@ -290,6 +290,14 @@ class AcceleratorAttachment(Attachment):
         """As :meth:`distclip.GradClipper.note`, for all sets of parameters."""
         self._clippers.note(batch, recompute)
 
+    def drop_step(self) -> None:
+        """Drop the gradients of a step that an error has ended, and what a scaler knows of them."""
+        for accelerated in self.accelerator._optimizers:
+            accelerated.optimizer.zero_grad()
+        scaler = self.accelerator.scaler
+        if scaler is not None and scaler.is_enabled():
+            scaler.update(scaler.get_scale())  # or the next unscaling would be refused
+
     def begin_anew(self) -> None:
         """Forget what the policy remembers, as before the first step."""
         self._forget_models()

@@ -120,11 +120,7 @@ class Rewinds:
         self.left_out |= {tuple(batch) for batch in asked.batches if isinstance(batch, tuple)}
         folder, at = self._checkpoints.before(asked)
         self._attachment.keep_rewinds()
-        for optimizer in self._accelerator._optimizers:
-            optimizer.optimizer.zero_grad()
-        scaler = self._accelerator.scaler
-        if scaler is not None and scaler.is_enabled():
-            scaler.update(scaler.get_scale())  # or the next unscaling would be refused
+        self._attachment.drop_step()
         if at == 0:  # there was no clipper yet, and nothing of it is in the checkpoint
             self._attachment.begin_anew()
         self._accelerator.load_state(folder)

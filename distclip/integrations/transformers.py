@@ -13,7 +13,7 @@ import inspect
 import logging
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any
 
@@ -22,10 +22,11 @@ from transformers.trainer_callback import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from distclip.config import Config
-from distclip.errors import ConfigurationError, DistclipError
+from distclip.errors import ConfigurationError, DistclipError, RewindRequested
 from distclip.integrations import accelerate, deepspeed_json
 from distclip.integrations.given import PolicyOrConfig
 from distclip.integrations.patches import replace
+from distclip.integrations.rewinding import Checkpoints
 from distclip.monitor.tracking import metrics
 from distclip.report import ClipReport
 
@@ -157,6 +158,113 @@ class ClipCallback(TrainerCallback):
         if self._handle is not None:
             shelf, clippers = self._handle.memory()
             shelf.save(clippers, folder)
+
+
+def train_with_rewinds(
+    trainer: Any,
+    *,
+    left_out: Iterable[int] = (),
+    resume_from_checkpoint: Any = None,
+    **options: Any,
+) -> Any:
+    """``trainer.train``, which goes back when a :func:`~distclip.policies.ladder` asks to.
+
+    ::
+
+        trainer = Trainer(..., callbacks=[distclip.transformers.ClipCallback(ladder)])
+        distclip.transformers.train_with_rewinds(trainer)
+
+    The loop is the Trainer's, which ends with any error, and so this is a function around
+    ``train``: upon a :exc:`~distclip.RewindRequested` it calls ``train`` again with the newest
+    checkpoint in ``args.output_dir`` that was taken at the step of the error or before. The
+    updates of the spikes, each with all its micro-batches, are left out from then on. As a skipped
+    update does, each counts in ``global_step``, and moves neither weights nor schedule. The number
+    of rewinds made is not loaded; the ladder's budget ends a training that does not get better.
+
+    Args:
+        trainer: with a :class:`ClipCallback`; single process, DDP or FSDP2. It saves checkpoints.
+        left_out: ``global_step`` of updates to leave out from the start: for a training that is
+            resumed in another process those that the log of the first has named.
+        resume_from_checkpoint: as for ``train``.
+        options: others of ``train``.
+
+    Returns:
+        What ``train`` returns.
+
+    Raises:
+        ConfigurationError: no ``ClipCallback``, DeepSpeed, ``ignore_data_skip``. Later: no
+            checkpoint to go back to, or epochs whose last update has fewer micro-batches.
+    """
+    callbacks = [c for c in trainer.callback_handler.callbacks if isinstance(c, ClipCallback)]
+    _check_rewinds(trainer, callbacks)
+    callback, leaving_out = callbacks[0], set(left_out)
+
+    def get_batch_samples(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        batches, items = original(*args, **kwargs)
+        state = trainer.state
+        if state.global_step not in leaving_out or not batches:
+            callback._handle.note(state.global_step)
+            return batches, items
+        _refuse_remainder(trainer)
+        state.global_step += 1
+        if state.global_step >= state.max_steps:
+            trainer.control.should_training_stop = True
+        return [], None
+
+    checkpoints = Checkpoints(trainer.args.output_dir)
+    undo = replace(trainer, "get_batch_samples", get_batch_samples)
+    try:
+        while True:
+            try:
+                return trainer.train(resume_from_checkpoint=resume_from_checkpoint, **options)
+            except RewindRequested as asked:
+                leaving_out.update(each for each in asked.batches if isinstance(each, int))
+                callback._handle.keep_rewinds()
+                callback._handle.drop_step()
+                trainer.model_wrapped = trainer.model  # to be prepared anew
+                resume_from_checkpoint, at = checkpoints.before(asked)
+                if trainer.is_world_process_zero():
+                    _logger.warning(
+                        "going back to %s, taken before clip %d; updates (global_step) that are "
+                        "left out from now on: %s",
+                        resume_from_checkpoint,
+                        at,
+                        sorted(leaving_out),
+                    )
+    finally:
+        undo()
+
+
+def _check_rewinds(trainer: Any, callbacks: list[ClipCallback]) -> None:
+    if not callbacks:
+        raise ConfigurationError(
+            "train_with_rewinds: this Trainer has no ClipCallback; give it "
+            "callbacks=[distclip.transformers.ClipCallback(policies.ladder(...))]"
+        )
+    if trainer.is_deepspeed_enabled:
+        raise ConfigurationError(
+            "train_with_rewinds: not under DeepSpeed; catch RewindRequested around trainer.train, "
+            "and start again from an older checkpoint"
+        )
+    if trainer.args.ignore_data_skip:
+        raise ConfigurationError(
+            "train_with_rewinds: with ignore_data_skip=True a training that goes back sees other "
+            "batches, so that none can be left out; set it to False"
+        )
+
+
+def _refuse_remainder(trainer: Any) -> None:
+    """The Trainer would not step at the end of an epoch that has lost an update."""
+    micro, loader = (
+        trainer.args.gradient_accumulation_steps,
+        trainer.callback_handler.train_dataloader,
+    )
+    if micro > 1 and hasattr(loader, "__len__") and len(loader) % micro:
+        raise ConfigurationError(
+            f"train_with_rewinds: an epoch has {len(loader)} micro-batches, and an update "
+            f"{micro}, so that the last one is smaller; drop the rest of the data, or use another "
+            f"gradient_accumulation_steps"
+        )
 
 
 def _save_checkpoint(
