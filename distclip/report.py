@@ -213,6 +213,8 @@ class ClipReport:
     def to_dict(self, *, per_parameter: bool = True, modules: int | None = None) -> dict[str, Any]:
         """Plain numbers, for a log. Reads the host.
 
+        Where the norms are no 2-norms, ``"norm_type"`` is their order, ``"inf"`` for inf.
+
         Args:
             per_parameter: with ``"parameters": {name: {"norm": ..., "coefficient": ...}}``, and a
                 ``"ratio"`` in a step that measures ``ratios``.
@@ -334,6 +336,8 @@ class ReportFetch:
         if self._parts:
             norms = values[7 + len(self._names) :].tolist()
             shown["parts"] = dict(zip(self._parts, norms, strict=True))
+        if self._order != 2.0:
+            shown["norm_type"] = "inf" if math.isinf(self._order) else self._order
         if not math.isnan(weights):
             shown["weight_norm"] = weights
         if self._exponents is not None:

@@ -102,6 +102,7 @@ class _Columns:
         self.exponents: dict[str, Counted] = {}
         self.each = "modules"
         """The key of the norms that are kept: of modules where there are none of parameters."""
+        self.order = 2.0
         self.rows: list[tuple[int, Any, Any]] = []
         """Position of a line; places of its parameters; norms, coefficients and ratios."""
 
@@ -127,6 +128,7 @@ class _Columns:
             if found is not None:
                 counted = self.exponents.setdefault(found.dtype, Counted(found))
                 counted.add(step, found, each.get("nearest"))
+        self.order = _order(record.get("norm_type"))
         if "parameters" in record:
             self.each = "parameters"
         parameters = record.get(self.each)
@@ -182,6 +184,7 @@ class _Columns:
             coefficients=tables[1],
             ratios=tables[2] if len(tables) > 2 else None,
             of_modules=self.each == "modules",
+            order=self.order,
         )
 
 
@@ -232,6 +235,12 @@ def _number(value: object) -> float:
         return float(value)
     except OverflowError:
         return math.nan
+
+
+def _order(value: object) -> float:
+    """Of norms: 2 where a record says nothing that could be one."""
+    order = math.inf if value == "inf" else _number(value)
+    return order if order > 0.0 else 2.0
 
 
 def _at_least_zero(value: object) -> float:

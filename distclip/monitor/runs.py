@@ -39,6 +39,7 @@ class Parameters:
         coefficients: float32 ``(steps, parameters)``.
         ratios: float32 ``(steps, parameters)``, of gradient to weight; None where a log has none.
         of_modules: whether these are modules, and not parameters.
+        order: of the norms.
     """
 
     names: list[str]
@@ -47,23 +48,26 @@ class Parameters:
     coefficients: npt.NDArray[np.float32]
     ratios: npt.NDArray[np.float32] | None = None
     of_modules: bool = False
+    order: float = 2.0
 
     def rolled_up(self, groups: Mapping[str, list[int]]) -> Parameters:
-        """The same of groups of parameters, by their places; their norms are taken as 2-norms."""
+        """The same of groups of parameters, by their places."""
         size = len(self.steps), len(groups)
         norms, coefficients = np.empty(size, np.float32), np.empty(size, np.float32)
         ratios = None if self.ratios is None else np.empty(size, np.float32)
         with np.errstate(all="ignore"):
             for number, places in enumerate(groups.values()):
                 each = self.norms[:, places].astype(np.float64)
-                whole = norms[:, number] = _joint(each)
-                after = _joint(each * self.coefficients[:, places])
+                whole = norms[:, number] = _joint(each, self.order)
+                after = _joint(each * self.coefficients[:, places], self.order)
                 coefficients[:, number] = np.where(whole > 0.0, after / whole, 1.0)
                 if ratios is not None and self.ratios is not None:
-                    ratios[:, number] = whole / _joint(each / self.ratios[:, places])
+                    ratios[:, number] = whole / _joint(each / self.ratios[:, places], self.order)
         for each in (coefficients, *(() if ratios is None else (ratios,))):
             each[np.isnan(norms)] = np.nan
-        return Parameters(list(groups), self.steps, norms, coefficients, ratios, of_modules=True)
+        return Parameters(
+            list(groups), self.steps, norms, coefficients, ratios, of_modules=True, order=self.order
+        )
 
 
 @dataclass
@@ -130,9 +134,9 @@ def median(values: npt.NDArray[Any]) -> float:
     return float(np.median(known)) if known.size else math.nan
 
 
-def _joint(norms: Floats) -> Floats:
+def _joint(norms: Floats, order: float) -> Floats:
     """The joint norm of those that are there; NaN where none is."""
-    whole = joint(np.nan_to_num(norms, nan=0.0, posinf=0.0), 2.0)
+    whole = joint(np.nan_to_num(norms, nan=0.0, posinf=0.0), order)
     whole[np.isnan(norms).all(axis=1)] = np.nan
     return whole
 

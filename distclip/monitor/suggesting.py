@@ -135,6 +135,11 @@ def _ratios(run: Run, first_step: float) -> tuple[Values, Floats]:
     kept = run.parameters
     if kept is None or kept.ratios is None or kept.of_modules:
         return np.empty((0, 0), np.float32), np.empty(0)
+    if kept.order != 2.0:
+        raise ConfigurationError(
+            f"suggest: the norms of {run.name} are of order {kept.order:g}, and AGC compares "
+            f"2-norms; record a run with policy: measure, which measures those"
+        )
     here = (kept.steps >= first_step) & ~np.isnan(kept.ratios).all(axis=1)
     norms, ratios = kept.norms[here], kept.ratios[here]
     with np.errstate(all="ignore"):  # no ratio in a step that has some: a weight of 0

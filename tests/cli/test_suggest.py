@@ -14,7 +14,9 @@ import typer.testing
 import distclip
 from distclip import config, policies
 from distclip.cli.app import app
+from distclip.common.rollups import grouped
 from distclip.errors import ConfigurationError
+from distclip.monitor.reading import read_run
 from tests.monitor.clip_records import record, write
 
 invoke = typer.testing.CliRunner().invoke
@@ -152,6 +154,26 @@ def test_a_log_without_ratios_says_how_to_record_them(tmp_path: Path) -> None:
         assert isinstance(result.exception, ConfigurationError)
         assert "ratios: 1" in str(result.exception)
         assert "per_parameter: true" in str(result.exception)
+
+
+@pytest.mark.parametrize("order", [1.0, "inf"])
+def test_norms_of_another_order(tmp_path: Path, order: object) -> None:
+    """They roll up by that order, and say nothing about AGC's factor."""
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 1))
+    log = {"jsonl": str(tmp_path / "a.jsonl"), "per_parameter": True}
+    policy = {"name": "measure", "norm_type": order}
+    clipper = distclip.from_config({"policy": policy, "ratios": 1, "log": log}, model)
+    model(torch.ones(3)).sum().backward()
+    report = clipper.clip_()
+    clipper.sinks[0].close()
+    kept = read_run(tmp_path / "a.jsonl").parameters
+    assert kept is not None
+    rolled = kept.rolled_up(grouped(kept.names, 1))
+    assert dict(zip(rolled.names, rolled.norms[0].tolist(), strict=True)) == pytest.approx(
+        report.module_norms(1)
+    )
+    result = invoke(app, ["suggest", str(tmp_path / "a.jsonl"), "--policy", "agc"])
+    assert f"are of order {float(order):g}, and AGC compares 2-norms" in str(result.exception)  # type: ignore[arg-type]
 
 
 def test_the_configuration_that_it_names_records_ratios(
