@@ -83,8 +83,19 @@ class Shelf:
         """Write the states of all clippers, and those that still wait. On one rank only."""
         torch.save(self.state_dict(clippers), Path(folder) / FILE)
 
-    def load(self, clippers: Iterable[GradClipper], folder: str | os.PathLike[str]) -> None:
+    def load(
+        self,
+        clippers: Iterable[GradClipper],
+        folder: str | os.PathLike[str],
+        checkpoint_id: str | None = None,
+    ) -> None:
         """Read them, on every rank; a checkpoint without the file gives a warning.
+
+        Args:
+            clippers: those that are there.
+            folder: of the checkpoint.
+            checkpoint_id: of the checkpoint. Nothing is taken from a file of another one, which was
+                saved in the same folder before.
 
         Raises:
             StateError: a damaged file, or the state of another policy or model. Nothing is loaded.
@@ -102,6 +113,9 @@ class Shelf:
                 f"{str(error).splitlines()[0] if str(error) else ''}); nothing was loaded. Take "
                 f"another checkpoint, or, to begin with an empty memory, {source.anew}"
             ) from error
+        of = loaded.get("checkpoint") if isinstance(loaded, dict) else None
+        if None not in (of, checkpoint_id) and of != checkpoint_id:
+            return
         self.load_state_dict(loaded, clippers, source)
 
     def _warn_of_none(self, what: str) -> None:

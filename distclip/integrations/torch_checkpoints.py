@@ -12,6 +12,7 @@ there the memory is a file of its own in the folder of the checkpoint.
 from __future__ import annotations
 
 import functools
+import hashlib
 import logging
 import os
 import sys
@@ -215,6 +216,8 @@ class Memory:
                 )
             if folder is not None:
                 folder.mkdir(parents=True, exist_ok=True)
+                if original.__name__ == "save":  # async_save has written nothing yet
+                    memory["checkpoint"] = _id_of(folder)
                 torch.save(memory, folder / FILE)
         return result
 
@@ -224,8 +227,9 @@ class Memory:
             folder = _folder(kw, "storage_reader")
             self._folder = None
             if folder is not None and (folder / FILE).exists():
-                self._folder = Shelf(self._policy)
-                self._folder.load([], folder)
+                shelf = Shelf(self._policy)
+                shelf.load([], folder, _id_of(folder))
+                self._folder = None if shelf.empty else shelf
         return original(*args, **kw)
 
     # ---- what is mentioned, once -------------------------------------------------------------
@@ -251,6 +255,14 @@ def _remembers(clipper: GradClipper) -> bool:
         return bool(clipper.state_dict()["states"])
     except NonFiniteGradientError:  # once; the step to come raises it too
         return bool(clipper.state_dict()["states"])
+
+
+def _id_of(folder: Path) -> str | None:
+    """Tells a checkpoint from another one in the same folder: torch writes a new id into each."""
+    try:
+        return hashlib.sha256((folder / ".metadata").read_bytes()).hexdigest()
+    except OSError:
+        return None
 
 
 def _folder(options: Mapping[str, Any], storage: str) -> Path | None:

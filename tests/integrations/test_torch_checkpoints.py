@@ -380,6 +380,12 @@ def test_distributed_checkpoints(world_size: int, tmp_path: Path) -> None:
     model, stepper = begun(layout)
     dcp.load({"app": App(model, stepper)}, checkpoint_id=first)  # without distclip
     assert stepper.state
+    dcp.save({"app": App(model, stepper)}, checkpoint_id=first)  # over it
+    with running(ADAGC), mentioned() as found:
+        model, stepper = begun(layout)
+        dcp.load({"app": App(model, stepper)}, checkpoint_id=first)
+        step(model, stepper, range(4, 5))
+        assert [NONE in each for each in found] == [True] * (_rank() == 0)
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
