@@ -71,9 +71,15 @@ def _step_in(path: Path) -> int:
     """Before which clip a checkpoint was taken; 0 where there was no clipper yet.
 
     Raises:
-        ConfigurationError: it holds several clippers, which count by themselves.
+        ConfigurationError: it cannot be read, or holds several clippers, which count by themselves.
     """
-    states = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["clippers"]
+    try:
+        states = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["clippers"]
+    except Exception as error:  # of the archive, or of the pickle in it
+        raise ConfigurationError(
+            f"{path} is damaged and cannot be read ({type(error).__name__}), so it is not known "
+            f"which step its checkpoint is of; remove that checkpoint"
+        ) from error
     if len(states) > 1:
         raise ConfigurationError(
             f"{path}: several sets of parameters are clipped by themselves, each with a count of "
