@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 import distclip
+from benchmarks.recording import Timed
 from benchmarks.stores import NAMES, Values, of_mlflow, of_tensorboard, of_trackio, of_wandb
 from distclip import monitor, policies
 from distclip.monitor import page
@@ -35,19 +36,6 @@ from distclip.monitor.tracking import FIELDS
 
 SPIKE, BAD = 1200, 1500
 NAME = "distclip"
-
-
-class Timed:
-    """A sink, and how long each of its calls takes."""
-
-    def __init__(self, sink: Any) -> None:
-        self.sink = sink
-        self.times: list[float] = []
-
-    def __call__(self, step: int, report: distclip.ClipReport) -> None:
-        start = time.thread_time()
-        self.sink(step, report)
-        self.times.append(time.thread_time() - start)
 
 
 def every_sink(folder: Path, states: monitor.States) -> dict[str, tuple[Any, Callable[[], Values]]]:

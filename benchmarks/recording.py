@@ -11,6 +11,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,7 +25,7 @@ STEPS = 30
 class Timed:
     """A sink, and how long each of its calls takes."""
 
-    def __init__(self, sink: JsonlSink) -> None:
+    def __init__(self, sink: Any) -> None:
         self.sink = sink
         self.times: list[float] = []
 

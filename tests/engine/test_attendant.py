@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -23,25 +20,13 @@ from distclip import (
     RewindRequested,
     policies,
 )
+from tests.helpers.logs import logged
 from tests.helpers.watching import same_bits
 
 BAD = range(10, 20)
 """Steps whose data is bad, in the runs that have some."""
 SPIKES = policies.skip_spikes(16, min_history=6, clip_sigma=3.0)
 ALL = policies.ladder(SPIKES, clips=1, skips=1, recomputes=1, rewinds=1)
-
-
-@contextmanager
-def logged() -> Iterator[list[str]]:
-    lines: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("distclip.ladder")
-    logger.addHandler(handler)
-    try:
-        yield lines
-    finally:
-        logger.removeHandler(handler)
 
 
 class Run:
@@ -102,7 +87,7 @@ def everywhere(value: Any) -> list[Any]:
 def test_bad_data(layout: str) -> None:
     """Clip, skip, compute again, rewind, abort, at the same steps on every rank."""
     run = Run(layout, ALL, BAD)
-    with logged() as lines:
+    with logged("distclip.ladder") as lines:
         for step in range(14):
             before = run.weights()
             run.step(step)
@@ -169,7 +154,7 @@ def test_a_second_computation_leaves_no_trace(layout: str) -> None:
 @pytest.mark.parametrize("layout", ["ddp", "fsdp2"])
 def test_a_bit_flip(layout: str) -> None:
     run = Run(layout, policies.ladder(SPIKES, skips=0, recomputes=1))
-    with logged() as lines:
+    with logged("distclip.ladder") as lines:
         for step in range(12):
             run.step(step, flip=step == 10 and (layout == "ddp" or run.rank == 1))
     assert "to be computed again" in lines[0]
@@ -183,7 +168,7 @@ def test_a_bit_flip(layout: str) -> None:
 @pytest.mark.ranks(2)
 def test_a_rank_that_cannot_compute_again() -> None:
     run = Run("ddp", policies.ladder(SPIKES, skips=0, recomputes=1), (10,))
-    with logged() as lines:
+    with logged("distclip.ladder") as lines:
         for step in range(12):
             run.step(step, recompute=run.rank == 0)
     assert "not computed again, since on some rank" in lines[1]
@@ -235,7 +220,7 @@ def test_a_divergence() -> None:
 
 def test_the_last_decision_is_logged() -> None:
     run = Run("plain", ALL, (10,))
-    with logged() as lines:
+    with logged("distclip.ladder") as lines:
         for step in range(11):
             run.step(step)
         assert lines == []
@@ -266,7 +251,7 @@ def test_main_gradients_survive_a_second_computation() -> None:
         for parameter in model.parameters():
             parameter.main_grad = torch.zeros_like(parameter)
             parameter.register_post_accumulate_grad_hook(accumulate)
-        with logged() as lines:
+        with logged("distclip.ladder") as lines:
             for step in range(3):
 
                 def backward(times: float = 1e3 if step == 1 else 1.0) -> None:
@@ -290,7 +275,7 @@ def test_under_a_scaler(fused: bool) -> None:
     model, optimizer, clipper = tiny(policy, fused, on_nonfinite="skip")
     clipper.attach(optimizer)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
-    with logged() as lines:
+    with logged("distclip.ladder") as lines:
         for step in range(16):
 
             def backward(times: float, scaled: bool = True) -> None:
@@ -318,7 +303,7 @@ def test_notes_of_a_step_that_raises_are_not_those_of_the_next(mode: Any) -> Non
     model, optimizer, clipper = tiny(policy, on_nonfinite=mode)
     clipper.attach(optimizer)
     raised = 0
-    with logged() as lines:
+    with logged("distclip.ladder") as lines:
         for step, times in enumerate((1.0, math.nan, 1e3, 1e3, 1.0)):
             optimizer.zero_grad()
             clipper.note(batch=step)
@@ -341,7 +326,7 @@ def test_the_norm_in_the_log_is_that_of_the_report() -> None:
     optimizer.step()
     assert clipper.last_report is not None
     norm = float(clipper.last_report.total_norm)
-    with logged() as lines:
+    with logged("distclip.ladder") as lines:
         clipper.raise_late()
     assert f"a spike (norm {norm:.4g})" in lines[0]
 

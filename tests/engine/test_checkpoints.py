@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
-import logging
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,6 +21,7 @@ from distclip.integrations.checkpoints import FILE, Shelf
 from distclip.policies import Policy, RunningMax
 from tests.engine.saved import AUTO, clipper_of
 from tests.engine.test_trajectory import alike
+from tests.helpers.logs import logged
 
 NORM = policies.global_norm
 
@@ -112,19 +111,6 @@ CHANGES: list[tuple[Policy, Policy, str, str]] = [
 ]
 
 
-@contextmanager
-def listening() -> Iterator[list[str]]:
-    """What distclip writes to its log."""
-    logger, found = logging.getLogger("distclip"), list[str]()
-    handler = logging.Handler()
-    handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
-    logger.addHandler(handler)
-    try:
-        yield found
-    finally:
-        logger.removeHandler(handler)
-
-
 def by_the_clipper(state: Any, clipper: GradClipper, folder: Path) -> None:
     clipper.load_state_dict(state)
 
@@ -162,7 +148,7 @@ def test_a_memory_that_means_the_same_is_loaded_and_another_one_is_refused(
             assert "Configure the policy as it was saved" in text
             assert f"empty memory, {anew}" in text
             continue
-        with listening() as lines:
+        with logged() as lines:
             way(saved.state_dict(), clipper, tmp_path)
         assert len(lines) == (outcome == LINE), (before, after, lines)
         if lines:
@@ -176,7 +162,7 @@ def test_a_memory_that_means_the_same_is_loaded_and_another_one_is_refused(
 @pytest.mark.ranks(2, 3)
 def test_one_rank_says_what_has_changed() -> None:
     saved = clipper_of(AUTO(10), 3)
-    with listening() as lines:
+    with logged() as lines:
         clipper_of(AUTO(20)).load_state_dict(saved.state_dict())
     assert len(lines) == (dist.get_rank() == 0)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +19,7 @@ from distclip.engine.agreement import EVERY, Agreement, LastClip, disagreement
 from distclip.layouts.differences import ranked
 from distclip.statistics.packing import Stamp
 from tests.engine.test_handshake import SECONDS, is_odd, others, refused
+from tests.helpers.logs import logged
 from tests.helpers.watching import REDUCTION, watch
 
 LAYOUTS = ("plain", "fsdp2")
@@ -161,23 +161,17 @@ def test_what_travels(order: float) -> None:
 @pytest.mark.ranks(2, timeout=SECONDS)
 def test_one_clip_too_many_is_said_before_the_collective() -> None:
     """Nothing that travels can tell: the n-th clips of all ranks meet. The rank itself can."""
-    logged: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: logged.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("distclip").addHandler(handler)
-    try:
+    with logged() as messages:
         model = built("fsdp2")
         clipper = GradClipper(model, policies.global_norm(0.1))
         for step in range(2):
             backward(model, step + 1.0)
             clipper.clip_()
-        assert not logged
+        assert not messages
         for _ in range(2):
             clipper.clip_()
-        assert len(logged) == 1  # and not at every step
-        assert f"rank {dist.get_rank()} clips again at step 2" in logged[0]
-    finally:
-        logging.getLogger("distclip").removeHandler(handler)
+        assert len(messages) == 1  # and not at every step
+        assert f"rank {dist.get_rank()} clips again at step 2" in messages[0]
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 8192])

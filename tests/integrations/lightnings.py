@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import logging
 import os
@@ -51,19 +50,6 @@ class Batches(torch.utils.data.IterableDataset[Tensor]):
 
     def __iter__(self) -> Iterator[Tensor]:
         return (batch(number) for number in range(self.first, self.count))
-
-
-@contextlib.contextmanager
-def said() -> Iterator[list[str]]:
-    """What distclip logs."""
-    messages: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("distclip").addHandler(handler)
-    try:
-        yield messages
-    finally:
-        logging.getLogger("distclip").removeHandler(handler)
 
 
 def wide() -> nn.Module:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import logging
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +17,7 @@ pytest.importorskip("accelerate")
 import distclip
 from distclip import policies
 from distclip.errors import ConfigurationError, DistclipError
+from tests.helpers.logs import logged
 from tests.integrations.accelerated import (
     LAYOUTS,
     Halve,
@@ -178,34 +178,17 @@ def test_parameters_outside_prepared_models_are_said_to_have_no_names() -> None:
     handle = distclip.accelerate.attach(accelerator, Halve())
     model = make()
     optimizer = accelerator.prepare_optimizer(sgd(model))
-    with heard("distclip") as messages:
+    with logged("distclip") as messages:
         by_hook(accelerator, model, optimizer, batch(0))
 
     assert any("4 of 4 parameters are in no model" in message for message in messages)
     assert handle.last_report.names[0] == "unnamed.0"
 
 
-class heard:  # noqa: N801 - a context manager
-    """What a logger says; caplog does not reach into the ranks."""
-
-    def __init__(self, name: str) -> None:
-        self.logger = logging.getLogger(name)
-        self.messages: list[str] = []
-        self.handler = logging.Handler()
-        self.handler.emit = lambda record: self.messages.append(record.getMessage())  # type: ignore[method-assign]
-
-    def __enter__(self) -> list[str]:
-        self.logger.addHandler(self.handler)
-        return self.messages
-
-    def __exit__(self, *_: object) -> None:
-        self.logger.removeHandler(self.handler)
-
-
 @pytest.mark.ranks(2)
 def test_the_script_s_own_clipping_is_announced_once_by_the_main_process() -> None:
     accelerator, _, model, optimizer = prepared("ddp", Halve())
-    with heard("distclip.accelerate") as messages:
+    with logged("distclip.accelerate") as messages:
         for number in range(2):
             by_both(accelerator, model, optimizer, mine(batch(number)))
     wanted = ["the script calls clip_grad_value_(clip_value=1e-09); the configured policy is"]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from distclip import StateError, policies
+from tests.helpers.logs import logged
 from tests.integrations.accelerated import batch, loss_of, make, sgd, start
 
 pytest.importorskip("accelerate")
@@ -127,12 +127,7 @@ def test_other_policies_and_older_checkpoints(tmp_path: Path) -> None:
     assert same[1].state_dict()["clippers"][0]["step"] == 3
     (tmp_path / "new" / "distclip.pt").unlink()
     older = begin("ddp")
-    logger = logging.getLogger("distclip")
-    messages: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore
-    logger.addHandler(handler)
-    older[0].load_state(str(tmp_path / "new"))
-    logger.removeHandler(handler)
+    with logged() as messages:
+        older[0].load_state(str(tmp_path / "new"))
     assert any("no distclip.pt" in message for message in messages)
     steps(older, 2, 3)

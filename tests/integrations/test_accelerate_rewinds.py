@@ -138,6 +138,22 @@ def test_a_resumed_run_goes_on_and_leaves_the_same_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.ranks(1)
+def test_a_loader_that_is_left_early_is_closed(tmp_path: Path) -> None:
+    """Accelerate takes the loader that was opened last and not closed for the one that is read."""
+    run = Run("ddp", {(0, 4), (0, 5)})
+    rewinds = run.rewinds(tmp_path)
+    for x in rewinds:
+        loaders = run.accelerator.gradient_state.dataloader_references
+        assert len(loaders) == 2  # none, and the one that is read
+        number = rewinds.epoch, rewinds._next
+        with rewinds.step():
+            run.step(x, number in run.bad)
+        if rewinds.steps == 3:
+            run.accelerator.save_state(str(tmp_path / "3"))
+    assert rewinds.left_out == run.bad
+
+
+@pytest.mark.ranks(1)
 def test_what_was_taken_back_is_not_loaded(tmp_path: Path) -> None:
     """The second rewind is to a clip of which the first try has left a spoilt checkpoint."""
     policy = policies.ladder(policies.skip_norm(1e4, clip_norm=1.0), 1, 0, 0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import pytest
@@ -19,6 +18,7 @@ from distclip import policies
 from distclip.errors import ConfigurationError, DistclipError, UnsupportedGradientError
 from distclip.layouts import zero
 from distclip.statistics import collectives
+from tests.helpers.logs import logged
 from tests.helpers.watching import watch
 from tests.integrations.engines import (
     VERSION,
@@ -272,21 +272,14 @@ def test_deepspeeds_norms_outside_of_a_step() -> None:
 
 @pytest.mark.ranks(1, 2, timeout=120)
 def test_overlap_is_told_to_have_no_effect() -> None:
-    said: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("distclip.deepspeed")
-    logger.addHandler(handler)
     engine = engine_of(json_of(2))
-    try:
+    with logged("distclip.deepspeed") as said:
         for overlap in (False, True):
             handle = distclip.deepspeed.attach(engine, {"policy": GLOBAL, "overlap": overlap})
             expected = int(overlap and dist.get_rank() == 0)
             assert sum("overlap has no effect under DeepSpeed" in each for each in said) == expected
             handle.remove()
-    finally:
-        logger.removeHandler(handler)
-        close(engine)
+    close(engine)
 
 
 @pytest.mark.ranks(2, timeout=120)

@@ -18,6 +18,7 @@ from distclip import ConfigurationError, StateError, policies
 from distclip.config import Config
 from distclip.monitor.tracking import metrics
 from distclip.testing import run_on_ranks
+from tests.helpers.logs import logged
 from tests.integrations.accelerated import (
     LR,
     Halve,
@@ -254,13 +255,13 @@ def test_torchs_functions_return_the_norm_and_the_policy_clips(
 
 @pytest.mark.ranks(1)
 def test_a_modules_own_clipping_gives_way(tmp_path: Path) -> None:
-    from tests.integrations.lightnings import module_of, package, said, whole
+    from tests.integrations.lightnings import module_of, package, whole
 
     module = module_of(package("lightning.pytorch"))
     own = lambda self, optimizer, *a, **k: self.clip_gradients(optimizer, 1e-9, "norm")  # noqa: E731
     own.__module__ = __name__
     type(module).configure_gradient_clipping = own
-    with said() as messages:
+    with logged() as messages:
         trained(tmp_path, "ddp", 3, clip_with(Halve()), module=module)
     assert [m for m in messages if "Module.configure_gradient_clipping is not called" in m]
     same(whole(module), reference(3, policy=0.5)[0])
@@ -327,11 +328,10 @@ def test_decisions_survive_a_restart_on_other_ranks(layout: str, tmp_path: Path)
 
 @pytest.mark.ranks(1)
 def test_states_that_do_not_fit(tmp_path: Path) -> None:
-    from tests.integrations.lightnings import said
 
     path = tmp_path / "plain.ckpt"
     trained(tmp_path, "ddp", 2).trainer.save_checkpoint(path)
-    with said() as messages:
+    with logged() as messages:
         trained(tmp_path, "ddp", 4, clip_with(REMEMBERS), ckpt_path=path)
     assert [message for message in messages if "no state of distclip" in message]
     callback = clip_with(REMEMBERS)
@@ -350,13 +350,13 @@ def test_states_that_do_not_fit(tmp_path: Path) -> None:
 def test_a_tuner_restores_a_checkpoint_from_before_the_training(tmp_path: Path) -> None:
     from lightning.pytorch.callbacks import LearningRateFinder
 
-    from tests.integrations.lightnings import module_of, package, said
+    from tests.integrations.lightnings import module_of, package
 
     module = module_of(package("lightning.pytorch"), lambda net: sgd(net))
     module.lr = LR
     finder = LearningRateFinder(num_training_steps=4)
     callback = clip_with(REMEMBERS)
-    with said() as messages:
+    with logged() as messages:
         trained(tmp_path, "ddp", 6, callback, finder, module=module, max_steps=2)
     assert not [message for message in messages if "no state of distclip" in message]
     assert [state["step"] for state in callback.state_dict()["clippers"]] == [2]

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
-import logging
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from distclip import policies
 from distclip.errors import NonFiniteGradientError, StateError
 from distclip.integrations.checkpoints import FILE
 from distclip.integrations.torch_checkpoints import KEY
+from tests.helpers.logs import logged
 from tests.integrations.accelerated import Model, batch, loss_of, make, same, sgd, whole
 from tests.integrations.scripted import LAYOUTS, mine, running, wrapped
 
@@ -80,20 +80,6 @@ def load(layout: str, model: nn.Module, stepper: Optimizer, checkpoint: Any) -> 
     stepper.load_state_dict(state)
 
 
-@contextmanager
-def mentioned() -> Iterator[list[str]]:
-    """What is logged on this rank."""
-    found: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("distclip.torch")
-    logger.addHandler(handler)
-    try:
-        yield found
-    finally:
-        logger.removeHandler(handler)
-
-
 def begun(layout: str) -> tuple[nn.Module, Optimizer]:
     model = wrapped(layout, make())
     return model, sgd(model)
@@ -133,7 +119,7 @@ def test_checkpoints_load_with_distclip_and_without(world_size: int) -> None:
         step(plain, stepper, range(2))
         before = save(layout, plain, stepper)
         assert KEY not in before["optimizer"]
-        with running(ADAGC), mentioned() as found:
+        with running(ADAGC), logged("distclip.torch") as found:
             model, stepper = begun(layout)
             load(layout, model, stepper, before)
             assert not found  # nothing is lost, if nothing is clipped
@@ -307,7 +293,7 @@ def test_a_folder_is_loaded_from_once(tmp_path: Path) -> None:
         step(model, stepper, range(3))
         state = {"optimizer": get_optimizer_state_dict(model, stepper)}
         dcp.save(state, checkpoint_id=tmp_path, no_dist=True)
-    with running(ADAGC) as scripts, mentioned() as found:
+    with running(ADAGC) as scripts, logged("distclip.torch") as found:
         model, stepper = begun("one")
         state = {"optimizer": get_optimizer_state_dict(model, stepper)}
         dcp.load(state, checkpoint_id=tmp_path, no_dist=True)
@@ -362,7 +348,7 @@ def test_distributed_checkpoints(world_size: int, tmp_path: Path) -> None:
     if dist.is_initialized():
         dist.barrier()
     for folder, done in ((first, 4), (later, 6)):
-        with running(ADAGC), mentioned() as found:
+        with running(ADAGC), logged("distclip.torch") as found:
             model, stepper = begun(layout)
             app = App(model, stepper)
             if folder is first:
@@ -381,7 +367,7 @@ def test_distributed_checkpoints(world_size: int, tmp_path: Path) -> None:
     dcp.load({"app": App(model, stepper)}, checkpoint_id=first)  # without distclip
     assert stepper.state
     dcp.save({"app": App(model, stepper)}, checkpoint_id=first)  # over it
-    with running(ADAGC), mentioned() as found:
+    with running(ADAGC), logged("distclip.torch") as found:
         model, stepper = begun(layout)
         dcp.load({"app": App(model, stepper)}, checkpoint_id=first)
         step(model, stepper, range(4, 5))
@@ -390,7 +376,7 @@ def test_distributed_checkpoints(world_size: int, tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_what_is_lost_is_mentioned() -> None:
-    with running(ADAGC), mentioned() as found:
+    with running(ADAGC), logged("distclip.torch") as found:
         model, stepper = begun("one")
         step(model, stepper, range(3))
         for _ in range(2):
@@ -400,7 +386,7 @@ def test_what_is_lost_is_mentioned() -> None:
         assert [NONE in each for each in found] == [True]
         dcp.save({"optimizer": stepper}, checkpoint_id="memory://here")
         assert ["no folder" in each for each in found[1:]] == [True]
-    with running(policies.global_norm(1.0)), mentioned() as found:  # has nothing to lose
+    with running(policies.global_norm(1.0)), logged("distclip.torch") as found:
         model, stepper = begun("one")
         set_optimizer_state_dict(model, stepper, state)
         step(model, stepper, range(3))

@@ -14,6 +14,7 @@ pytest.importorskip("accelerate")
 import distclip
 from distclip import ConfigurationError, policies
 from distclip.config import Config
+from tests.helpers.logs import logged
 from tests.integrations.accelerated import SkipAbove
 
 POLICY = policies.agc(0.05)
@@ -68,7 +69,6 @@ def test_a_resumed_run_decides_as_one_that_was_not_stopped(tmp_path: Path) -> No
     from tests.integrations.trainers import (
         Watch,
         distclip_run,
-        said,
         train,
         trainer_of,
         weights_of,
@@ -94,7 +94,7 @@ def test_a_resumed_run_decides_as_one_that_was_not_stopped(tmp_path: Path) -> No
         decisions, weights = run(layout, folder, launcher)
         assert len(decisions) == 8
         at5 = folder / "checkpoint-5"
-        with said() as messages:
+        with logged() as messages:
             resumed, again = run(layout, folder, launcher, resume_from_checkpoint=str(at5))
         assert resumed == decisions[5:]
         assert all(torch.equal(weights[name], again[name]) for name in weights)
@@ -103,7 +103,7 @@ def test_a_resumed_run_decides_as_one_that_was_not_stopped(tmp_path: Path) -> No
         (at5 / "distclip.pt").unlink()  # as before distclip was in use
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
-    with said() as messages:
+    with logged() as messages:
         anew, _ = run(layout, folder, launcher, resume_from_checkpoint=str(at5))
     assert any("no state of distclip" in message for message in messages)
     assert anew != decisions[5:]
@@ -185,7 +185,6 @@ def test_deepspeed_underneath(tmp_path: Path) -> None:
         model,
         norms_of,
         reference,
-        said,
         train,
         trainer_of,
         weights_of,
@@ -196,7 +195,7 @@ def test_deepspeed_underneath(tmp_path: Path) -> None:
         watch = Watch(lambda: callback.last_report)
         section = {"deepspeed": json, "save_strategy": "steps", "save_steps": 3}
         trainer = trainer_of(tmp_path, "zero2", [callback, watch], max_grad_norm=0.4, **section)
-        with said() as messages:
+        with logged() as messages:
             train(trainer, **options)
         assert trainer.model_wrapped._config.zero_optimization_stage == 2
         found = watch.decisions, weights_of(trainer), norms_of(trainer), messages

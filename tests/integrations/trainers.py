@@ -200,19 +200,6 @@ def reference(policy: Any, updates: int, made: Any = None) -> tuple[dict[str, Te
 
 
 @contextlib.contextmanager
-def said() -> Iterator[list[str]]:
-    """What distclip logs."""
-    messages: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore
-    logging.getLogger("distclip").addHandler(handler)
-    try:
-        yield messages
-    finally:
-        logging.getLogger("distclip").removeHandler(handler)
-
-
-@contextlib.contextmanager
 def distclip_run(config: Any) -> Iterator[None]:
     """The integrations as `distclip run` installs them."""
     import accelerate.accelerator as module
