@@ -208,9 +208,9 @@ def test_deepspeed_underneath(tmp_path: Path) -> None:
         ({"policy": SPEC}, {"gradient_clipping": "auto"}),
         (None, {"distclip": {"policy": auto}}),
     ):
-        decisions, weights, logged, _ = run(policy, json)
+        decisions, weights, seen, _ = run(policy, json)
         close(weights, want)
-        assert logged == pytest.approx(norms, rel=1e-5)
+        assert seen == pytest.approx(norms, rel=1e-5)
         at3 = str(tmp_path / "checkpoint-3")
         resumed, again, _, messages = run(policy, json, resume_from_checkpoint=at3)
         assert resumed == decisions[3:]
