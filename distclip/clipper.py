@@ -21,6 +21,7 @@ from distclip.common.notebook import clipper_html
 from distclip.engine import attaching, checkpoint
 from distclip.engine.attaching import listed
 from distclip.engine.ladder import Attendant
+from distclip.engine.program import States
 from distclip.engine.session import Session
 from distclip.engine.walked import Apply
 from distclip.errors import ConfigurationError
@@ -318,7 +319,7 @@ class GradClipper:
 
     @property
     def rewinds(self) -> int:
-        """Rewinds that its :func:`~distclip.policies.ladder` has asked for; 0 without one.
+        """Rewinds that its :func:`~distclip.policies.ladder` has raised; 0 without one.
 
         Reads the host. An integration that goes back to a state from before there was this clipper
         sets it; it is never lowered.
@@ -530,7 +531,12 @@ class GradClipper:
             NonFiniteGradientError: as :meth:`raise_late`.
         """
         self.raise_late()
-        return self._session.dump()
+        return self._session.dump(self._states)
+
+    @property
+    def _states(self) -> States:
+        """The policies' memory, as it is handed on."""
+        return self._session.states if self._ladder is None else self._ladder.states
 
     @eagerly
     def load_state_dict(self, state: dict[str, object]) -> None:
@@ -581,7 +587,7 @@ class GradClipper:
             self.policy,
             **{name: getattr(self, name) for name in _COPIED},
         )
-        twin._session.resume(session, copy.deepcopy(session.states, memo))
+        twin._session.resume(session, copy.deepcopy(self._states, memo))
         if self._attached is not None and self._attached.active:
             twin.attach([copy.deepcopy(optimizer, memo) for optimizer in session.optimizers()])
         return twin

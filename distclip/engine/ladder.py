@@ -146,9 +146,23 @@ class Attendant:
         return loads
 
     @property
+    def states(self) -> States:
+        """The session's, where what was decided and not done yet does not count as used.
+
+        A decision is acted on before the next clip, and is not part of a state: whoever goes on
+        from this one would have used what nobody has asked for. Waits for the last step.
+        """
+        self.tell()
+        states, decision = self._session.states, self._decision
+        if decision is None or decision[0] not in (RECOMPUTE, REWIND):
+            return states
+        key, state = Ladder.rungs[decision[0] - 1], states[self._path]
+        return {**states, self._path: {**state, key: state[key] - 1}}
+
+    @property
     def made(self) -> int:
-        """Rewinds asked for so far, read from the device. Setting it never lowers it."""
-        state = self._session.states.get(self._path)
+        """Rewinds raised so far, read from the device. Setting it never lowers it."""
+        state = self.states.get(self._path)
         return int(state["rewinds"]) if state else 0
 
     @made.setter

@@ -374,9 +374,9 @@ class Session:
         self.step, self._clips, self._looks = other.step, other._clips, other._looks
         self.states = states
 
-    def dump(self) -> dict[str, object]:
-        """See :meth:`distclip.GradClipper.state_dict`."""
-        return checkpoint.dump(self._owner(), self.step, self.states)
+    def dump(self, states: States) -> dict[str, object]:
+        """These states of it, as :meth:`distclip.GradClipper.state_dict` has them."""
+        return checkpoint.dump(self._owner(), self.step, states)
 
     def prepare(self, state: object, source: checkpoint.Source | None = None) -> Callable[[], None]:
         """See :meth:`distclip.GradClipper.prepare_state_dict`."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import math
 from typing import Any
 
@@ -124,17 +126,48 @@ def test_bad_data(layout: str) -> None:
 
 
 def budgets_survive(layout: str, run: Run, saved: Any) -> None:
-    """A new process has used its rewind; one that goes back to an older state has, too."""
+    """A new process has used its rewind, if it was asked for; one that goes back has, too.
+
+    ``saved`` is of before the error: a request that ended with its process counts as none.
+    """
     resumed = Run(layout, ALL, BAD)
     resumed.clipper.load_state_dict(saved)
     resumed.step(14)
-    with pytest.raises(LadderExhaustedError):
+    with pytest.raises(RewindRequested, match="step 14 ") as asked:
         resumed.step(15)
+    assert asked.value.step == 10  # where the episode began, in the first process
+    other = Run(layout, ALL, BAD)
+    other.clipper.load_state_dict(resumed.clipper.state_dict())
+    other.step(15)
+    with pytest.raises(LadderExhaustedError):
+        other.step(16)
     fresh = Run(layout, ALL).clipper
     run.clipper.load_state_dict(fresh.state_dict())
     shared: Any = run.clipper.state_dict()["states"]["" if "" in saved["states"] else "0"]
     assert int(shared["shared"]["rewinds"]) == 1
     assert int(shared["shared"]["skips"]) == 0
+
+
+@pytest.mark.parametrize("rung", ["recomputes", "rewinds"])
+def test_what_was_asked_for_and_not_done_is_not_used(rung: str) -> None:
+    """In a state that is saved, in a copy, and after a load in the same process."""
+    policy = policies.ladder(SPIKES, **{**dict.fromkeys(policies.Ladder.rungs, 0), rung: 1})
+
+    def used(clipper: GradClipper) -> int:
+        states: Any = clipper.state_dict()["states"]
+        return int(states[""]["shared"][rung])
+
+    first, second = Run("plain", policy, (10,)), Run("plain", policy, (10,))
+    for step in range(11):
+        first.step(step)
+        second.step(step)
+    assert used(copy.deepcopy(first.clipper)) == used(first.clipper) == first.clipper.rewinds == 0
+    with contextlib.suppress(RewindRequested):
+        first.step(11)
+    assert used(first.clipper) == 1
+    second.clipper.load_state_dict(second.clipper.state_dict())
+    second.step(11)
+    assert used(second.clipper) == 0
 
 
 @pytest.mark.ranks(1, 2)
