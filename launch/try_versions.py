@@ -61,7 +61,7 @@ ROWS = (
 PARTS = {
     "quick": {
         "core": ["tests/common/test_tested.py", "tests/test_public_api.py",
-                 "tests/application/test_fold.py"],
+                 "tests/test_first_import.py", "tests/application/test_fold.py"],
         "kernels": ["tests/kernels/test_precision.py"],
         "layouts": ["tests/layouts/test_experts.py", "-k", "2ranks or 3ranks"],
         "functional": ["tests/test_functional.py", "-k", "2ranks"],
@@ -72,8 +72,9 @@ PARTS = {
                       "tests/integrations/test_lightning_fabric.py", "-k", "oracle and not 4ranks"],
     },
     "all": {
-        "core": ["tests/common/test_tested.py", "tests/test_public_api.py", "tests/engine",
-                 "tests/policies", "tests/application", "tests/statistics", "tests/optim"],
+        "core": ["tests/common/test_tested.py", "tests/test_public_api.py",
+                 "tests/test_first_import.py", "tests/engine", "tests/policies",
+                 "tests/application", "tests/statistics", "tests/optim"],
         "kernels": ["tests/kernels"],
         "layouts": ["tests/layouts"],
         "functional": ["tests/test_functional.py"],

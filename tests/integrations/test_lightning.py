@@ -14,15 +14,13 @@ from torch import Tensor, nn
 pytest.importorskip("lightning")
 
 import distclip
-from distclip import ConfigurationError, StateError, policies
+from distclip import ConfigurationError, policies
 from distclip.config import Config
 from distclip.monitor.tracking import metrics
-from distclip.testing import run_on_ranks
 from tests.helpers.logs import logged
 from tests.integrations.accelerated import (
     LR,
     Halve,
-    Reference,
     SkipAbove,
     adamw,
     batch,
@@ -32,44 +30,9 @@ from tests.integrations.accelerated import (
     same,
     sgd,
 )
+from tests.integrations.lightning_runs import SPEC, clip_with, reference, trained
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-SPEC: list[dict[str, Any]] = [
-    {"name": "agc", "clip_factor": 0.5},
-    {"name": "global_norm", "max_norm": 0.4},
-]
-REMEMBERS = policies.chain(policies.adagc(warmup_steps=2), policies.autoclip(50, window=5))
-
-
-def reference(
-    steps: int, optimizer: Any = sgd, policy: Any = SPEC, net: Any = make, parts: int = 1
-) -> tuple[dict[str, Tensor], list[float]]:
-    """Weights and norms of one process, in plain torch, clipped by the oracle."""
-    plain = net()
-    trained = Reference(plain, optimizer(plain))
-    for step in range(steps):
-        micro = [loss_of(plain, batch(step * parts + part)) / parts for part in range(parts)]
-        trained.update(policy, *micro)
-    return {name: p.detach().clone() for name, p in plain.named_parameters()}, trained.norms
-
-
-def clip_with(policy: Any, **options: Any) -> Any:
-    return distclip.lightning.ClipCallback(policy, **options)
-
-
-def trained(folder: Path, layout: str, steps: int, *callbacks: Any, **options: Any) -> Any:
-    """The module, and its trainer in ``module.trainer``."""
-    from tests.integrations.lightnings import fit, module_of, package, trainer_of, world
-
-    pl = package(options.pop("package", "lightning.pytorch"))
-    given = {key: options.pop(key) for key in ("ckpt_path", "first") if key in options}
-    made = {key: options.pop(key) for key in ("optimizers", "net") if key in options}
-    data = world() // 2 if layout == "tp" else world()
-    module = options.pop("module", None) or module_of(pl, data=data, **made)
-    trainer = trainer_of(folder, layout, list(callbacks), pl, **options)
-    fit(trainer, module, steps, **given)
-    return module
 
 
 @pytest.mark.ranks(1, 2, 4, timeout=240)
@@ -286,80 +249,6 @@ def test_a_skipped_step_leaves_everything_alone(tmp_path: Path) -> None:
         assert bool(optimizer.state) == (rate != LR)
         if rate == LR:
             same(whole(module), dict(make().named_parameters()), 0.0)
-
-
-# ---- checkpoints -----------------------------------------------------------------------------
-
-
-def decisions_of(folder: str, layout: str, steps: int, resume: bool) -> list[float]:
-    """Train on whatever ranks there are; the checkpoint of step 4 lies in the folder."""
-    from lightning.pytorch.callbacks import ModelCheckpoint
-
-    logged: list[float] = []
-    keep = ModelCheckpoint(folder, "at{step}", every_n_train_steps=4, save_top_k=-1)
-    options = {"enable_checkpointing": True, "max_steps": steps}
-    if resume:
-        options |= {"ckpt_path": f"{folder}/atstep=4.ckpt", "first": 4}
-    callbacks = [clip_with(REMEMBERS), Coefficients(logged), *([] if resume else [keep])]
-    options["enable_checkpointing"] = not resume
-    trained(Path(folder), layout, steps, *callbacks, **options)
-    return logged
-
-
-def Coefficients(found: list[float]) -> Any:
-    from lightning.pytorch import Callback
-
-    class Reading(Callback):  # type: ignore[misc]
-        def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
-            found.append(float(trainer.callback_metrics["clip_coefficient"]))
-
-    return Reading()
-
-
-@pytest.mark.parametrize("layout", ["ddp", "fsdp2"])
-def test_decisions_survive_a_restart_on_other_ranks(layout: str, tmp_path: Path) -> None:
-    through = run_on_ranks(decisions_of, 2, str(tmp_path), layout, 8, False, timeout=200)[0]
-    assert len(set(through)) > 3
-    for ranks in (2, 1) if layout == "ddp" else (2,):
-        resumed = run_on_ranks(decisions_of, ranks, str(tmp_path), layout, 8, True, timeout=200)
-        for each in resumed:
-            assert each == pytest.approx(through[4:], rel=1e-5)
-
-
-@pytest.mark.ranks(1)
-def test_states_that_do_not_fit(tmp_path: Path) -> None:
-
-    path = tmp_path / "plain.ckpt"
-    trained(tmp_path, "ddp", 2).trainer.save_checkpoint(path)
-    with logged() as messages:
-        trained(tmp_path, "ddp", 4, clip_with(REMEMBERS), ckpt_path=path)
-    assert [message for message in messages if "no state of distclip" in message]
-    callback = clip_with(REMEMBERS)
-    module = trained(tmp_path, "ddp", 2, callback)
-    module.trainer.save_checkpoint(path)  # after the fit
-    other = clip_with(policies.autoclip(50, window=4))
-    with pytest.raises(StateError, match="this state belongs to"):
-        trained(tmp_path, "ddp", 4, other, ckpt_path=path, max_epochs=2)
-    clippers = callback.state_dict()["clippers"]
-    assert [state["step"] for state in clippers] == [2]
-    trained(tmp_path, "ddp", 3, callback)  # a second fit goes on with the memory
-    assert [state["step"] for state in callback.state_dict()["clippers"]] == [5]
-
-
-@pytest.mark.ranks(1)
-def test_a_tuner_restores_a_checkpoint_from_before_the_training(tmp_path: Path) -> None:
-    from lightning.pytorch.callbacks import LearningRateFinder
-
-    from tests.integrations.lightnings import module_of, package
-
-    module = module_of(package("lightning.pytorch"), lambda net: sgd(net))
-    module.lr = LR
-    finder = LearningRateFinder(num_training_steps=4)
-    callback = clip_with(REMEMBERS)
-    with logged() as messages:
-        trained(tmp_path, "ddp", 6, callback, finder, module=module, max_steps=2)
-    assert not [message for message in messages if "no state of distclip" in message]
-    assert [state["step"] for state in callback.state_dict()["clippers"]] == [2]
 
 
 # ---- two of them, or none --------------------------------------------------------------------

@@ -14,7 +14,7 @@ import distclip
 from distclip.integrations import charge
 from distclip.testing import run_on_ranks
 from tests.integrations.accelerated import Halve, batch, fused, loss_of, make, same, sgd
-from tests.integrations.test_lightning import REMEMBERS, SPEC, reference
+from tests.integrations.lightning_runs import REMEMBERS, SPEC, reference
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

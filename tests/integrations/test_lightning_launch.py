@@ -18,7 +18,7 @@ import torch
 pytest.importorskip("lightning")
 
 from tests.integrations.accelerated import same
-from tests.integrations.test_lightning import SPEC, reference
+from tests.integrations.lightning_runs import SPEC, reference
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -3,94 +3,40 @@
 from __future__ import annotations
 
 import copy
-import io
-from collections.abc import Iterable
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     _patch_optimizer_state_dict,
-    get_model_state_dict,
     get_optimizer_state_dict,
-    get_state_dict,
     set_optimizer_state_dict,
-    set_state_dict,
 )
-from torch.distributed.fsdp import FullOptimStateDictConfig, FullStateDictConfig, StateDictType
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.optim import Optimizer
 
 from distclip import policies
 from distclip.errors import NonFiniteGradientError, StateError
-from distclip.integrations.checkpoints import FILE
 from distclip.integrations.torch_checkpoints import KEY
 from tests.helpers.logs import logged
 from tests.integrations.accelerated import Model, batch, loss_of, make, same, sgd, whole
-from tests.integrations.scripted import LAYOUTS, mine, running, wrapped
-
-ADAGC = {"name": "adagc", "warmup_steps": 2}
-AUTOCLIP = {"name": "autoclip", "percentile": 30, "window": 6}
-STEPS = 8
-NONE = "has no state of distclip"
-
-
-def step(model: nn.Module, stepper: Optimizer, numbers: Iterable[int]) -> None:
-    for number in numbers:
-        stepper.zero_grad()
-        loss_of(model, mine(batch(number))).backward()
-        stepper.step()
-
-
-def full(layout: str, model: nn.Module, rank0_only: bool = False) -> Any:
-    """FSDP1's way to whole tensors."""
-    if not layout.startswith("fsdp1"):
-        return nullcontext()
-    kind, options = StateDictType.FULL_STATE_DICT, {"rank0_only": rank0_only}
-    return FSDP.state_dict_type(
-        model, kind, FullStateDictConfig(**options), FullOptimStateDictConfig(**options)
-    )
-
-
-def save(layout: str, model: nn.Module, stepper: Optimizer) -> Any:
-    """As scripts do."""
-    file = io.BytesIO()
-    with full(layout, model):
-        state = (
-            FSDP.optim_state_dict(model, stepper)
-            if layout.startswith("fsdp1")
-            else stepper.state_dict()
-        )
-        torch.save({"model": model.state_dict(), "optimizer": state}, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
-def load(layout: str, model: nn.Module, stepper: Optimizer, checkpoint: Any) -> None:
-    with full(layout, model):
-        model.load_state_dict(checkpoint["model"])
-        state = copy.deepcopy(checkpoint["optimizer"])  # torch keeps its tensors
-        if layout.startswith("fsdp1"):
-            state = FSDP.optim_state_dict_to_load(model, stepper, state)
-    stepper.load_state_dict(state)
-
-
-def begun(layout: str) -> tuple[nn.Module, Optimizer]:
-    model = wrapped(layout, make())
-    return model, sgd(model)
-
-
-def trained(layout: str, numbers: Iterable[int], checkpoint: Any = None) -> dict[str, Tensor]:
-    model, stepper = begun(layout)
-    if checkpoint is not None:
-        load(layout, model, stepper, checkpoint)
-    step(model, stepper, numbers)
-    return whole(model)
+from tests.integrations.saving import (
+    ADAGC,
+    AUTOCLIP,
+    NONE,
+    STEPS,
+    begun,
+    full,
+    load,
+    rank,
+    save,
+    step,
+    trained,
+)
+from tests.integrations.scripted import LAYOUTS, running
 
 
 @pytest.mark.ranks(1, 2)
@@ -125,17 +71,13 @@ def test_checkpoints_load_with_distclip_and_without(world_size: int) -> None:
             assert not found  # nothing is lost, if nothing is clipped
             step(model, stepper, range(2, 4))
             load(layout, model, stepper, before)
-            assert [NONE in each for each in found] == [True] * (_rank() == 0)
+            assert [NONE in each for each in found] == [True] * (rank() == 0)
             step(model, stepper, range(2, 4))
             clipped = save(layout, model, stepper)
         assert KEY in clipped["optimizer"]
         weights = trained(layout, range(4, 6), clipped)
         del clipped["optimizer"][KEY]
         same(weights, trained(layout, range(4, 6), clipped), 0.0)
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
 
 
 @pytest.mark.ranks(2)
@@ -146,7 +88,7 @@ def test_fsdp1_saves_and_loads_on_the_first_rank_alone() -> None:
         with full("fsdp1", model, rank0_only=True):
             weights = model.state_dict()
             state = FSDP.optim_state_dict(model, stepper)
-        assert (KEY in state) == (_rank() == 0)
+        assert (KEY in state) == (rank() == 0)
         at = whole(model)
         step(model, stepper, range(4, STEPS))
         wanted = whole(model)
@@ -158,7 +100,7 @@ def test_fsdp1_saves_and_loads_on_the_first_rank_alone() -> None:
             FSDP.optim_state_dict_to_load(model, stepper, state, load_directly=True)
         step(model, stepper, range(4, STEPS))
         same(whole(model), wanted, 0.0)
-    assert bool(weights) == (_rank() == 0)
+    assert bool(weights) == (rank() == 0)
 
 
 def test_a_load_in_a_run_takes_the_memory_back() -> None:
@@ -268,110 +210,6 @@ def test_what_does_not_fit_is_refused() -> None:
         (model.head(model.body(torch.ones(2, 5))).sum() * model.extra.sum()).backward()
         with pytest.raises(StateError, match=r"missing: 'extra'; unexpected: 'head\.bias'|extra"):
             stepper.step()
-
-
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_a_folder_has_the_memories_of_equal_models_in_their_order(tmp_path: Path) -> None:
-    """By which they are told apart; an order by addresses in memory would be right by chance."""
-    with running(ADAGC):
-        models = [make(seed) for seed in range(5)]
-        steppers = list(map(sgd, models))
-        for number, (model, stepper) in enumerate(zip(models, steppers, strict=True)):
-            step(model, stepper, range(1 + number))
-        pairs = zip(models, steppers, strict=True)
-        states = {str(n): get_optimizer_state_dict(*pair) for n, pair in enumerate(pairs)}
-        dcp.save(states, checkpoint_id=tmp_path, no_dist=True)
-    saved = torch.load(tmp_path / FILE, weights_only=True)["clippers"]
-    assert [each["step"] for each in saved] == [1, 2, 3, 4, 5]
-
-
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_a_folder_is_loaded_from_once(tmp_path: Path) -> None:
-    """A dict that is kept and given back has no memory, whatever has been loaded before."""
-    with running(ADAGC):
-        model, stepper = begun("one")
-        step(model, stepper, range(3))
-        state = {"optimizer": get_optimizer_state_dict(model, stepper)}
-        dcp.save(state, checkpoint_id=tmp_path, no_dist=True)
-    with running(ADAGC) as scripts, logged("distclip.torch") as found:
-        model, stepper = begun("one")
-        state = {"optimizer": get_optimizer_state_dict(model, stepper)}
-        dcp.load(state, checkpoint_id=tmp_path, no_dist=True)
-        for _ in range(2):  # nothing has been taken before the first step
-            set_optimizer_state_dict(model, stepper, copy.deepcopy(state["optimizer"]))
-        step(model, stepper, [3])
-        (clipper,) = scripts._clippers.known.values()
-        assert clipper.state_dict()["step"] == 4
-        assert not found
-        set_optimizer_state_dict(model, stepper, get_optimizer_state_dict(model, stepper))
-        assert [NONE in each for each in found] == [True]
-
-
-class App:
-    """Model and optimizer, as torch's tutorial has them for ``torch.distributed.checkpoint``."""
-
-    def __init__(self, model: nn.Module, stepper: Optimizer) -> None:
-        self.model, self.stepper = model, stepper
-
-    def state_dict(self) -> dict[str, Any]:
-        model, optimizer = get_state_dict(self.model, self.stepper)
-        return {"model": model, "optimizer": optimizer}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        set_state_dict(
-            self.model,
-            self.stepper,
-            model_state_dict=state["model"],
-            optim_state_dict=state["optimizer"],
-        )
-
-
-@pytest.mark.ranks(1, 2)
-def test_distributed_checkpoints(world_size: int, tmp_path: Path) -> None:
-    layout = "fsdp2" if world_size > 1 else "one"
-    plain, first, later = (tmp_path / name for name in ("plain", "first", "later"))
-    model, stepper = begun(layout)
-    step(model, stepper, range(4))
-    dcp.save({"app": App(model, stepper)}, checkpoint_id=plain)
-    assert not (plain / FILE).exists()
-    with running(ADAGC):
-        model, stepper = begun(layout)
-        step(model, stepper, range(4))
-        dcp.save({"model": get_model_state_dict(model)}, checkpoint_id=tmp_path / "weights")
-        assert not (tmp_path / "weights" / FILE).exists()
-        dcp.save({"app": App(model, stepper)}, checkpoint_id=first)
-        step(model, stepper, range(4, 6))
-        state = App(model, stepper).state_dict()
-        dcp.async_save(state, storage_writer=dcp.FileSystemWriter(later)).result()
-        step(model, stepper, range(6, STEPS))
-        wanted = whole(model)
-    if dist.is_initialized():
-        dist.barrier()
-    for folder, done in ((first, 4), (later, 6)):
-        with running(ADAGC), logged("distclip.torch") as found:
-            model, stepper = begun(layout)
-            app = App(model, stepper)
-            if folder is first:
-                dcp.load({"app": app}, checkpoint_id=folder)
-            else:
-                state = app.state_dict()
-                dcp.load(state, storage_reader=dcp.FileSystemReader(folder))
-                app.load_state_dict(state)
-            step(model, stepper, range(done, STEPS))
-            same(whole(model), wanted, 0.0)
-            assert not found
-            dcp.load({"app": app}, checkpoint_id=plain)  # from before distclip was in use
-            step(model, stepper, range(4, 6))
-            assert [NONE in each for each in found] == [True] * (_rank() == 0)
-    model, stepper = begun(layout)
-    dcp.load({"app": App(model, stepper)}, checkpoint_id=first)  # without distclip
-    assert stepper.state
-    dcp.save({"app": App(model, stepper)}, checkpoint_id=first)  # over it
-    with running(ADAGC), logged("distclip.torch") as found:
-        model, stepper = begun(layout)
-        dcp.load({"app": App(model, stepper)}, checkpoint_id=first)
-        step(model, stepper, range(4, 5))
-        assert [NONE in each for each in found] == [True] * (_rank() == 0)
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

@@ -87,7 +87,6 @@ def measure(
     TURNS: tl.constexpr,
 ):
     """Sum of p-th powers, or the maximum, of one chunk of ``BLOCK * TURNS`` elements."""
-    # Long: one kernel, which Triton compiles as a whole.
     program = tl.program_id(0).to(tl.int64) + offset
     owner = tl.load(owners + program)
     address, numel = tl.load(pointers + owner), tl.load(numels + owner)
@@ -178,7 +177,6 @@ def measure_rows(
     TURNS: tl.constexpr,
 ):
     """The norms of ``ROWS`` rows."""
-    # Long: one kernel, which Triton compiles as a whole.
     program = tl.program_id(0).to(tl.int64) + offset
     owner = tl.load(owners + program)
     row = (program - tl.load(firsts + owner)) * ROWS + tl.arange(0, ROWS)
