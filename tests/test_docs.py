@@ -13,7 +13,6 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -167,25 +166,6 @@ def test_tests_that_are_named_exist(page: Path) -> None:
         assert re.search(rf"^ *(async )?def {name}\b", sources, re.MULTILINE), name
     for path in re.findall(r"`((?:tests|distclip|configs|launch)/[\w/.]+)`", page.read_text()):
         assert (ROOT / path).exists(), path
-
-
-def test_every_option_is_in_cli_md_and_no_other() -> None:
-    from typer.main import get_command
-
-    from distclip.cli.app import app
-
-    def options(command: Any) -> Iterator[str]:
-        for parameter in command.params:
-            if not getattr(parameter, "hidden", False):
-                yield from (name for name in parameter.opts if name.startswith("-"))
-        for sub_command in getattr(command, "commands", {}).values():
-            yield from options(sub_command)
-
-    text = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
-    wanted = set(options(get_command(app))) - {"--help"}
-    documented = set(re.findall(r"^\| .*", text, re.MULTILINE))
-    named = {option for row in documented for option in re.findall(r"`(--?[\w-]+)", row)}
-    assert named == wanted
 
 
 def test_the_blocks_are_found() -> None:

@@ -235,6 +235,17 @@ def test_a_long_function_is_seen() -> None:
     assert long_functions("def f():\n    # Long: no longer.\n    x = 1\n")
 
 
+def test_the_command_line_is_imported_by_its_own_tests_only() -> None:
+    """What a command does lies in ``tools``; others start it as a shell does."""
+    found = {
+        name
+        for name, text in WRITTEN.items()
+        if not name.startswith(("distclip/cli/", "tests/cli/"))
+        and any(f"{full}.".startswith("distclip.cli.") for full in imported(ast.parse(text)))
+    }
+    assert found == {"distclip/__main__.py"}
+
+
 def test_one_file_issues_the_collectives() -> None:
     found = {
         name: what

@@ -11,11 +11,9 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import typer.testing
 from torch import nn
 
 from distclip import ConfigurationError, GradClipper, config, policies
-from distclip.cli.app import app
 from distclip.common.rollups import grouped, joint
 from distclip.config.logs import open_log
 from distclip.integrations import clippers
@@ -26,6 +24,7 @@ from distclip.monitor.runs import summaries
 from distclip.monitor.tracking import metrics
 from distclip.options import Looks, Options
 from distclip.policies import Policy
+from tests.helpers.command import command
 from tests.helpers.watching import REDUCTION, watch
 from tests.sharded import Whole, shard, whole
 
@@ -176,11 +175,11 @@ def test_the_log_the_table_and_the_page_have_them(tmp_path: Path) -> None:
     for one in shown:
         assert one["has_ratios"]
         assert all(row["ratio"] > 0.0 for row in one["most_clipped"])
-    run = typer.testing.CliRunner().invoke(app, ["report", str(each), "--modules", "1"])
-    assert run.exit_code == 0, run.output
+    run = command("report", str(each), "--modules", "1")
+    assert run.code == 0, run.err
     ratio = f"{reports[0].module_ratios(1)['head']:.3g}"
     assert any(
-        line.split()[0::4] == ["head", ratio] for line in run.output.splitlines() if "head" in line
+        line.split()[0::4] == ["head", ratio] for line in run.out.splitlines() if "head" in line
     )
 
 

@@ -35,8 +35,7 @@ from benchmarks.reliability.fuzz_states import states
 from benchmarks.reliability.hostile import CANARY
 from benchmarks.reliability.rows import Row
 from distclip import config, policies
-from distclip.cli import run as run_command
-from distclip.cli.app import main
+from distclip.__main__ import main
 from distclip.config.files import read
 from distclip.errors import DistclipError
 from distclip.integrations.deepspeed_json import configured, examined
@@ -263,7 +262,6 @@ def _command(
             main()
         except SystemExit as leaving:
             code = leaving.code
-    run_command.pending.clear()
     for text in (out.getvalue(), err.getvalue()):
         printable(text, "the output")
         text.encode()  # no lone surrogates

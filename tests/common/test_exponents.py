@@ -12,11 +12,9 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import typer.testing
 from torch import Tensor, nn
 
 from distclip import ConfigurationError, GradClipper, config, policies
-from distclip.cli.app import app
 from distclip.common.exponents import COLUMNS, LOWEST, Exponents, from_log, of_row
 from distclip.config.logs import open_log
 from distclip.kernels import exponents
@@ -25,6 +23,7 @@ from distclip.monitor.page.data import page_data
 from distclip.monitor.reading import read_run
 from distclip.monitor.runs import summaries
 from distclip.monitor.tracking import metrics
+from tests.helpers.command import command
 from tests.helpers.watching import REDUCTION, watch
 from tests.monitor.clip_records import record, write
 from tests.sharded import Whole, shard, whole
@@ -239,7 +238,7 @@ def test_the_log_the_table_and_the_page_have_them(tmp_path: Path) -> None:
     counted = run.exponents["float16"]
     assert list(counted.steps) == [0, 2, 4]
     assert list(counted.underflow) == [0.0, 0.5, 0.5]
-    printed = typer.testing.CliRunner().invoke(app, ["report", str(path)]).output
+    printed = command("report", str(path)).out
     assert "gradients in float16 at step 4: 0.00% zero, 50.00% within 4 binades" in printed
     assert "nearest to underflow: small 100.00%" in printed
     assert "exponents -14 " in printed

@@ -13,30 +13,12 @@ import pytest
 
 from benchmarks.reliability import fuzz, fuzz_guards
 from distclip import config, policies
-from distclip.cli.app import main
 from distclip.common import foreign
 from distclip.errors import ConfigurationError, DistclipError
 from distclip.monitor import plots, reading, runs, suggesting, table
+from tests.helpers.command import command
 
 FIELDS = {"clipped_norm": 1.0, "coefficient": 1.0, "threshold": 1.0, "clipped_fraction": 0.0}
-
-
-@pytest.fixture
-def command(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., tuple[object, str, str]]:
-    def command(*words: str) -> tuple[object, str, str]:
-        monkeypatch.setattr(sys, "argv", ["distclip", *words])
-        monkeypatch.setattr(sys, "path", [*sys.path])
-        code: object = 0
-        try:
-            main()
-        except SystemExit as leaving:
-            code = leaving.code
-        told = capsys.readouterr()
-        return code, told.out, told.err
-
-    return command
 
 
 @pytest.fixture
@@ -89,9 +71,7 @@ READERS: list[Callable[[Any], object]] = [config.load, reading.read_run]
 
 
 @pytest.mark.parametrize("read", READERS)
-def test_paths_that_are_no_files(
-    tmp_path: Path, read: Callable[[Any], object], command: Callable[..., tuple[object, str, str]]
-) -> None:
+def test_paths_that_are_no_files(tmp_path: Path, read: Callable[[Any], object]) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path, told in (
         (tmp_path, "it is a folder"),
@@ -159,9 +139,7 @@ def test_nothing_is_imported_for_a_file_with_a_fault(
     assert canary()
 
 
-def test_check_runs_nothing_unless_asked(
-    canary: Callable[[], bool], command: Callable[..., tuple[object, str, str]]
-) -> None:
+def test_check_runs_nothing_unless_asked(canary: Callable[[], bool]) -> None:
     own = {"policy": {"name": "of_canary", "size": 2.0}, "imports": ["canary"]}
     for name, document in (("p.json", own), ("ds.json", {"train_batch_size": 1, "distclip": own})):
         Path(name).write_text(json.dumps(document))
@@ -215,9 +193,7 @@ NAMES = [
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_name_is_shown_and_does_nothing(
-    name: str, canary: Callable[[], bool], command: Callable[..., tuple[object, str, str]]
-) -> None:
+def test_a_name_is_shown_and_does_nothing(name: str, canary: Callable[[], bool]) -> None:
     lines = [json.dumps({"step": n, "total_norm": 1.0 + n, **FIELDS}) for n in range(120)]
     Path(name).write_text("\n".join(lines))
     outputs = [command("report", name), command("suggest", name), command("config", "check", name)]
@@ -254,18 +230,14 @@ def test_clean() -> None:
     ],
     ids=range(14),
 )  # fmt: skip
-def test_odd_command_lines(
-    words: list[str], command: Callable[..., tuple[object, str, str]]
-) -> None:
+def test_odd_command_lines(words: list[str]) -> None:
     code, out, err = command(*words)
     assert code == 2
     assert err
     assert all(c.isprintable() or c == "\n" for c in out + err), ascii(out + err)
 
 
-def test_an_output_that_cannot_be_written(
-    tmp_path: Path, command: Callable[..., tuple[object, str, str]]
-) -> None:
+def test_an_output_that_cannot_be_written(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     (tmp_path / "r.jsonl").write_text(json.dumps({"step": 1, "total_norm": 1.0, **FIELDS}))
     code, _, err = command("report", str(tmp_path / "r.jsonl"), "--out", "/dev/full/x.png")

@@ -14,16 +14,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-import typer.testing
 from clip_records import record, write
 
-from distclip.cli.app import app
 from distclip.errors import ConfigurationError
 from distclip.monitor import page
 from distclip.monitor.page.data import page_data
 from distclip.monitor.reading import read_runs
 from distclip.monitor.runs import summaries
 from distclip.monitor.thinning import sparkline, thinned
+from tests.helpers.command import command
 
 HOSTILE = [
     "</script><script>document.title='owned'</script>",
@@ -174,14 +173,14 @@ def test_a_long_run_of_many_parameters_makes_a_small_page(tmp_path: Path) -> Non
 
 def test_the_command(tmp_path: Path) -> None:
     path, out = long_run(tmp_path / "r.jsonl"), tmp_path / "new" / "page.html"
-    result = typer.testing.CliRunner().invoke(app, ["report", str(path), "-o", str(out)])
-    assert result.exit_code == 0, result.output
-    assert f"page: {out}" in result.output
-    assert "steps by state: normal 398, spike 1, nonfinite 1; spike score 0.5%" in result.output
+    result = command("report", str(path), "-o", str(out))
+    assert result.code == 0, result.err
+    assert f"page: {out}" in result.out
+    assert "steps by state: normal 398, spike 1, nonfinite 1; spike score 0.5%" in result.out
     assert out.read_text(encoding="utf-8").startswith("<!doctype html>")
-    command = ["report", str(path), "--loss", str(path), "-o", str(out)]
-    wrong = typer.testing.CliRunner().invoke(app, command)
-    assert isinstance(wrong.exception, ConfigurationError)
+    wrong = command("report", str(path), "--loss", str(path), "-o", str(out))
+    assert wrong.code == 2
+    assert "--loss" in wrong.err
     runs = read_runs(path)
     with pytest.raises(ConfigurationError, match="the page cannot be written"):
         page.save(runs, summaries(runs), "/dev/full/x.html")

@@ -8,15 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import typer.testing
 from clip_records import record, write
 
 from distclip import monitor
-from distclip.cli.app import app
 from distclip.errors import ConfigurationError, DistclipError
 from distclip.monitor import plots
 from distclip.monitor.reading import read_loss, read_run
 from distclip.monitor.runs import Curve, Run
+from tests.helpers.command import command
 
 pytest.importorskip("matplotlib")
 
@@ -108,26 +107,24 @@ def test_a_loss_may_stop_early(runs: list[Run], tmp_path: Path) -> None:
 
 # ---- distclip report -------------------------------------------------------------------------
 
-invoke = typer.testing.CliRunner().invoke
-
 
 def test_report(runs: list[Run], tmp_path: Path) -> None:
     files = [str(tmp_path / f"{run.name}.jsonl") for run in runs[:2]]
     log = write(tmp_path / "log.jsonl", [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}])
     arguments = ["--loss", str(log), "--loss", str(log), "--out", str(tmp_path / "p.png")]
-    result = invoke(app, ["report", *files, *arguments])
-    assert result.exit_code == 0, result.output
-    assert "norm p90" in result.output
-    assert "policy: {name: global_norm, max_norm: " in result.output
+    result = command("report", *files, *arguments)
+    assert result.code == 0, result.err
+    assert "norm p90" in result.out
+    assert "policy: {name: global_norm, max_norm: " in result.out
     assert (tmp_path / "p.png").stat().st_size > 1000
 
 
 def test_report_refuses_losses_that_belong_to_no_run(runs: list[Run], tmp_path: Path) -> None:
     files = [str(tmp_path / f"{run.name}.jsonl") for run in runs[:2]]
-    result = invoke(app, ["report", *files, "--loss", files[0], "--out", "p.png"])
-    assert "1 --loss for 2 runs" in str(result.exception)
-    result = invoke(app, ["report", files[0], "--loss", files[0]])
-    assert "name one with --out" in str(result.exception)
+    result = command("report", *files, "--loss", files[0], "--out", "p.png")
+    assert "1 --loss for 2 runs" in result.err
+    result = command("report", files[0], "--loss", files[0])
+    assert "name one with --out" in result.err
 
 
 def test_a_run_that_blows_up_does_not_hide_the_others(runs: list[Run]) -> None:

@@ -17,14 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer.testing
 from clip_records import record, write
 
-from distclip.cli.app import app
 from distclip.errors import ConfigurationError
 from distclip.monitor.page.serving import PageServer
-
-invoke = typer.testing.CliRunner().invoke
+from tests.helpers.command import command
 
 
 @contextlib.contextmanager
@@ -147,10 +144,10 @@ def test_the_command_ends_on_ctrl_c(tmp_path: Path) -> None:
     path = write(tmp_path / "r.jsonl", [record(0)])
     timer = threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT))
     timer.start()
-    result = invoke(app, ["report", str(path), "--serve", "--port", "0"])
+    result = command("report", str(path), "--serve", "--port", "0")
     timer.join()
-    assert result.exit_code == 0, result.output
-    found = re.search(r"page: http://127\.0\.0\.1:(\d+)/", result.stdout)
+    assert result.code == 0, result.err
+    found = re.search(r"page: http://127\.0\.0\.1:(\d+)/", result.out)
     assert found is not None
     with pytest.raises(OSError, match="refused"):
         socket.create_connection(("127.0.0.1", int(found.group(1))), 5)
@@ -158,8 +155,9 @@ def test_the_command_ends_on_ctrl_c(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("options", [["--serve", "-o", "x.html"], ["--port", "80"]])
 def test_what_cannot_be_meant(tmp_path: Path, options: list[str]) -> None:
-    result = invoke(app, ["report", str(tmp_path / "r"), *options])
-    assert isinstance(result.exception, ConfigurationError)
+    result = command("report", str(tmp_path / "r"), *options)
+    assert result.code == 2
+    assert "--serve" in result.err
 
 
 class Growing(PageServer):

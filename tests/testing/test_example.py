@@ -8,10 +8,6 @@ from pathlib import Path
 
 import hypothesis  # noqa: F401  each inner run would import it anew, its plugin needs it
 import pytest
-import yaml
-from typer.main import get_command
-
-from distclip.cli.app import app
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "example"
 
@@ -29,18 +25,6 @@ def test_the_page_shows_the_example() -> None:
     text = (EXAMPLE / "conftest.py").read_text()
     body = text[text.index("import pytest") :]
     assert body in page
-
-
-def test_the_workflow_is_valid_and_its_commands_exist() -> None:
-    workflow = yaml.safe_load((EXAMPLE / "github-actions.yml").read_text())
-    (job,) = workflow["jobs"].values()
-    commands = [step["run"].split() for step in job["steps"] if "run" in step]
-    ours = {words[1]: words[2:] for words in commands if words[0] == "distclip"}
-    assert set(ours) == {"doctor", "verify", "simulate"}
-    known = get_command(app).commands  # type: ignore[attr-defined]
-    for name, words in ours.items():
-        options = {option for parameter in known[name].params for option in parameter.opts}
-        assert {word for word in words if word.startswith("--")} <= options
 
 
 def test_fixtures_made_on_the_rank(pytester: pytest.Pytester) -> None:
