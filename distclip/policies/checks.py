@@ -6,7 +6,6 @@ is built, and the JSON schema of a configuration has the limit.
 
 from __future__ import annotations
 
-import functools
 import math
 import operator
 import types
@@ -126,23 +125,24 @@ def checked(where: str, key: str, value: Any, hint: Any) -> Any:
     return int(found) if any(limit.whole for limit in limits) else found
 
 
-def check_fields(where: str, policy: object) -> None:
-    """Check the fields of a dataclass that have limits, and store them as numbers.
+def check_fields(where: str, policy: object, limited: dict[str, Any]) -> None:
+    """Check the fields of a dataclass that are ``limited``, and store them as numbers.
 
     Raises:
         ConfigurationError: as :func:`checked`.
     """
-    for key, hint in _limited(type(policy)).items():  # type: ignore[arg-type]
+    for key, hint in limited.items():
         value = checked(where, key, getattr(policy, key), hint)
         object.__setattr__(policy, key, value)
 
 
-@functools.cache
-def _limited(kind: type) -> dict[str, Any]:
-    try:
-        hints = typing.get_type_hints(kind, include_extras=True)
-    except NameError:  # of a class of the user's own; a configuration refuses it
-        return {}
+def limited(kind: type) -> dict[str, Any]:
+    """The type hints of a class that have limits, by field.
+
+    Raises:
+        NameError: a hint names what is not there, or not yet.
+    """
+    hints = typing.get_type_hints(kind, include_extras=True)
     return {key: hint for key, hint in hints.items() if limits_of(hint)}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -60,6 +61,34 @@ def test_entry_points(name: str) -> None:
         got = run()
         assert torch.equal(compiled.grad, plain.grad)  # type: ignore[arg-type]
         assert got is want is None or torch.equal(got, want)
+
+
+MADE: dict[str, Callable[[], policies.Policy]] = {
+    "agc": lambda: policies.agc(0.01),
+    "group_norm": lambda: policies.group_norm(1.0),
+    "zclip": lambda: policies.zclip(alpha=0.9),
+    "chain": lambda: policies.chain(policies.value(0.5), policies.global_norm(1.0)),
+    "by_name": lambda: policies.by_name({"*.bias": None}, default=policies.autoclip(10)),
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_a_policy_that_is_made_in_a_compiled_region(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dynamo warns of each cache that it passes over; none is on the way."""
+    monkeypatch.setattr(torch._dynamo.utils, "warn_once_cache", set(), raising=False)
+    made: list[policies.Policy] = []
+
+    def region(x: Tensor) -> Tensor:
+        made.append(MADE[name]())
+        return x + 1
+
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        torch.compile(region, backend="eager")(torch.ones(1))
+    assert made == [MADE[name]()]
+    assert not [each for each in told if "cache" in str(each.message)]
 
 
 class Nested(SGD):

@@ -6,7 +6,7 @@ import io
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, TypeAlias
 
 import pytest
 import torch
@@ -140,6 +140,15 @@ class Unresolved(policies.ClampingPolicy):
     name: ClassVar[str] = "unresolved"
 
 
+@dataclass(frozen=True)
+class Forward(policies.ClampingPolicy):
+    bound: Later  # of which there is nothing yet when the class is made
+    name: ClassVar[str] = "forward"
+
+
+Later: TypeAlias = Annotated[float, policies.Limit("even", minimum=2)]
+
+
 def test_limits_of_fields_are_checked() -> None:
     limited = Limited(50, at_most=4.0)  # type: ignore[arg-type]
     assert (limited.at_most, limited.window) == (4, None)
@@ -154,6 +163,8 @@ def test_limits_of_fields_are_checked() -> None:
         with pytest.raises(ConfigurationError, match=message):
             Limited(**arguments)  # type: ignore[arg-type]
     assert Unresolved().bound == 1.0
+    with pytest.raises(ConfigurationError, match="bound must be even"):
+        Forward(1)
     assert policies.global_norm("inf") == policies.global_norm(math.inf)  # type: ignore[arg-type]
 
 
