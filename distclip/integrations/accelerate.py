@@ -136,7 +136,6 @@ class AcceleratorAttachment(Attachment):
         )
         self._called: dict[int, Mark] = {}
         """Parameters (by id) that a call of the script has clipped since their last update."""
-        self._announced = False
         replaced: dict[str, Callable[..., Any]] = {
             "clip_grad_norm_": lambda original, *a, **k: self.clip_grad_norm_(*a, **k),
             "clip_grad_value_": lambda original, *a, **k: self.clip_grad_value_(*a, **k),
@@ -333,10 +332,12 @@ class AcceleratorAttachment(Attachment):
         return self._clip(parameters)
 
     def _announce(self, call: str) -> None:
-        if not self._announced and self.accelerator.is_main_process:
+        caller = charge.caller()
+        if caller not in self.announced and self.accelerator.is_main_process:
             _logger.warning(
-                "the script calls %s; the configured policy is applied in its place: %r",
+                "%s calls %s; the configured policy is applied in its place: %r",
+                caller,
                 call,
                 self.config.policy,
             )
-        self._announced = True
+        self.announced.add(caller)

@@ -30,6 +30,7 @@ class Attachment(ABC):
         last_report: the newest report; None before the first step.
         loss_factor: what a loss that the framework's ``backward`` gets has to be multiplied by, so
             that the losses of one update average to that of the update.
+        announced: whose calls to clip have been told of, as ``charge.caller`` names them.
 
     Raises:
         ConfigurationError: the object has a policy already.
@@ -45,6 +46,7 @@ class Attachment(ABC):
         self.config = config
         self.last_report: ClipReport | None = None
         self.loss_factor: Callable[[], float] = lambda: 1
+        self.announced: set[str] = set()
         self._owner = owner
         self._undo: list[Callable[[], object]] = []
 

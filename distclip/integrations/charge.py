@@ -10,6 +10,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 
 from torch import Tensor
@@ -130,5 +131,26 @@ def is_running(package: str) -> bool:
         frame = frame.f_back
     return False
 
+
+def caller() -> str:
+    """Who called the function of torch or of a framework that distclip has replaced, for messages.
+
+    Returns:
+        ``"the script"``, or the name of the installed package that the call comes from.
+    """
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        package = str(frame.f_globals.get("__name__")).partition(".")[0]
+        if package not in _BETWEEN:
+            installed = not _INSTALLED.isdisjoint(Path(frame.f_code.co_filename).parts)
+            return package if installed else SCRIPT
+        frame = frame.f_back
+    return SCRIPT
+
+
+SCRIPT = "the script"
+_INSTALLED = {"site-packages", "dist-packages"}
+_BETWEEN = ("distclip", "torch", "contextlib", "functools")
+"""Packages whose frames lie between the call and what is called."""
 
 _charges: weakref.WeakKeyDictionary[Optimizer, Charge] = weakref.WeakKeyDictionary()

@@ -59,7 +59,6 @@ class LightningAttachment(Attachment):
         self._adopted = charge.Adopted(
             charge.Charge("lightning", self._clip_for_torch), self._before_step, self._after_step
         )
-        self._announced = False
         self._undo += [self._release]
 
     def adopt(self, optimizer: Optimizer) -> None:
@@ -123,7 +122,9 @@ class LightningAttachment(Attachment):
 
     def _clip_for_torch(self, parameters: list[Tensor]) -> Tensor:
         """In place of ``torch.nn.utils.clip_grad_norm_``, where ``distclip run`` replaces that."""
-        self._announce("the script calls torch.nn.utils.clip_grad_norm_ (or a function beside it)")
+        self._announce(
+            f"{charge.caller()} calls torch.nn.utils.clip_grad_norm_ (or a function beside it)"
+        )
         return self._clip_called(fsdp2.sharded(parameters))
 
     @abstractmethod
@@ -131,14 +132,14 @@ class LightningAttachment(Attachment):
         """For a call of torch's functions: see to one clip per step, and return the norm before."""
 
     def _announce(self, call: str) -> None:
-        if not self._announced and collectives.is_first():
+        if charge.SCRIPT not in self.announced and collectives.is_first():
             _logger.warning(
                 "%s: the configured policy is applied in its place, before the optimizer's step: "
                 "%r",
                 call,
                 self.config.policy,
             )
-        self._announced = True
+        self.announced.add(charge.SCRIPT)
 
 
 class TrainerAttachment(LightningAttachment):

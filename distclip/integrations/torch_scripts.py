@@ -209,8 +209,8 @@ class TorchScripts:
         if only_measures:
             return self._measured(chosen, norm_type or 2.0, scale)
         self._mention(
-            call, "the script calls %s; the configured policy is applied in its place: %r", call,
-            self.config.policy,
+            call, "%s calls %s; the configured policy is applied in its place: %r",
+            charge.caller(), call, self.config.policy,
         )  # fmt: skip
         if self._has_no_gradient(chosen, call):
             return torch.zeros(())
@@ -282,9 +282,10 @@ class TorchScripts:
         if key not in self._late:
             self._mention(
                 "late",
-                "the script calls %s again on gradients that have grown since, with no step in "
+                "%s calls %s again on gradients that have grown since, with no step in "
                 "between: from now on these calls only return the norm, and the policy is applied "
                 "once, when the optimizer steps",
+                charge.caller(),
                 call,
             )
             self._late[key] = chosen
@@ -301,10 +302,10 @@ class TorchScripts:
         if self._calls[key] == UNSTEPPED:
             self._mention(
                 "unstepped",
-                "the script has called %s %d times, and no torch optimizer that has these %d "
+                "%s has called %s %d times, and no torch optimizer that has these %d "
                 "parameters has stepped since: the calls clip, but a step that is not made by "
                 "torch.optim.Optimizer.step is not seen, and cannot be skipped",
-                call, UNSTEPPED, len(key),
+                charge.caller(), call, UNSTEPPED, len(key),
             )  # fmt: skip
 
     def _has_no_gradient(self, chosen: list[Tensor], call: str) -> bool:

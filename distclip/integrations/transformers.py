@@ -101,6 +101,7 @@ class ClipCallback(TrainerCallback):
         self._attach(trainer)
         assert self._handle is not None
         if state.is_world_process_zero:
+            self._handle.announced.add("transformers")  # no call of the Trainer is told of again
             _logger.warning(
                 "the Trainer clips by %r; max_grad_norm=%s is not used",
                 self._handle.config.policy,

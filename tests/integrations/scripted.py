@@ -46,6 +46,13 @@ def running(policy: Any, **options: Any) -> Iterator[Any]:
         scripts.remove()
 
 
+_LIBRARY: dict[str, Any] = {"__name__": "somelib.clipping"}
+_SOURCE = "def call(function, *given, **named): return function(*given, **named)"
+exec(compile(_SOURCE, "/lib/site-packages/somelib/clipping.py", "exec"), _LIBRARY)
+by_library: Callable[..., Any] = _LIBRARY["call"]
+"""Calls a function, as the code of an installed package would."""
+
+
 def mine(x: Tensor) -> Tensor:
     """This rank's rows of a batch."""
     if not dist.is_initialized():

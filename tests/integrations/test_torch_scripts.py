@@ -12,6 +12,7 @@ from torch.nn.utils import clip_grad_norm_ as bound_early
 from torch.optim import SGD, AdamW
 
 import distclip
+from tests.helpers.logs import logged
 from tests.integrations.accelerated import (
     Halve,
     Reference,
@@ -28,6 +29,7 @@ from tests.integrations.scripted import (
     LAYOUTS,
     STEPS,
     by_late_name,
+    by_library,
     by_utils,
     by_value,
     measuring,
@@ -277,3 +279,35 @@ def test_torchs_functions_in_a_script_of_accelerate(world_size: int) -> None:
             assert scripts.last_report is None
             handle.remove()
         same(whole(model), wanted)
+
+
+@pytest.mark.ranks(1)
+@pytest.mark.parametrize("front", ["torch", "accelerate", "lightning"])
+def test_a_call_of_an_installed_package_is_not_taken_for_the_script_s(front: str) -> None:
+    pytest.importorskip(front)
+
+    def told(call: Callable[..., Any]) -> list[str]:
+        with running(Halve()), logged() as messages:
+            model = make()
+            optimizer: Any = sgd(model)
+            handle, calls = None, [nn.utils.clip_grad_norm_]
+            if front == "accelerate":
+                accelerator = start("ddp")
+                handle = distclip.accelerate.attach(accelerator, Halve())
+                model, optimizer = accelerator.prepare(model, optimizer)
+                calls += [accelerator.clip_grad_norm_]
+            elif front == "lightning":
+                fabric = lightnings.fabric_of("ddp", [distclip.lightning.ClipCallback(Halve())])
+                model, optimizer = lightnings.prepared(fabric, "ddp")
+            loss_of(model, batch(0)).backward()
+            for each in calls:
+                call(each, model.parameters(), 1e-9)
+            optimizer.step()
+            if handle is not None:
+                handle.remove()
+        return [message.partition(" calls ")[0] for message in messages if " calls " in message]
+
+    if front == "lightning":
+        from tests.integrations import lightnings
+    assert told(by_library) == ["somelib"]
+    assert told(lambda function, *given: function(*given)) == ["the script"]

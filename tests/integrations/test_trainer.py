@@ -51,7 +51,11 @@ def test_weights_and_logged_norms_are_those_of_the_oracle(tmp_path: Path) -> Non
             callback = distclip.transformers.ClipCallback({"policy": SPEC})
             trainer = trainer_of(tmp_path, layout, [callback], **options)
             trainer._mixed_mesh_grads = meshes  # then it clips without its Accelerator
-            train(trainer)
+            with logged() as messages:
+                train(trainer)
+            # Of the Trainer's own call nothing is said as if the script had made it.
+            first = trainer.is_world_process_zero()
+            assert [m.partition(" by ")[0] for m in messages] == ["the Trainer clips"] * first
             close(weights_of(trainer), want)
             assert norms_of(trainer) == pytest.approx(norms, rel=1e-5)
             assert float(callback.last_report.coefficient) < 0.9
