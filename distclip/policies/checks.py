@@ -125,24 +125,35 @@ def checked(where: str, key: str, value: Any, hint: Any) -> Any:
     return int(found) if any(limit.whole for limit in limits) else found
 
 
-def check_fields(where: str, policy: object, limited: dict[str, Any]) -> None:
-    """Check the fields of a dataclass that are ``limited``, and store them as numbers.
+def check_fields(where: str, policy: object, known: dict[str, Any] | None) -> None:
+    """Check the fields of a dataclass that have limits, and store them as numbers.
+
+    Args:
+        where: the policy's name, for messages.
+        policy: the dataclass.
+        known: what :func:`limited` says of its class; None: it is to be asked again.
 
     Raises:
         ConfigurationError: as :func:`checked`.
     """
-    for key, hint in limited.items():
+    for key, hint in (limited(type(policy)) or {} if known is None else known).items():
         value = checked(where, key, getattr(policy, key), hint)
         object.__setattr__(policy, key, value)
 
 
-def limited(kind: type) -> dict[str, Any]:
+def limited(kind: type) -> dict[str, Any] | None:
     """The type hints of a class that have limits, by field.
 
-    Raises:
-        NameError: a hint names what is not there, or not yet.
+    Asked when the class is made: with a cache here, dynamo warns of each policy that is made in a
+    compiled region.
+
+    Returns:
+        None: a hint names what is not there (a configuration refuses that), or not yet.
     """
-    hints = typing.get_type_hints(kind, include_extras=True)
+    try:
+        hints = typing.get_type_hints(kind, include_extras=True)
+    except NameError:
+        return None
     return {key: hint for key, hint in hints.items() if limits_of(hint)}
 
 

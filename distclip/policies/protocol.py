@@ -209,8 +209,7 @@ class Policy(abc.ABC):
     """Members that a class of this kind may not define -> the kind that may."""
 
     _limited: ClassVar[dict[str, Any] | None] = None
-    """The fields to check, found when the class is made: dynamo warns of a cache on the way. None:
-    a hint names what comes later in its module, and is looked up at each check."""
+    """What ``checks.limited`` said when the class was made."""
 
     def __post_init__(self) -> None:
         """Check the fields whose type hints have a limit, and store them as numbers.
@@ -218,13 +217,7 @@ class Policy(abc.ABC):
         Raises:
             ConfigurationError: names the field, its value and the limit.
         """
-        hints = self._limited
-        if hints is None:
-            try:
-                hints = checks.limited(type(self))
-            except NameError:  # of a class of the user's own; a configuration refuses it
-                hints = {}
-        checks.check_fields(self.name, self, hints)
+        checks.check_fields(self.name, self, self._limited)
 
     @property
     def needs(self) -> Needs:
@@ -242,10 +235,7 @@ class Policy(abc.ABC):
         super().__init_subclass__(**keywords)
         if cls.__module__ == __name__:
             return
-        try:
-            cls._limited = checks.limited(cls)
-        except Exception:  # if it lasts, a check says so
-            cls._limited = None
+        cls._limited = checks.limited(cls)
         kinds = [kind for kind in cls.__mro__ if kind.__module__ == __name__ and kind is not Policy]
         if len(kinds) > 1:
             raise ConfigurationError(
