@@ -33,6 +33,16 @@ def known_to_fsdp2(parameters: Iterable[Tensor]) -> set[int]:
     return {id(managed.sharded_param) for managed in _managed()} & wanted
 
 
+def gathered(parameters: Iterable[Tensor]) -> list[Tensor | None]:
+    """Of sharded parameters in order, what forward and backward compute with: autograd's leaf.
+
+    Its gradient is this rank's own, not reduced yet. FSDP2 makes it at the first forward and keeps
+    the object. None where there is none yet, or the parameter is none of FSDP2.
+    """
+    known = {id(each.sharded_param): getattr(each, "_unsharded_param", None) for each in _managed()}
+    return [known.get(id(parameter)) for parameter in parameters]
+
+
 def _gathered() -> Iterator[tuple[Tensor, Tensor]]:
     """``(gathered, sharded)`` of every parameter of this process that FSDP2 has ever gathered."""
     for managed in _managed():

@@ -3,6 +3,7 @@
 from distclip.common.exponents import Exponents as Exponents
 from distclip.monitor.noise import NoiseScale as NoiseScale
 from distclip.monitor.notebook import plot as plot
+from distclip.monitor.rank_noise import RankNoiseScale as RankNoiseScale
 from distclip.monitor.recording import Sink as Sink
 from distclip.monitor.sinks import JsonlSink as JsonlSink
 from distclip.monitor.states import States as States

@@ -1,15 +1,15 @@
-"""The gradient noise scale, from norms of one micro-batch's gradient and of the whole step's."""
+"""The gradient noise scale, from norms of the gradients of parts of a step, and of all of it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from distclip.common.rollups import Floats, grouped
-from distclip.errors import ConfigurationError, ReplicaDriftError
+from distclip.errors import ConfigurationError, ReplicaDriftError, StateError
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -22,7 +22,137 @@ _MEND = (
 )
 
 
-class NoiseScale:
+class Averages:
+    """Moving averages of both terms of the noise scale, by parameter, and what is read off them.
+
+    Args:
+        names: of the parameters.
+        decay: of the moving averages, per sampled step.
+    """
+
+    def __init__(self, names: Sequence[str], decay: float) -> None:
+        self._names, self._decay = names, decay
+        self._noise = self._signal = np.zeros(len(names))
+        self.samples = 0
+        """How many steps the averages are over."""
+
+    def _take(self, small: Floats, large: Floats, parts: Any, batch: float) -> bool:
+        """Average in one step; False for one that is left out, since a gradient is not finite.
+
+        Args:
+            small: by parameter, mean over parts of a step of the squared norm of the gradient.
+            large: the squared norm of the mean of these gradients.
+            parts: how many parts there are; where it is below 2, nothing is seen.
+            batch: samples of all parts together.
+        """
+        if not np.isfinite(small.sum() + large.sum()):
+            return False
+        enough = np.broadcast_to(parts, small.shape) >= 2
+        others = np.where(enough, parts - 1.0, 1.0)
+        noise = np.where(enough, (small - large) * batch / others, 0.0)
+        signal = np.where(enough, (parts * large - small) / others, 0.0)
+        self._noise = self._decay * self._noise + (1.0 - self._decay) * noise
+        self._signal = self._decay * self._signal + (1.0 - self._decay) * signal
+        self.samples += 1
+        return True
+
+    @property
+    def scale(self) -> float:
+        """Of the whole model, in samples; NaN before the first sampled step.
+
+        inf where, so far, nothing but noise is seen. May be below 0, where the noise is smaller
+        than the error of its estimate.
+        """
+        return self._ratio(slice(None))
+
+    @property
+    def parameter_scales(self) -> Mapping[str, float]:
+        """Name -> noise scale of one parameter; NaN where it has no gradient."""
+        return {name: self._ratio(place) for place, name in enumerate(self._names)}
+
+    def module_scales(self, depth: int) -> Mapping[str, float]:
+        """Module path -> noise scale of its parameters together; see ``ClipReport.module_norms``.
+
+        Raises:
+            ConfigurationError: ``depth < 1``.
+        """
+        if isinstance(depth, bool) or not depth >= 1:
+            raise ConfigurationError(f"a depth of modules must be an integer >= 1, got {depth!r}")
+        groups = grouped(self._names, depth)
+        return {path: self._ratio(places) for path, places in groups.items()}
+
+    def _ratio(self, places: Any) -> float:
+        noise = float(np.sum(self._noise[places]))
+        signal = float(np.sum(self._signal[places]))
+        if signal > 0.0:
+            return noise / signal
+        return math.inf if noise > 0.0 else math.nan
+
+    def state_dict(self) -> dict[str, Any]:
+        """The averages, as plain values; the same on every rank, whatever the sharding.
+
+        Returns:
+            ``{"samples": int, "noise": {name: float}, "signal": {name: float}}``.
+        """
+        kept = {"noise": self._noise, "signal": self._signal}
+        rows = {
+            key: dict(zip(self._names, each.tolist(), strict=True)) for key, each in kept.items()
+        }
+        return {"samples": self.samples, **rows}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with the averages of a :meth:`state_dict`, on every rank.
+
+        Raises:
+            StateError: it is none, or of other parameters; nothing is loaded then.
+        """
+        kind, names = type(self).__name__, set(self._names)
+        if not isinstance(state, Mapping) or not {"samples", "noise", "signal"} <= set(state):
+            raise StateError(f"{kind}: the state is none that {kind}.state_dict() gave")
+        for key in ("noise", "signal"):
+            other = names.symmetric_difference(state[key])
+            if other:
+                raise StateError(
+                    f"{kind}: the state is of other parameters than these ({min(other)!r} is in "
+                    f"one of them only); do not load it, and the averages begin anew"
+                )
+        noise, signal = (
+            np.array([float(state[key][name]) for name in self._names])
+            for key in ("noise", "signal")
+        )
+        if not np.isfinite(noise.sum() + signal.sum()):
+            raise StateError(f"{kind}: the state has values that are not finite; it is damaged")
+        self._noise, self._signal, self.samples = noise, signal, int(state["samples"])
+
+
+def check(kind: str, batch: int, micro_batches: int, every: int, decay: float, least: int) -> None:
+    """Refuse arguments that cannot be meant.
+
+    Args:
+        kind: name of the class.
+        batch: samples of a step.
+        micro_batches: backwards of a step.
+        every: steps from one sample to the next.
+        decay: of the moving averages.
+        least: how many micro-batches there have to be.
+
+    Raises:
+        ConfigurationError: names the argument.
+    """
+    for name, value, least_of_it in (
+        ("micro_batches", micro_batches, least),
+        ("batch", batch, micro_batches),
+        ("every", every, 1),
+    ):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least_of_it:
+            raise ConfigurationError(
+                f"{kind}: {name} must be an integer >= {least_of_it}, got {value!r}"
+            )
+    if not 0.0 <= decay < 1.0:
+        raise ConfigurationError(f"{kind}: decay must be in [0, 1), got {decay!r}")
+
+
+class NoiseScale(Averages):
     """The gradient noise scale: about how many samples a step can use before more are wasted.
 
     ::
@@ -38,11 +168,10 @@ class NoiseScale:
     ``G``; per layer as in arXiv 2411.00999. Both are estimated without bias from the squared norms
     of the first micro-batch's gradient and of all micro-batches' together, and averaged over steps.
     Whole tensors under any sharding; needs gradient accumulation, with gradients that are reduced
-    after each micro-batch.
+    after each micro-batch. Without it, :class:`RankNoiseScale` compares the ranks.
 
     A sampled step costs two readings of the gradients, two all-reduces of 8 bytes a parameter where
-    anything is sharded, and two waits for the device. Other steps cost nothing. The averages are
-    not kept in checkpoints.
+    anything is sharded, and two waits for the device. Other steps cost nothing.
 
     Args:
         target: as for :class:`distclip.GradClipper`. Every rank builds this at the same point.
@@ -67,17 +196,7 @@ class NoiseScale:
         decay: float = 0.95,
         process_group: ProcessGroup | None = None,
     ) -> None:
-        for name, value, least in (
-            ("micro_batches", micro_batches, 2),
-            ("batch", batch, micro_batches),
-            ("every", every, 1),
-        ):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ConfigurationError(
-                    f"NoiseScale: {name} must be an integer >= {least}, got {value!r}"
-                )
-        if not 0.0 <= decay < 1.0:
-            raise ConfigurationError(f"NoiseScale: decay must be in [0, 1), got {decay!r}")
+        check("NoiseScale", batch, micro_batches, every, decay, least=2)
         from distclip.application.notices import sample  # these import torch, too
         from distclip.clipper import GradClipper  # imports torch, which a log is read without
         from distclip.layouts.tensors import version_of
@@ -87,17 +206,14 @@ class NoiseScale:
             target, measure(), on_nonfinite="pass", process_group=process_group
         )
         self._clipper.expects_gradients = False
+        super().__init__(self._clipper.names, decay)
         self._batch, self._parts, self._every = float(batch), micro_batches, every
-        self._decay = decay
         self._version_of = version_of
         self._step = self._number = 0
         """Of the micro-batch to come: its step, and which of the step it is."""
         self._weights = sample([p for p in self._clipper.here.values() if p.requires_grad])
         self._versions = [version_of(parameter) for parameter in self._weights]
         self._first: Floats = np.zeros(0)
-        self._noise = self._signal = np.zeros(len(self._clipper.names))
-        self.samples = 0
-        """How many steps the averages are over."""
 
     def micro_batch(self, loss_scale: float = 1.0) -> None:
         """Call it after every backward, before clipping, on every rank.
@@ -120,7 +236,8 @@ class NoiseScale:
             if not self._first.any() and self._are_missing():
                 raise ConfigurationError(f"NoiseScale: the first micro-batch left none; {_MEND}")
         elif number == self._parts - 1:
-            self._take(self._first * self._parts**2, self._squares(loss_scale))
+            small = self._first * self._parts**2
+            self._take(small, self._squares(loss_scale), self._parts, self._batch)
 
     def _squares(self, loss_scale: float) -> Floats:
         """Squared norm of each parameter's gradient as it is now."""
@@ -148,49 +265,6 @@ class NoiseScale:
         """Whether no rank has a gradient, where all are 0: of a masked batch they may be."""
         here = any(_gradient(p) is not None for p in self._clipper.here.values())
         return not self._clipper._session.anywhere(here)
-
-    def _take(self, small: Floats, large: Floats) -> None:
-        """Squared norms of gradients of a part of the batch, and of all of it; both as means."""
-        if not np.isfinite(small.sum() + large.sum()):
-            return  # a step that will be skipped, or scaled anew
-        part = self._batch / self._parts
-        noise = (small - large) / (1.0 / part - 1.0 / self._batch)
-        signal = (self._batch * large - part * small) / (self._batch - part)
-        self._noise = self._decay * self._noise + (1.0 - self._decay) * noise
-        self._signal = self._decay * self._signal + (1.0 - self._decay) * signal
-        self.samples += 1
-
-    @property
-    def scale(self) -> float:
-        """Of the whole model, in samples; NaN before the first sampled step.
-
-        inf where, so far, nothing but noise is seen. May be below 0, where the noise is smaller
-        than the error of its estimate.
-        """
-        return self._ratio(slice(None))
-
-    @property
-    def parameter_scales(self) -> Mapping[str, float]:
-        """Name -> noise scale of one parameter; NaN where it has no gradient."""
-        return {name: self._ratio(place) for place, name in enumerate(self._clipper.names)}
-
-    def module_scales(self, depth: int) -> Mapping[str, float]:
-        """Module path -> noise scale of its parameters together; see ``ClipReport.module_norms``.
-
-        Raises:
-            ConfigurationError: ``depth < 1``.
-        """
-        if isinstance(depth, bool) or not depth >= 1:
-            raise ConfigurationError(f"a depth of modules must be an integer >= 1, got {depth!r}")
-        groups = grouped(self._clipper.names, depth)
-        return {path: self._ratio(places) for path, places in groups.items()}
-
-    def _ratio(self, places: Any) -> float:
-        noise = float(np.sum(self._noise[places]))
-        signal = float(np.sum(self._signal[places]))
-        if signal > 0.0:
-            return noise / signal
-        return math.inf if noise > 0.0 else math.nan
 
 
 def _gradient(parameter: Any) -> Any:
