@@ -18,31 +18,26 @@ from distclip.kernels.measuring import Look
 from distclip.kernels.transfer import to_device
 from distclip.layouts import sparse
 from distclip.layouts.plan import Plan
-from distclip.statistics.measurement import LocalMeasurement
-from distclip.statistics.packing import LocalDecision
+from distclip.statistics.survey import Local
 
 _shape = operator.attrgetter("shape")
 
 
-def pairs(measured: LocalMeasurement) -> list[tuple[int, Tensor]]:
-    """``(position of the piece in the plan, gradient)``, of those that are there."""
-    return [(p, g) for p, g in enumerate(measured.present) if g is not None]
-
-
-@dataclass(frozen=True)
+@dataclass
 class Acting:
     """What one pass has decided, to be done to gradients.
 
     Attributes:
         program: the compiled policy.
-        decided: what this rank decided on whole units.
+        units: float64 ``(whole.size,)``, what this rank decided on units that lie whole on it; None
+            where all are 1.
         ledger: what was decided on all ranks.
         skip: 0-dim bool: change nothing.
         dropped: bool ``(parameters,)``: these gradients become 0.
     """
 
     program: Program
-    decided: LocalDecision
+    units: Tensor | None
     ledger: Ledger
     skip: Tensor
     dropped: Tensor | None
@@ -53,17 +48,13 @@ class Acting:
             return False
         if self.skip is not self.program.no_skip and bool(self.skip):
             return True
-        return self.ledger.is_idle() and self.decided.coefficients is None
+        return self.ledger.is_idle() and self.units is None
 
     def factor(self) -> float | Tensor | None:
         """The number, or 0-dim tensor, that everything is multiplied by; None: it is not so."""
         if self.is_idle():
             return 1.0
-        if (
-            self.dropped is not None
-            or self.decided.coefficients is not None
-            or not self.ledger.is_uniform()
-        ):
+        if self.dropped is not None or self.units is not None or not self.ledger.is_uniform():
             return None
         coefficient = cast(Tensor, self.ledger.rounds[0].coefficients)
         if self.program.plan.device.type == "cpu":
@@ -111,20 +102,20 @@ class Acting:
                 self._scale_units(present, units, seen)
             if turn.coefficients is not None and whole:
                 factors = self._unless_skipped(turn.coefficients).expand_as(ledger.ones)
-                tensors, tables = [gradient for _, gradient in whole], self.program.memory.tables
+                tensors, tables = [gradient for _, gradient in whole], self.program.scratch.tables
                 changing.scale_(tensors, factors[self._rows(whole)], tables=tables, what="whole")
 
-    def on(self, measured: LocalMeasurement, loss_scale: Tensor | None) -> None:
+    def on(self, local: Local, loss_scale: Tensor | None) -> None:
         """Change the gradients that were measured."""
-        seen, tables = measured.seen, self.program.memory.tables
+        seen, tables = local.seen, self.program.scratch.tables
         if seen is not None and self._is_uniform():
             factors = self._common().expand(len(seen.numels))
             changing.scale_(seen.tensors, factors, seen=seen, tables=tables)
         else:
-            self(pairs(measured), loss_scale, seen)
+            self(local.pairs(), loss_scale, seen)
 
     def _is_uniform(self) -> bool:
-        uniform = self.dropped is None and self.decided.coefficients is None
+        uniform = self.dropped is None and self.units is None
         return uniform and self.ledger.is_uniform()
 
     def _common(self) -> Tensor:
@@ -142,10 +133,9 @@ class Acting:
         float64 ``(local.size,)`` of the pass's :class:`UnitTable`.
         """
         table, local = self.ledger.table, self.ledger.table.local
-        decided = self.decided.coefficients if number == 0 else None
-        if decided is None and turn.units is None:
+        factors = self.units if number == 0 else None
+        if factors is None and turn.units is None:
             return None
-        factors = decided
         if factors is None or table.whole is not local:
             ones = self.ledger.ones.new_ones(local.size)
             factors = ones if factors is None else torch.cat([factors, ones[table.whole.size :]])
@@ -183,7 +173,7 @@ class Acting:
             spread = list(map(sparse.spread, pieces, gradients, torch.split(factors, counts), dims))
             factors = torch.cat([each for each, _ in spread])
             counts, dims = [len(each) for each, _ in spread], [where for _, where in spread]
-        tables = self.program.memory.tables
+        tables = self.program.scratch.tables
         changing.scale_units_(gradients, factors, dims, counts, tables=tables, seen=seen)
 
     def _rows(self, present: Sequence[tuple[int, Tensor]]) -> Tensor:

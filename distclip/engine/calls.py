@@ -128,7 +128,7 @@ def on_tensors(given: Sequence[Tensor], policy: Policy) -> Iterator[Session]:
     if kept is None or alike is None:
         described = [describe_tensor(str(place), tensor) for place, tensor in enumerate(given)]
         session = _session(described, policy, device_of(given), norms=True)
-        session.program.memory.only_measures = True
+        session.program.scratch.only_measures = True
         _agree(session)
         pieces = session.plan.pieces
         same = alike is not None and len(pieces) == len(given)

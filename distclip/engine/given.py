@@ -134,7 +134,7 @@ class Fingerprint:
         alone = plan.group is None and not declared.is_in_use()
         if not self._same or program.has_units or not alone:
             return None
-        return None if any(map(_attributes, parameters)) else program.memory.find(plan)
+        return None if any(map(_attributes, parameters)) else program.scratch.find(plan)
 
     def fits(self, meant: Sequence[Tensor]) -> bool:
         """Whether the parameters are unchanged."""

@@ -14,6 +14,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from distclip.engine.passes import Pass
 from distclip.engine.program import Program
 from distclip.engine.units import decide
 from distclip.kernels import plain
@@ -59,56 +60,54 @@ class Round:
 class Ledger:
     """The running statistics of one pass: what the gradients are after the stages so far."""
 
-    def __init__(self, program: Program, number: int, measurement: Measurement) -> None:
-        self.program = program
-        self.number = number
-        self.one = program.passes[number]
-        self.table = program.tables[number]
-        self.measurement = measurement
+    def __init__(self, program: Program, one: Pass, measurement: Measurement) -> None:
+        self.program, self.one, self.measurement = program, one, measurement
+        self.table = one.survey.table
         # No tensor in these books is changed in place: most are shared, and all are replaced.
-        self._norms = dict(measurement.norms)
+        self._norms: Mapping[float, Tensor] = measurement.norms
         self.units = dict(measurement.units)
         self.ones = self._total = self._scaled = program.ones
         self._common: Tensor | None = None
+        """0-dim, a coefficient of all that is in none of the three yet."""
         summed = self.table.summed.size
         self.unit_total = self.ones.new_ones(summed) if summed else None
-        self.rounds = [Round(bounds=self.one.request.bounds)]
+        self.rounds = [Round(bounds=one.survey.request.bounds)]
         self.threshold: Tensor | float | None = None
         self.late_clamped = program.all_finite
         """Bool ``(parameters,)``: those clamped after the measuring, where the norms show it."""
         self.asked: dict[str, Tensor] = {}
         """Stage path -> its flag, of the stages that ask for a skip."""
-        if program.shown in self.norms and self.one.local_units:
-            self._book(measurement.clamped[program.shown], list(self.one.local_units))
+        if one.local_units and program.shown in self._norms:
+            self._book(measurement.clamped[program.shown], list(one.local_units))
 
     @property
-    def norms(self) -> dict[float, Tensor]:
+    def norms(self) -> Mapping[float, Tensor]:
         """Order -> float64 ``(parameters,)`` norms after the stages so far."""
-        self._settle()
-        return self._norms
+        if self._common is None:
+            return self._norms
+        return {order: norms * self._common for order, norms in self._norms.items()}
 
     @property
     def total(self) -> Tensor:
         """float64 ``(parameters,)``, what each gradient is multiplied by."""
-        self._settle()
-        return self._total
+        return self._total if self._common is None else self._total * self._common
 
     @property
     def scaled(self) -> Tensor:
         """As :attr:`total`, without the coefficients that are decided per unit."""
-        self._settle()
-        return self._scaled
+        return self._scaled if self._common is None else self._scaled * self._common
 
     def _settle(self) -> None:
-        """Book the scaling that all share: only a later stage or a report asks for it."""
+        """Enter the coefficient of all, before an entry that is not of all."""
         if self._common is not None:
             factors, self._common = self._common, None
             self._multiply(factors)
 
     def forget(self, members: Tensor) -> None:
         """Set the norms of the flagged parameters to 0: their gradients are dropped."""
-        self._norms = {p: torch.where(members, 0.0, norms) for p, norms in self.norms.items()}
-        self._total = torch.where(members, 1.0, self.total)
+        self._settle()
+        self._norms = {p: torch.where(members, 0.0, norms) for p, norms in self._norms.items()}
+        self._total = torch.where(members, 1.0, self._total)
         if self.table.summed.size:
             dropped = members[self.table.owner]
             self.units = {p: torch.where(dropped, 0.0, units) for p, units in self.units.items()}
@@ -142,10 +141,10 @@ class Ledger:
 
     def _statistics(self, stage: Stage) -> Statistics:
         """The statistics that one stage is given."""
-        needs, where = stage.policy.needs, self._where(stage.members)
+        needs, where, norms = stage.policy.needs, self._where(stage.members), self.norms
         return Statistics(
             self._infos(stage.members),
-            {p: _chosen(self.norms[p], where) for p in needs.gradient_norms},
+            {p: _chosen(norms[p], where) for p in needs.gradient_norms},
             {p: _chosen(self.measurement.weights[p], where) for p in needs.weight_norms},
             in_range=self.total is self.ones and self.measurement.in_range,
             loss=self.measurement.loss if needs.loss else None,
@@ -158,6 +157,7 @@ class Ledger:
             smallest.scatter_reduce_(0, self.table.owner, self.unit_total, "amin")
         if self.one.local_units:
             # Known over all parameters together: what was decided locally is not sent one by one.
+            assert self.measurement.smallest is not None
             where = self._where(list(self.one.local_units))
             later = self.rounds[0].coefficients
             factor = self.ones if later is None else later.expand_as(self.ones)
@@ -168,16 +168,17 @@ class Ledger:
         """Per parameter, the share of its units that are scaled or clamped, float64."""
         share = (self.scaled < 1.0).double()
         shown = self.program.shown
-        if self.one.request.bounds and shown in self.norms:
+        if self.one.survey.request.bounds and shown in self.norms:
             clamped = self.measurement.clamped[shown] < self.measurement.raw[shown]
             share = torch.maximum(share, clamped.double())
         share = torch.maximum(share, self.late_clamped.double())
-        if self.one.request.unit_dims:
+        if self.one.survey.request.unit_dims:
             counts = self.measurement.clipped
+            counts = torch.zeros_like(self.ones) if counts is None else counts
             if self.unit_total is not None:
                 changed = (self.unit_total < 1.0).double()
                 counts = counts.index_add(0, self.table.owner, changed)
-            share = torch.maximum(share, counts / self.program.unit_counts[self.number])
+            share = torch.maximum(share, counts / self.one.survey.unit_counts)
         return share
 
     def is_idle(self) -> bool:
@@ -223,10 +224,11 @@ class Ledger:
             self._show(bound)
         if not late:
             return
+        self._settle()
         where = self._where(late)
         limits = torch.as_tensor(bound, dtype=torch.float64, device=self.ones.device)
         limits = limits.expand(len(late))
-        largest = self.norms.get(math.inf)
+        largest = self._norms.get(math.inf)
         bounds: Mapping[int, float | Tensor]
         if not isinstance(bound, Tensor):
             bounds = dict.fromkeys(late, bound)
@@ -243,13 +245,14 @@ class Ledger:
                 bounds = {member: bounds[member] for member, flag in touched if flag}
         if bounds:
             self.rounds.append(Round(bounds=bounds))
-        for order, norms in self.norms.items():
+        found = {}
+        for order, norms in self._norms.items():
             # Unknown until measured again, except where no element can exceed the bound.
             known = norms[where]
             capped = torch.minimum(known, limits) if math.isinf(order) else math.nan
-            after = norms.clone()
-            after[where] = torch.where(known <= limits, known, capped)
-            self.norms[order] = after
+            found[order] = norms.clone()
+            found[order][where] = torch.where(known <= limits, known, capped)
+        self._norms = found
 
     def _scale(self, where: Tensor | slice, coefficients: Tensor) -> None:
         if isinstance(where, slice):
@@ -295,13 +298,16 @@ class Ledger:
             factors = torch.where(chosen[self.table.owner], factors, 1.0)
         self.unit_total = self.unit_total * factors
         self.units = {order: units * factors for order, units in self.units.items()}
-        before = self.norms.get(self.program.shown)
-        for order, running in self.norms.items():
-            self.norms[order] = running.index_copy(
+        self._settle()
+        before = self._norms.get(self.program.shown)
+        self._norms = {
+            order: running.index_copy(
                 0,
                 self.table.members,
                 plain.segment_norms(self.units[order], self.table.summed.lengths, order),
             )
+            for order, running in self._norms.items()
+        }
         if before is not None:
             self._book(before, members)
         pending = self.rounds[-1]
@@ -310,7 +316,7 @@ class Ledger:
     def _book(self, before: Tensor, members: Sequence[int]) -> None:
         """A parameter's coefficient, where its units have different ones: the norms' ratio."""
         where = self._where(members)
-        ratio = self.norms[self.program.shown][where] / before[where]
-        total = self.total.clone()
+        ratio = self._norms[self.program.shown][where] / before[where]
+        total = self._total.clone()
         total[where] *= torch.where(before[where] > 0, ratio, 1.0)
         self._total = total

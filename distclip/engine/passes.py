@@ -14,9 +14,11 @@ from dataclasses import dataclass, field
 from distclip.errors import ConfigurationError
 from distclip.layouts import soundness
 from distclip.layouts.piece import Described, Entry
+from distclip.layouts.plan import Plan
 from distclip.policies import ClampingPolicy, ParameterInfo, Policy, UnitPolicy
 from distclip.policies.compose import Stage, stages
 from distclip.statistics.request import Request
+from distclip.statistics.survey import Survey
 
 
 def check_weights(
@@ -45,7 +47,7 @@ class Pass:
 
     Attributes:
         stages: the stages that decide by it, in order.
-        request: what is measured.
+        survey: what is measured.
         local_units: parameter -> the unit policies that decide on its units before the reduction.
         late_clamps: position of a clamping stage -> its parameters that are clamped after the
             measuring: those scaled before it, and all where it decides on the bound itself (the
@@ -56,7 +58,7 @@ class Pass:
     """
 
     stages: tuple[Stage, ...]
-    request: Request
+    survey: Survey
     local_units: dict[int, tuple[UnitPolicy, ...]]
     late_clamps: dict[int, tuple[int, ...]]
     whole: dict[int, tuple[int, ...]]
@@ -91,7 +93,7 @@ def report_order(policy: Policy, parameters: Sequence[ParameterInfo]) -> float:
 def compile_passes(
     policy: Policy,
     parameters: Sequence[ParameterInfo],
-    entries: Sequence[Entry],
+    plan: Plan,
     *,
     norms: bool,
     watch_nonfinite: bool,
@@ -100,8 +102,8 @@ def compile_passes(
 
     Args:
         policy: plain or composed.
-        parameters: one info per entry, in the same order.
-        entries: the plan's table.
+        parameters: one info per entry of the plan's table, in the same order.
+        plan: the parameters, and the pieces of them on this rank.
         norms: whether the report's norms are wanted.
         watch_nonfinite: whether non-finite gradients have to be noticed on all ranks.
     """
@@ -110,14 +112,14 @@ def compile_passes(
         if stage.members:
             if _needs_new_pass(stage, parameters, drafts[-1]):
                 drafts.append(_Draft())
-            _add(stage, parameters, entries, drafts[-1])
+            _add(stage, parameters, plan.entries, drafts[-1])
     shown = report_order(policy, parameters)
     result = []
     for position, draft in enumerate(drafts):
         first, last = position == 0, position == len(drafts) - 1
         wanted = (first and (norms or watch_nonfinite)) or (last and norms)
         order = shown if wanted else None
-        result.append(_finished(draft, parameters, entries, order, first, reported=norms))
+        result.append(_finished(draft, parameters, plan, order, first, reported=norms))
     return tuple(result)
 
 
@@ -204,7 +206,7 @@ def _constant(policy: ClampingPolicy) -> float:
 def _finished(
     draft: _Draft,
     parameters: Sequence[ParameterInfo],
-    entries: Sequence[Entry],
+    plan: Plan,
     shown: float | None,
     first: bool,
     *,
@@ -215,7 +217,7 @@ def _finished(
         for member, prefix in draft.unit_prefix.items()
         if prefix
         and member not in draft.unit_later
-        and set(entries[member].split_dims) <= set(draft.unit_dims[member])
+        and set(plan.entries[member].split_dims) <= set(draft.unit_dims[member])
     }
     orders: dict[float, None] = {} if shown is None else {shown: None}
     weight_orders: dict[float, None] = {}
@@ -240,7 +242,7 @@ def _finished(
             weighted.update(plain)
     # Autograd may leave the gradient of a replicated tensor Partial. To reduce it takes all ranks
     # of the mesh, and one that lacks it has to hear of it: a flag travels, whatever else does.
-    moves = first and any(entry.replicated for entry in entries)
+    moves = first and any(entry.replicated for entry in plan.entries)
     request = Request(
         orders=tuple(orders),
         weight_orders=tuple(weight_orders),
@@ -254,4 +256,5 @@ def _finished(
         reduced=reads or shown is not None or moves or (reported and bool(local)),
         loss=any(stage.policy.needs.loss for stage in draft.stages),
     )
-    return Pass(tuple(draft.stages), request, local, dict(draft.late_clamps), whole, divided)
+    survey = Survey.of(plan, request, local)
+    return Pass(tuple(draft.stages), survey, local, dict(draft.late_clamps), whole, divided)

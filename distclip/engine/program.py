@@ -1,9 +1,9 @@
-"""A policy compiled for a plan: its passes, their tables of units, and shared constant tensors."""
+"""A policy compiled for a plan: its passes, and constant tensors that all steps share."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -12,14 +12,9 @@ from torch import Tensor
 
 from distclip.engine.passes import Pass
 from distclip.layouts.plan import Plan
-from distclip.policies import (
-    ParameterInfo,
-    State,
-)
-from distclip.statistics.measurement import Memory
+from distclip.policies import ParameterInfo, State
+from distclip.statistics.measurement import Scratch
 from distclip.statistics.overlap import Overlap
-from distclip.statistics.packing import LocalDecision
-from distclip.statistics.units import UnitTable
 
 States = dict[str, State]
 """State of each stage that has one, by the stage's path."""
@@ -27,24 +22,34 @@ States = dict[str, State]
 
 @dataclass(frozen=True)
 class Program:
-    """A policy compiled for a plan."""
+    """A policy compiled for a plan.
+
+    Attributes:
+        plan: the parameters, and the pieces of them on this rank.
+        parameters: what policies know of them, in the order of the plan's table.
+        passes: in order.
+        shown: order of the norms in the report.
+        overlap: what measures during backward for the first pass.
+        parts: the parts that the policy tells apart -> their parameters; none where it does not.
+        scratch: what is remembered of the gradients from step to step.
+    """
 
     plan: Plan
     parameters: tuple[ParameterInfo, ...]
     passes: tuple[Pass, ...]
-    tables: tuple[UnitTable, ...]
     shown: float
-    """Order of the norms in the report."""
-    unit_counts: tuple[Tensor, ...]
-    """Per pass, float64 ``(parameters,)``: how many units each has; 1 where it is one."""
-    memory: Memory = field(default_factory=Memory)
+    overlap: Overlap | None = None
     parts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    """The parts that the policy tells apart -> their parameters; none where it does not."""
+    scratch: Scratch = field(default_factory=Scratch)
+
+    def __post_init__(self) -> None:
+        if self.overlap is not None:
+            self.overlap.expect(self.passes[0].survey)
 
     @cached_property
     def has_units(self) -> bool:
         """Whether any parameter is measured per unit."""
-        return any(one.request.unit_dims for one in self.passes)
+        return any(one.survey.request.unit_dims for one in self.passes)
 
     @cached_property
     def ones(self) -> Tensor:
@@ -67,47 +72,6 @@ class Program:
         return torch.zeros((), dtype=torch.bool, device=self.plan.device)
 
     @cached_property
-    def nothing_decided(self) -> LocalDecision:
-        """What is decided before the reduction where no unit is; shared too."""
-        return LocalDecision(None, {}, torch.zeros_like(self.ones), self.ones.new_ones(()))
-
-    @cached_property
     def no_loss(self) -> Tensor:
         """float64 ``(2,)``: no loss was given, whose mean is 0 / 0; shared too."""
         return torch.zeros(2, dtype=torch.float64, device=self.plan.device)
-
-    @classmethod
-    def of(
-        cls,
-        plan: Plan,
-        parameters: Sequence[ParameterInfo],
-        passes: Sequence[Pass],
-        shown: float,
-        overlap: Overlap | None = None,
-        parts: Mapping[str, tuple[int, ...]] | None = None,
-    ) -> Program:
-        """Build, with the tables of units that the passes need.
-
-        ``overlap`` measures during backward what the first of them is to measure.
-        """
-        tables = tuple(UnitTable(plan, one.request, one.local_units) for one in passes)
-        counts = []
-        for one in passes:
-            dims = one.request.unit_dims
-            units = [
-                math.prod(entry.shape[dim] for dim in dims.get(row, ()))
-                for row, entry in enumerate(plan.entries)
-            ]
-            counts.append(torch.tensor(units, dtype=torch.float64, device=plan.device).clamp(min=1))
-        if overlap is not None:
-            overlap.expect(passes[0].request, tables[0])
-        return cls(
-            plan,
-            tuple(parameters),
-            tuple(passes),
-            tables,
-            shown,
-            tuple(counts),
-            Memory(overlap=overlap),
-            parts or {},
-        )

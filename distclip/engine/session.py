@@ -26,7 +26,7 @@ from distclip.engine.losses import Losses
 from distclip.engine.opening import Opened, open_together
 from distclip.engine.passes import compile_passes, report_order
 from distclip.engine.program import Program, States
-from distclip.engine.walk import Fold, walk
+from distclip.engine.walk import Fold, Terms, walk
 from distclip.engine.walked import Walked
 from distclip.errors import ConfigurationError, DistclipError
 from distclip.kernels import changing, transfer
@@ -173,39 +173,37 @@ class Session:
         """
         late = mode == "error_late"
         self._mention_repetition()
-        agreed = self._agreed()
-        loss = self._losses.take()
-        fetched, self.fetched = self.fetched, None
+        terms = Terms(
+            on_nonfinite="skip" if late else mode,
+            loss_scale=loss_scale,
+            replicas=self._replicas if self._compares_now() else None,
+            trouble=trouble or self._trouble(),
+            agreed=self._agreed(),
+            loss=self._losses.take(),
+            later=later,
+            fold=fold,
+            harmless=late and not leaves_out,
+            fetched=self.fetched,
+            go_on=_GO_ON if self._lasting else GO_ON_OF_CALLS,
+            looks=self._looks,
+        )
+        self.fetched = None
         wait = waiting.Wait(self.step, self._limit) if self._lasting else waiting.current()
-        try:
-            with waiting.waiting_for(wait), torch.no_grad():
-                walked = walk(
-                    self.program,
-                    self.states,
-                    on_nonfinite="skip" if late else mode,
-                    loss_scale=loss_scale,
-                    replicas=self._replicas if self._compares_now() else None,
-                    trouble=trouble or self._trouble(),
-                    agreed=agreed,
-                    loss=loss,
-                    later=later,
-                    fold=fold,
-                    harmless=late and not leaves_out,
-                    fetched=fetched,
-                    go_on=_GO_ON if self._lasting else GO_ON_OF_CALLS,
-                    looks=self._looks,
-                )
-        finally:
-            if self.early is not None:
-                self.early.forget()
         with torch.no_grad():
+            try:
+                with waiting.waiting_for(wait):
+                    walked = walk(self.program, self.states, terms)
+            finally:
+                if self.early is not None:
+                    self.early.forget()
             self._clips += 1
             self.states = walked.states
             if late:
                 self.late.note(walked.nonfinite, self.step)
             if self.expects_gradients and self._absence.is_here():
                 self._absence.judge(walked.raw, speaks=self.speaks)
-        self._last.remember()
+        if self._agreement is not None:
+            self._last.remember()
         self.step, self._looks = self.step + 1, self.options.looks(self.step + 1)
         return walked
 
@@ -348,7 +346,7 @@ class Session:
         passes = compile_passes(
             self.policy,
             parameters,
-            self.plan.entries,
+            self.plan,
             norms=self.options.norms,
             watch_nonfinite=self.options.on_nonfinite != "pass",
         )
@@ -363,7 +361,7 @@ class Session:
             for what, numbers in agreed(self.policy, parameters, parts).items():
                 self._agreement.note(what, numbers)
         shown = report_order(self.policy, parameters)
-        return Program.of(self.plan, parameters, passes, shown, self.early, parts)
+        return Program(self.plan, parameters, passes, shown, self.early, parts)
 
     # ---- its memory -----------------------------------------------------------------------------
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import cast
 
 import numpy as np
@@ -11,12 +10,9 @@ import torch
 from torch import Tensor
 
 from distclip.kernels.measuring import Tables
-from distclip.layouts.plan import Plan
 from distclip.policies import UnitPolicy
-from distclip.statistics.measurement import LocalMeasurement, piece_norms
-from distclip.statistics.packing import LocalDecision
-from distclip.statistics.request import Request
-from distclip.statistics.units import UnitTable
+from distclip.statistics.measurement import piece_norms
+from distclip.statistics.survey import Local, Survey
 
 CHUNK = 4096
 """Units decided on at a time on the host: what a policy computes of them fits in the cache."""
@@ -54,60 +50,48 @@ def decide(
     return result
 
 
-def decide_locally(
-    plan: Plan,
-    request: Request,
-    table: UnitTable,
-    measured: LocalMeasurement,
-    tables: Tables,
-    nothing: LocalDecision,
-) -> LocalDecision:
+def decide_locally(survey: Survey, local: Local, tables: Tables) -> None:
     """Decide on the units that lie whole on this rank, so that their outcome travels along.
 
-    Their norms in ``measured`` become those after it, and their weight norms the coefficients: with
+    Their norms in ``local`` become those after it, and their weight norms the coefficients: with
     many short rows each such vector is a good part of the gradients' size.
 
     Args:
-        plan: the pieces.
-        request: what was measured of them.
-        table: where their units lie.
-        measured: on this rank.
+        survey: what was measured.
+        local: on this rank; what is decided is added to it.
         tables: remembered by the kernels.
-        nothing: what is decided where no unit is.
     """
-    whole, units = table.whole, measured.units
-    if not request.decided_locally:
-        return nothing
+    plan, table = survey.plan, survey.table
+    if not survey.request.decided_locally:
+        return
     # All ranks send the norms after it, and those on which nothing changes too.
-    nothing = replace(nothing, after=dict(measured.norms))
+    local.after = dict(local.norms)
+    ones = torch.ones(1 + len(plan.entries), dtype=torch.float64, device=plan.device)
+    local.smallest, local.clipped = ones[0], torch.zeros_like(ones[1:])
+    whole = table.whole
     if not whole.size:
-        return nothing
-    total = units.weights[request.deciding_orders[0]][: whole.size]
+        return
+    total = local.unit_weights[survey.request.deciding_orders[0]][: whole.size]
     for key, span in table.runs:
         policies = cast("tuple[UnitPolicy, ...]", key)
-        decide(policies, units.norms, units.weights, total, span)
-    missing = [number for number in units.missing if number < table.decided]
+        decide(policies, local.unit_norms, local.unit_weights, total, span)
+    missing = [number for number in local.missing if number < table.decided]
     if missing:
         total.index_fill_(0, table.units_of(missing), 1.0)
     if plan.device.type == "cpu" and bool((total == 1.0).all()):
-        return nothing
+        return
+    local.coefficients = total
+    local.smallest = torch.fmin(local.smallest, _smallest(total))
     positions = table.index[: table.decided]
     changed = whole.count(total < 1.0)
     if plan.shares is not None:
         changed = changed * plan.shares[positions]
-    after = {}
-    for order, before in measured.norms.items():
-        norms = units.norms[order][: whole.size].mul_(total)
-        after[order] = before.index_copy(
+    local.clipped.index_add_(0, table.parameters[: table.decided], changed)
+    for order, before in local.norms.items():
+        norms = local.unit_norms[order][: whole.size].mul_(total)
+        local.after[order] = before.index_copy(
             0, positions, piece_norms(plan, norms, whole, positions, tables, order)
         )
-    smallest = torch.fmin(nothing.smallest, _smallest(total))
-    return LocalDecision(
-        total,
-        after,
-        nothing.clipped.index_add(0, table.parameters[: table.decided], changed),
-        smallest,
-    )
 
 
 def _smallest(coefficients: Tensor) -> Tensor:

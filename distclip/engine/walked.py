@@ -88,7 +88,7 @@ class Walked:
         bad = self.nonfinite.any() if dropped else None
         counting = {
             stage.path
-            for one in self._compiled.passes
+            for one in self.program.passes
             for stage in one.stages
             if stage.policy.counts_nonfinite
         }
@@ -105,12 +105,12 @@ class Walked:
     @cached_property
     def total_norm(self) -> Tensor:
         """0-dim float64, the joint norm before; NaN where it is not known."""
-        return combine_norms(self.raw, self._compiled.shown, in_range=self.in_range)
+        return combine_norms(self.raw, self.program.shown, in_range=self.in_range)
 
     @cached_property
     def part_norms(self) -> Mapping[str, Tensor]:
         """Part that the policy tells apart -> 0-dim float64, the joint norm before of its own."""
-        program = self._compiled
+        program = self.program
         return {
             part: combine_norms(
                 self.raw[to_device(members, self.raw.device)],
@@ -123,7 +123,7 @@ class Walked:
     @cached_property
     def after(self) -> Tensor:
         """float64 ``(parameters,)`` norms after, NaN where not known."""
-        program = self._compiled
+        program = self.program
         known = [ledger.norms.get(program.shown) for ledger in self._ledgers]
         return next((norms for norms in reversed(known) if norms is not None), program.unknown)
 
@@ -140,7 +140,7 @@ class Walked:
     @cached_property
     def clipped(self) -> Tensor:
         """float64 ``(parameters,)``, share of its units that were changed."""
-        most = torch.zeros_like(self._compiled.ones)
+        most = torch.zeros_like(self.program.ones)
         for ledger in self._ledgers:
             most = torch.maximum(most, ledger.clipped())
         return most
@@ -148,7 +148,7 @@ class Walked:
     @cached_property
     def threshold(self) -> Tensor:
         """0-dim float64, NaN where the policy has no single one."""
-        first = self._compiled.unknown.new_full((), math.nan)
+        first = self.program.unknown.new_full((), math.nan)
         for ledger in self._ledgers:
             if ledger.threshold is not None:
                 first = torch.where(torch.isnan(first), ledger.threshold, first)
@@ -175,12 +175,13 @@ class Walked:
         return {**self.__dict__, "apply": None, "_program": None, "_ledgers": []}
 
     @property
-    def _compiled(self) -> Program:
+    def program(self) -> Program:
+        """The compiled policy."""
         assert self._program is not None, "everything was computed before this was copied"
         return self._program
 
     def _product(self, factors: Iterable[Tensor]) -> Tensor:
-        product = self._compiled.ones
+        product = self.program.ones
         for factor in factors:
             product = product * factor
         return product

@@ -200,7 +200,7 @@ class UpdateMonitor:
         optimizers = attaching.listed(optimizer)
         self._session = session = Session.open(target, given, process_group, ())
         session.expects_gradients = False
-        session.program.memory.only_measures = True
+        session.program.scratch.only_measures = True
         attaching.check(optimizers, session.named)
         for each in optimizers:
             if not hasattr(each, "_optimizer_step_pre_hooks"):

@@ -27,7 +27,7 @@ from distclip.layouts.tensors import own
 from distclip.statistics import buckets
 from distclip.statistics.early import Batch, Early, Pattern, batch_of
 from distclip.statistics.request import Request
-from distclip.statistics.units import UnitTable
+from distclip.statistics.survey import Survey
 
 CALLER = "torch.distributed.fsdp._fully_shard."
 """Modules of FSDP2, which calls the hooks itself. A call by autograd comes before any reduction."""
@@ -55,8 +55,7 @@ class Overlap:
         self._plan = plan
         self._holds: dict[int, Holder] = {}
         self._handles: list[RemovableHandle] = []
-        self._request: Request | None = None
-        self._table: UnitTable | None = None
+        self._survey: Survey | None = None
         self._wanted: frozenset[int] = frozenset()
         self._patterns: dict[tuple[int, ...], Pattern] = {}
         self._sizes: dict[int, int] = {}
@@ -113,8 +112,8 @@ class Overlap:
 
     def asked_of(self, positions: tuple[int, ...]) -> tuple[Pattern, Request]:
         """What is measured of these pieces together."""
-        assert self._request is not None
-        return self._pattern(positions), self._request
+        assert self._survey is not None
+        return self._pattern(positions), self._survey.request
 
     def keep(self, batch: Batch) -> None:
         """Take what was measured of gradients that are finished."""
@@ -128,11 +127,11 @@ class Overlap:
         _remove(self._handles)
         self._handles.clear()
 
-    def expect(self, request: Request, table: UnitTable) -> None:
+    def expect(self, survey: Survey) -> None:
         """Say what the first pass of the clips to come measures."""
         self.forget()
         self._patterns.clear()
-        self._request, self._table = request, table
+        self._survey, request = survey, survey.request
         self._wanted = frozenset(
             position
             for position in self._holds
@@ -222,8 +221,7 @@ class Overlap:
         shards: list[Tensor] = list(map(own, gradients))
         if not _are_alike(shards, storage, self._plan.device):
             return
-        pattern, request = self._pattern(positions), self._request
-        assert request is not None
+        pattern, request = self.asked_of(positions)
         norms, units = pattern.measured(shards, request, self._plan.device)
         # Versions of now, and not of when each was called: neighbours are views of one tensor and
         # share its version, which counts up as FSDP2 adds to one after the other.
@@ -239,8 +237,8 @@ class Overlap:
         return known
 
     def _made(self, positions: tuple[int, ...]) -> Pattern:
-        table = self._table
-        assert table is not None
+        assert self._survey is not None
+        table = self._survey.table
         numbers = [number for number, each in enumerate(positions) if each in table.numbers]
         found = [table.numbers[positions[number]] for number in numbers]
         return Pattern(

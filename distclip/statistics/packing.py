@@ -24,26 +24,7 @@ from distclip.layouts.plan import Plan
 from distclip.statistics import collectives
 from distclip.statistics.alignment import MISPLACED
 from distclip.statistics.encoding import Encoding, is_far
-from distclip.statistics.measurement import LocalMeasurement
-from distclip.statistics.request import Request
-from distclip.statistics.units import UnitTable
-
-
-@dataclass(frozen=True)
-class LocalDecision:
-    """What was decided on this rank before the reduction, for units that lie whole on it.
-
-    Attributes:
-        coefficients: float64 ``(whole.size,)``, see :class:`UnitTable`; None: all are 1.
-        after: order -> ``(pieces,)`` norms after scaling by them.
-        clipped: ``(parameters,)`` number of units scaled, counted once over replicas.
-        smallest: 0-dim, the smallest coefficient on this rank.
-    """
-
-    coefficients: Tensor | None
-    after: Mapping[float, Tensor]
-    clipped: Tensor
-    smallest: Tensor
+from distclip.statistics.survey import Local, Survey
 
 
 @dataclass(frozen=True)
@@ -57,8 +38,9 @@ class Measurement:
         weights: order -> ``(parameters,)`` weight norms.
         units: order -> ``(units,)`` gradient norms of the units summed over ranks.
         unit_weights: order -> ``(units,)`` their weight norms.
-        clipped: ``(parameters,)`` units scaled before the reduction.
-        smallest: 0-dim, the smallest coefficient decided before the reduction.
+        clipped: ``(parameters,)`` units scaled before the reduction; None where none is decided
+            on by then.
+        smallest: 0-dim, the smallest coefficient decided before the reduction; None as ``clipped``.
         flags: the first is >= 1 if any rank ran into an error, else > 0 if any has a gradient that
             must be redistributed; then the two numbers of a stamp, where one was sent.
         as_maxima: whether the flags were reduced as maxima.
@@ -74,8 +56,8 @@ class Measurement:
     weights: Mapping[float, Tensor]
     units: Mapping[float, Tensor]
     unit_weights: Mapping[float, Tensor]
-    clipped: Tensor
-    smallest: Tensor
+    clipped: Tensor | None
+    smallest: Tensor | None
     flags: Tensor
     as_maxima: bool
     passengers: Tensor | None
@@ -158,24 +140,25 @@ class Packet:
         size: int,
     ) -> None:
         """Norms of parts: ``norms[i]`` counts ``shares[i]`` times for ``rows[i]`` of ``size``."""
-        if math.isinf(order):
+        if self._group is None and rows is None and shares is None:  # the norms of wholes
+            self._sums[key] = (norms, None)
+        elif math.isinf(order):
             if rows is not None:
                 norms = norms.new_zeros(size).scatter_reduce_(0, rows, norms, "amax")
             self._maxima[key] = norms
-            return
-        if is_far(order):
+        elif is_far(order):
             self._far[key] = far = _Far(norms, order, rows, shares, size)
             self._maxima["largest", key] = far.largest()
-            return
-        encoding = Encoding(order, self._wide[order])
-        summands = encoding.encode(norms)
-        if shares is not None:
-            counted = shares.unsqueeze(1) if encoding.wide else shares
-            summands = torch.where(counted > 0, summands * counted, 0.0)
-        if rows is not None:
-            empty = norms.new_zeros(size, *summands.shape[1:])
-            summands = empty.index_add_(0, rows, summands)
-        self._sums[key] = (summands, encoding)
+        else:
+            encoding = Encoding(order, self._wide[order])
+            summands = encoding.encode(norms)
+            if shares is not None:
+                counted = shares.unsqueeze(1) if encoding.wide else shares
+                summands = torch.where(counted > 0, summands * counted, 0.0)
+            if rows is not None:
+                empty = norms.new_zeros(size, *summands.shape[1:])
+                summands = empty.index_add_(0, rows, summands)
+            self._sums[key] = (summands, encoding)
 
     def exchange(self) -> dict[object, Tensor]:
         """Reduce over the group; every tensor under its key, norms as norms again."""
@@ -243,101 +226,101 @@ class _Far:
 
 
 def reduce(
-    plan: Plan,
-    request: Request,
-    table: UnitTable,
-    measured: LocalMeasurement,
-    decided: LocalDecision,
-    passengers: Tensor | None = None,
-    stamp: Stamp | None = None,
+    survey: Survey, local: Local, passengers: Tensor | None = None, stamp: Stamp | None = None
 ) -> Measurement:
     """All ranks' measurements as one. One all-reduce; a second one for maxima beside sums.
 
-    ``passengers``, float64 of any shape, are summed along where something is reduced, and so is
-    ``stamp``.
+    Args:
+        survey: what was measured.
+        local: what was found here.
+        passengers: float64 of any shape, summed along where something is reduced.
+        stamp: sent along where something is reduced.
     """
-    # Long: a line for each thing that travels, into the packet and out of it.
+    plan, request = survey.plan, survey.request
     group = plan.group if request.reduced else None
     wide = _wide(plan.dtypes, (*request.unit_orders, *request.weight_orders))
     packet = Packet(group, wide=wide)
-    kinds: dict[str, Mapping[float, Tensor]] = {
-        "norms": measured.norms,
-        "raw": measured.raw,
-        "after": decided.after,
-        "weights": measured.weights,
-    }
-    # With one whole piece per parameter and nobody to reduce with, the local norms are the norms.
-    direct = group is None and plan.one_to_one
-    got: dict[object, Tensor] = {}
-    for kind, by_order in kinds.items():
-        for order, norms in by_order.items():
-            if direct:
-                got[kind, order] = norms
-            else:
-                packet.add_norms(
-                    (kind, order), norms, order, plan.rows, plan.shares, len(plan.entries)
-                )
-    if table.summed.size:
-        _add_units(packet, request, table, measured)
-    if request.decided_locally and group is not None:
-        packet.add_sum("clipped", decided.clipped)
-        packet.add_sum("smallest", _own_slot(decided.smallest, group))
-    if passengers is not None and group is not None:
-        packet.add_sum("passengers", passengers)
-    if measured.loss is not None:
-        packet.add_sum("loss", measured.loss)
-    if measured.exponents is not None:
-        packet.add_sum("exponents", measured.exponents)
+    _add_norms(packet, survey, local)
+    if group is not None:
+        if local.clipped is not None and local.smallest is not None:
+            packet.add_sum("clipped", local.clipped)
+            packet.add_sum("smallest", _own_slot(local.smallest, group))
+        if passengers is not None:
+            packet.add_sum("passengers", passengers)
+    if local.loss is not None:
+        packet.add_sum("loss", local.loss)
+    if local.exponents is not None:
+        packet.add_sum("exponents", local.exponents)
     as_maxima = packet.only_maxima
-    packet.add_flag("flags", _flags(plan, measured, None if group is None else stamp, as_maxima))
-    got.update(packet.exchange())
+    packet.add_flag("flags", _flags(plan, local, None if group is None else stamp, as_maxima))
+    got = packet.exchange()
+    return _unpacked(survey, local, got, as_maxima=as_maxima, in_range=True not in wide.values())
 
-    def reduced(kind: str) -> dict[float, Tensor]:
-        return {order: got[kind, order] for order in kinds[kind]}
 
-    def per_unit(kind: str, orders: Sequence[float]) -> dict[float, Tensor]:
-        return {order: got[kind, order] for order in orders if table.summed.size}
+def _kinds(local: Local) -> tuple[tuple[str, Mapping[float, Tensor]], ...]:
+    """Norms of pieces, by what they are of."""
+    return (
+        ("norms", local.norms),
+        ("raw", local.raw),
+        ("after", local.after),
+        ("weights", local.weights),
+    )
 
-    clamped = reduced("norms")
+
+def _add_norms(packet: Packet, survey: Survey, local: Local) -> None:
+    """Norms of the pieces, and of the units that are summed over ranks."""
+    plan, request, table = survey.plan, survey.request, survey.table
+    rows, shares, size = plan.rows, plan.shares, len(plan.entries)
+    for kind, by_order in _kinds(local):
+        for order, norms in by_order.items():
+            packet.add_norms((kind, order), norms, order, rows, shares, size)
+    size = table.summed.size
+    if not size:
+        return
+    for kind, orders, units in (
+        ("units", request.unit_orders, local.unit_norms),
+        ("unit weights", request.deciding_orders, local.unit_weights),
+    ):
+        for order in orders:
+            some = units[order][table.whole.size :]
+            packet.add_norms((kind, order), some, order, table.places, table.shares, size)
+
+
+def _unpacked(
+    survey: Survey, local: Local, got: Mapping[object, Tensor], *, as_maxima: bool, in_range: bool
+) -> Measurement:
+    """What came of a packet that :func:`reduce` has filled."""
+    request = survey.request
+    reduced = {
+        kind: {order: got[kind, order] for order in by_order} for kind, by_order in _kinds(local)
+    }
+    summed = survey.table.summed.size
     return Measurement(
-        raw={**clamped, **reduced("raw")},
-        clamped=clamped,
-        norms={**clamped, **reduced("after")},
-        weights=reduced("weights"),
-        units=per_unit("units", request.unit_orders),
-        unit_weights=per_unit("unit weights", request.deciding_orders),
-        clipped=got.get("clipped", decided.clipped),
-        smallest=got["smallest"].min() if "smallest" in got else decided.smallest,
+        raw={**reduced["norms"], **reduced["raw"]},
+        clamped=reduced["norms"],
+        norms={**reduced["norms"], **reduced["after"]},
+        weights=reduced["weights"],
+        units={order: got["units", order] for order in request.unit_orders if summed},
+        unit_weights={
+            order: got["unit weights", order] for order in request.deciding_orders if summed
+        },
+        clipped=got.get("clipped", local.clipped),
+        smallest=got["smallest"].min() if "smallest" in got else local.smallest,
         flags=got["flags"],
         as_maxima=as_maxima,
         passengers=got.get("passengers"),
-        in_range=True not in wide.values(),
+        in_range=in_range,
         exponents=got.get("exponents"),
         loss=got["loss"][0] / got["loss"][1] if "loss" in got else None,
     )
 
 
-def _add_units(
-    packet: Packet, request: Request, table: UnitTable, measured: LocalMeasurement
-) -> None:
-    """Norms of the units that are summed over ranks."""
-    units = measured.units
-    for kind, orders, norms in (
-        ("units", request.unit_orders, units.norms),
-        ("unit weights", request.deciding_orders, units.weights),
-    ):
-        for order in orders:
-            some = norms[order][table.whole.size :]
-            size = table.summed.size
-            packet.add_norms((kind, order), some, order, table.places, table.shares, size)
-
-
-def _flags(plan: Plan, measured: LocalMeasurement, stamp: Stamp | None, as_maxima: bool) -> Tensor:
+def _flags(plan: Plan, local: Local, stamp: Stamp | None, as_maxima: bool) -> Tensor:
     """What :attr:`Measurement.flags` is reduced from; never changed in place."""
     if stamp is None:
-        flag = plan.flag(measured.trouble is not None)
-        return flag + MISPLACED if measured.misplaced else flag
-    trouble = (measured.trouble is not None) + MISPLACED * measured.misplaced
+        flag = plan.flag(local.trouble is not None)
+        return flag + MISPLACED if local.misplaced else flag
+    trouble = (local.trouble is not None) + MISPLACED * local.misplaced
     values = (float(trouble), *stamp.pair(maximum=as_maxima))
     # Where nothing is compared, nothing is copied to the device either.
     return _constant(plan.device, values) if stamp.idle else _float64(plan.device, values)

@@ -38,6 +38,11 @@ class Request:
     loss: bool = False
     exponents: bool = False
 
+    def scaled(self, factor: float) -> Request:
+        """This, for gradients that are ``factor`` times too large."""
+        bounds = {member: bound * factor for member, bound in self.bounds.items()}
+        return replace(self, bounds=bounds)
+
     def with_weights(self, order: float, parameters: int) -> Request:
         """This, and the norms of all weights, of one order, known on all ranks."""
         return replace(

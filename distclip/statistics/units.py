@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple, TypeVar
 
@@ -191,18 +190,3 @@ class UnitTable:
         spans = [self.local.spans[number] for number in numbers]
         parts = [np.arange(span.start, span.stop) for span in spans]
         return to_device(np.concatenate([np.zeros(0, np.int64), *parts]), self.index.device)
-
-
-@dataclass
-class LocalUnits:
-    """Unit norms on this rank, in the order of :attr:`UnitTable.local`.
-
-    Attributes:
-        norms: order -> float64 ``(local.size,)`` gradient norms, 0 where a gradient is missing.
-        weights: order -> float64 ``(local.size,)`` weight norms.
-        missing: numbers of the pieces that have no gradient.
-    """
-
-    norms: dict[float, Tensor] = field(default_factory=dict)
-    weights: dict[float, Tensor] = field(default_factory=dict)
-    missing: list[int] = field(default_factory=list)

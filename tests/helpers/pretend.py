@@ -178,7 +178,7 @@ def check_changing(rows: Tensor) -> None:
 
 def check(label: str, policy: Any, mode: str, generator: torch.Generator) -> None:
     """A whole walk with everything on the device, and the same on the CPU."""
-    from distclip.engine.walk import walk
+    from distclip.engine.walk import Terms, walk
 
     shapes = [(6, 9), (64,), (2, 3, 4), (), (0, 5), (700,)]
     weights = [torch.randn(shape, generator=generator) for shape in shapes]
@@ -192,7 +192,7 @@ def check(label: str, policy: Any, mode: str, generator: torch.Generator) -> Non
         for step in steps:
             gradients[:] = [gradient.clone().to(device) for gradient in step]
             reads.clear()
-            walked = walk(program, states, on_nonfinite=mode)
+            walked = walk(program, states, Terms(on_nonfinite=mode))
             assert not reads, (label, mode, reads[0])
             states = walked.states
             for tensor in (
@@ -291,7 +291,7 @@ def compiled(
     ]
     plan = local_plan(described, device)
     infos = [ParameterInfo(e.name, e.shape, n % 2) for n, e in enumerate(plan.entries)]
-    passes = compile_passes(policy, infos, plan.entries, norms=True, watch_nonfinite=True)
+    passes = compile_passes(policy, infos, plan, norms=True, watch_nonfinite=True)
     states = {
         stage.path: {
             key: value.to(device)
@@ -300,7 +300,7 @@ def compiled(
         for stage in stages(policy, infos)
         if stage.members
     }
-    return Program.of(plan, infos, passes, report_order(policy, infos)), states
+    return Program(plan, tuple(infos), passes, report_order(policy, infos)), states
 
 
 def read(tensor: Tensor) -> Tensor:

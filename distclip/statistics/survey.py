@@ -1,0 +1,117 @@
+"""What one pass measures of a plan, and what one step has found of it on this rank."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from distclip.errors import DistclipError
+from distclip.kernels.look import Look
+from distclip.layouts import sparse
+from distclip.layouts.plan import Plan
+from distclip.statistics.request import Request
+from distclip.statistics.units import UnitTable
+
+
+@dataclass(frozen=True, eq=False)
+class Survey:
+    """What one pass measures of a plan; the same at every step.
+
+    Attributes:
+        plan: the parameters, and the pieces of them on this rank.
+        request: what is measured.
+        table: where units lie, of the parameters that are measured per unit.
+    """
+
+    plan: Plan
+    request: Request
+    table: UnitTable
+
+    @classmethod
+    def of(
+        cls, plan: Plan, request: Request, deciding: Mapping[int, Hashable] | None = None
+    ) -> Survey:
+        """With a table of its own; ``deciding`` as for :class:`UnitTable`."""
+        return cls(plan, request, UnitTable(plan, request, deciding))
+
+    def asking(self, request: Request) -> Survey:
+        """This, in a step that measures more, or with other bounds."""
+        return self if request is self.request else replace(self, request=request)
+
+    @cached_property
+    def unit_counts(self) -> Tensor:
+        """float64 ``(parameters,)``: how many units each has; 1 where it is one."""
+        dims = self.request.unit_dims
+        counts = [
+            math.prod(entry.shape[dim] for dim in dims.get(row, ()))
+            for row, entry in enumerate(self.plan.entries)
+        ]
+        return torch.tensor(counts, dtype=torch.float64, device=self.plan.device).clamp(min=1)
+
+
+@dataclass
+class Local:
+    """What this rank found in one pass, and decided before the ranks tell each other.
+
+    Attributes:
+        present: the gradient of each piece of the plan; None where there is none.
+        seen: what a look at those that are there has found, where nothing in it is unusual.
+        sparse: whether any gradient is, so that ``present`` has its values in its place.
+        misplaced: whether a gradient here has to be redistributed, by all ranks of its mesh.
+        trouble: what went wrong here; every rank has to learn of it before anybody raises.
+        norms: order -> float64 ``(pieces,)``, 0 where not measured or not counted.
+        raw: the same without the clamping, for ``raw_orders``.
+        weights: order -> float64 ``(pieces,)``.
+        unit_norms: order -> float64 ``(local.size,)`` of :class:`UnitTable`, 0 where a gradient is
+            missing.
+        unit_weights: order -> float64 ``(local.size,)``, norms of the weights.
+        missing: numbers in the table of the pieces that have no gradient.
+        loss: float64 ``(2,)``, the sum of the losses given on this rank, and how many those are.
+        exponents: float64 ``(parameters, columns)``, the elements here; None where not asked for.
+        coefficients: float64 ``(whole.size,)`` of :class:`UnitTable`, what was decided here; None
+            where all are 1.
+        after: order -> float64 ``(pieces,)``, ``norms`` after scaling by them.
+        clipped: float64 ``(parameters,)``, how many units they scale, counted once over replicas;
+            None where no rank decides before the reduction.
+        smallest: 0-dim, the smallest of them; None as ``clipped``.
+    """
+
+    present: Sequence[Tensor | None] = ()
+    seen: Look | None = None
+    sparse: bool = False
+    misplaced: bool = False
+    trouble: DistclipError | None = None
+    norms: dict[float, Tensor] = field(default_factory=dict)
+    raw: dict[float, Tensor] = field(default_factory=dict)
+    weights: dict[float, Tensor] = field(default_factory=dict)
+    unit_norms: dict[float, Tensor] = field(default_factory=dict)
+    unit_weights: dict[float, Tensor] = field(default_factory=dict)
+    missing: Sequence[int] = ()
+    loss: Tensor | None = None
+    exponents: Tensor | None = None
+    coefficients: Tensor | None = None
+    after: dict[float, Tensor] = field(default_factory=dict)
+    clipped: Tensor | None = None
+    smallest: Tensor | None = None
+
+    def pairs(self) -> list[tuple[int, Tensor]]:
+        """``(position of the piece in the plan, gradient)``, of those that are there."""
+        return [(p, g) for p, g in enumerate(self.present) if g is not None]
+
+    def dense(self, plan: Plan) -> Sequence[Tensor | None]:
+        """``present``, with what is sparse written out."""
+        if not self.sparse:
+            return self.present
+        pairs = zip(plan.pieces, self.present, strict=True)
+        return [sparse.dense(piece, gradient) for piece, gradient in pairs]
+
+    def divide(self, scale: Tensor) -> None:
+        """Divide all gradient norms by a 0-dim loss scale."""
+        for by_order in (self.norms, self.raw, self.unit_norms):
+            for order in by_order:
+                by_order[order] = by_order[order] / scale
