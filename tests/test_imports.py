@@ -235,6 +235,28 @@ def test_a_long_function_is_seen() -> None:
     assert long_functions("def f():\n    # Long: no longer.\n    x = 1\n")
 
 
+SHARDING = ("torch.distributed.tensor", "torch.distributed.fsdp")
+
+SHARD_BY_THEMSELVES = {
+    "tools/bench/fold.py": "shards the model that it times",
+    "tools/bench/models.py": "shards the models that are timed",
+    "tools/bench/peers.py": "what torchtitan does, which is written for DTensors",
+    "tools/launch/accelerate_cpu.py": "whether Accelerate has wrapped a model in FSDP1",
+    "tools/verify/model.py": "shards a model, and gathers it without distclip's help",
+}
+"""Other files than those of ``layouts`` and ``testing`` that know a kind of sharding, and why."""
+
+
+def test_a_kind_of_sharding_is_known_to_layouts_only() -> None:
+    found = {
+        name
+        for name in SOURCES
+        if not name.startswith(("layouts/", "testing/"))
+        and any(full.startswith(SHARDING) for full in imported(parsed(name)))
+    }
+    assert found == set(SHARD_BY_THEMSELVES)
+
+
 def test_the_command_line_is_imported_by_its_own_tests_only() -> None:
     """What a command does lies in ``tools``; others start it as a shell does."""
     found = {

@@ -9,12 +9,12 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate
 from torch.nn import utils
 
 from distclip.application.eager import eagerly
 from distclip.integrations import hooks
 from distclip.integrations.patches import replace, replace_everywhere
+from distclip.layouts import tensors
 
 FSDP1 = "torch.distributed.fsdp.fully_sharded_data_parallel"
 
@@ -86,7 +86,7 @@ class Functions:
                 f"non-finite, so it cannot be clipped (clip_grad_norm_ was called with "
                 f"error_if_nonfinite=True)"
             )
-        return _as_torch_returns(norm, listed)
+        return tensors.as_torch_returns(norm, listed)
 
     @eagerly
     def _method(
@@ -129,13 +129,3 @@ class Functions:
 
 def _listed(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
     return [parameters] if isinstance(parameters, Tensor) else list(parameters)
-
-
-def _as_torch_returns(norm: Tensor, parameters: list[Tensor]) -> Tensor:
-    """The norm as torch gives it for DTensors of one mesh: scripts call ``full_tensor()`` on it."""
-    meshes = {p.device_mesh if isinstance(p, DTensor) else None for p in parameters}
-    mesh = meshes.pop() if len(meshes) == 1 else None
-    if mesh is None:
-        return norm
-    replicas = [Replicate()] * mesh.ndim
-    return DTensor.from_local(norm.to(mesh.device_type), mesh, replicas, run_check=False)

@@ -6,15 +6,16 @@ A new layout is a file with a :class:`~distclip.layouts.piece.Layout`, and its l
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import cast
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from distclip.errors import UnsupportedGradientError
-from distclip.layouts import declared, dtensor, fsdp1, names, plain, tensors, zero
+from distclip.layouts import declared, dtensor, fsdp1, fsdp2, names, plain, tensors, zero
 from distclip.layouts.names import Named
-from distclip.layouts.piece import Described, Layout
+from distclip.layouts.piece import Described, Entry, Layout
 
 LAYOUTS: list[Layout] = [
     zero.LAYOUT,
@@ -97,6 +98,31 @@ def detect(name: str, parameter: Tensor) -> list[Described]:
     refuse_stepped_in_backward(name, parameter)
     found = (layout.describe(name, parameter) for layout in LAYOUTS)
     return list(next(each for each in found if each is not None))
+
+
+def kinds(entries: Iterable[Entry], here: Mapping[str, Tensor]) -> list[str]:
+    """How the parameters of a plan lie on ranks, for a message: ``["FSDP2"]``.
+
+    Args:
+        entries: of all ranks.
+        here: name -> tensor of those that this rank has a part of.
+
+    Returns:
+        Each kind once, in the order of the parameters; none where all are replicas.
+    """
+    found: dict[str, None] = {}
+    by_fsdp2 = fsdp2.known_to_fsdp2(here.values())
+    elsewhere = False
+    for entry in entries:
+        parameter = here.get(entry.name)
+        if entry.layout.startswith(("FSDP1", "ZeRO")):
+            found[entry.layout.split(" [")[0].split(" (")[0]] = None
+        elif tensors.is_sharded(parameter):
+            found["FSDP2" if id(parameter) in by_fsdp2 else "DTensor"] = None
+        elif entry.others:
+            found["experts"] = None
+        elsewhere = elsewhere or (parameter is None and not entry.others)
+    return [*found, *(["stages"] if elsewhere else [])]
 
 
 def is_whole(parameter: Tensor) -> bool:

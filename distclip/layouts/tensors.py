@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 from typing import TypeAlias
 
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Partial
+from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from distclip.layouts import dtensor_gradients, plain
 
@@ -63,6 +64,25 @@ def values_here(tensor: Tensor) -> Tensor:
 def whole(tensor: Tensor) -> Tensor:
     """All values of a small tensor, on every rank; a collective where it is sharded."""
     return dtensor_gradients.replicated(tensor) if isinstance(tensor, DTensor) else tensor
+
+
+def as_torch_returns(norm: Tensor, parameters: Iterable[Tensor]) -> Tensor:
+    """A total norm in the form in which torch's own functions return it.
+
+    Args:
+        norm: 0-dim, the same on every rank.
+        parameters: whose norm it is.
+
+    Returns:
+        A replicated DTensor where all parameters are DTensors of one mesh, since scripts call
+        ``full_tensor()`` on it; ``norm`` itself otherwise.
+    """
+    meshes = {p.device_mesh if isinstance(p, DTensor) else None for p in parameters}
+    mesh = meshes.pop() if len(meshes) == 1 else None
+    if mesh is None:
+        return norm
+    replicas = [Replicate()] * mesh.ndim
+    return DTensor.from_local(norm.to(mesh.device_type), mesh, replicas, run_check=False)
 
 
 def gradient_here(name: str, parameter: Tensor) -> Tensor | None:

@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 
 from distclip import GradClipper, policies
+from distclip.tools.bench.models import local
 
 TIGHT = 1e-3
 SHAPES = [(1024, 1024)] * 30 + [(1024,)] * 48 + [(512, 1024)] * 4
@@ -29,7 +29,7 @@ class Step:
         for parameter in self.parameters:
             gradient = parameter.grad
             assert gradient is not None
-            (gradient.to_local() if isinstance(gradient, DTensor) else gradient).fill_(1e-2)
+            local(gradient).fill_(1e-2)
 
     def __call__(self) -> None:
         """What is measured."""
@@ -52,7 +52,7 @@ class Reading(Step):
         for parameter in self.parameters:
             gradient = parameter.grad
             assert gradient is not None
-            (gradient.to_local() if isinstance(gradient, DTensor) else gradient).sum()
+            local(gradient).sum()
         self.optimizer.step()
 
 

@@ -351,11 +351,12 @@ def _fault(engine: str, accelerator: Any, model: Any) -> str | None:
         wrapped = any(isinstance(m, FullyShardedDataParallel) for m in model.modules())
         return None if wrapped else "no module of it is wrapped in FullyShardedDataParallel"
     if engine == "DDP":
-        from torch.distributed.tensor import DTensor
         from torch.nn.parallel import DistributedDataParallel
 
+        from distclip.layouts.tensors import is_sharded
+
         # Sharded when it was loaded (tensor, expert parallelism): Accelerate leaves it as it is.
-        wrapped = any(isinstance(p, DTensor) for p in model.parameters()) or any(
+        wrapped = any(map(is_sharded, model.parameters())) or any(
             isinstance(m, DistributedDataParallel) for m in model.modules()
         )
         return None if wrapped else "it is not wrapped in DistributedDataParallel"
@@ -363,10 +364,10 @@ def _fault(engine: str, accelerator: Any, model: Any) -> str | None:
 
 
 def _fsdp2_fault(accelerator: Any, named_parameters: Iterable[tuple[str, Any]]) -> str | None:
-    from torch.distributed.tensor import DTensor
+    from distclip.layouts.tensors import is_sharded
 
     trained = [(name, p) for name, p in named_parameters if p.requires_grad]
-    plain = [name for name, p in trained if not isinstance(p, DTensor)]
+    plain = [name for name, p in trained if not is_sharded(p)]
     ignored = getattr(accelerator.state.fsdp_plugin, "ignored_modules", None)
     if not plain or (ignored is not None and len(plain) < len(trained)):
         return None

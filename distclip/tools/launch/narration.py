@@ -12,8 +12,7 @@ from torch import Tensor
 from distclip.clipper import GradClipper
 from distclip.common.foreign import clean
 from distclip.config import Config, logs
-from distclip.layouts import fsdp2
-from distclip.layouts.tensors import is_sharded
+from distclip.layouts import detect
 from distclip.monitor.sinks import JsonlSink
 from distclip.policies.compose import summary
 from distclip.report import ClipReport
@@ -127,22 +126,10 @@ def _layout(clipper: GradClipper) -> str:
     group = clipper.plan.group
     if group is not None:
         ranks = dist.get_world_size(group)
-    found: dict[str, None] = {}
-    by_fsdp2 = fsdp2.known_to_fsdp2(clipper.here.values())
-    entries = clipper.plan.entries
-    for entry in entries:
-        parameter = clipper.here.get(entry.name)
-        if entry.layout.startswith(("FSDP1", "ZeRO")):
-            found[entry.layout.split(" [")[0].split(" (")[0]] = None
-        elif is_sharded(parameter):
-            found["FSDP2" if id(parameter) in by_fsdp2 else "DTensor"] = None
-        elif entry.others:
-            found["experts"] = None
-    if any(not e.others and e.name not in clipper.here for e in entries):
-        found["stages"] = None
+    found = detect.kinds(clipper.plan.entries, clipper.here)
     if not found and ranks == 1:
         return "one process"
-    found = found or {"DDP": None}
+    found = found or ["DDP"]
     return f"{' and '.join(found)} over {ranks} rank{'s' if ranks != 1 else ''}"
 
 
