@@ -238,6 +238,7 @@ def test_a_long_function_is_seen() -> None:
 SHARDING = ("torch.distributed.tensor", "torch.distributed.fsdp")
 
 SHARD_BY_THEMSELVES = {
+    "statistics/unreduced.py": "gradients that FSDP2 has not reduced, which no layout describes",
     "tools/bench/fold.py": "shards the model that it times",
     "tools/bench/models.py": "shards the models that are timed",
     "tools/bench/peers.py": "what torchtitan does, which is written for DTensors",
