@@ -11,7 +11,7 @@ from typing import Any
 from torch.utils.data import RandomSampler
 
 from distclip.errors import ConfigurationError, RewindRequested
-from distclip.integrations.rewinding import Checkpoints
+from distclip.integrations.rewinding import Checkpoints, Rewinder
 
 _logger = logging.getLogger("distclip.accelerate")
 
@@ -75,10 +75,10 @@ class Rewinds:
         self._accelerator, self._loader = accelerator, loader
         self._epochs = epochs
         self.epoch = self.steps = 0
-        self.left_out: set[tuple[int, int]] = set()
         self._next = 0
         """Number of the next batch in this epoch."""
-        self._checkpoints = Checkpoints(folder)
+        self._rewinder = Rewinder(Checkpoints(folder), (), tuple, "epoch, batch", _logger)
+        self.left_out: set[tuple[int, int]] = self._rewinder.left_out
         self._asked: RewindRequested | None = None
         accelerator.register_for_checkpointing(self)
 
@@ -117,20 +117,12 @@ class Rewinds:
 
     def _go_back(self, asked: RewindRequested) -> None:
         self._asked = None
-        self.left_out |= {tuple(batch) for batch in asked.batches if isinstance(batch, tuple)}
-        folder, at = self._checkpoints.before(asked)
+        folder, at = self._rewinder.go_back(asked)
         self._attachment.keep_rewinds()
         self._attachment.drop_step()
         if at == 0:  # there was no clipper yet, and nothing of it is in the checkpoint
             self._attachment.begin_anew()
         self._accelerator.load_state(folder)
-        if self._accelerator.is_main_process:
-            _logger.warning(
-                "went back to %s, taken before clip %d; left out from now on (epoch, batch): %s",
-                folder,
-                at,
-                sorted(self.left_out),
-            )
 
     def state_dict(self) -> dict[str, Any]:
         """Where this is, for ``accelerator.save_state``: plain values."""
@@ -139,14 +131,14 @@ class Rewinds:
             "next": self._next,
             "steps": self.steps,
             "left_out": sorted(self.left_out),
-            "abandoned": self._checkpoints.abandoned,
+            "abandoned": self._rewinder.checkpoints.abandoned,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there. What has been left out since stays so."""
         self.epoch, self._next, self.steps = state["epoch"], state["next"], state["steps"]
-        self.left_out |= {tuple(batch) for batch in state["left_out"]}
-        self._checkpoints.abandoned |= state["abandoned"]
+        self.left_out.update(map(tuple, state["left_out"]))
+        self._rewinder.checkpoints.abandoned |= state["abandoned"]
 
 
 def _check(accelerator: Any, loader: Any) -> None:

@@ -99,10 +99,22 @@ class Attachment(ABC):
     def memory(self) -> tuple[Shelf, Iterable[GradClipper]]:
         """The states that have no clipper yet, and the clippers, for a framework's checkpoints."""
 
-    def keep_rewinds(self) -> None:
-        """Let no clipper that comes into being from now on have less rewinds than there were."""
+    def keep_rewinds(self) -> int:
+        """Let no clipper that comes into being from now on have less rewinds than there were.
+
+        Returns:
+            How many.
+        """
         shelf, clippers = self.memory()
         shelf.rewinds = max([shelf.rewinds, *(clipper.rewinds for clipper in clippers)])
+        return shelf.rewinds
+
+    def have_made(self, rewinds: int) -> None:
+        """Let no clipper have less rewinds than these, which an earlier attachment has kept."""
+        shelf, clippers = self.memory()
+        shelf.rewinds = max(shelf.rewinds, rewinds)
+        for clipper in clippers:
+            clipper.rewinds = rewinds
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the policy, for checkpoints that the framework does not make.

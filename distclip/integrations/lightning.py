@@ -29,6 +29,7 @@ from distclip.integrations.lightning_attachments import (
     TrainerAttachment,
 )
 from distclip.integrations.lightning_factories import ENVIRONMENT
+from distclip.integrations.lightning_rewinds import fit_with_rewinds as fit_with_rewinds
 from distclip.integrations.patches import replace
 from distclip.monitor.tracking import tensors
 from distclip.report import ClipReport
@@ -94,6 +95,8 @@ class ClipCallback:
         self._logs = log
         self._ours = False
         self._state: Any = None
+        self._rewinds = 0
+        """Made in earlier fits of :func:`fit_with_rewinds`."""
         self._logged: list[ClipReport | None] = []
 
     def __reduce__(self) -> Any:
@@ -169,6 +172,7 @@ class ClipCallback:
         if self._state is not None:
             state, self._state = self._state, None
             attached.load_from(state, "the state of distclip in the checkpoint")
+        attached.have_made(self._rewinds)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, index: int) -> None:
         if isinstance(self.handle, TrainerAttachment):

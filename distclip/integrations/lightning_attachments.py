@@ -78,6 +78,10 @@ class LightningAttachment(Attachment):
     def observe(self, loss: Tensor | float) -> None:
         self._clippers.observe(loss)
 
+    def note(self, batch: Any = None, recompute: Callable[[], object] | None = None) -> None:
+        """As :meth:`distclip.GradClipper.note`, for every optimizer."""
+        self._clippers.note(batch, recompute)
+
     @property
     def reads_loss(self) -> bool:
         """Whether the policy does."""
@@ -168,6 +172,11 @@ class TrainerAttachment(LightningAttachment):
     def begin_batch(self) -> None:
         """No optimizer has skipped a step yet in this batch."""
         self._skipped.clear()
+
+    def leave_out_batch(self) -> None:
+        """Nothing is made of this batch: schedulers that count steps do not count it."""
+        for optimizer in self._owner.optimizers:
+            self._skipped[optimizer] = True
 
     def _after_step(self, optimizer: Optimizer, skipped: bool | Tensor) -> None:
         self._skipped[optimizer] = skipped

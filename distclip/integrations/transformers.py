@@ -22,11 +22,11 @@ from transformers.trainer_callback import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from distclip.config import Config
-from distclip.errors import ConfigurationError, DistclipError, RewindRequested
+from distclip.errors import ConfigurationError, DistclipError
 from distclip.integrations import accelerate, deepspeed_json
 from distclip.integrations.given import PolicyOrConfig
 from distclip.integrations.patches import replace
-from distclip.integrations.rewinding import Checkpoints
+from distclip.integrations.rewinding import Checkpoints, Rewinder
 from distclip.monitor.tracking import metrics
 from distclip.report import ClipReport
 
@@ -196,47 +196,53 @@ def train_with_rewinds(
         ConfigurationError: no ``ClipCallback``, DeepSpeed, ``ignore_data_skip``. Later: no
             checkpoint to go back to, or epochs whose last update has fewer micro-batches.
     """
-    callbacks = [c for c in trainer.callback_handler.callbacks if isinstance(c, ClipCallback)]
-    _check_rewinds(trainer, callbacks)
-    callback, leaving_out = callbacks[0], set(left_out)
+    callback = _rewindable(trainer)
+    rewinder = Rewinder(Checkpoints(trainer.args.output_dir), left_out, int, "global_step", _logger)
 
-    def get_batch_samples(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        batches, items = original(*args, **kwargs)
-        state = trainer.state
-        if state.global_step not in leaving_out or not batches:
-            callback._handle.note(state.global_step)
-            return batches, items
-        _refuse_remainder(trainer)
-        state.global_step += 1
-        if state.global_step >= state.max_steps:
-            trainer.control.should_training_stop = True
-        return [], None
+    def train(checkpoint: Any) -> Any:
+        return trainer.train(resume_from_checkpoint=checkpoint, **options)
 
-    checkpoints = Checkpoints(trainer.args.output_dir)
-    undo = replace(trainer, "get_batch_samples", get_batch_samples)
+    def interrupted() -> None:
+        callback._handle.keep_rewinds()
+        callback._handle.drop_step()
+        trainer.model_wrapped = trainer.model  # to be prepared anew
+
+    leave_out = functools.partial(_leave_out, trainer, callback, rewinder.left_out)
+    undo = replace(trainer, "get_batch_samples", leave_out)
     try:
-        while True:
-            try:
-                return trainer.train(resume_from_checkpoint=resume_from_checkpoint, **options)
-            except RewindRequested as asked:
-                leaving_out.update(each for each in asked.batches if isinstance(each, int))
-                callback._handle.keep_rewinds()
-                callback._handle.drop_step()
-                trainer.model_wrapped = trainer.model  # to be prepared anew
-                resume_from_checkpoint, at = checkpoints.before(asked)
-                if trainer.is_world_process_zero():
-                    _logger.warning(
-                        "going back to %s, taken before clip %d; updates (global_step) that are "
-                        "left out from now on: %s",
-                        resume_from_checkpoint,
-                        at,
-                        sorted(leaving_out),
-                    )
+        return rewinder.repeat(train, resume_from_checkpoint, interrupted)
     finally:
         undo()
 
 
-def _check_rewinds(trainer: Any, callbacks: list[ClipCallback]) -> None:
+def _leave_out(
+    trainer: Any,
+    callback: ClipCallback,
+    left_out: set[int],
+    original: Callable[..., Any],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """The micro-batches of the update to come; none where it is left out."""
+    batches, items = original(*args, **kwargs)
+    state = trainer.state
+    if state.global_step not in left_out or not batches:
+        callback._handle.note(state.global_step)
+        return batches, items
+    _refuse_remainder(trainer)
+    state.global_step += 1
+    if state.global_step >= state.max_steps:
+        trainer.control.should_training_stop = True
+    return [], None
+
+
+def _rewindable(trainer: Any) -> ClipCallback:
+    """The callback of a Trainer that can go back.
+
+    Raises:
+        ConfigurationError: there is none, or the Trainer cannot.
+    """
+    callbacks = [c for c in trainer.callback_handler.callbacks if isinstance(c, ClipCallback)]
     if not callbacks:
         raise ConfigurationError(
             "train_with_rewinds: this Trainer has no ClipCallback; give it "
@@ -252,6 +258,7 @@ def _check_rewinds(trainer: Any, callbacks: list[ClipCallback]) -> None:
             "train_with_rewinds: with ignore_data_skip=True a training that goes back sees other "
             "batches, so that none can be left out; set it to False"
         )
+    return callbacks[0]
 
 
 def _refuse_remainder(trainer: Any) -> None:
