@@ -46,6 +46,20 @@ def test_every_page_is_in_the_navigation() -> None:
     assert set(re.findall(r"[\w/]+\.md", NAVIGATION)) == pages
 
 
+@pytest.mark.parametrize(
+    "phrase",
+    [
+        "grad_norm is above max_norm",
+        "grad norm is nan",
+        "clip_grad_norm_ DTensor mixed",
+        "FSDP1 clip slow",
+    ],
+)
+def test_what_people_type_into_a_search_is_a_heading(phrase: str) -> None:
+    text = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+    assert re.search(rf"^## .*{re.escape(phrase)}", text, re.MULTILINE)
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if importlib.util.find_spec("mkdocs") is None or importlib.util.find_spec("material") is None:
@@ -88,3 +102,6 @@ def test_programs_find_every_page(site: Path) -> None:
     assert {page.replace(".md", ".html") for page in re.findall(r"[\w/]+\.md", NAVIGATION)} == set(
         re.findall(r"\]\(([^)]+)\):", text)
     )
+    assert "- [Policies](policies.html): choose a policy, compose policies" in text
+    assert re.findall(r"^## (.*)", text, re.MULTILINE)[:2] == ["Overview", "Start"]
+    assert not re.search(r": *$", text, re.MULTILINE)

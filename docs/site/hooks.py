@@ -45,11 +45,28 @@ def on_nav(nav: Any, *, files: Any, **_: Any) -> None:
 
 
 def on_post_build(*, config: Any, **_: Any) -> None:
-    """Write ``llms.txt``: the pages with their first sentence, for programs that read."""
-    lines = [f"# {config.site_name}", "", f"> {config.site_description}", ""]
+    """Write ``llms.txt``: the pages by section, with what each is for, for programs that read.
+
+    What a page is for is its row of the map in docs/index.md; else its first sentence.
+    """
+    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (.+?) \| (.*?\]\(.*) \|$", index, re.MULTILINE)
+    purposes = {
+        page: purpose for purpose, cell in rows for page in re.findall(r"\]\(([\w/]+\.md)\)", cell)
+    }
+    lines = [f"# {config.site_name}", "", f"> {config.site_description}"]
+    section = None
     for page in _pages:
-        text = re.sub(r"^(```.*?^```|[#!|<:].*?)$", "", page.markdown or "", flags=re.M | re.S)
-        words = " ".join(re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text).split())
-        first = re.split(r"(?<=[.:])\s", words, maxsplit=1)[0]
-        lines.append(f"- [{page.title}]({page.url}): {first}")
+        title = page.parent.title if page.parent is not None else "Overview"
+        if title != section:
+            section = title
+            lines += ["", f"## {section}", ""]
+        purpose = purposes.get(page.file.src_path) or _first_sentence(page.markdown or "")
+        lines.append(f"- [{page.title}]({page.url}): {purpose}")
     Path(config.site_dir, "llms.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _first_sentence(markdown: str) -> str:
+    text = re.sub(r"^(```.*?^```|[#!|<:].*?)$", "", markdown, flags=re.M | re.S)
+    words = " ".join(re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text).split())
+    return re.split(r"(?<=[.:])\s", words, maxsplit=1)[0].removesuffix(":")
