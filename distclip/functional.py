@@ -10,7 +10,7 @@ hold different parameters instead (pipeline stages), which are then all counted.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from typing import Literal, TypeAlias
 
 import torch
@@ -23,8 +23,9 @@ from distclip.engine import calls
 from distclip.engine.calls import on_parameters, on_tensors
 from distclip.engine.given import Given, listed
 from distclip.engine.joint import joint_norm
+from distclip.engine.usual import usual_gradients
 from distclip.errors import ConfigurationError
-from distclip.layouts import names as naming
+from distclip.kernels import changing
 from distclip.layouts import tensors as layouts
 from distclip.layouts.plan import DOUBLE
 from distclip.policies import AGC, ByName, GlobalNorm, Measure, Value
@@ -106,8 +107,15 @@ def clip_grad_value_(
         UnsupportedGradientError: a sparse shard, or a ``Partial`` that cannot be reduced.
     """
     given = Given.listed(parameters)
-    with on_parameters(given, Value(clip_value), norms=False) as session:
-        session.clip("pass", None)
+    policy = Value(clip_value)
+    with on_parameters(given, policy, norms=False) as session:
+        seen = usual_gradients(session)
+        if seen is None:
+            session.clip("pass", None)
+        else:
+            tables = session.program.memory.tables
+            with torch.no_grad():
+                changing.clamp_(seen.tensors, policy.bound, seen=seen, tables=tables)
     _note(given, "distclip.clip_grad_value_")
 
 
@@ -188,8 +196,15 @@ def clip_grads_with_norm_(
         )
     given = Given.listed(parameters)
     with on_parameters(given, ByName({}), norms=False) as session:
-        session.clip("pass", None)  # looks at the gradients, and no more
-        session.scale(norm_coefficient(norm.reshape(()), limit))
+        seen, coefficient = usual_gradients(session), norm_coefficient(norm.reshape(()), limit)
+        if seen is None:
+            session.clip("pass", None)  # looks at the gradients, and no more
+            session.scale(coefficient)
+        else:
+            each = coefficient.to(session.plan.device).expand(len(seen.numels))
+            tables = session.program.memory.tables
+            with torch.no_grad():
+                changing.scale_(seen.tensors, each, seen=seen, tables=tables)
     _note(given, "distclip.clip_grads_with_norm_")
 
 
@@ -249,21 +264,15 @@ def grad_norms(
         Name -> 0-dim float32 (float64 for a float64 gradient); 0 where there is no gradient. Of
         declared experts all of the group's, as ``name@rank``.
     """
-    target = module_or_named_parameters
-    if isinstance(target, Iterable) and not isinstance(target, (nn.Module, Mapping)):
-        target = listed(target)  # type: ignore[arg-type, assignment]
-    given = Given.of(naming.named_parameters(target))
+    given = Given.named(module_or_named_parameters)
     group = _pipeline(pipeline_group, process_group)
     if group is not None:
         # Other members have other parameters, whose norms nothing here is added to: each DTensor
         # is reduced over its own mesh.
         collectives.check_open(group, "pipeline_group")
     with on_parameters(given, Measure(norm_type)) as session:
-        norms = session.clip("pass", None).raw.unbind()
-    return {
-        entry.name: norm.to(torch.float64 if entry.dtype in DOUBLE else torch.float32)
-        for entry, norm in zip(session.plan.entries, norms, strict=True)
-    }
+        norms, plan = session.clip("pass", None).raw, session.plan
+    return dict(zip(plan.names, _each(norms, [entry.dtype for entry in plan.entries]), strict=True))
 
 
 def clear_cache() -> None:
@@ -291,6 +300,15 @@ def _pipeline(
         "differ (the process_group= of a GradClipper is the ranks that hold one model together)"
     )
     return process_group
+
+
+def _each(norms: Tensor, dtypes: Sequence[str]) -> Sequence[Tensor]:
+    """0-dim norms, in float64 of what is double, else in float32."""
+    wide = [dtype in DOUBLE for dtype in dtypes]
+    single = norms.float().unbind()
+    if not any(wide):
+        return single
+    return [norms[n] if is_wide else single[n] for n, is_wide in enumerate(wide)]
 
 
 def _mode(error_if_nonfinite: bool) -> str:

@@ -43,39 +43,58 @@ KEPT = 16
 
 
 class Kept:
-    """A session between two calls, in which it holds no parameter.
+    """A session between two calls, in which it holds no parameter; a context manager of each call.
 
     Args:
-        session: of the call that is over.
+        key: by which it is found again.
+        session: of the call.
         fingerprint: what it knows of its parameters; None where the key says all.
         holds: where the session looks for its parameters.
-        places: which of the parameters that are given belongs to each.
+        places: which of the parameters that are meant belongs to each hold.
     """
 
     def __init__(
         self,
+        key: Hashable,
         session: Session,
         fingerprint: Fingerprint | None,
         holds: Sequence[Hold] = (),
         places: Sequence[int] = (),
     ) -> None:
-        self.session, self.fingerprint = session, fingerprint
-        self._holds, self._places = holds, places
+        self._key, self.session, self.fingerprint = key, session, fingerprint
+        self._places = places
         self._straight = list(places) == list(range(len(places)))
+        self._row: list[Tensor | None] = [hold() for hold in holds]
+        self._empty = [None] * len(holds)
+        for place, hold in enumerate(holds):
+            hold.move(self._row, place)
+        self._released = False
 
     def bind(self, parameters: Sequence[Tensor]) -> None:
         """Give the session the parameters of this call."""
-        if not self._straight or len(parameters) != len(self._places):
-            parameters = [parameters[place] for place in self._places]
-        for hold, parameter in zip(self._holds, parameters, strict=True):
-            hold.parameter = parameter
+        if self._straight and len(parameters) == len(self._row):
+            self._row[:] = parameters
+        else:
+            self._row[:] = [parameters[place] for place in self._places]
 
-    def release(self) -> None:
-        """Take the parameters from the session again."""
-        for hold in self._holds:
-            hold.parameter = None
-        if not self._holds:
+    def __enter__(self) -> Session:
+        if self.session.plan.group is not None:
+            collectives.check_open(self.session.plan.group)
+        return self.session
+
+    def __exit__(self, *_: object) -> None:
+        """Take the parameters from the session again, and keep it."""
+        self._row[:] = self._empty
+        if not self._released:  # whatever else the pieces hold: nothing binds that anew
             self.session.plan.release()
+            self._released = True
+        self.session.fetched = None
+        if self.fingerprint is _NEVER:
+            return
+        _kept[self._key] = self
+        while len(_kept) > KEPT:
+            with contextlib.suppress(KeyError):  # another thread has let go of it
+                _kept.popitem(last=False)
 
 
 _kept: OrderedDict[Hashable, Kept] = OrderedDict()
@@ -101,13 +120,11 @@ def on_parameters(given: Given, policy: Policy, *, norms: bool = True) -> Iterat
         UnsupportedGradientError: a sharding that cannot be read.
         RankMismatchError: the ranks call with different parameters; on all of them.
     """
-    names = None if given.names is None else tuple(given.names)
-    ids = tuple(map(id, given.parameters))
-    key = (ids, names, policy, norms, id(_world()))
+    key = (tuple(map(id, given.parameters)), given.names, policy, norms, id(_world()))
     kept = _kept.pop(key, None)
     if kept is None or not _fits(kept, given.parameters):
-        kept = _opened(given, policy, norms=norms)
-    with _using(key, kept) as session:
+        kept = _opened(key, given, policy, norms=norms)
+    with kept as session:
         yield session
 
 
@@ -132,28 +149,11 @@ def on_tensors(given: Sequence[Tensor], policy: Policy) -> Iterator[Session]:
         _agree(session)
         pieces = session.plan.pieces
         same = alike is not None and len(pieces) == len(given)
-        kept = Kept(session, None if same else _NEVER)
+        kept = Kept(key, session, None if same else _NEVER)
     else:
         kept.session.fetched = alike.fetched
-    with _using(key, kept) as session:
+    with kept as session:
         yield session
-
-
-@contextlib.contextmanager
-def _using(key: Hashable, kept: Kept) -> Iterator[Session]:
-    session = kept.session
-    try:
-        if session.plan.group is not None:
-            collectives.check_open(session.plan.group)
-        yield session
-    finally:
-        kept.release()
-        session.fetched = None
-        if kept.fingerprint is not _NEVER:
-            _kept[key] = kept
-            while len(_kept) > KEPT:
-                with contextlib.suppress(KeyError):  # another thread has let go of it
-                    _kept.popitem(last=False)
 
 
 def _world() -> object:
@@ -175,9 +175,9 @@ def _session(
     return Session(open_call(described, options, device), naming.Watched([]))
 
 
-def _opened(given: Given, policy: Policy, *, norms: bool) -> Kept:
+def _opened(key: Hashable, given: Given, policy: Policy, *, norms: bool) -> Kept:
     """A session for these parameters, on which the ranks have agreed."""
-    named = naming.meant(given.named())
+    named = given.checked()
     meant = [parameter for _, parameter in named]
     try:
         logical, described = describe(named)
@@ -193,11 +193,11 @@ def _opened(given: Given, policy: Policy, *, norms: bool) -> Kept:
     for (_, parameter), (_, pieces) in zip(logical, described, strict=True):
         for piece in pieces:
             if piece.hold is None:
-                return Kept(session, _NEVER)
+                return Kept(key, session, _NEVER)
             if isinstance(piece.hold, Hold):
                 holds[id(piece.hold)] = piece.hold, place[id(parameter)]
     fingerprint = Fingerprint(given.parameters, meant)
-    return Kept(session, fingerprint, *map(list, zip(*holds.values(), strict=True)))
+    return Kept(key, session, fingerprint, *map(list, zip(*holds.values(), strict=True)))
 
 
 def _agree(session: Session) -> None:

@@ -6,6 +6,7 @@ import itertools
 import operator
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
+from types import GeneratorType
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -17,28 +18,28 @@ from distclip.layouts import declared, fsdp2, tensors
 from distclip.layouts import names as naming
 from distclip.layouts.detect import LAYOUTS
 from distclip.layouts.fetching import Fetched
-from distclip.layouts.names import Named
+from distclip.layouts.names import Named, Target
 from distclip.statistics import collectives
 
 
 class Given(NamedTuple):
-    """Parameters that a caller gave, each once, and their names; None: their positions."""
+    """Parameters as a caller gave them, and their names; None: their positions.
+
+    Nothing is checked yet: parameters that have been here before need no check (:meth:`checked`).
+    """
 
     parameters: Sequence[Tensor]
-    names: Sequence[str] | None = None
-
-    @classmethod
-    def of(cls, named: Named) -> Given:
-        """Build from (name, parameter) pairs."""
-        return cls([parameter for _, parameter in named], [name for name, _ in named])
+    names: tuple[str, ...] | None = None
 
     @classmethod
     def listed(cls, parameters: Tensor | Iterable[Tensor]) -> Given:
         """Build from what torch's functions take.
 
         Raises:
-            ConfigurationError: a module, parameter groups, or something else.
+            ConfigurationError: a module, or something else.
         """
+        if type(parameters) in _USUAL:
+            return cls(listed(parameters))
         if isinstance(parameters, (nn.ParameterList, nn.ParameterDict)):
             parameters = parameters.parameters()
         if isinstance(parameters, nn.Module):
@@ -49,26 +50,56 @@ class Given(NamedTuple):
         is_set = isinstance(parameters, (set, frozenset))
         if named or (is_set and collectives.default_group(None) is not None):
             return cls.of(naming.named_parameters(parameters))
-        found = listed(parameters)
-        kinds = set(map(type, found))
+        return cls(listed(parameters))
+
+    @classmethod
+    def named(cls, target: Target) -> Given:
+        """Build from a module, or (name, parameter) pairs.
+
+        Raises:
+            ConfigurationError: something else, or two different parameters of one name.
+        """
+        pairs: Any = target
+        if isinstance(target, nn.Module):
+            pairs = list(target.named_parameters())
+        elif isinstance(target, Iterable) and not isinstance(target, Mapping):
+            pairs = target = listed(target)  # type: ignore[arg-type]
+        if _are_pairs(pairs):
+            names, parameters = zip(*pairs, strict=True)
+            if set(map(type, names)) == {str}:
+                return cls(parameters, names)
+        return cls.of(naming.named_parameters(target))
+
+    @classmethod
+    def of(cls, named: Named) -> Given:
+        """Build from (name, parameter) pairs."""
+        return cls([p for _, p in named], tuple(name for name, _ in named))
+
+    def checked(self) -> Named:
+        """The (clean name, parameter) pairs, each parameter once.
+
+        Raises:
+            ConfigurationError: parameter groups, or something else that is no tensor.
+        """
+        if self.names is not None:
+            return naming.named_parameters(list(zip(self.names, self.parameters, strict=True)))
+        kinds = set(map(type, self.parameters))
         if not all(issubclass(kind, Tensor) for kind in kinds):
             if any(issubclass(kind, dict) for kind in kinds):
                 raise ConfigurationError(
                     "expected parameters, got optimizer parameter groups; pass "
                     '[p for group in optimizer.param_groups for p in group["params"]]'
                 )
-            return cls.of(naming.named_parameters(found))
-        if len(set(map(id, found))) == len(found):
-            return cls(found)
+            return naming.named_parameters(self.parameters)
         positions: dict[int, tuple[str, Tensor]] = {}
-        for position, parameter in enumerate(found):
+        for position, parameter in enumerate(self.parameters):
             positions.setdefault(id(parameter), (str(position), parameter))
-        return cls.of(list(positions.values()))
+        return naming.meant(list(positions.values()))
 
-    def named(self) -> Named:
-        """The (name, parameter) pairs."""
-        names = map(str, range(len(self.parameters))) if self.names is None else self.names
-        return list(zip(names, self.parameters, strict=True))
+
+def _are_pairs(items: Any) -> bool:
+    pairs = isinstance(items, list) and set(map(type, items)) == {tuple}
+    return pairs and set(map(len, items)) == {2}
 
 
 def listed(given: Tensor | Iterable[Tensor]) -> list[Tensor]:
@@ -165,6 +196,7 @@ def _are_same(some: Sequence[Tensor | None], others: Sequence[Tensor]) -> bool:
     return len(some) == len(others) and all(map(operator.is_, some, others))
 
 
+_USUAL = frozenset((list, tuple, GeneratorType))
 _FACTS = tuple(map(operator.attrgetter, ("requires_grad", "dtype", "device")))
 _attributes = operator.attrgetter("__dict__")
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Iterator, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from distclip.kernels.host import kernels as host
 from distclip.kernels.host.kernels import Chosen, Tables
 from distclip.kernels.look import Look
 
-_is_cpu = operator.attrgetter("is_cpu")
+_dtype, _is_cpu = map(operator.attrgetter, ("dtype", "is_cpu"))
 
 TINY = torch.finfo(torch.float32).tiny
 STEP = 2.0**-64
@@ -178,26 +179,46 @@ def scale_units_(
                     tensor.mul_(shaped(step, tensor, chosen_dims))
 
 
-def clamp_(tensors: Sequence[Tensor], bounds: Sequence[float | Tensor]) -> None:
-    """Clamp ``tensors[i]`` elementwise to ``+-bounds[i]``, rounded to its dtype; NaN stays NaN."""
-    bounds = [
-        bound if isinstance(bound, Tensor) else held(bound, tensor.dtype)
-        for tensor, bound in zip(tensors, bounds, strict=True)
-    ]
-    numbers = [bound for bound in bounds if not isinstance(bound, Tensor)]
-    if tensors and len(numbers) == len(bounds) and not tensors[0].is_cpu:
+def clamp_(
+    tensors: Sequence[Tensor],
+    bounds: float | Sequence[float | Tensor],
+    *,
+    seen: Look | None = None,
+    tables: Tables | None = None,
+) -> None:
+    """Clamp tensors elementwise to their bounds, rounded to their dtypes; NaN stays NaN.
+
+    Args:
+        tensors: local gradients, any dtype and device.
+        bounds: of each tensor, a number or a 0-dim tensor; or one number for all of them.
+        seen: what a look at just these tensors has found.
+        tables: what is remembered of them from step to step.
+    """
+    if not tensors:
+        return
+    dtypes = list(map(_dtype, tensors)) if seen is None else seen.dtypes
+    limits: list[float | Tensor]
+    if isinstance(bounds, (int, float)):
+        by_dtype = {dtype: held(bounds, dtype) for dtype in set(dtypes)}
+        limits, are_numbers = [by_dtype[dtype] for dtype in dtypes], True
+    else:
+        pairs = zip(bounds, dtypes, strict=True)
+        limits = [bound if isinstance(bound, Tensor) else held(bound, d) for bound, d in pairs]
+        are_numbers = not any(isinstance(bound, Tensor) for bound in limits)
+    numbers = cast(list[float], limits)
+    if are_numbers and not tensors[0].is_cpu:
         torch._foreach_clamp_max_(list(tensors), numbers)
         torch._foreach_clamp_min_(list(tensors), [-bound for bound in numbers])
         return
     chosen = None
-    if all(tensor.is_cpu for tensor in tensors):
-        numbers = [float(bound) for bound in bounds]
-        chosen = host.choose(tensors, bounds=numbers)
+    if all(map(_is_cpu, tensors)) if seen is None else seen.on_host:
+        numbers = numbers if are_numbers else list(map(float, limits))
+        chosen = host.choose(tensors, "clamped", bounds=numbers, tables=tables, seen=seen)
     if chosen is not None:
         host.clamp_(chosen)
         _changed(chosen)
     for number in _left(chosen, len(tensors)):
-        tensor, bound = tensors[number], bounds[number]
+        tensor, bound = tensors[number], limits[number]
         if isinstance(bound, Tensor):
             limit = bound.to(tensor.device, tensor.dtype)
             torch.clamp(tensor, min=-limit, max=limit, out=tensor)

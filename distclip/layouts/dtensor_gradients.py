@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import NoneType
@@ -78,21 +78,21 @@ def at_once(pieces: Sequence[Piece]) -> Claimed | None:
     """For :mod:`distclip.layouts.fetching`: DTensors whose piece is all of their shard."""
     places, holds = _claimed(pieces)
     specs = [_spec(hold()) for hold in holds]
-    return (places, partial(_gradients, holds, specs)) if holds else None
+    return (places, partial(_gradients, Hold.of_all(holds), specs)) if holds else None
 
 
 def weights_at_once(pieces: Sequence[Piece]) -> ClaimedWeights | None:
     """The same for their weights."""
     places, holds = _claimed(pieces)
-    return (places, partial(_weights, holds)) if holds else None
+    return (places, partial(_weights, Hold.of_all(holds))) if holds else None
 
 
 def _gradients(
-    holds: Sequence[Hold], specs: list[object]
+    given: Callable[[], Sequence[Tensor]], specs: list[object]
 ) -> tuple[list[Tensor | None], None] | None:
     """All local gradients, where each lies as its parameter does."""
     with torch._C.DisableTorchFunctionSubclass():  # nothing to look up: twice as fast
-        gradients = list(map(_grad, [hold.parameter for hold in holds]))
+        gradients = list(map(_grad, given()))
     if NoneType not in set(map(type, gradients)):
         shards = _shards(gradients, specs)
         return None if shards is None else (shards, None)
@@ -117,9 +117,9 @@ def _shards(gradients: Sequence[Any], specs: list[object]) -> list[Tensor | None
     return shards if same and set(map(type, shards)) == TENSOR else None
 
 
-def _weights(holds: Sequence[Hold]) -> list[Tensor] | None:
+def _weights(given: Callable[[], Sequence[Tensor]]) -> list[Tensor] | None:
     """All local weights at once; None where any of them needs a closer look."""
-    shards = list(map(_shard, [hold.parameter for hold in holds]))
+    shards = list(map(_shard, given()))
     return shards if set(map(type, shards)) == TENSOR else None
 
 

@@ -25,25 +25,35 @@ class Hold:
     A reference that can be emptied and filled again, since a plan may outlive its model (a report
     that is kept has one). Not a weak reference: while there is one to a DTensor, torch refuses to
     convert it (``model.cpu()``, ``.to()``, ``.double()`` under FSDP2 and tensor parallelism).
-
-    Attributes:
-        parameter: the parameter; None between :meth:`release` and the next binding.
     """
 
-    __slots__ = ("parameter",)
-
-    parameter: Any
+    __slots__ = ("_place", "_row")
 
     def __init__(self, parameter: Tensor) -> None:
-        self.parameter = parameter
+        self._row: list[Any] = [parameter]
+        self._place = 0
 
     def __call__(self) -> Tensor:
         """The parameter."""
-        return cast(Tensor, self.parameter)
+        return cast(Tensor, self._row[self._place])
+
+    def move(self, row: list[Any], place: int) -> None:
+        """From now on ``row[place]`` is the parameter: one row serves, and empties, many holds."""
+        self._row, self._place = row, place
 
     def release(self) -> None:
         """Let go of the parameter."""
-        self.parameter = None
+        self._row[self._place] = None
+
+    @staticmethod
+    def of_all(holds: Sequence[Hold]) -> Callable[[], Sequence[Any]]:
+        """Gives all their parameters; without a loop where the holds are one row, in order."""
+        row = holds[0]._row
+        if len(row) == len(holds) and all(
+            hold._row is row and hold._place == place for place, hold in enumerate(holds)
+        ):
+            return row.copy
+        return lambda: [hold._row[hold._place] for hold in holds]
 
 
 def held(parameter: Tensor) -> Hold:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import NoneType
 from typing import cast
@@ -138,33 +138,34 @@ def _claimed(pieces: Sequence[Piece]) -> tuple[list[int], list[Hold]]:
 def at_once(pieces: Sequence[Piece]) -> Claimed | None:
     """For :mod:`distclip.layouts.fetching`: parameters whose gradient is in ``.grad``."""
     places, holds = _claimed(pieces)
-    return (places, partial(_gradients, holds)) if holds else None
+    return (places, partial(_gradients, Hold.of_all(holds))) if holds else None
 
 
 def weights_at_once(pieces: Sequence[Piece]) -> ClaimedWeights | None:
     """The same for their weights."""
     places, holds = _claimed(pieces)
-    return (places, partial(_weights, holds)) if holds else None
+    return (places, partial(_weights, Hold.of_all(holds))) if holds else None
 
 
-def _gradients(holds: Sequence[Hold]) -> tuple[list[Tensor | None], None] | None:
-    gradients = list(map(_grad, [hold.parameter for hold in holds]))
+def _gradients(given: Callable[[], Sequence[Tensor]]) -> tuple[list[Tensor | None], None] | None:
+    parameters = given()
+    gradients = list(map(_grad, parameters))
     kinds = set(map(type, gradients))
     if NoneType in kinds:
         gradients = [
-            getattr(hold.parameter, "main_grad", None) if gradient is None else gradient
-            for hold, gradient in zip(holds, gradients, strict=True)
+            getattr(parameter, "main_grad", None) if gradient is None else gradient
+            for parameter, gradient in zip(parameters, gradients, strict=True)
         ]
         kinds = set(map(type, gradients)) - {NoneType}
     return (gradients, None) if kinds == TENSOR else None
 
 
-def _weights(holds: Sequence[Hold]) -> list[Tensor] | None:
+def _weights(given: Callable[[], Sequence[Tensor]]) -> list[Tensor] | None:
     """All weights at once; None where any of them is no plain strided tensor.
 
     The parameters themselves: to be read where autograd does not look.
     """
-    weights = [hold.parameter for hold in holds]
+    weights = list(given())
     usual = set(map(type, weights)) <= WEIGHTS and set(map(_layout, weights)) == {torch.strided}
     return weights if usual else None
 

@@ -49,6 +49,11 @@ class Scratch:
     only_measures: bool = False
     kinds: Kinds | None = None
 
+    def learn(self, seen: Look, pieces: int) -> None:
+        """Remember of what kinds the gradients are, if each of so many pieces has one."""
+        if self.kinds is None and len(seen.tensors) == pieces:
+            self.kinds = _kinds_of(seen)
+
     def find(self, plan: Plan) -> Fetched | None:
         """The gradients, where every piece has one and each is of the kind that it was before."""
         found = None if self.kinds is None else plan.fetching()
@@ -127,9 +132,8 @@ def _inspect(survey: Survey, fetched: Fetched, local: Local, scratch: Scratch) -
     local.present, trouble, local.seen = soundness.inspect(
         survey.plan, gradients, seen, first=first, changed=not scratch.only_measures
     )
-    if scratch.kinds is None and local.seen is not None:
-        everywhere = len(local.seen.tensors) == len(gradients)
-        scratch.kinds = _kinds_of(local.seen) if everywhere else None
+    if local.seen is not None:
+        scratch.learn(local.seen, len(gradients))
     if trouble is None and first:
         scratch.inspected.update(here)
     local.trouble = local.trouble or trouble

@@ -1,0 +1,27 @@
+"""The gradients of a call that measures nothing, in the usual case: without a walk."""
+
+from __future__ import annotations
+
+from distclip.engine.session import Session
+from distclip.kernels.look import Look
+from distclip.layouts import soundness
+
+
+def usual_gradients(session: Session) -> Look | None:
+    """A look at all gradients that are there, where nothing about any of them is unusual.
+
+    None where ranks may have to bring gradients into place together, where the gradient of a
+    parameter has not been looked at closely before, or where one of them is unusual:
+    :meth:`Session.clip` then does so, and says what is wrong.
+    """
+    plan, memory = session.plan, session.program.memory
+    if session.program.passes[0].request.reduced or len(memory.inspected) < len(plan.pieces):
+        return None
+    fetched = session.fetched or plan.fetching()
+    if fetched is None:
+        return None
+    session.fetched = fetched
+    *_, seen = soundness.inspect(plan, fetched.gradients, fetched.seen, first=False)
+    if seen is not None:
+        memory.learn(plan, seen)
+    return seen
