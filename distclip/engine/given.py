@@ -25,7 +25,8 @@ from distclip.statistics import collectives
 class Given(NamedTuple):
     """Parameters as a caller gave them, and their names; None: their positions.
 
-    Nothing is checked yet: parameters that have been here before need no check (:meth:`checked`).
+    Names are not clean yet, and a parameter may come twice: what has been here before needs no
+    closer look (:meth:`checked`).
     """
 
     parameters: Sequence[Tensor]
@@ -36,21 +37,30 @@ class Given(NamedTuple):
         """Build from what torch's functions take.
 
         Raises:
-            ConfigurationError: a module, or something else.
+            ConfigurationError: a module, parameter groups, or something else.
         """
-        if type(parameters) in _USUAL:
-            return cls(listed(parameters))
-        if isinstance(parameters, (nn.ParameterList, nn.ParameterDict)):
-            parameters = parameters.parameters()
-        if isinstance(parameters, nn.Module):
+        if type(parameters) not in _USUAL:
+            if isinstance(parameters, (nn.ParameterList, nn.ParameterDict)):
+                parameters = parameters.parameters()
+            if isinstance(parameters, nn.Module):
+                raise ConfigurationError(
+                    "expected parameters, got a module; pass module.parameters(), or use a "
+                    "GradClipper"
+                )
+            named = isinstance(parameters, Mapping) or not isinstance(parameters, Iterable)
+            is_set = isinstance(parameters, (set, frozenset))
+            if named or (is_set and collectives.default_group(None) is not None):
+                return cls.of(naming.named_parameters(parameters))
+        found = listed(parameters)
+        kinds = set(map(type, found))
+        if all(issubclass(kind, Tensor) for kind in kinds):
+            return cls(found)
+        if any(issubclass(kind, dict) for kind in kinds):
             raise ConfigurationError(
-                "expected parameters, got a module; pass module.parameters(), or use a GradClipper"
+                "expected parameters, got optimizer parameter groups; pass "
+                '[p for group in optimizer.param_groups for p in group["params"]]'
             )
-        named = isinstance(parameters, Mapping) or not isinstance(parameters, Iterable)
-        is_set = isinstance(parameters, (set, frozenset))
-        if named or (is_set and collectives.default_group(None) is not None):
-            return cls.of(naming.named_parameters(parameters))
-        return cls(listed(parameters))
+        return cls.of(naming.named_parameters(found))
 
     @classmethod
     def named(cls, target: Target) -> Given:
@@ -79,18 +89,10 @@ class Given(NamedTuple):
         """The (clean name, parameter) pairs, each parameter once.
 
         Raises:
-            ConfigurationError: parameter groups, or something else that is no tensor.
+            ConfigurationError: a name or a parameter that is none, or a name that two have.
         """
         if self.names is not None:
             return naming.named_parameters(list(zip(self.names, self.parameters, strict=True)))
-        kinds = set(map(type, self.parameters))
-        if not all(issubclass(kind, Tensor) for kind in kinds):
-            if any(issubclass(kind, dict) for kind in kinds):
-                raise ConfigurationError(
-                    "expected parameters, got optimizer parameter groups; pass "
-                    '[p for group in optimizer.param_groups for p in group["params"]]'
-                )
-            return naming.named_parameters(self.parameters)
         positions: dict[int, tuple[str, Tensor]] = {}
         for position, parameter in enumerate(self.parameters):
             positions.setdefault(id(parameter), (str(position), parameter))

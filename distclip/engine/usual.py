@@ -15,12 +15,16 @@ def usual_gradients(session: Session) -> Look | None:
     :meth:`Session.clip` then does so, and says what is wrong.
     """
     plan, memory = session.plan, session.program.memory
-    if session.program.passes[0].request.reduced or len(memory.inspected) < len(plan.pieces):
+    if session.program.passes[0].request.reduced:
         return None
     fetched = session.fetched or plan.fetching()
     if fetched is None:
         return None
     session.fetched = fetched
+    if len(memory.inspected) < len(plan.pieces):
+        here = (place for place, each in enumerate(fetched.gradients) if each is not None)
+        if not memory.inspected.issuperset(here):
+            return None
     *_, seen = soundness.inspect(plan, fetched.gradients, fetched.seen, first=False)
     if seen is not None:
         memory.learn(plan, seen)
