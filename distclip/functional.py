@@ -113,7 +113,7 @@ def clip_grad_value_(
         if seen is None:
             session.clip("pass", None)
         else:
-            tables = session.program.memory.tables
+            tables = session.program.scratch.tables
             with torch.no_grad():
                 changing.clamp_(seen.tensors, policy.bound, seen=seen, tables=tables)
     _note(given, "distclip.clip_grad_value_")
@@ -202,7 +202,7 @@ def clip_grads_with_norm_(
             session.scale(coefficient)
         else:
             each = coefficient.to(session.plan.device).expand(len(seen.numels))
-            tables = session.program.memory.tables
+            tables = session.program.scratch.tables
             with torch.no_grad():
                 changing.scale_(seen.tensors, each, seen=seen, tables=tables)
     _note(given, "distclip.clip_grads_with_norm_")

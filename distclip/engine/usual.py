@@ -14,18 +14,18 @@ def usual_gradients(session: Session) -> Look | None:
     parameter has not been looked at closely before, or where one of them is unusual:
     :meth:`Session.clip` then does so, and says what is wrong.
     """
-    plan, memory = session.plan, session.program.memory
-    if session.program.passes[0].request.reduced:
+    plan, scratch = session.plan, session.program.scratch
+    if session.program.passes[0].survey.request.reduced:
         return None
     fetched = session.fetched or plan.fetching()
     if fetched is None:
         return None
     session.fetched = fetched
-    if len(memory.inspected) < len(plan.pieces):
+    if len(scratch.inspected) < len(plan.pieces):
         here = (place for place, each in enumerate(fetched.gradients) if each is not None)
-        if not memory.inspected.issuperset(here):
+        if not scratch.inspected.issuperset(here):
             return None
     *_, seen = soundness.inspect(plan, fetched.gradients, fetched.seen, first=False)
     if seen is not None:
-        memory.learn(plan, seen)
+        scratch.learn(seen, len(plan.pieces))
     return seen
