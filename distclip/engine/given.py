@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import GeneratorType
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from distclip.application.notices import warn
@@ -138,7 +139,7 @@ class Fingerprint:
         self._meant = None if self._same else _references(meant)
         self._kinds = list(map(type, parameters))
         self._stepped = _stepped_in_backward(meant)
-        self._facts = [(fact, list(map(fact, meant))) for fact in _FACTS]
+        self._facts = _facts_of(meant)
         self._sharding = self._shardings(meant)
 
     def is_of(self, parameters: Sequence[Tensor]) -> bool:
@@ -172,26 +173,27 @@ class Fingerprint:
     def fits(self, meant: Sequence[Tensor]) -> bool:
         """Whether the parameters are unchanged."""
         same = self._stepped == _stepped_in_backward(meant)
-        same = same and all(list(map(fact, meant)) == known for fact, known in self._facts)
+        same = same and self._facts == _facts_of(meant)
         return same and self._sharding == self._shardings(meant)
 
     @staticmethod
     def _shardings(parameters: Sequence[Tensor]) -> list[object]:
         """What changes with how the parameters are spread over ranks."""
+        shardings = tensors.shardings_of(parameters)
         if all(map(tensors.is_sharded, parameters)):
-            return list(map(tensors.sharding_of, parameters))
+            return shardings
         if not declared.is_in_use() and not any(map(_attributes, parameters)):
-            return list(map(tensors.sharding_of, parameters))  # nothing is said of any of them
+            return shardings  # nothing is said of any of them
         asks = [each.fingerprint for each in LAYOUTS if each.fingerprint is not None]
-        return [list(map(ask, parameters)) for ask in (tensors.sharding_of, *asks)]
+        return [shardings, *(list(map(ask, parameters)) for ask in asks)]
 
 
 def _references(parameters: Sequence[Tensor]) -> list[weakref.ref[Tensor]]:
-    return list(map(weakref.ref, map(tensors.own, parameters)))
+    return list(map(weakref.ref, tensors.owned(parameters)))
 
 
 def _are_referred_to(references: Sequence[Any], parameters: Sequence[Tensor]) -> bool:
-    return _are_same([alive() for alive in references], list(map(tensors.own, parameters)))
+    return _are_same([alive() for alive in references], tensors.owned(parameters))
 
 
 def _are_same(some: Sequence[Tensor | None], others: Sequence[Tensor]) -> bool:
@@ -201,6 +203,12 @@ def _are_same(some: Sequence[Tensor | None], others: Sequence[Tensor]) -> bool:
 _USUAL = frozenset((list, tuple, GeneratorType))
 _FACTS = tuple(map(operator.attrgetter, ("requires_grad", "dtype", "device")))
 _attributes = operator.attrgetter("__dict__")
+
+
+def _facts_of(parameters: Sequence[Tensor]) -> list[list[object]]:
+    """What a conversion changes, such as ``model.half()``."""
+    with torch._C.DisableTorchFunctionSubclass():  # nothing to look up for a DTensor
+        return [list(map(fact, parameters)) for fact in _FACTS]
 
 
 def _stepped_in_backward(parameters: Sequence[Tensor]) -> list[bool]:

@@ -20,7 +20,7 @@ def usual_gradients(session: Session) -> Look | None:
     fetched = session.fetched or plan.fetching()
     if fetched is None:
         return None
-    session.fetched = fetched
+    fetched = session.fetched = scratch.known(fetched)
     if len(scratch.inspected) < len(plan.pieces):
         here = (place for place, each in enumerate(fetched.gradients) if each is not None)
         if not scratch.inspected.issuperset(here):

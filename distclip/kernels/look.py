@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from types import NoneType
 from typing import cast
 
@@ -19,37 +20,77 @@ _dtype, _is_cpu = map(operator.attrgetter, ("dtype", "is_cpu"))
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
+@dataclass(frozen=True)
+class Kinds:
+    """What is to be known of tensors but where they lie: the same from step to step, mostly.
+
+    Attributes:
+        dtypes: of each.
+        numels: elements of each.
+        on_host: whether all lie in host memory.
+    """
+
+    dtypes: list[torch.dtype]
+    numels: list[int]
+    on_host: bool
+
+    @cached_property
+    def distinct(self) -> frozenset[torch.dtype]:
+        """The dtypes that there are."""
+        return frozenset(self.dtypes)
+
+    @cached_property
+    def sizes(self) -> npt.NDArray[np.int64]:
+        """Bytes of each."""
+        widths = [dtype.itemsize for dtype in self.dtypes]
+        return np.array(self.numels, np.int64) * np.array(widths, np.int64)
+
+
 @dataclass(frozen=True, eq=False)
 class Look:
     """What is to be known of tensors without gaps, each at the same place in the lists.
 
     Attributes:
         tensors: strided tensors, each of which fills a range of memory.
-        dtypes: of each.
-        numels: elements of each.
+        kinds: what they are.
         addresses: int64, of the first element of each.
-        on_host: whether all lie in host memory.
         row_major: whether all are contiguous; else some have their channels last.
-        owners: the tensors that these are views of, where they are views; else these.
+        whole: the look at the tensors that these are parts of, no two of which share an element;
+            None where they are tensors of their own.
     """
 
     tensors: Sequence[Tensor]
-    dtypes: list[torch.dtype]
-    numels: list[int]
+    kinds: Kinds
     addresses: npt.NDArray[np.int64]
-    on_host: bool
     row_major: bool
-    owners: Sequence[Tensor]
+    whole: Look | None = None
+
+    @property
+    def dtypes(self) -> list[torch.dtype]:
+        """Of each."""
+        return self.kinds.dtypes
+
+    @property
+    def numels(self) -> list[int]:
+        """Elements of each."""
+        return self.kinds.numels
+
+    @property
+    def on_host(self) -> bool:
+        """Whether all lie in host memory."""
+        return self.kinds.on_host
+
+    @property
+    def owners(self) -> Sequence[Tensor]:
+        """The tensors that these are parts of; else these."""
+        return self.tensors if self.whole is None else self.whole.tensors
 
     def have_memory_of_their_own(self) -> bool:
         """Whether no two share an element, and only empty ones lie nowhere."""
-        kinds = set(self.dtypes)
-        numels = np.array(self.numels, np.int64)
-        if len(kinds) == 1:
-            sizes = numels * kinds.pop().itemsize
-        else:
-            sizes = numels * np.array([each.itemsize for each in self.dtypes], np.int64)
-        order = np.argsort(self.addresses)
+        if self.whole is not None:
+            return self.whole.have_memory_of_their_own()
+        sizes = self.kinds.sizes
+        order = self.addresses.argsort()
         starts = self.addresses[order]
         ends = starts + sizes[order]
         lost = bool(len(starts)) and starts[0] == 0 and bool(sizes[self.addresses == 0].any())
@@ -57,15 +98,22 @@ class Look:
 
     def at(self, positions: list[int]) -> Look:
         """The look at some of the tensors."""
-        tensors = [self.tensors[each] for each in positions]
-        return replace(
-            self,
-            tensors=tensors,
-            owners=tensors if self.owners is self.tensors else self.owners,
-            dtypes=[self.dtypes[each] for each in positions],
-            numels=[self.numels[each] for each in positions],
-            addresses=self.addresses[positions],
+        kinds = Kinds(
+            [self.dtypes[each] for each in positions],
+            [self.numels[each] for each in positions],
+            self.on_host,
         )
+        tensors = [self.tensors[each] for each in positions]
+        return replace(self, tensors=tensors, kinds=kinds, addresses=self.addresses[positions])
+
+    def known(self, kinds: Kinds | None) -> Look:
+        """This, with the very ``kinds`` of an earlier step where they are the same.
+
+        What was made for those need not be compared, or made, again.
+        """
+        if kinds is None or kinds is self.kinds or kinds != self.kinds:
+            return self
+        return Look(self.tensors, kinds, self.addresses, self.row_major, self.whole)
 
 
 def there(tensors: Sequence[Tensor | None]) -> Sequence[Tensor]:
@@ -90,15 +138,10 @@ def look(tensors: Sequence[Tensor]) -> Look | None:
         addresses = np.fromiter(map(Tensor.data_ptr, tensors), np.int64, len(tensors))
     except RuntimeError:  # sparse, or without memory
         return None
-    return Look(
-        tensors,
-        list(map(_dtype, tensors)),
-        list(map(Tensor.numel, tensors)),
-        addresses,
-        all(map(_is_cpu, tensors)),
-        row_major,
-        tensors,
+    kinds = Kinds(
+        list(map(_dtype, tensors)), list(map(Tensor.numel, tensors)), all(map(_is_cpu, tensors))
     )
+    return Look(tensors, kinds, addresses, row_major)
 
 
 def _is_dense(tensor: Tensor) -> bool:

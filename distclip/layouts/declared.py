@@ -241,9 +241,10 @@ def is_in_use() -> bool:
 
 def fingerprint(parameter: Tensor) -> object:
     """Changes when a declaration or a mark does; cheap where there is neither."""
-    if not _declared and not parameter.__dict__:
+    attributes, in_use = parameter.__dict__, bool(_declared.data)
+    if not in_use and not attributes:
         return None
-    return _declared.get(parameter), *map(parameter.__dict__.get, MARKS)
+    return _declared.get(parameter) if in_use else None, *map(attributes.get, MARKS)
 
 
 def all_places(entry: Entry) -> list[Entry]:

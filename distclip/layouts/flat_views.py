@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from distclip.errors import UnsupportedGradientError
-from distclip.kernels.look import Look, look
+from distclip.kernels.look import Kinds, Look, look
 from distclip.layouts import plain
 from distclip.layouts.piece import Claimed, Holder, Piece
+
+_grad = operator.attrgetter("grad")
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,48 +118,48 @@ class _AtOnce:
 
     def __init__(self, cuts: Sequence[Cut]) -> None:
         self._cuts = cuts
-        self._sources = list(dict.fromkeys(cut.source for cut in cuts))
+        # Many parameters, each with a source of its own name, lie in one flat tensor.
+        tensors = {(id(cut.source.hold), cut.source.index): cut.source for cut in cuts}
+        self._sources = list(tensors.values())
         self._flats = list({id(s.hold): s.hold for s in self._sources}.values())
-        number = {source: each for each, source in enumerate(self._sources)}
-        self._owner = np.array([number[cut.source] for cut in cuts], np.int64)
+        number = {tensor: each for each, tensor in enumerate(tensors)}
+        owners = [number[id(cut.source.hold), cut.source.index] for cut in cuts]
+        self._owner = np.array(owners, np.int64)
         self._first = np.array([cut.first for cut in cuts], np.int64)
         self._expected = [source.numel for source in self._sources]
         self._numels = [math.prod(cut.shape) for cut in cuts]
         self._row_major = all(cut.is_row_major() for cut in cuts)
         self._offset = self._first
-        self._known: list[torch.dtype] = []
-        self._dtypes: list[torch.dtype] = []
+        self._known: tuple[Kinds, Kinds] | None = None
+        """Of the flat tensors, and of the boxes."""
 
     def __call__(self) -> tuple[Sequence[Tensor | None], Look] | None:
         flats: list[Any] = [hold() for hold in self._flats]
-        if not all(f.size() == f._sharded_size and is_reduced(f) for f in flats):
+        if not all(map(_is_ready, flats)):
             return None
         parameters: list[Any] = [
             source.hold() if source.index is None else source.hold()._params[source.index]  # type: ignore[attr-defined]
             for source in self._sources
         ]
-        whole = [parameter.grad for parameter in parameters]
+        whole = list(map(_grad, parameters))
         if set(map(type, whole)) != {Tensor}:
             return self._of_some([gradient is None for gradient in whole])
         seen = look(whole)
         if seen is None or seen.numels != self._expected:
             return None
-        if seen.dtypes != self._known:
-            sizes = np.array([each.itemsize for each in seen.dtypes], np.int64)
-            self._offset = self._first * sizes[self._owner]
-            self._dtypes = [seen.dtypes[each] for each in self._owner.tolist()]
-            self._known = seen.dtypes
         views = _Views(whole, self._owner, self._cuts)
+        seen, kinds = self._kinds_of(seen)
         at = seen.addresses[self._owner] + self._offset
-        return views, Look(
-            views,
-            self._dtypes,
-            self._numels,
-            at,
-            seen.on_host,
-            seen.row_major and self._row_major,
-            whole,
-        )
+        return views, Look(views, kinds, at, seen.row_major and self._row_major, seen)
+
+    def _kinds_of(self, seen: Look) -> tuple[Look, Kinds]:
+        """The look at the flat tensors, and what the boxes in them are."""
+        if self._known is None or self._known[0] != seen.kinds:
+            self._offset = self._first * np.array([d.itemsize for d in seen.dtypes])[self._owner]
+            dtypes = [seen.dtypes[each] for each in self._owner.tolist()]
+            self._known = seen.kinds, Kinds(dtypes, self._numels, seen.on_host)
+        whole, kinds = self._known
+        return seen.known(whole), kinds
 
     def _of_some(self, missing: Sequence[bool]) -> tuple[Sequence[Tensor | None], Look] | None:
         """Where some flat tensors have no gradient."""
@@ -192,6 +194,11 @@ class _Views(Sequence[Tensor]):
         if isinstance(place, slice):
             return [self[each] for each in range(*place.indices(len(self)))]
         return self._cuts[place].view_of(self._whole[self._owner[place]])
+
+
+def _is_ready(flattened: Any) -> bool:
+    """Whether a ``FlatParameter`` and its gradient are both sharded."""
+    return bool(flattened.size() == flattened._sharded_size) and is_reduced(flattened)
 
 
 def is_reduced(flattened: Any) -> bool:

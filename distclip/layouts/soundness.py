@@ -66,7 +66,7 @@ def inspect(
 
 
 def _are_usual(seen: Look) -> bool:
-    dtypes = set(seen.dtypes)
+    dtypes = seen.kinds.distinct
     if not dtypes <= REAL and (
         not dtypes <= REAL | COMPLEX or any(map(Tensor.is_conj, seen.owners))
     ):

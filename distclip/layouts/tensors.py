@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import TypeAlias
 
@@ -12,6 +13,8 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 from distclip.layouts import dtensor_gradients, plain
 
 Versions: TypeAlias = tuple[int, int]
+
+_shape, _spec, _shard = map(operator.attrgetter, ("shape", "_spec", "_local_tensor"))
 
 
 def is_sharded(tensor: object) -> bool:
@@ -38,6 +41,26 @@ def own(tensor: Tensor) -> Tensor:
     the DTensor itself. A conversion gives it another shard.
     """
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def shardings_of(tensors: Sequence[Tensor]) -> list[object]:
+    """:func:`sharding_of` each, without a Python loop where all are of one kind."""
+    kinds: dict[bool | None, Callable[[Tensor], object]] = {True: _spec, False: _shape}
+    return list(map(kinds.get(_are_sharded(tensors), sharding_of), tensors))
+
+
+def owned(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """:func:`own` each, without a Python loop where all are of one kind."""
+    sharded = _are_sharded(tensors)
+    if sharded is False:
+        return tensors
+    return list(map(_shard if sharded else own, tensors))
+
+
+def _are_sharded(tensors: Sequence[Tensor]) -> bool | None:
+    """Whether all are DTensors, or none is; None where some are."""
+    found = {issubclass(kind, DTensor) for kind in set(map(type, tensors))}
+    return None if len(found) > 1 else found == {True}
 
 
 def version_of(tensor: Tensor) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor
 from distclip.common.exponents import COLUMNS
 from distclip.errors import DistclipError
 from distclip.kernels import exponents, measuring
+from distclip.kernels.look import Kinds
 from distclip.kernels.measuring import Look, Tables
 from distclip.kernels.transfer import to_device
 from distclip.layouts import soundness, sparse
@@ -48,25 +49,27 @@ class Scratch:
     inspected: set[int] = field(default_factory=set)
     only_measures: bool = False
     kinds: Kinds | None = None
+    _last: Kinds | None = None
 
     def learn(self, seen: Look, pieces: int) -> None:
         """Remember of what kinds the gradients are, if each of so many pieces has one."""
         if self.kinds is None and len(seen.tensors) == pieces:
-            self.kinds = _kinds_of(seen)
+            self.kinds = seen.kinds
 
     def find(self, plan: Plan) -> Fetched | None:
         """The gradients, where every piece has one and each is of the kind that it was before."""
         found = None if self.kinds is None else plan.fetching()
+        found = None if found is None else self.known(found)
         seen = None if found is None else found.seen
-        return found if seen is not None and _kinds_of(seen) == self.kinds else None
+        return found if seen is not None and seen.kinds == self.kinds else None
 
-
-Kinds: TypeAlias = tuple[list[torch.dtype], list[int], bool]
-"""Dtypes and numbers of elements of all pieces, and whether they are on the host."""
-
-
-def _kinds_of(seen: Look) -> Kinds:
-    return seen.dtypes, seen.numels, seen.on_host
+    def known(self, fetched: Fetched) -> Fetched:
+        """The gradients, with what was made of their kinds at the step before."""
+        if fetched.seen is None:
+            return fetched
+        seen = fetched.seen.known(self._last)
+        self._last = seen.kinds
+        return Fetched(fetched.gradients, seen)
 
 
 def measure(
@@ -87,7 +90,7 @@ def measure(
     local = Local()
     if fetched is None:
         fetched = plan.fetching() or Fetched(_fetched(plan, local), None)
-    _inspect(survey, fetched, local, scratch)
+    _inspect(survey, scratch.known(fetched), local, scratch)
     weights: Tensors = ()
     if request.weight_orders or request.unit_dims:
         weights = _weights(survey, local)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
-from distclip.kernels.look import look, there
+from distclip.kernels.look import Kinds, look, there
 from distclip.layouts.detect import describe
 from distclip.layouts.names import named_parameters
 from distclip.layouts.plan import Plan, local_plan
@@ -60,6 +60,21 @@ def test_plain_parameters_some_without_gradient_some_with_channels_last() -> Non
     assert compare(plan) == 5
 
 
+def test_kinds_of_the_step_before_are_taken_over_where_they_are_the_same() -> None:
+    tensors = [torch.ones(3), torch.ones(2, 2).half()]
+    first, again, other = look(tensors), look(tensors), look([*tensors[:1], torch.ones(2, 2)])
+    assert first is not None
+    assert again is not None
+    assert other is not None
+    assert first.kinds.sizes.tolist() == [12, 8]
+    assert again.known(first.kinds).kinds is first.kinds
+    assert again.known(None).kinds is again.kinds
+    assert other.known(first.kinds).kinds is other.kinds
+    assert other.kinds.sizes.tolist() == [12, 16]
+    assert other.kinds.distinct == {torch.float32}
+    assert first.at([1]).kinds == Kinds([torch.float16], [4], True)
+
+
 def test_a_main_gradient_stands_for_one_that_is_missing() -> None:
     parameters = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))]
     plan = plan_of(parameters)
@@ -83,6 +98,23 @@ def test_fsdp1(original: bool) -> None:
     loss_of(model, mine(batch())).backward()
     plan = plan_of(model)
     assert compare(plan) == len(plan.pieces)
+    found = plan.fetching()
+    assert found is not None
+    assert found.seen is not None
+    assert found.seen.whole is not None
+    stepped = [p for p in model.parameters() if p.grad is not None]
+    assert len(found.seen.whole.tensors) == len(stepped)  # each is looked at once
+    assert found.seen.have_memory_of_their_own()
+    if not original:
+        first, second = stepped[:2]
+        kept = second.grad
+        shared = torch.zeros(first.numel() + second.numel() - 1)
+        first.grad, second.grad = shared[: first.numel()], shared[-second.numel() :]
+        found = plan.fetching()
+        assert found is not None
+        assert found.seen is not None
+        assert not found.seen.have_memory_of_their_own()
+        second.grad = kept
     model.zero_grad()
     assert plan.fetching() is None  # without a gradient the pieces are asked
 

@@ -211,7 +211,7 @@ def _takes(seen: Look, kinds: frozenset[Kind], unit_dims: Sequence[Sequence[int]
     """Whether the loops take all of them, their units as rows one after another in memory."""
     return (
         seen.on_host
-        and all(KINDS.get(each) in kinds for each in set(seen.dtypes))
+        and all(KINDS.get(each) in kinds for each in seen.kinds.distinct)
         and (unit_dims is None or (seen.row_major and _are_first(unit_dims)))
     )
 
