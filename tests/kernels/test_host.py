@@ -258,16 +258,23 @@ def test_multiplying_units(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bound", [0.0, 0.1, 1.0, 1e300])
 def test_clamping(dtype: torch.dtype, bound: float) -> None:
-    tensors = [drawn(size, dtype=dtype) for size in (1, 33, 1000)]
-    tensors += [drawn(40, 50, dtype=dtype).t()[::2], drawn(5, dtype=dtype)]
-    tensors[-1][:3] = torch.tensor([math.nan, math.inf, -math.inf]).to(dtype)
-    wanted = []
-    for tensor in tensors:
-        limit = torch.tensor(bound, dtype=torch.float64).to(dtype)
-        wanted.append(torch.clamp(tensor, -limit, limit))
-    changing.clamp_(tensors, [bound] * len(tensors))
-    for now, then in zip(tensors, wanted, strict=True):
-        assert torch.equal(now.nan_to_num(nan=7.0), then.nan_to_num(nan=7.0))
+    def made() -> list[Tensor]:
+        tensors = [drawn(size, dtype=dtype) for size in (1, 33, 1000)]
+        tensors += [drawn(40, 50, dtype=dtype).t()[::2], drawn(5, dtype=dtype)]
+        tensors.append(drawn(70, dtype=dtype))
+        for tensor in tensors[-2:]:  # in a vector, and beside them
+            tensor[:5] = torch.tensor([math.nan, math.inf, -math.inf, -0.0, -largest]).to(dtype)
+        return tensors
+
+    largest = torch.finfo(dtype).max
+    limit = torch.tensor(bound, dtype=torch.float64)
+    wanted = [torch.clamp(t, -limit.to(dtype), limit.to(dtype)) for t in made()]
+    for bounds in (bound, [bound] * len(wanted), [bound, *[limit] * (len(wanted) - 1)]):
+        tensors = made()
+        changing.clamp_(tensors, bounds)
+        for now, then in zip(tensors, wanted, strict=True):
+            assert torch.equal(now.nan_to_num(nan=7.0), then.nan_to_num(nan=7.0))
+            assert torch.equal(now.signbit(), then.signbit())
 
 
 def test_a_nan_of_any_payload_stays_one() -> None:

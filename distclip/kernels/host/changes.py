@@ -22,7 +22,6 @@ from distclip.kernels.host.formats import (
     Format,
     Single,
     Value,
-    constant,
 )
 
 Change: TypeAlias = Callable[[Builder, Value, Value], Value]
@@ -41,7 +40,7 @@ def clamped(b: Builder, value: Value, bound: Value | None) -> Value:
     if bound is None:
         return value
     upper = b.select(b.fcmp_ordered(">", value, bound), bound, value)
-    lower = b.fsub(constant(DOUBLE, -0.0, value), bound)
+    lower = b.fneg(bound)
     return b.select(b.fcmp_ordered("<", upper, lower), lower, upper)
 
 
@@ -73,8 +72,10 @@ def change_function(module: Any, name: str, how: str, form: Format, *, strided: 
 
     if not strided:
         several = splat(b, number)
-        if how == "scale" and form.single is not None:
+        if how == "scale" and form.single is not None and form.single.narrow is not None:
             done = _multiplied_quickly(b, form, form.single, address, length, number, in_vectors)
+        elif how == "clamp" and form.single is not None:
+            done = _clamped_quickly(b, form, form.single, address, length, number)
         whole = _multiple(b, length, TURN)
         with counting(b, done, whole, TURN) as index:
             in_vectors(index, TURN)
@@ -104,6 +105,8 @@ def _multiplied_quickly(
     ``exactly(start, count)`` multiplies in float64. A coefficient beyond the normal numbers of
     float32 has no close enough neighbour there.
     """
+    narrow = single.narrow
+    assert narrow is not None
     size = b.select(b.fcmp_ordered("<", number, ir.Constant(DOUBLE, 0.0)), b.fneg(number), number)
     normal = b.and_(
         b.fcmp_ordered(">=", size, ir.Constant(DOUBLE, TINY)),
@@ -117,7 +120,7 @@ def _multiplied_quickly(
         for part in range(0, QUICK_TURN, QUICK_WIDTH):
             place = at(b, address, b.add(index, ir.Constant(INT64, part)), form.size)
             bits = b.load(place, align=form.size, typ=memory)
-            rounded, doubt = single.narrow(b, b.fmul(single.widen(b, bits), factors))
+            rounded, doubt = narrow(b, b.fmul(single.widen(b, bits), factors))
             places.append(place)
             results.append(rounded)
             doubts.append(doubt)
@@ -127,6 +130,25 @@ def _multiplied_quickly(
             with certain:
                 for place, rounded in zip(places, results, strict=True):
                     b.store(rounded, place, align=form.size)
+    return end
+
+
+def _clamped_quickly(
+    b: Builder, form: Format, single: Single, address: Value, length: Value, number: Value
+) -> Value:
+    """Clamp in float32 as far as whole turns go; returns where they end.
+
+    To the bound as the format holds it: what is clamped in float64 and rounded is the same number.
+    """
+    end = _multiple(b, length, QUICK_TURN)
+    bound = splat(b, single.widen(b, form.narrow(b, number)), QUICK_WIDTH)
+    memory = ir.VectorType(form.bits, QUICK_WIDTH)
+    with counting(b, ir.Constant(INT64, 0), end, QUICK_TURN) as index:
+        for part in range(0, QUICK_TURN, QUICK_WIDTH):
+            place = at(b, address, b.add(index, ir.Constant(INT64, part)), form.size)
+            bits = b.load(place, align=form.size, typ=memory)
+            value = clamped(b, single.widen(b, bits), bound)
+            b.store(single.exactly(b, value), place, align=form.size)
     return end
 
 

@@ -29,12 +29,15 @@ class Single:
 
     Attributes:
         widen: from their bits.
+        exactly: to their bits, where a number is one that the kind holds, or NaN.
         narrow: to their bits, rounded to nearest; and for which numbers that is doubtful, as a
-            number within :data:`MARGIN` is rounded to another one.
+            number within :data:`MARGIN` is rounded to another one. None where products need
+            float64.
     """
 
     widen: Callable[[Builder, Value], Value]
-    narrow: Callable[[Builder, Value], tuple[Value, Value]]
+    exactly: Callable[[Builder, Value], Value]
+    narrow: Callable[[Builder, Value], tuple[Value, Value]] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Format:
         size: bytes.
         widen: from those bits to float64, for a number or for a vector of them.
         narrow: the reverse, rounded to nearest, ties to even.
-        single: how they become float32 and back, where products need no more in most cases.
+        single: how they become float32 and back, where float32 holds all of them.
         exact_squares: whether the square of every number is exact in float64, so that a fused
             multiplication and addition gives the same bits as two instructions.
     """
@@ -156,13 +159,35 @@ def _bfloat_of_single(b: Builder, value: Value) -> tuple[Value, Value]:
     return b.trunc(b.lshr(rounded, constant(INT32, 16, bits)), _like(INT16, bits)), doubtful
 
 
+def _upper_half(b: Builder, value: Value) -> Value:
+    bits = b.bitcast(value, _like(INT32, value))
+    return b.trunc(b.lshr(bits, constant(INT32, 16, bits)), _like(INT16, bits))
+
+
+def _half_exactly(b: Builder, value: Value) -> Value:
+    return b.bitcast(b.fptrunc(value, _like(HALF, value)), _like(INT16, value))
+
+
 FORMATS = {
-    Kind.FLOAT32: Format(INT32, 4, _widen_float, _narrow_float),
+    Kind.FLOAT32: Format(
+        INT32,
+        4,
+        _widen_float,
+        _narrow_float,
+        Single(
+            lambda b, bits: b.bitcast(bits, _like(FLOAT, bits)),
+            lambda b, value: b.bitcast(value, _like(INT32, value)),
+        ),
+    ),
     Kind.BFLOAT16: Format(
-        INT16, 2, _widen_bfloat, _narrow_bfloat, Single(_single_of_bfloat, _bfloat_of_single)
+        INT16,
+        2,
+        _widen_bfloat,
+        _narrow_bfloat,
+        Single(_single_of_bfloat, _upper_half, _bfloat_of_single),
     ),
     Kind.FLOAT16: Format(
-        INT16, 2, _widen_half, _narrow_half, Single(_single_of_half, _half_of_single)
+        INT16, 2, _widen_half, _narrow_half, Single(_single_of_half, _half_exactly, _half_of_single)
     ),
     Kind.FLOAT64: Format(INT64, 8, _widen_double, _narrow_double, exact_squares=False),
 }
