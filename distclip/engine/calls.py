@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -120,7 +121,8 @@ def on_parameters(given: Given, policy: Policy, *, norms: bool = True) -> Iterat
         UnsupportedGradientError: a sharding that cannot be read.
         RankMismatchError: the ranks call with different parameters; on all of them.
     """
-    key = (tuple(map(id, given.parameters)), given.names, policy, norms, id(_world()))
+    ids = np.fromiter(map(id, given.parameters), np.int64, len(given.parameters)).tobytes()
+    key = (ids, given.names, policy, norms, id(_world()))
     kept = _kept.pop(key, None)
     if kept is None or not _fits(kept, given.parameters):
         kept = _opened(key, given, policy, norms=norms)

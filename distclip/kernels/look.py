@@ -20,19 +20,29 @@ _dtype, _is_cpu = map(operator.attrgetter, ("dtype", "is_cpu"))
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Kinds:
     """What is to be known of tensors but where they lie: the same from step to step, mostly.
 
     Attributes:
         dtypes: of each.
-        numels: elements of each.
+        numels: int64, elements of each.
         on_host: whether all lie in host memory.
     """
 
     dtypes: list[torch.dtype]
-    numels: list[int]
+    numels: npt.NDArray[np.int64]
     on_host: bool
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (
+            isinstance(other, Kinds)
+            and self.dtypes == other.dtypes
+            and self.on_host == other.on_host
+            and np.array_equal(self.numels, other.numels)
+        )
+
+    __hash__ = None  # type: ignore[assignment]
 
     @cached_property
     def distinct(self) -> frozenset[torch.dtype]:
@@ -43,7 +53,7 @@ class Kinds:
     def sizes(self) -> npt.NDArray[np.int64]:
         """Bytes of each."""
         widths = [dtype.itemsize for dtype in self.dtypes]
-        return np.array(self.numels, np.int64) * np.array(widths, np.int64)
+        return self.numels * np.array(widths, np.int64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,8 +81,8 @@ class Look:
         return self.kinds.dtypes
 
     @property
-    def numels(self) -> list[int]:
-        """Elements of each."""
+    def numels(self) -> npt.NDArray[np.int64]:
+        """Int64, elements of each."""
         return self.kinds.numels
 
     @property
@@ -98,11 +108,8 @@ class Look:
 
     def at(self, positions: list[int]) -> Look:
         """The look at some of the tensors."""
-        kinds = Kinds(
-            [self.dtypes[each] for each in positions],
-            [self.numels[each] for each in positions],
-            self.on_host,
-        )
+        dtypes = [self.dtypes[each] for each in positions]
+        kinds = Kinds(dtypes, self.numels[positions], self.on_host)
         tensors = [self.tensors[each] for each in positions]
         return replace(self, tensors=tensors, kinds=kinds, addresses=self.addresses[positions])
 
@@ -138,9 +145,8 @@ def look(tensors: Sequence[Tensor]) -> Look | None:
         addresses = np.fromiter(map(Tensor.data_ptr, tensors), np.int64, len(tensors))
     except RuntimeError:  # sparse, or without memory
         return None
-    kinds = Kinds(
-        list(map(_dtype, tensors)), list(map(Tensor.numel, tensors)), all(map(_is_cpu, tensors))
-    )
+    numels = np.fromiter(map(Tensor.numel, tensors), np.int64, len(tensors))
+    kinds = Kinds(list(map(_dtype, tensors)), numels, all(map(_is_cpu, tensors)))
     return Look(tensors, kinds, addresses, row_major)
 
 

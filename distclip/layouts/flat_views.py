@@ -127,7 +127,7 @@ class _AtOnce:
         self._owner = np.array(owners, np.int64)
         self._first = np.array([cut.first for cut in cuts], np.int64)
         self._expected = [source.numel for source in self._sources]
-        self._numels = [math.prod(cut.shape) for cut in cuts]
+        self._numels = np.array([math.prod(cut.shape) for cut in cuts], np.int64)
         self._row_major = all(cut.is_row_major() for cut in cuts)
         self._offset = self._first
         self._known: tuple[Kinds, Kinds] | None = None
@@ -145,7 +145,7 @@ class _AtOnce:
         if set(map(type, whole)) != {Tensor}:
             return self._of_some([gradient is None for gradient in whole])
         seen = look(whole)
-        if seen is None or seen.numels != self._expected:
+        if seen is None or not np.array_equal(seen.numels, self._expected):
             return None
         views = _Views(whole, self._owner, self._cuts)
         seen, kinds = self._kinds_of(seen)

@@ -189,7 +189,7 @@ def table_of(
 
 def table_of_contiguous(
     kinds: Sequence[Kind],
-    numels: Sequence[int],
+    numels: Sequence[int] | Integers,
     counts: Sequence[int] | None = None,
     bounds: Sequence[float | None] | None = None,
 ) -> Table:

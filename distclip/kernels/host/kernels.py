@@ -202,7 +202,7 @@ def _chosen(
         table = table_of_contiguous(kinds, seen.numels, _at(counts, positions), limits)
         return table.within(_starts(counts, positions), sum(counts))
 
-    key = seen.numels, seen.dtypes, counts, bounds, positions
+    key = seen.kinds, counts, bounds, positions
     table = tables.remembered(what, key, make)
     return Chosen(seen.tensors, positions, table, seen.addresses, seen.owners)
 
