@@ -20,6 +20,7 @@ from distclip.application.stepping import skips_by_found_inf
 from distclip.common.notebook import clipper_html
 from distclip.engine import attaching, checkpoint
 from distclip.engine.attaching import listed
+from distclip.engine.following import loading, with_followers
 from distclip.engine.ladder import Attendant
 from distclip.engine.program import States
 from distclip.engine.session import Session
@@ -531,7 +532,7 @@ class GradClipper:
             NonFiniteGradientError: as :meth:`raise_late`.
         """
         self.raise_late()
-        return self._session.dump(self._states)
+        return with_followers(self._session.dump(self._states), self.sinks)
 
     @property
     def _states(self) -> States:
@@ -565,7 +566,7 @@ class GradClipper:
             state: what :meth:`state_dict` gave.
             source: where it is from, for the messages.
         """
-        load = self._session.prepare(state, source)
+        load = loading(state, self.sinks, self._session.prepare(state, source))
         return load if self._ladder is None else self._ladder.loading(load)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GradClipper:

@@ -46,6 +46,8 @@ class ClipReport:
             parameter clipped as a whole counts 1.
         weight_norm: norm of all weights, in a step that measures ``ratios``; else NaN. Weights that
             take no gradient do not count.
+        noise_scale: gradient noise scale so far, in samples, where a
+            :class:`monitor.RankNoiseScale <distclip.monitor.RankNoiseScale>` follows; else NaN.
     """
 
     names: Sequence[str]
@@ -54,6 +56,7 @@ class ClipReport:
     _dtype: torch.dtype
     _walked: Walked
     leave_out: Tensor | None = None
+    noise_scale: float = math.nan
 
     @cached_property
     def total_norm(self) -> Tensor:
@@ -208,6 +211,8 @@ class ClipReport:
         }
         if not self._walked.has_threshold:
             del found["threshold"]
+        if not math.isnan(self.noise_scale):
+            found["noise_scale"] = self.total_norm.new_full((), self.noise_scale)
         return found
 
     def to_dict(self, *, per_parameter: bool = True, modules: int | None = None) -> dict[str, Any]:
@@ -251,6 +256,7 @@ class ClipReport:
             per_parameter=per_parameter,
             modules=modules,
             order=self._norm_type,
+            noise_scale=self.noise_scale,
         )
 
     @cached_property
@@ -306,8 +312,10 @@ class ReportFetch:
         per_parameter: bool,
         modules: int | None,
         order: float,
+        noise_scale: float,
     ) -> None:
         self._names = names
+        self._noise_scale = noise_scale
         self._per_parameter, self._depth, self._order = per_parameter, modules, order
         self._parts = parts
         self._summary = summary
@@ -340,6 +348,8 @@ class ReportFetch:
             shown["norm_type"] = "inf" if math.isinf(self._order) else self._order
         if not math.isnan(weights):
             shown["weight_norm"] = weights
+        if not math.isnan(self._noise_scale):
+            shown["noise_scale"] = self._noise_scale
         if self._exponents is not None:
             counted = by_dtype(self._names, self._exponents.read().numpy())
             shown["exponents"] = {

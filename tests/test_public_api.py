@@ -243,6 +243,7 @@ REPORT = {
     "parameter_coefficients",
     "nonfinite",
     "weight_norm",
+    "noise_scale",
     "parameter_ratios",
     "module_norms",
     "module_ratios",

@@ -40,5 +40,5 @@ def from_config(
     clipper = GradClipper(
         target, optimizer=optimizer, process_group=process_group, **checked.arguments()
     )
-    open_log(clipper, checked)
+    open_log(clipper, checked, process_group=process_group)
     return clipper

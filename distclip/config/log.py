@@ -32,6 +32,23 @@ class StatesConfig(BaseModel):
         return self
 
 
+class NoiseConfig(BaseModel):
+    """The gradient noise scale, from the gradients of the data-parallel ranks."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    batch: Annotated[int, Field(ge=2)] = Field(
+        description="Samples of one step, over all micro-batches and ranks."
+    )
+    micro_batches: Annotated[int, Field(ge=1)] = Field(
+        default=1, description="Backwards of one step."
+    )
+    every: Annotated[int, Field(ge=1)] = Field(default=10, description="Sample every n-th step.")
+    decay: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        default=0.95, description="Of the moving averages, per sampled step."
+    )
+
+
 class LogConfig(BaseModel):
     """Where the report of each step is written."""
 
@@ -71,6 +88,12 @@ class LogConfig(BaseModel):
         default=None,
         description="Write the joint norms of the parameters whose names begin alike too, up to "
         "this many parts of the name (2: layers.0, layers.1).",
+    )
+    noise_scale: NoiseConfig | None = Field(
+        default=None,
+        description="Write the gradient noise scale too: about how many samples a step can use. "
+        "Needs data-parallel ranks (DDP, FSDP2) or micro-batches; one small all-reduce every n "
+        "steps.",
     )
     states: StatesConfig = Field(
         default_factory=StatesConfig,

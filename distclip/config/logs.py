@@ -9,11 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from torch.distributed import ProcessGroup
+
 from distclip.clipper import GradClipper
 from distclip.common.foreign import clean
 from distclip.config import Config, LogConfig
 from distclip.errors import ConfigurationError
 from distclip.monitor import trackers
+from distclip.monitor.rank_noise import RankNoiseScale
 from distclip.monitor.recording import RecordingSink
 from distclip.monitor.sinks import JsonlSink
 from distclip.monitor.states import States
@@ -26,7 +29,12 @@ opened: list[Callable[[GradClipper, Config], object]] = []
 """Called with every clipper that is built from a configuration: for what shows a run as a whole."""
 
 
-def open_log(clipper: GradClipper, config: Config, accelerator: Any = None) -> None:
+def open_log(
+    clipper: GradClipper,
+    config: Config,
+    accelerator: Any = None,
+    process_group: ProcessGroup | None = None,
+) -> None:
     """Give a clipper the sinks that a configuration's ``log`` section asks for.
 
     Each clipper of a process has places of its own: where one writes ``clip.jsonl``, the next of
@@ -37,9 +45,11 @@ def open_log(clipper: GradClipper, config: Config, accelerator: Any = None) -> N
         clipper: gets the sinks in addition to those that it has.
         config: a checked configuration.
         accelerator: for ``log: {accelerate: true}``.
+        process_group: as for the clipper.
 
     Raises:
-        ConfigurationError: ``accelerate: true`` and no accelerator.
+        ConfigurationError: ``accelerate: true`` and no accelerator; ``noise_scale`` where gradients
+            are not seen before they are reduced.
         DistclipError: a tracker is not installed.
     """
     for follow in opened:
@@ -57,6 +67,11 @@ def open_log(clipper: GradClipper, config: Config, accelerator: Any = None) -> N
     while any(place in _taken for place in _places(log, number)):
         number += 1
     sinks = _sinks(log, number, accelerator)
+    if log.noise_scale is not None:
+        scaler = getattr(accelerator, "scaler", None)
+        RankNoiseScale(
+            clipper, scaler=scaler, process_group=process_group, **log.noise_scale.model_dump()
+        )
     clipper.sinks = (*clipper.sinks, *sinks)
     for place in _places(log, number):
         _taken[place] = sinks[0]

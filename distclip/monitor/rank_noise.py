@@ -41,6 +41,9 @@ class RankNoiseScale(Averages):
     FSDP2 do, and the loss is divided by ``micro_batches``. A warning says so once where that
     cannot be.
 
+    The averages are saved in ``clipper.state_dict()``. Every report has ``noise_scale`` from the
+    first sample on, and so has the log of every sink.
+
     A sampled step reads each gradient once more, during backward, waits for the device once, and
     costs one all-reduce of 16 bytes a parameter. Other steps cost nothing. Under FSDP2 the first
     step of a process is not sampled.
@@ -61,6 +64,8 @@ class RankNoiseScale(Averages):
         ConfigurationError: an argument that cannot be meant; a parameter whose gradient is seen
             only when it is reduced (FSDP1, DeepSpeed, Megatron): there, use :class:`NoiseScale`.
     """
+
+    kept_as = "noise_scale"
 
     def __init__(
         self,
@@ -117,6 +122,7 @@ class RankNoiseScale(Averages):
             return
         if step % self._every == 0:
             self._sample(step, report)
+        object.__setattr__(report, "noise_scale", self.scale)  # the sinks behind this one read it
         self._arm_for(step + 1)
 
     def close(self) -> None:

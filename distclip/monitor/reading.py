@@ -29,7 +29,14 @@ _BEFORE_PARAMETERS = b', "parameters": {'
 _CODES: dict[str, int] = {state: code for code, state in enumerate(STATES)}
 _THREE = ("norm", "coefficient", "ratio")
 _TWO = _THREE[:2]
-_COLUMNS = ("total_norm", "clipped_norm", "coefficient", "threshold", "clipped_fraction")
+_COLUMNS = (
+    "total_norm",
+    "clipped_norm",
+    "coefficient",
+    "threshold",
+    "clipped_fraction",
+    "noise_scale",
+)
 
 
 def read_runs(path: str | os.PathLike[str]) -> list[Run]:

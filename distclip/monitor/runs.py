@@ -158,6 +158,7 @@ class Run:
     coefficient: Floats
     threshold: Floats
     clipped_fraction: Floats
+    noise_scale: Floats
     skipped: npt.NDArray[np.bool_]
     nonfinite: npt.NDArray[np.bool_]
     state_codes: npt.NDArray[np.uint8]
@@ -231,6 +232,8 @@ class Summary:
     smallest: float
     sparkline: str
     exponents: tuple[str, ...] = ()
+    noise_scale: tuple[float, float] | None = None
+    """The last one in the log, and its step."""
 
     @classmethod
     def of(cls, run: Run) -> Summary:
@@ -255,6 +258,9 @@ class Summary:
             smallest=float(finite.min()) if finite.size else math.nan,
             sparkline=sparkline(run.total_norm),
             exponents=tuple(line for each in run.exponents.values() for line in each.lines()),
+            noise_scale=(float(run.noise_scale[seen[-1]]), float(run.steps[seen[-1]]))
+            if (seen := np.flatnonzero(np.isfinite(run.noise_scale))).size
+            else None,
         )
 
     def advice(self) -> list[str]:

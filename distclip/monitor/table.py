@@ -70,6 +70,11 @@ def show(
         console.print(
             f"  steps by state: {states}; spike score {_number(summary.spike_score)}%", markup=False
         )
+        if summary.noise_scale is not None:
+            console.print(
+                "  gradient noise scale {:.3g} samples at step {:g}".format(*summary.noise_scale),
+                markup=False,
+            )
         for line in summary.exponents:
             console.print(f"  {line}", markup=False)
         for sentence in summary.advice():

@@ -28,6 +28,7 @@ FIELDS = {
     "threshold": "clip_threshold",
     "clipped_fraction": "clipped_fraction",
     "skipped": "step_skipped",
+    "noise_scale": "grad_noise_scale",
 }
 """Field of a report -> its name in trackers."""
 
@@ -38,9 +39,10 @@ def metrics(record: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of a record, under the names that trackers show.
 
     A threshold that the policy does not have is left out; a norm that is not finite is not.
-    ``nonfinite`` is a number of parameters, ``grad_weight_ratio`` that of the whole model.
+    ``nonfinite`` is a number of parameters, ``grad_weight_ratio`` that of the whole model;
+    ``grad_noise_scale`` is there where a ``RankNoiseScale`` follows the clipper.
     """
-    found = {name: float(record[field]) for field, name in FIELDS.items()}
+    found = {name: float(record[field]) for field, name in FIELDS.items() if field in record}
     if math.isnan(found["clip_threshold"]):
         del found["clip_threshold"]
     found["nonfinite"] = float(len(record["nonfinite"]))
@@ -119,7 +121,8 @@ class TrackerSink(RecordingSink):
     The values are ``grad_norm`` (before clipping), ``grad_norm_clipped``, ``clip_coefficient``,
     ``clip_threshold``, ``clipped_fraction``, ``step_skipped`` (0 or 1) and ``nonfinite`` (a number
     of parameters); under ``per_parameter`` also ``grad_norm/NAME`` and ``clip_coefficient/NAME``,
-    and the same with the paths of modules where ``modules`` is set; ``grad_weight_ratio`` and
+    and the same with the paths of modules where ``modules`` is set; ``grad_noise_scale`` where a
+    :class:`RankNoiseScale` follows the clipper; ``grad_weight_ratio`` and
     ``grad_weight_ratio/NAME`` in steps that measure ``ratios``; the shares ``grad_zero/DTYPE``,
     ``grad_near_underflow/DTYPE`` and ``grad_near_overflow/DTYPE`` in steps that count
     ``exponents``.

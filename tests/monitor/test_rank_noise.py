@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import math
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from reported import lines
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import (
@@ -21,8 +24,14 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
+import distclip
 from distclip import ConfigurationError, GradClipper, StateError, policies
 from distclip.monitor import RankNoiseScale
+from distclip.monitor.page.data import page_data
+from distclip.monitor.reading import read_runs
+from distclip.monitor.runs import summaries
+from distclip.monitor.table import show
+from distclip.monitor.tracking import metrics, tensors
 from tests.helpers.watching import watch
 from tests.sharded import mesh_of
 
@@ -302,3 +311,70 @@ def test_the_averages_are_saved_and_go_on() -> None:
         with pytest.raises(StateError, match=says):
             half.load_state_dict(bad)
     assert half.state_dict() == state
+
+
+def logged(path: Path, steps: range, state: Any = None) -> tuple[GradClipper, nn.Module]:
+    """Train by a configuration; gives the clipper, and the model that it must not outlive."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 1)
+    document = {
+        "policy": {"name": "skip_spikes", "sigma": 100.0},
+        "log": {"jsonl": str(path), "noise_scale": {"batch": 8, "micro_batches": 2, "every": 2}},
+    }
+    clipper = distclip.from_config(document, model)
+    if state is not None:
+        clipper.load_state_dict(state)
+    for step in steps:
+        model.zero_grad()
+        torch.manual_seed(step)
+        for _ in range(2):
+            (model(torch.randn(4, 4)).square().mean() / 2).backward()
+        clipper.clip_()
+    return clipper, model
+
+
+def test_a_configuration_logs_it_and_checkpoints_keep_it(tmp_path: Path) -> None:
+    whole, _model = logged(tmp_path / "whole.jsonl", range(7))
+    half, _model_of_half = logged(tmp_path / "half.jsonl", range(3))
+    file = io.BytesIO()
+    torch.save(half.state_dict(), file)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    resumed, _model_of_resumed = logged(tmp_path / "resumed.jsonl", range(3, 7), state)
+    assert resumed.last_report is not None
+    assert whole.last_report is not None
+    assert resumed.last_report.noise_scale == whole.last_report.noise_scale
+    # The checksum is of all that is in it.
+    assert resumed.state_dict()["version"] == whole.state_dict()["version"]
+    shown = lines(tmp_path / "whole.jsonl")
+    found = [line["noise_scale"] for line in shown]
+    assert len(found) == 7
+    assert found[0] == found[1] != found[2] == found[3]  # sampled in every second step
+    assert metrics(whole.last_report.to_dict())["grad_noise_scale"] == found[-1]
+    assert tensors(whole.last_report)["grad_noise_scale"] == pytest.approx(found[-1])
+    runs = read_runs(tmp_path / "whole.jsonl")
+    text = io.StringIO()
+    show(summaries(runs), text)
+    assert f"gradient noise scale {found[-1]:.3g} samples at step 6" in text.getvalue()
+    x, y = page_data(runs, summaries(runs))["runs"][0]["noise_scale"]
+    assert x == list(range(7))
+    assert y == pytest.approx(found, rel=1e-4)
+
+
+def test_a_state_of_another_follower_begins_anew_and_no_state_changes_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    clipper, model = logged(tmp_path / "a.jsonl", range(3))
+    state = clipper.state_dict()
+    plain = GradClipper(model, clipper.policy)
+    plain.load_state_dict(state)  # nothing follows there
+    (noise,) = (sink for sink in clipper.sinks if isinstance(sink, RankNoiseScale))
+    before = noise.state_dict()
+    clipper.load_state_dict(plain.state_dict())
+    assert noise.state_dict() == before
+    other = nn.Sequential(nn.Linear(4, 1))
+    measured = GradClipper(other, policies.measure())
+    following = RankNoiseScale(measured, batch=8, micro_batches=2)
+    measured.load_state_dict(state)
+    assert following.samples == 0
+    assert "the averages begin anew: RankNoiseScale: the state is of other" in caplog.text

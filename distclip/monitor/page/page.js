@@ -121,6 +121,13 @@
     chart(parent, title, 240, { sync: "steps", series, scales: { x: { time: false }, y: y === "log" ? { distr: 3, range: logRange } : { range: [0, 100] } }, axes: [steps(), axis({ size: 62, labelSize: 20, label: yAxis, ...(y === "log" ? { values: logTicks } : {}) })] }, values);
   }
 
+  function noise(run, i, parent) {
+    if (!run.noise_scale) return;
+    const [x, y] = run.noise_scale;
+    parent.append(el("h3", {}, "Gradient noise scale"), el("p", { class: "note" }, "About how many samples a step can use before more are wasted (McCandlish et al. 2018), a moving average. Steps without a value: nothing but noise so far."));
+    chart(parent, `Gradient noise scale of ${run.name}`, 200, { sync: "steps", series: [{ label: "step" }, { label: "samples", stroke: () => colour(i), width: 1.5, points: { show: x.length < 60 }, value: (u, v) => short(v) }], scales: { x: { time: false }, y: { distr: 3, range: logRange } }, axes: [steps(), axis({ size: 62, label: "samples (log scale)", labelSize: 20, values: logTicks })] }, [x, positive(y)]);
+  }
+
   function histogram(run, i, parent) {
     if (!run.histogram) return;
     parent.append(el("h3", {}, "How the norms before clipping are distributed"));
@@ -237,7 +244,7 @@
       if (run.summary.advice.length) section.append(el("ul", {}, ...run.summary.advice.map((a) => el("li", {}, a))));
       norms(run, i, section);
       if (data.runs.length === 1) share(section);
-      histogram(run, i, section); exponents(run, i, section); parameters(run, section);
+      noise(run, i, section); histogram(run, i, section); exponents(run, i, section); parameters(run, section);
     });
   }
 
