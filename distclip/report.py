@@ -66,8 +66,12 @@ class ClipReport:
     @cached_property
     def clipped_norm(self) -> Tensor:
         """Norm of all gradients after clipping."""
-        norm = combine_norms(self._walked.after, self._norm_type).to(self._dtype)
-        return torch.where(self.skipped, self.total_norm, norm)
+        # Up to this order, what float32 shows, from 1e-45 to 3e38, has powers in float64's range; and
+        # what would leave that range is 0 or inf in float32 anyway.
+        in_range = self._dtype is torch.float32 and self._norm_type <= 6.0
+        norm = combine_norms(self._walked.after, self._norm_type, in_range=in_range)
+        norm = norm.to(self._dtype)
+        return self._unless_skipped(norm, self.total_norm)
 
     @cached_property
     def coefficient(self) -> Tensor:
@@ -79,7 +83,7 @@ class ClipReport:
         least = (
             self._walked.smallest.min() if len(self.names) else self._walked.smallest.new_ones(())
         )
-        return torch.where(self.skipped, torch.ones_like(least), least).to(self._dtype)
+        return self._unless_skipped(least, 1.0).to(self._dtype)
 
     @cached_property
     def threshold(self) -> Tensor:
@@ -92,7 +96,7 @@ class ClipReport:
         fraction = (
             self._walked.clipped.mean() if len(self.names) else self._walked.clipped.new_zeros(())
         )
-        return torch.where(self.skipped, torch.zeros_like(fraction), fraction).to(self._dtype)
+        return self._unless_skipped(fraction, 0.0).to(self._dtype)
 
     @cached_property
     def weight_norm(self) -> Tensor:
@@ -259,13 +263,19 @@ class ClipReport:
             noise_scale=self.noise_scale,
         )
 
+    def _unless_skipped(self, value: Tensor, instead: Tensor | float) -> Tensor:
+        """``instead`` in a step that is to be skipped, where there may be such steps."""
+        if self._walked.skips_nothing:
+            return value
+        return torch.where(self.skipped, instead, value)
+
     @cached_property
     def _summary(self) -> HostCopy:
         scalars = [
             self.total_norm, self.clipped_norm, self.coefficient, self.threshold,
             self.clipped_fraction, self.skipped, self.weight_norm,
         ]  # fmt: skip
-        whole = torch.stack([scalar.double() for scalar in scalars])
+        whole = torch.stack([scalar.to(self._dtype) for scalar in scalars]).double()
         parts = [norm.reshape(1) for norm in self._walked.part_norms.values()]
         return HostCopy(torch.cat((whole, self._walked.nonfinite.double(), *parts)))
 

@@ -108,6 +108,17 @@ def test_norms_are_of_the_policys_order() -> None:
     assert report.total_norm.item() == 12.0
 
 
+@pytest.mark.parametrize("order", [0.5, 1.0, 2.0, 6.0, 12.0, math.inf])
+@pytest.mark.parametrize("size", [1e-44, 1.0, 2e38])
+def test_the_norm_after_clipping_at_the_ends_of_float32(size: float, order: float) -> None:
+    named = [(name, nn.Parameter(torch.ones(1))) for name in "ab"]
+    for _, parameter in named:
+        parameter.grad = torch.full_like(parameter, size)
+    report = GradClipper(named, policies.measure(order)).clip_()
+    assert report.clipped_norm == report.total_norm  # inf where that is beyond float32
+    assert report.total_norm > 0.0
+
+
 def test_the_norm_after_a_clamp_in_the_middle_is_not_invented() -> None:
     policy = policies.chain(policies.global_norm(10.0), policies.value(1.0))
     report = GradClipper(model(), policy).clip_()

@@ -175,6 +175,11 @@ class Walked:
         return {**self.__dict__, "apply": None, "_program": None, "_ledgers": []}
 
     @property
+    def skips_nothing(self) -> bool:
+        """Whether no step is ever skipped here, so that nobody has to ask the device."""
+        return self._program is not None and self.skipped is self._program.no_skip
+
+    @property
     def program(self) -> Program:
         """The compiled policy."""
         assert self._program is not None, "everything was computed before this was copied"

@@ -52,9 +52,9 @@ class LineFile:
     # ---- the file ------------------------------------------------------------------------
 
     def _write(self, line: bytes) -> None:
-        file = self._opened()
+        file, start = self._opened()
         data = b"\n" + line if self._torn else line
-        start, done = os.fstat(file.fileno()).st_size, 0
+        done = 0
         try:
             while done < len(data):
                 written = file.write(data[done:])
@@ -69,16 +69,19 @@ class LineFile:
             raise
         self._torn = False
 
-    def _opened(self) -> io.FileIO:
+    def _opened(self) -> tuple[io.FileIO, int]:
+        """The file, and its size."""
         file = self._file
-        if file is not None and os.fstat(file.fileno()).st_nlink == 0:
+        found = None if file is None else os.fstat(file.fileno())
+        if found is not None and found.st_nlink == 0:
             self._let_go()  # deleted: what is written there would be gone in silence
             file = None
-        if file is None:
+        if file is None or found is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._torn = _ends_within_a_line(self.path)
             file = self._file = open(self.path, "ab", buffering=0, opener=_open)  # noqa: SIM115
-        return file
+            found = os.fstat(file.fileno())
+        return file, found.st_size
 
     def _let_go(self) -> None:
         file, self._file = self._file, None

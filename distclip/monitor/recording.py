@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import logging
 import weakref
@@ -146,6 +147,7 @@ class _Queue:
         """The first step that the sink was called with."""
         self._states = states
         self._waiting: tuple[int, Fetch] | None = None
+        self._ends_at_exit = self._ended = False
 
     def put(self, step: int, fetch: Fetch) -> None:
         self._waiting = (step, fetch)
@@ -159,8 +161,17 @@ class _Queue:
         record = fetch()
         state = self._states.judge(step, record["total_norm"], bool(record["nonfinite"]))
         self.writer.write(step, {"state": state, **record}, self.first or 0)
+        if not self._ends_at_exit:
+            # After the tracker's own exit handler, which the first record has registered: the last
+            # to come is the first to run.
+            self._ends_at_exit = True
+            atexit.register(self.end)
 
     def end(self) -> None:
+        if self._ended:
+            return
+        self._ended = True
+        atexit.unregister(self.end)
         try:
             self.flush()
         except Exception as error:  # the device is gone, as at the end of a process

@@ -47,6 +47,8 @@ class TensorBoardSink(TrackerSink):
 
 
 class _TensorBoard:
+    waits = False
+
     def __init__(self, folder: str) -> None:
         self._folder = folder
         self._writer: Any = None
@@ -68,7 +70,9 @@ class WandbSink(TrackerSink):
     """Metrics of a run of Weights & Biases: the one that is active, or else a new one.
 
     The values are logged for the step of the clipper, or for the run's present step where that is
-    higher, since W&B drops what comes for an earlier one. They are drawn over ``clip_step``.
+    higher, since W&B drops what comes for an earlier one. They are drawn over ``clip_step``. A
+    thread logs them, and they are complete after :meth:`close`: call it before ``wandb.finish()``
+    in a run of yours. Where 1,000 records wait for W&B, further ones are lost and counted.
 
     Args:
         project: of a new run; None: W&B's default. Without effect where a run is active.
@@ -98,6 +102,8 @@ class WandbSink(TrackerSink):
 
 
 class _Wandb:
+    waits = True  # each call, and the run's step, is a message to W&B's service and back
+
     def __init__(self, project: str | None, prefix: str, init: dict[str, Any]) -> None:
         self._init = {"project": project, **init}
         self._clock = f"{prefix}clip_step"
@@ -156,6 +162,8 @@ class MLflowSink(TrackerSink):
 
 
 class _MLflow:
+    waits = False
+
     BATCH = 1000
     """Metrics that MLflow takes at once."""
 
@@ -231,6 +239,8 @@ class TrackioSink(TrackerSink):
 
 
 class _Trackio:
+    waits = False
+
     def __init__(self, project: str, init: dict[str, Any]) -> None:
         self._init = {"project": project, **init}
         self._run: Any = None
@@ -286,6 +296,8 @@ class AccelerateSink(TrackerSink):
 
 
 class _Accelerate:
+    waits = False
+
     def __init__(self, accelerator: Any) -> None:
         self._accelerator = accelerator
 

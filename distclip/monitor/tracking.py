@@ -5,12 +5,15 @@ from __future__ import annotations
 import importlib.util
 import logging
 import math
+import os
+import threading
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from distclip.common.exponents import from_log
 from distclip.common.foreign import clean
 from distclip.errors import DistclipError
+from distclip.monitor.background import WAITING, Background
 from distclip.monitor.recording import RecordingSink
 from distclip.monitor.states import States
 
@@ -68,7 +71,13 @@ def tensors(report: ClipReport) -> dict[str, Tensor]:
 
 
 class Tracker(Protocol):
-    """One tracker's own calls; they may raise anything."""
+    """One tracker's own calls; they may raise anything.
+
+    Attributes:
+        waits: whether ``log`` waits for another process, and so is called by a thread.
+    """
+
+    waits: bool
 
     def open(self, first: int) -> None:
         """Start or find the run; ``first`` is the first step that comes."""
@@ -81,37 +90,70 @@ class Tracker(Protocol):
 
 
 class _Guarded:
-    """Writes to a tracker, whose errors cost a record and not the training run."""
+    """Writes to a tracker, whose errors cost a record and not the training run.
+
+    A tracker that cannot be opened, which may take long to find out, is tried again after 1, 3, 7
+    and more records.
+    """
+
+    LONGEST = 1023
+    """Records from one attempt to open to the next."""
 
     def __init__(self, name: str, tracker: Tracker, prefix: str) -> None:
         self.lost = 0
         self._name, self._tracker, self._prefix = name, tracker, prefix
-        self._opened = False
+        self._process = 0
+        """That has opened the tracker; a fork of it leaves the tracker alone."""
+        self._counting = threading.Lock()
+        self._pause = self._left = 0
+        self._background = Background(self._log) if tracker.waits else None
 
     def write(self, step: int, record: dict[str, Any], first: int) -> None:
-        try:
-            if not self._opened:
-                self._tracker.open(first)
-                self._opened = True
-            values = {f"{self._prefix}{key}": value for key, value in metrics(record).items()}
-            self._tracker.log(step, values)
-        except Exception as error:
-            self._lose(error)
+        if not self._process and not self._open(first):
+            return
+        values = {f"{self._prefix}{key}": value for key, value in metrics(record).items()}
+        if self._background is None:
+            self._log(step, values)
+        elif not self._background.put(step, values):
+            self._lose(f"{WAITING} records are waiting for it")
 
     def end(self) -> None:
-        if not self._opened:
+        if self._process != os.getpid():
             return
+        if self._background is not None and (left := self._background.drain()):
+            self._lose(f"it does not answer, and {left} records are left", left)
         try:
             self._tracker.close()
         except Exception as error:
-            self._lose(error)
+            self._lose(f"{type(error).__name__}: {error}")
 
-    def _lose(self, error: Exception) -> None:
-        self.lost += 1
-        if self.lost == 1:
+    def _open(self, first: int) -> bool:
+        if self._left:
+            self._left -= 1
+            self.lost += 1
+            return False
+        try:
+            self._tracker.open(first)
+        except Exception as error:
+            self._left = self._pause = min(2 * self._pause + 1, self.LONGEST)
+            self._lose(f"{type(error).__name__}: {error}")
+            return False
+        self._process = os.getpid()
+        return True
+
+    def _log(self, step: int, values: dict[str, float]) -> None:
+        try:
+            self._tracker.log(step, values)
+        except Exception as error:
+            self._lose(f"{type(error).__name__}: {error}")
+
+    def _lose(self, why: str, records: int = 1) -> None:
+        with self._counting:
+            told, self.lost = self.lost > 0, self.lost + records
+        if not told:
             _logger.warning(
-                "%s took no record (%s: %s); training goes on, and every record tries again",
-                self._name, type(error).__name__, clean(error, 300),
+                "%s took no record (%s); training goes on, and later records try again",
+                self._name, clean(why, 300),
             )  # fmt: skip
 
 

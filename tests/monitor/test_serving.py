@@ -143,9 +143,14 @@ def test_only_on_the_loopback_address(tmp_path: Path) -> None:
 def test_the_command_ends_on_ctrl_c(tmp_path: Path) -> None:
     path = write(tmp_path / "r.jsonl", [record(0)])
     timer = threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT))
-    timer.start()
-    result = command("report", str(path), "--serve", "--port", "0")
-    timer.join()
+    # A shell that starts the tests in the background has them ignore it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        timer.start()
+        result = command("report", str(path), "--serve", "--port", "0")
+        timer.join()
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert result.code == 0, result.err
     found = re.search(r"page: http://127\.0\.0\.1:(\d+)/", result.out)
     assert found is not None

@@ -192,6 +192,8 @@ def test_accelerate_by_name(tmp_path: Path) -> None:
 
 
 class Broken:
+    waits = False
+
     def __init__(self, fails: int) -> None:
         self.fails, self.logged = fails, []
 
@@ -212,16 +214,16 @@ def test_a_tracker_that_fails_costs_records_and_no_run(caplog: pytest.LogCapture
     sink = TrackerSink(tracker, 1, False, "", None)
     model = torch.nn.Linear(1, 1)
     clipper = distclip.GradClipper(model, policies.measure(), sinks=sink)
-    for _ in range(4):
+    for _ in range(8):
         model(torch.ones(1)).backward()
         clipper.clip_()
     sink.close()
-    assert tracker.logged == [2, 3]
-    assert sink.lost == 3
+    assert tracker.logged == [6, 7]  # tried at 0, 2 and 6: it may take long to find out
+    assert sink.lost == 7
     told = [r.getMessage() for r in caplog.records if "took no record" in r.getMessage()]
     assert told == [
-        "TrackerSink took no record (OSError: no\\x1b[2J route); training goes on, and every "
-        "record tries again"
+        "TrackerSink took no record (OSError: no\\x1b[2J route); training goes on, and later "
+        "records try again"
     ]
 
 

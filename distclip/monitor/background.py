@@ -1,0 +1,60 @@
+"""Calls of a tracker that wait for another process, made by a thread in place of the training."""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+from collections.abc import Callable
+from typing import Any
+
+WAITING = 1000
+"""Records that may wait."""
+PATIENCE = 60.0
+"""Seconds that the end waits for them."""
+
+
+class Background:
+    """Hands records to a function one after another, in a thread of its own.
+
+    The thread is started by the first record, and by the first one after a fork, which leaves
+    threads behind.
+
+    Args:
+        log: called with step and values; raises nothing.
+    """
+
+    def __init__(self, log: Callable[[int, dict[str, float]], None]) -> None:
+        self._log = log
+        self._process = 0
+        self._records: queue.Queue[tuple[int, dict[str, float]] | None]
+        self._thread: threading.Thread
+
+    def put(self, step: int, values: dict[str, float]) -> bool:
+        """Hand a record on, without waiting; False where too many wait already."""
+        if self._process != os.getpid():
+            self._process, self._records = os.getpid(), queue.Queue(WAITING)
+            self._thread = threading.Thread(target=self._work, name="distclip sink", daemon=True)
+            self._thread.start()
+        try:
+            self._records.put_nowait((step, values))
+        except queue.Full:
+            return False
+        return True
+
+    def drain(self) -> int:
+        """Wait for what has been handed on, and end the thread; how many records are left."""
+        if self._process != os.getpid():
+            return 0
+        self._process = 0
+        try:
+            self._records.put(None, timeout=PATIENCE)
+        except queue.Full:
+            return self._records.qsize()
+        self._thread.join(PATIENCE)
+        return max(self._records.qsize() - 1, 0) if self._thread.is_alive() else 0
+
+    def _work(self) -> None:
+        records: Any = self._records
+        while (record := records.get()) is not None:
+            self._log(*record)

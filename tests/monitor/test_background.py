@@ -1,0 +1,157 @@
+"""Trackers whose calls wait for another process: the training does not, and no record is lost."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
+
+import pytest
+from reported import Report
+
+from distclip.monitor import background
+from distclip.monitor.tracking import TrackerSink
+
+
+class Slow:
+    """Logs when it is let to; every third step is an error."""
+
+    waits = True
+
+    def __init__(self, fails: bool = False) -> None:
+        self.logged: list[int] = []
+        self.threads: set[int] = set()
+        self.closed = 0
+        self.go = threading.Event()
+        self._fails = fails
+
+    def open(self, first: int) -> None:
+        self.threads.add(threading.get_ident())
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        assert self.go.wait(30)
+        if self._fails and step % 3 == 0:
+            raise OSError("no route")
+        self.logged.append(step)
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+class Numbers(Report):
+    def to_dict(self, *, per_parameter: bool = True) -> dict[str, object]:
+        return {"total_norm": 1.0, "threshold": 1.0, "nonfinite": []}
+
+
+def sink_of(tracker: Slow) -> TrackerSink:
+    return TrackerSink(tracker, 1, False, "", None)
+
+
+def test_the_training_does_not_wait_and_the_end_does() -> None:
+    tracker = Slow()
+    sink = sink_of(tracker)
+    for step in range(20):
+        sink(step, Numbers())
+    assert tracker.logged == []
+    assert tracker.threads == {threading.get_ident()}  # trackers know their run by its thread
+    tracker.go.set()
+    sink.close()
+    assert tracker.logged == [*range(20)]
+    assert (tracker.closed, sink.lost) == (1, 0)
+    assert "distclip sink" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_what_it_raises_and_what_it_cannot_take_is_counted(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracker = Slow(fails=True)
+    tracker.go.set()
+    with sink_of(tracker) as sink:
+        for step in range(9):
+            sink(step, Numbers())
+    assert tracker.logged == [1, 2, 4, 5, 7, 8]
+    assert sink.lost == 3
+    assert [r.getMessage() for r in caplog.records if "took no record" in r.getMessage()] == [
+        "TrackerSink took no record (OSError: no route); training goes on, and later records try "
+        "again"
+    ]
+    monkeypatch.setattr(background, "WAITING", 4)
+    tracker = Slow()
+    sink = sink_of(tracker)
+    for step in range(20):
+        sink(step, Numbers())
+    assert sink.lost in (15, 16)  # one may be with the tracker already
+    tracker.go.set()
+    sink.close()
+    assert len(tracker.logged) == 20 - sink.lost
+
+
+def test_a_tracker_that_never_answers_does_not_keep_the_process(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(background, "PATIENCE", 0.2)
+    tracker = Slow()
+    sink = sink_of(tracker)
+    for step in range(5):
+        sink(step, Numbers())
+    sink.close()
+    assert sink.lost in (4, 5)
+    assert "it does not answer" in caplog.text
+    tracker.go.set()
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_fork_neither_waits_for_the_thread_nor_ends_the_run() -> None:
+    tracker = Slow()
+    tracker.go.set()
+    sink = sink_of(tracker)
+    sink(0, Numbers())
+    child = os.fork()
+    if child == 0:  # a data loader's worker, or what goes on with the training
+        sink(1, Numbers())
+        sink._queue.writer._background.drain()  # type: ignore[attr-defined]
+        sink.close()
+        os._exit(10 * tracker.closed + len(tracker.logged[-1:]) + (tracker.logged[-1] != 1))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+    sink.close()
+    assert (tracker.logged, tracker.closed) == ([0], 1)
+
+
+def test_what_waits_at_the_end_of_the_process_is_written(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import atexit, time
+            from distclip.monitor.tracking import TrackerSink
+
+            class Tracker:
+                waits = True
+                running = True
+                def open(self, first):
+                    atexit.register(self.finish)
+                def finish(self):
+                    self.running = False
+                def log(self, step, values):
+                    time.sleep(0.05)
+                    print(step, self.running, flush=True)
+                def close(self):
+                    print("closed", flush=True)
+
+            class Report:
+                def to_dict(self, *, per_parameter):
+                    return {"total_norm": 1.0, "threshold": 1.0, "nonfinite": []}
+
+            sink = TrackerSink(Tracker(), 1, False, "", None)
+            for step in range(5):
+                sink(step, Report())
+            """
+        )
+    )
+    done = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.split("\n") == [*(f"{n} True" for n in range(5)), "closed", ""], done.stderr
