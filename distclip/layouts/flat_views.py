@@ -6,14 +6,13 @@ import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from distclip.errors import UnsupportedGradientError
-from distclip.kernels.look import Kinds, Look, look
 from distclip.layouts import plain
+from distclip.layouts.boxes import Boxes
 from distclip.layouts.piece import Claimed, Holder, Piece
 
 _grad = operator.attrgetter("grad")
@@ -38,8 +37,12 @@ class Source:
         Raises:
             UnsupportedGradientError: it is gathered, or its gradient is not reduced.
         """
+        refuse_unsharded(self.name, self.hold())
+        return self.tensor()
+
+    def tensor(self) -> Tensor:
+        """The same, sharded or not."""
         flattened: Any = self.hold()
-        refuse_unsharded(self.name, flattened)
         found: Tensor = flattened if self.index is None else flattened._params[self.index]
         return found
 
@@ -77,6 +80,11 @@ class Cut:
         shape = tuple(extents[place] for place in places)
         return cls(source, first, shape, tuple(strides[place] for place in places))
 
+    @property
+    def numel(self) -> int:
+        """How many elements it has."""
+        return math.prod(self.shape)
+
     def is_row_major(self) -> bool:
         """Whether the box is contiguous; not so where the parameter has its channels last."""
         steps = [math.prod(self.shape[dim + 1 :]) for dim in range(len(self.shape))]
@@ -103,97 +111,28 @@ class Cut:
 
 def at_once(pieces: Sequence[Piece]) -> Claimed | None:
     """For :mod:`distclip.layouts.fetching`: boxes out of flat tensors."""
-    cuts: list[Cut] = []
-    places = []
-    for place, piece in enumerate(pieces):
-        owner = getattr(piece.gradient, "__self__", None)
-        if isinstance(owner, Cut):
-            cuts.append(owner)
-            places.append(place)
-    return (places, _AtOnce(cuts)) if cuts else None
+    found = [
+        (place, owner)
+        for place, piece in enumerate(pieces)
+        if isinstance(owner := getattr(piece.gradient, "__self__", None), Cut)
+    ]
+    if not found:
+        return None
+    cuts = [cut for _, cut in found]
+    # Many parameters, each with a source of its own name, lie in one flat tensor.
+    tensors = {(id(cut.source.hold), cut.source.index): cut.source for cut in cuts}
+    number = {tensor: each for each, tensor in enumerate(tensors)}
+    sources = list(tensors.values())
+    flats = list({id(source.hold): source.hold for source in sources}.values())
 
-
-class _AtOnce:
-    """Every check once for each flat tensor; of the boxes only the addresses are made."""
-
-    def __init__(self, cuts: Sequence[Cut]) -> None:
-        self._cuts = cuts
-        # Many parameters, each with a source of its own name, lie in one flat tensor.
-        tensors = {(id(cut.source.hold), cut.source.index): cut.source for cut in cuts}
-        self._sources = list(tensors.values())
-        self._flats = list({id(s.hold): s.hold for s in self._sources}.values())
-        number = {tensor: each for each, tensor in enumerate(tensors)}
-        owners = [number[id(cut.source.hold), cut.source.index] for cut in cuts]
-        self._owner = np.array(owners, np.int64)
-        self._first = np.array([cut.first for cut in cuts], np.int64)
-        self._expected = [source.numel for source in self._sources]
-        self._numels = np.array([math.prod(cut.shape) for cut in cuts], np.int64)
-        self._row_major = all(cut.is_row_major() for cut in cuts)
-        self._offset = self._first
-        self._known: tuple[Kinds, Kinds] | None = None
-        """Of the flat tensors, and of the boxes."""
-
-    def __call__(self) -> tuple[Sequence[Tensor | None], Look] | None:
-        flats: list[Any] = [hold() for hold in self._flats]
-        if not all(map(_is_ready, flats)):
+    def fetch() -> list[Tensor | None] | None:
+        if not all(map(_is_ready, [hold() for hold in flats])):
             return None
-        parameters: list[Any] = [
-            source.hold() if source.index is None else source.hold()._params[source.index]  # type: ignore[attr-defined]
-            for source in self._sources
-        ]
-        whole = list(map(_grad, parameters))
-        if set(map(type, whole)) != {Tensor}:
-            return self._of_some([gradient is None for gradient in whole])
-        seen = look(whole)
-        if seen is None or not np.array_equal(seen.numels, self._expected):
-            return None
-        views = _Views(whole, self._owner, self._cuts)
-        seen, kinds = self._kinds_of(seen)
-        at = seen.addresses[self._owner] + self._offset
-        return views, Look(views, kinds, at, seen.row_major and self._row_major, seen)
+        return list(map(_grad, [source.tensor() for source in sources]))
 
-    def _kinds_of(self, seen: Look) -> tuple[Look, Kinds]:
-        """The look at the flat tensors, and what the boxes in them are."""
-        if self._known is None or self._known[0] != seen.kinds:
-            self._offset = self._first * np.array([d.itemsize for d in seen.dtypes])[self._owner]
-            dtypes = [seen.dtypes[each] for each in self._owner.tolist()]
-            self._known = seen.kinds, Kinds(dtypes, self._numels, seen.on_host)
-        whole, kinds = self._known
-        return seen.known(whole), kinds
-
-    def _of_some(self, missing: Sequence[bool]) -> tuple[Sequence[Tensor | None], Look] | None:
-        """Where some flat tensors have no gradient."""
-        places = [place for place, owner in enumerate(self._owner) if not missing[owner]]
-        if not places or not any(missing):
-            return None
-        found = _AtOnce([self._cuts[place] for place in places])()
-        if found is None:
-            return None
-        gradients: list[Tensor | None] = [None] * len(self._cuts)
-        for place, gradient in zip(places, found[0], strict=True):
-            gradients[place] = gradient
-        return gradients, found[1]
-
-
-class _Views(Sequence[Tensor]):
-    """Boxes out of flat tensors, each made when it is asked for."""
-
-    def __init__(self, whole: Sequence[Tensor], owner: Any, cuts: Sequence[Cut]) -> None:
-        self._whole, self._owner, self._cuts = whole, owner, cuts
-
-    def __len__(self) -> int:
-        return len(self._cuts)
-
-    @overload
-    def __getitem__(self, place: int) -> Tensor: ...
-
-    @overload
-    def __getitem__(self, place: slice) -> Sequence[Tensor]: ...
-
-    def __getitem__(self, place: int | slice) -> Tensor | Sequence[Tensor]:
-        if isinstance(place, slice):
-            return [self[each] for each in range(*place.indices(len(self)))]
-        return self._cuts[place].view_of(self._whole[self._owner[place]])
+    owner = [number[id(cut.source.hold), cut.source.index] for cut in cuts]
+    boxes = Boxes(cuts, owner, [source.numel for source in sources], fetch)
+    return [place for place, _ in found], boxes
 
 
 def _is_ready(flattened: Any) -> bool:

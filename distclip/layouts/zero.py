@@ -21,7 +21,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from distclip.errors import UnsupportedGradientError
 from distclip.layouts import declared, flat, plain
-from distclip.layouts.piece import Described, Entry, Layout, Piece
+from distclip.layouts.boxes import Boxes
+from distclip.layouts.piece import Claimed, Described, Entry, Layout, Piece
 
 _marked: Any = WeakIdKeyDictionary()
 """Parameter -> Extent. Not an attribute: those travel with copies and pickles of a model."""
@@ -74,12 +75,20 @@ class Cut:
 
     def __call__(self) -> Tensor | None:
         whole = self.stretch.gradient()
-        if whole is None:
-            return None
-        plain.check_dense(self.name, whole)
-        if tuple(whole.shape) == self.extents:
-            return whole
-        return self._of(whole.reshape(-1), self.first)
+        return None if whole is None else self.view_of(plain.check_dense(self.name, whole))
+
+    @property
+    def numel(self) -> int:
+        """How many elements it has."""
+        return math.prod(self.extents)
+
+    def is_row_major(self) -> bool:
+        """Whether its elements lie in row-major order."""
+        return True
+
+    def view_of(self, whole: Tensor) -> Tensor:
+        """The box out of the stretch's gradient, or that itself where it has kept its shape."""
+        return whole if whole.shape == self.extents else self._of(whole.reshape(-1), self.first)
 
     def of_owner(self, buffer: Tensor) -> Tensor:
         """The box in a flat tensor laid out like the owner: its gradient or its values."""
@@ -90,7 +99,7 @@ class Cut:
         return self.of_owner(self.stretch.owner.detach())
 
     def _of(self, buffer: Tensor, first: int) -> Tensor:
-        return buffer[first : first + math.prod(self.extents)].view(self.extents)
+        return buffer[first : first + self.numel].view(self.extents)
 
 
 def mark(parameter: Tensor, extent: Extent | None) -> None:
@@ -346,4 +355,20 @@ def _found(name: str, parameter: Tensor) -> list[Described] | None:
     return None
 
 
-LAYOUT = Layout(_found)
+def at_once(pieces: Sequence[Piece]) -> Claimed | None:
+    """For :mod:`distclip.layouts.fetching`: boxes out of stretches."""
+    places = [place for place, piece in enumerate(pieces) if isinstance(piece.gradient, Cut)]
+    if not places:
+        return None
+    cuts = [cast(Cut, pieces[place].gradient) for place in places]
+    stretches = list({id(cut.stretch): cut.stretch for cut in cuts}.values())
+    number = {id(stretch): each for each, stretch in enumerate(stretches)}
+
+    def fetch() -> list[Tensor | None]:
+        return [stretch.gradient() for stretch in stretches]
+
+    owner = [number[id(cut.stretch)] for cut in cuts]
+    return places, Boxes(cuts, owner, [stretch.numel for stretch in stretches], fetch)
+
+
+LAYOUT = Layout(_found, at_once)
