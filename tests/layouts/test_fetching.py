@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 from distclip.kernels.look import Kinds, look, there
+from distclip.layouts import zero
 from distclip.layouts.detect import describe
 from distclip.layouts.names import named_parameters
 from distclip.layouts.plan import Plan, local_plan
@@ -157,4 +159,54 @@ def test_a_gradient_in_other_placements_is_left_to_the_pieces() -> None:
     plan = plan_of(model)
     gradient: Tensor = model.body.weight.grad
     model.body.weight.grad = gradient.redistribute(placements=[Replicate()])  # type: ignore[attr-defined]
+    assert plan.fetching() is None
+
+
+def stretched(sizes: list[tuple[tuple[int, ...], int, int]]) -> tuple[list[Tensor], list[Any]]:
+    """Parameters of these shapes, of which ZeRO has put ``start : stop`` here; and gradients."""
+    parameters: list[Tensor] = []
+    gradients: list[Any] = []
+    for number, (shape, start, stop) in enumerate(sizes):
+        parameter = nn.Parameter(torch.randn(shape))
+        gradients.append(torch.randn(stop - start))
+        fetch = functools.partial(gradients.__getitem__, number)
+        stretch = zero.Stretch(start, stop - start, torch.zeros(stop), 0, fetch)
+        zero.mark(parameter, zero.Extent((stretch,), (start,) if start else (), (0, 1)))
+        parameters.append(parameter)
+    return parameters, gradients
+
+
+def test_stretches_of_zero_are_fetched_once_and_give_every_box() -> None:
+    parameters, gradients = stretched([((5, 3), 4, 13), ((4,), 0, 4), ((2, 3, 4), 5, 21)])
+    plan = plan_of(parameters)
+    assert len(plan.pieces) > 5  # a stretch that begins and ends within rows is several boxes
+    assert compare(plan) == len(plan.pieces)
+    gradients[2] = gradients[2].double()  # other addresses, and other sizes of elements
+    assert compare(plan) == len(plan.pieces)
+    gradients[0] = None
+    assert 0 < compare(plan) < len(plan.pieces)
+    gradients[0] = torch.randn(9)
+    assert compare(plan) == len(plan.pieces)
+
+
+def test_a_gradient_that_has_kept_its_shape_is_its_box() -> None:
+    parameters, gradients = stretched([((2, 3, 4, 4), 0, 96), ((4,), 0, 4)])
+    plan = plan_of(parameters)
+    gradients[0] = torch.randn(2, 3, 4, 4)
+    assert compare(plan) == 2
+    gradients[0] = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
+    assert compare(plan) == 2
+    found = plan.fetching()
+    assert found is not None
+    assert found.seen is not None
+    assert not found.seen.row_major  # so that rows are not looked for where they are not
+
+
+def test_what_is_odd_in_a_stretch_is_left_to_the_pieces() -> None:
+    parameters, gradients = stretched([((5, 3), 4, 13), ((4,), 0, 4)])
+    plan = plan_of(parameters)
+    for odd in (torch.randn(18)[::2], torch.randn(7), torch.randn(9).to_sparse()):
+        gradients[0] = odd
+        assert plan.fetching() is None
+    gradients[:] = [None, None]
     assert plan.fetching() is None
