@@ -31,6 +31,7 @@ class Acting:
         program: the compiled policy.
         units: float64 ``(whole.size,)``, what this rank decided on units that lie whole on it; None
             where all are 1.
+        kept: positions of the pieces that the clamp at the head of the pass leaves as they are.
         ledger: what was decided on all ranks.
         skip: 0-dim bool: change nothing.
         dropped: bool ``(parameters,)``: these gradients become 0.
@@ -38,6 +39,7 @@ class Acting:
 
     program: Program
     units: Tensor | None
+    kept: frozenset[int]
     ledger: Ledger
     skip: Tensor
     dropped: Tensor | None
@@ -48,13 +50,13 @@ class Acting:
             return False
         if self.skip is not self.program.no_skip and bool(self.skip):
             return True
-        return self.ledger.is_idle() and self.units is None
+        return self.units is None and self.ledger.is_idle(clamps=self._clamps())
 
     def factor(self) -> float | Tensor | None:
         """The number, or 0-dim tensor, that everything is multiplied by; None: it is not so."""
         if self.is_idle():
             return 1.0
-        if self.dropped is not None or self.units is not None or not self.ledger.is_uniform():
+        if not self._is_uniform():
             return None
         coefficient = cast(Tensor, self.ledger.rounds[0].coefficients)
         if self.program.plan.device.type == "cpu":
@@ -93,7 +95,10 @@ class Acting:
             return
         for number, turn in enumerate(ledger.rounds):
             sure = on_host or skip is self.program.no_skip
-            _clamp(plan, present, turn, loss_scale, None if sure else skip)
+            bounded = present
+            if number == 0 and self.kept:
+                bounded = [each for each in present if each[0] not in self.kept]
+            _clamp(plan, bounded, turn, loss_scale, None if sure else skip)
             units = self._unit_factors(number, turn)
             whole: Sequence[tuple[int, Tensor]] = present
             if units is not None:
@@ -114,9 +119,13 @@ class Acting:
         else:
             self(local.pairs(), loss_scale, seen)
 
+    def _clamps(self) -> bool:
+        """Whether the clamp at the head of the pass may change anything on this rank."""
+        return not self.ledger.one.survey.clamped <= self.kept
+
     def _is_uniform(self) -> bool:
         uniform = self.dropped is None and self.units is None
-        return uniform and self.ledger.is_uniform()
+        return uniform and self.ledger.is_uniform(clamps=self._clamps())
 
     def _common(self) -> Tensor:
         return self._unless_skipped(cast(Tensor, self.ledger.rounds[0].coefficients))

@@ -181,21 +181,25 @@ class Ledger:
             share = torch.maximum(share, counts / self.one.survey.unit_counts)
         return share
 
-    def is_idle(self) -> bool:
-        """Whether nothing is to be done to any gradient. Reads the host."""
+    def is_idle(self, *, clamps: bool) -> bool:
+        """Whether nothing is to be done to any gradient. Reads the host.
+
+        Args:
+            clamps: whether the clamp at the head of the pass may change anything here.
+        """
         return all(
-            not turn.bounds
+            not (turn.bounds and (clamps or number > 0))
             and (turn.units is None or bool((turn.units == 1.0).all()))
             and (turn.coefficients is None or _is_one(turn.coefficients))
-            for turn in self.rounds
+            for number, turn in enumerate(self.rounds)
         )
 
-    def is_uniform(self) -> bool:
+    def is_uniform(self, *, clamps: bool) -> bool:
         """Whether every gradient is multiplied by the same coefficient, and that is all."""
         turn = self.rounds[0]
         return (
             len(self.rounds) == 1
-            and not turn.bounds
+            and not (turn.bounds and clamps)
             and turn.units is None
             and turn.coefficients is not None
             and turn.coefficients.dim() == 0

@@ -250,14 +250,17 @@ class _Going:
         """Change the gradients, or leave that to who is to do it."""
         program, walked, terms = self.program, self.walked, self.terms
         dropped = self._dropped if self.first else None
-        acting = Acting(program, self.local.coefficients, self.ledger, walked.skipped, dropped)
+        local = self.local
+        acting = Acting(
+            program, local.coefficients, local.kept, self.ledger, walked.skipped, dropped
+        )
         if dropped is not None:
-            acting.drop(self.local.pairs())
+            acting.drop(local.pairs())
         fold = terms.fold if self.last else None
         if terms.later and self.last:
             walked.apply = acting
         elif not acting.is_idle() and not (fold and fold(acting.factor())):
-            acting.on(self.local, terms.loss_scale)
+            acting.on(local, terms.loss_scale)
 
 
 def _rehearse(program: Program, states: States) -> None:

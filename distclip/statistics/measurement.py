@@ -181,7 +181,9 @@ def _measure_norms(survey: Survey, local: Local, scratch: Scratch, early: Early 
     plan, request, table = survey.plan, survey.request, survey.table
     counted = _counted(survey, local.present)
     of_all = counted is local.present
-    bounds = [request.bounds.get(piece.index) for piece in plan.pieces] if request.bounds else None
+    bounds = survey.bounds
+    # A norm of the host is compared with the bound before anything is read as if clamped.
+    reads = bounds is not None and plan.device.type == "cpu"
     if early is not None:
         counted = early.rest(counted, range(len(counted)))
         of_all = False
@@ -192,7 +194,7 @@ def _measure_norms(survey: Survey, local: Local, scratch: Scratch, early: Early 
             norms = measuring.norms(
                 counted,
                 order,
-                bounds,
+                None if reads else bounds,
                 device=plan.device,
                 tables=scratch.tables,
                 what="gradients",
@@ -200,11 +202,49 @@ def _measure_norms(survey: Survey, local: Local, scratch: Scratch, early: Early 
             )
             if early is not None:
                 early.insert(norms, order)
+        if reads and bounds is not None:
+            local.raw[order] = norms
+            norms = _as_clamped(counted, norms, order, bounds, local, scratch)
         if table.positions:
             units = local.unit_norms[order]
             whole = piece_norms(plan, units, table.local, table.index, scratch.tables, order)
             norms.index_copy_(0, table.index, whole)
         local.norms[order] = norms
+
+
+def _as_clamped(
+    counted: Tensors,
+    raw: Tensor,
+    order: float,
+    bounds: Sequence[float | None],
+    local: Local,
+    scratch: Scratch,
+) -> Tensor:
+    """Norms of host tensors as if clamped, from their norms as they are.
+
+    No element is larger than a norm of the whole: only where that exceeds the bound is anything
+    read once more, and clamped.
+    """
+    limits = scratch.tables.remembered("limits", bounds, lambda: _limits(bounds))
+    within = (raw <= limits).tolist()
+    local.kept = frozenset(
+        position
+        for position, (inside, each) in enumerate(zip(within, counted, strict=True))
+        if inside and each is not None
+    )
+    if all(within):
+        return raw
+    exceeding = [None if inside else each for inside, each in zip(within, counted, strict=True)]
+    clamped = measuring.norms(
+        exceeding, order, bounds, device=raw.device, tables=scratch.tables, what="clamped"
+    )
+    return torch.where(torch.tensor(within), raw, clamped)
+
+
+def _limits(bounds: Sequence[float | None]) -> Tensor:
+    """Norms that are below their bound, whatever they were rounded to; inf without a bound."""
+    limits = [math.inf if bound is None else bound for bound in bounds]
+    return torch.tensor(limits, dtype=torch.float64) * (1.0 - 2.0**-40)
 
 
 def _counted(survey: Survey, present: Tensors) -> Tensors:
@@ -232,16 +272,25 @@ def _exponents(plan: Plan, local: Local) -> Tensor:
 def _measure_raw(survey: Survey, local: Local) -> None:
     """Norms as they are before the clamping: only clamped pieces are read once more."""
     plan, request = survey.plan, survey.request
-    clamped: list[Tensor | None] = [
-        gradient if piece.index in request.bounds and piece.share > 0.0 else None
-        for piece, gradient in zip(plan.pieces, local.present, strict=True)
-    ]
-    chosen = to_device([piece.index in request.bounds for piece in plan.pieces], plan.device) > 0
-    # In the same way as with a bound, so that they differ only where something was clamped.
-    unbounded = [math.inf] * len(clamped)
+    known, numbers = local.raw, survey.table.numbers
+    local.raw = {}
     for order in request.raw_orders:
-        raw = measuring.norms(clamped, order, unbounded, device=plan.device)
-        local.raw[order] = torch.where(chosen, raw, local.norms[order])
+        unread = survey.clamped if order not in known else survey.clamped & numbers.keys()
+        clamped: list[Tensor | None] = [
+            gradient if position in unread and plan.pieces[position].share > 0.0 else None
+            for position, gradient in enumerate(local.present)
+        ]
+        norms = known.get(order, local.norms[order])
+        if order in known and numbers:  # of pieces that have units nothing is in it yet
+            index = survey.table.index
+            norms = norms.index_copy(0, index, local.norms[order][index])
+        if unread:
+            # In the same way as with a bound, so that they differ only where something was clamped.
+            unbounded = [math.inf] * len(clamped)
+            raw = measuring.norms(clamped, order, unbounded, device=plan.device)
+            chosen = [position in unread for position in range(len(clamped))]
+            norms = torch.where(to_device(chosen, plan.device) > 0, raw, norms)
+        local.raw[order] = norms
 
 
 def _measure_weights(survey: Survey, weights: Tensors, local: Local, scratch: Scratch) -> None:
@@ -279,9 +328,7 @@ def _measure_units(
         unread = {n for n in local.missing if n < table.decided or not table.trainable[n]}
         unread |= table.uncounted
         weighted = [None if n in unread else each for n, each in enumerate(weighted)]
-    bounds = None
-    if request.bounds:
-        bounds = [request.bounds.get(plan.pieces[position].index) for position in table.positions]
+    bounds = None if survey.bounds is None else table.of(survey.bounds)
 
     def of(tensors: Tensors, order: float, what: str) -> Tensor:
         return measuring.unit_norms(

@@ -44,6 +44,18 @@ class Survey:
         return self if request is self.request else replace(self, request=request)
 
     @cached_property
+    def bounds(self) -> list[float | None] | None:
+        """Per piece here, what it is measured as if clamped to; None where none is."""
+        bounds = self.request.bounds
+        return [bounds.get(piece.index) for piece in self.plan.pieces] if bounds else None
+
+    @cached_property
+    def clamped(self) -> frozenset[int]:
+        """Positions of the pieces here that are measured as if clamped."""
+        bounds = self.request.bounds
+        return frozenset(p for p, piece in enumerate(self.plan.pieces) if piece.index in bounds)
+
+    @cached_property
     def unit_counts(self) -> Tensor:
         """float64 ``(parameters,)``: how many units each has; 1 where it is one."""
         dims = self.request.unit_dims
@@ -66,6 +78,7 @@ class Local:
         trouble: what went wrong here; every rank has to learn of it before anybody raises.
         norms: order -> float64 ``(pieces,)``, 0 where not measured or not counted.
         raw: the same without the clamping, for ``raw_orders``.
+        kept: positions of the pieces that their clamp is known to leave as they are.
         weights: order -> float64 ``(pieces,)``.
         unit_norms: order -> float64 ``(local.size,)`` of :class:`UnitTable`, 0 where a gradient is
             missing.
@@ -88,6 +101,7 @@ class Local:
     trouble: DistclipError | None = None
     norms: dict[float, Tensor] = field(default_factory=dict)
     raw: dict[float, Tensor] = field(default_factory=dict)
+    kept: frozenset[int] = frozenset()
     weights: dict[float, Tensor] = field(default_factory=dict)
     unit_norms: dict[float, Tensor] = field(default_factory=dict)
     unit_weights: dict[float, Tensor] = field(default_factory=dict)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 import distclip
 from distclip import policies
+from distclip.kernels import changing, measuring
 from tests.policies.golden import assert_golden, clip, parameters
 
 RTOL = 1e-6
@@ -19,3 +25,88 @@ def test_value(golden: dict[str, np.ndarray], maker: str) -> None:
     have = parameters(golden)
     distclip.clip_grad_value_(have.values(), 0.05)
     assert_golden(have, golden, maker, rtol=0.0)
+
+
+BOUND = 0.3
+
+
+def drawn(dtype: torch.dtype) -> list[nn.Parameter]:
+    """Of tensors far below the bound, below it but in norm, at it, above it, odd, and without."""
+    values = [
+        torch.full((3, 4), 1e-3),
+        torch.full((40, 50), 0.9 * BOUND),
+        torch.full((5,), BOUND),
+        torch.tensor([BOUND * (1 + 2.0**-20), 0.0]),
+        torch.linspace(-1.0, 1.0, 63).reshape(9, 7),
+        torch.tensor([math.nan, 1.0, 0.1]),
+        torch.tensor([math.inf, -math.inf, 1e-3]),
+        torch.zeros(0, 4),
+    ]
+    found = [nn.Parameter(torch.zeros(each.shape, dtype=dtype)) for each in [*values, values[0]]]
+    for parameter, value in zip(found, values, strict=False):
+        parameter.grad = value.to(dtype)
+    return found
+
+
+def norm_of(gradient: torch.Tensor, order: float) -> float:
+    values = gradient.double().flatten()
+    return torch.linalg.vector_norm(values, order).item() if values.numel() else 0.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("order", [1.0, 2.0, math.inf])
+def test_what_is_read_once_is_clamped_and_measured_as_ever(
+    dtype: torch.dtype, order: float
+) -> None:
+    held = float(torch.tensor(BOUND, dtype=torch.float64).to(dtype))
+    names = [f"p{number}" for number in range(9)]
+    have, want = drawn(dtype), drawn(dtype)
+    policy = policies.chain(policies.value(BOUND), policies.global_norm(math.inf, order))
+    target = list(zip(names, have, strict=True))
+    report = distclip.GradClipper(target, policy, on_nonfinite="pass").clip_()
+    after = []
+    for name, one, other in zip(names, have, want, strict=True):
+        gradient = other.grad
+        if gradient is None:
+            assert one.grad is None
+            after.append(0.0)
+            continue
+        raw = norm_of(gradient, order)
+        assert report.parameter_norms[name] == pytest.approx(raw, rel=1e-12, nan_ok=True)
+        gradient.clamp_(-held, held)
+        assert torch.equal(one.grad.nan_to_num(7.0), gradient.nan_to_num(7.0))  # type: ignore[union-attr]
+        after.append(norm_of(gradient, order))
+    assert report._walked.after.tolist() == pytest.approx(after, rel=1e-12, nan_ok=True)
+    changed = [
+        not torch.equal(one.grad, two.grad)  # type: ignore[arg-type]
+        for one, two in zip(have, drawn(dtype), strict=True)
+        if two.grad is not None and not two.grad.isnan().any()
+    ]
+    assert int((report._walked.clipped > 0).sum()) == sum(changed)
+
+
+def test_a_clamp_that_can_change_nothing_is_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is anything read again: no element is larger than the norm of its tensor."""
+    parameters = [nn.Parameter(torch.zeros(5)), nn.Parameter(torch.zeros(3))]
+    clipper = distclip.GradClipper(parameters, policies.value(1.0))
+    sizes: list[int] = []
+    reads: list[int] = []
+    clamp_, norms = changing.clamp_, measuring.norms
+
+    def clamping(some: Any, bounds: Any) -> None:
+        sizes.append(len(some))
+        clamp_(some, bounds)
+
+    def reading(some: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        reads.append(sum(each is not None for each in some))
+        return norms(some, *args, **kwargs)
+
+    monkeypatch.setattr(changing, "clamp_", clamping)
+    monkeypatch.setattr(measuring, "norms", reading)
+    parameters[0].grad, parameters[1].grad = torch.full((5,), 0.1), torch.full((3,), -0.5)
+    clipper.clip_()
+    assert (reads, sizes) == ([2], [])
+    parameters[1].grad = torch.full((3,), -0.9)  # its norm exceeds the bound, no element does
+    report = clipper.clip_()
+    assert (reads, sizes) == ([2, 2, 1], [1])
+    assert report.clipped_fraction.item() == 0.0
