@@ -9,11 +9,10 @@ from torch import Tensor
 
 from distclip.config import Config
 from distclip.errors import DistclipError
+from distclip.integrations.deepspeed_modes import ONE_BIT, REASONS
 from distclip.layouts.names import named_parameters
 
 _logger = logging.getLogger("distclip.deepspeed")
-
-_OWN_REDUCTION = ("OnebitAdam", "ZeroOneAdam", "OnebitLamb")
 
 
 def refuse(engine: Any) -> None:
@@ -25,35 +24,24 @@ def refuse(engine: Any) -> None:
             "deepspeed.initialize, or an optimizer section in the JSON"
         )
     inner = type(getattr(outer, "optimizer", outer)).__name__
+    expert = getattr(engine._config, "expert_parallel_config", None)
     reasons = {
         "pipeline parallelism was not run with distclip": getattr(
             engine, "pipeline_parallelism", False
         ),
-        "fp16 at ZeRO stage 0: DeepSpeed 0.19.8 unscales the gradients but never scales the loss; "
-        "use bf16, or fp16 with ZeRO stage 1": engine.fp16_enabled()
-        and not engine.zero_optimization(),
-        "optimizer states on NVMe are not in memory when their weights are measured": getattr(
-            outer, "swap_optimizer", False
-        ),
-        f"{inner} reduces gradients itself, in its step": inner in _OWN_REDUCTION,
-        "Muon transforms gradients before DeepSpeed's norm, which distclip replaces": "Muon"
-        in inner,
+        REASONS["fp16 at stage 0"]: engine.fp16_enabled() and not engine.zero_optimization(),
+        REASONS["nvme"]: getattr(outer, "swap_optimizer", False),
+        REASONS["one bit"]: inner in ONE_BIT,
+        REASONS["muon"]: "Muon" in inner and engine.zero_optimization(),
         "fp16 under torch.autocast scales inside of the step": getattr(
             outer, "torch_autocast_gradscaler", None
         )
         or getattr(engine, "torch_autocast_z0_gradscaler", None),
         # Of stage 3 the wrapper has the same class with it and without.
-        "ZenFlow steps a few columns at once and adds up the others' gradients for later steps, so "
-        'that no step has the gradient of one batch; leave "zenflow" out': getattr(
-            engine, "zenflow", False
-        ),
-        "SuperOffload steps on the CPU while backward is running, before there is a norm; leave "
-        '"super_offload" out': "SuperOffload" in type(outer).__name__,
-        'AutoTP ("tensor_parallel") cuts weights into slices that are plain tensors, which was not '
-        "run with distclip; use FSDP2 with DTensor": _autotp_size(engine) > 1,
-        'AutoEP ("expert_parallel") was not run with distclip; DeepSpeed\'s own MoE layers were': (
-            getattr(getattr(engine._config, "expert_parallel_config", None), "enabled", False)
-        ),
+        REASONS["zenflow"]: getattr(engine, "zenflow", False),
+        REASONS["super_offload"]: "SuperOffload" in type(outer).__name__,
+        REASONS["autotp"]: _autotp_size(engine) > 1,
+        REASONS["autoep"]: getattr(expert, "enabled", False),
         "tensor parallelism (mpu) was not run with distclip": getattr(engine, "mpu", None)
         is not None,
     }

@@ -13,6 +13,7 @@ from distclip.common.foreign import clean
 from distclip.config import Config, Examined, examine, files, load
 from distclip.config.problems import shown
 from distclip.errors import ConfigurationError
+from distclip.integrations import deepspeed_modes
 from distclip.integrations.given import PolicyOrConfig, config_of
 from distclip.integrations.patches import replace
 
@@ -91,12 +92,22 @@ def configured(
 
 
 def examined(document: Mapping[str, Any], *, name: str = _JSON) -> Examined | None:
-    """As :func:`configured` with nothing else given; runs no code that the section imports."""
+    """As :func:`configured` with nothing else given; runs no code that the section imports.
+
+    Raises:
+        ConfigurationError: also of a mode of DeepSpeed in which distclip cannot clip, which else
+            is told when there is an engine.
+    """
     section = _placed(document, name)
+    found: Examined | None
     if section is not None:
-        return examine(_checked(section, document, name), name=f"{name}: {SECTION}")
-    config = _threshold(document.get(CLIPPING), name)
-    return None if config is None else Examined(config, (), ())
+        found = examine(_checked(section, document, name), name=f"{name}: {SECTION}")
+    else:
+        config = _threshold(document.get(CLIPPING), name)
+        found = None if config is None else Examined(config, (), ())
+    if found is not None:
+        deepspeed_modes.refuse(document, name)
+    return found
 
 
 def declines(document: Mapping[str, Any]) -> bool:

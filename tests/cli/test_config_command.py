@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer.testing
@@ -59,6 +60,45 @@ def test_check_reads_what_a_deepspeed_json_says_of_clipping(tmp_path: Path) -> N
     both = told({**stage, "gradient_clipping": 1.0, "distclip": {"policy": "measure"}})
     assert '"gradient_clipping": 1.0 stands beside a "distclip" section' in both
     assert "on_nonfinite: error" in told({"policy": "measure"})  # ours, in JSON
+
+
+OFFLOAD = {"device": "cpu", "super_offload": True}
+ZENFLOW: dict[str, Any] = {"stage": 2, "zenflow": {"topk_ratio": 0.1}}
+
+
+@pytest.mark.parametrize(
+    ("where", "document"),
+    [
+        ("zero_optimization.zenflow", {"zero_optimization": ZENFLOW}),
+        (
+            "zero_optimization.offload_optimizer.super_offload",
+            {"zero_optimization": {"stage": 3, "offload_optimizer": OFFLOAD}},
+        ),
+        (
+            "zero_optimization.offload_optimizer.device",
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}},
+        ),
+        ("optimizer.type", {"optimizer": {"type": "Muon"}, "zero_optimization": {"stage": 1}}),
+        ("optimizer.type", {"optimizer": {"type": "OneBitAdam"}, "zero_optimization": {}}),
+        ("fp16.enabled", {"fp16": {"enabled": True}, "zero_optimization": {"stage": 0}}),
+        ("tensor_parallel.autotp_size", {"tensor_parallel": {"autotp_size": 2}}),
+        ("expert_parallel.enabled", {"expert_parallel": {"enabled": True}}),
+    ],
+)
+def test_check_tells_of_a_mode_in_which_nothing_can_be_clipped(
+    where: str, document: dict[str, Any], tmp_path: Path
+) -> None:
+    def told(clipping: float, **changes: Any) -> str:
+        found = {"gradient_clipping": clipping, **document, **changes}
+        (tmp_path / "ds.json").write_text(json.dumps(found))
+        result = invoke(app, ["config", "check", str(tmp_path / "ds.json")])
+        return str(result.exception) if result.exception else result.output
+
+    assert f"{tmp_path}/ds.json: {where}: distclip cannot clip here: " in told(1.0)
+    assert "clips nothing" in told(0.0)
+    quantized = {"stage": 3, "zero_quantized_weights": True}
+    bare: dict[str, Any] = dict.fromkeys(document)
+    assert "GlobalNorm" in told(1.0, **{**bare, "zero_optimization": quantized})
 
 
 LOOSE = """

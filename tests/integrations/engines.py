@@ -259,7 +259,8 @@ class Replay(Stepper):
         named = {name: nn.Parameter(weight) for name, weight in weights_of(engine).items()}
         super().__init__(policy, named, optimizer, groups)
         # The dummy step inside `initialize` leaves weight decay in the momentum there.
-        masters, inner = whole_masters(engine), engine.optimizer.optimizer
+        masters = whole_masters(engine)
+        inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
         for name, p in engine.module.named_parameters():
             if id(p) in masters:
                 state = inner.state.get(masters[id(p)], {})
