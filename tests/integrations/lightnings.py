@@ -120,13 +120,15 @@ def strategy_of(layout: str, strategies: Any, environments: Any) -> Any:
     return strategy
 
 
-def trainer_of(folder: Path, layout: str, callbacks: list[Any], pl: Any, **options: Any) -> Any:
+def trainer_of(folder: Path, layout: Any, callbacks: list[Any], pl: Any, **options: Any) -> Any:
+    """``layout``: a name, or a strategy."""
     strategies = importlib.import_module(f"{pl.__name__}.strategies")
     environments = importlib.import_module(f"{pl.__name__}.plugins.environments")
+    named = isinstance(layout, str)
     return pl.Trainer(
         accelerator="cpu",
         devices=world(),
-        strategy=strategy_of(layout, strategies, environments),
+        strategy=strategy_of(layout, strategies, environments) if named else layout,
         callbacks=callbacks,
         **{
             "default_root_dir": folder,

@@ -129,7 +129,7 @@ def test_the_order_of_addition_is_that_of_the_ranks(monkeypatch: pytest.MonkeyPa
     assert found.tolist() == [sum(column) for column in everyones.t().tolist()]
 
 
-@pytest.mark.ranks(2)
+@pytest.mark.ranks(1)
 def test_which_groups_have_several_backends() -> None:
     group = dist.group.WORLD
     assert group is not None
