@@ -66,8 +66,8 @@ class ClipReport:
     @cached_property
     def clipped_norm(self) -> Tensor:
         """Norm of all gradients after clipping."""
-        # Up to this order, what float32 shows, from 1e-45 to 3e38, has powers in float64's range,
-        # and what would leave that range is 0 or inf in float32 anyway.
+        # Up to this order, what float32 shows (1e-45 to 3e38) has powers in float64's range; what
+        # would leave that range is 0 or inf in float32 anyway.
         in_range = self._dtype is torch.float32 and self._norm_type <= 6.0
         norm = combine_norms(self._walked.after, self._norm_type, in_range=in_range)
         norm = norm.to(self._dtype)
