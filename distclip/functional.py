@@ -10,7 +10,7 @@ hold different parameters instead (pipeline stages), which are then all counted.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Literal, TypeAlias
 
 import torch
@@ -23,7 +23,7 @@ from distclip.engine import calls
 from distclip.engine.calls import on_parameters, on_tensors
 from distclip.engine.given import Given, listed
 from distclip.engine.joint import joint_norm
-from distclip.engine.usual import usual_gradients
+from distclip.engine.usual import usual_gradients, usual_norms
 from distclip.errors import ConfigurationError
 from distclip.kernels import changing
 from distclip.layouts import tensors as layouts
@@ -270,9 +270,17 @@ def grad_norms(
         # Other members have other parameters, whose norms nothing here is added to: each DTensor
         # is reduced over its own mesh.
         collectives.check_open(group, "pipeline_group")
-    with on_parameters(given, Measure(norm_type)) as session:
-        norms, plan = session.clip("pass", None).raw, session.plan
-    return dict(zip(plan.names, _each(norms, [entry.dtype for entry in plan.entries]), strict=True))
+    policy = Measure(norm_type)
+    with on_parameters(given, policy) as session, torch.no_grad():
+        usual, plan = usual_norms(session, policy.norm_type), session.plan
+        norms = session.clip("pass", None).raw if usual is None else usual
+    singles = norms.float().unbind()
+    if plan.norm_dtype is torch.float32:
+        return dict(zip(plan.names, singles, strict=True))
+    return {
+        entry.name: norms[row] if entry.dtype in DOUBLE else singles[row]
+        for row, entry in enumerate(plan.entries)
+    }
 
 
 def clear_cache() -> None:
@@ -300,15 +308,6 @@ def _pipeline(
         "differ (the process_group= of a GradClipper is the ranks that hold one model together)"
     )
     return process_group
-
-
-def _each(norms: Tensor, dtypes: Sequence[str]) -> Sequence[Tensor]:
-    """0-dim norms, in float64 of what is double, else in float32."""
-    wide = [dtype in DOUBLE for dtype in dtypes]
-    single = norms.float().unbind()
-    if not any(wide):
-        return single
-    return [norms[n] if is_wide else single[n] for n, is_wide in enumerate(wide)]
 
 
 def _mode(error_if_nonfinite: bool) -> str:

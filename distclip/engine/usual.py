@@ -1,8 +1,11 @@
-"""The gradients of a call that measures nothing, in the usual case: without a walk."""
+"""The gradients of a call that decides nothing, in the usual case: without a walk."""
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from distclip.engine.session import Session
+from distclip.kernels import measuring
 from distclip.kernels.look import Look
 from distclip.layouts import soundness
 
@@ -15,7 +18,7 @@ def usual_gradients(session: Session) -> Look | None:
     :meth:`Session.clip` then does so, and says what is wrong.
     """
     plan, scratch = session.plan, session.program.scratch
-    if session.program.passes[0].survey.request.reduced:
+    if plan.group is not None and session.program.passes[0].survey.request.reduced:
         return None
     fetched = session.fetched or plan.fetching()
     if fetched is None:
@@ -29,3 +32,22 @@ def usual_gradients(session: Session) -> Look | None:
     if seen is not None:
         scratch.learn(seen, len(plan.pieces))
     return seen
+
+
+def usual_norms(session: Session, norm_type: float) -> Tensor | None:
+    """The p-norm of each parameter's gradient, float64 ``(parameters,)``; 0 where there is none.
+
+    None as of :func:`usual_gradients`, and where a parameter is not one piece on this rank.
+    """
+    plan = session.plan
+    seen = usual_gradients(session) if plan.one_to_one else None
+    if seen is None or session.fetched is None:
+        return None
+    return measuring.norms(
+        session.fetched.gradients,
+        norm_type,
+        device=plan.device,
+        tables=session.program.scratch.tables,
+        what="gradients",
+        seen=seen,
+    )

@@ -1,4 +1,4 @@
-"""Clamping, and scaling by a known norm: no walk from the second call on, and no check less."""
+"""What decides nothing takes no walk from the second call on, and is checked as before."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import distclip
@@ -207,6 +208,56 @@ def test_complex_numbers_have_no_order_to_clamp_by() -> None:
         p.grad = torch.full((2,), 1 + 2j)
         distclip.clip_grads_with_norm_([p], 1.0, NORM)
         torch.testing.assert_close(p.grad, torch.full((2,), (1 + 2j) / NORM))
+
+
+@pytest.mark.parametrize("norm_type", [1.0, 2.0, 3.0, math.inf])
+def test_norms_of_each_take_no_walk_from_the_second_call_on(
+    norm_type: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    walks = walks_of(monkeypatch)
+    parameters = [*plain(), *plain(dtype=torch.float64), *plain(dtype=torch.bfloat16)]
+    for step in range(5):
+        drawn_anew(parameters, 1000 * step)
+        if step == 3:
+            parameters[3].grad = None
+        named = [(f"module.p{n}", p) for n, p in enumerate(parameters)]
+        found = distclip.grad_norms(named, norm_type)
+        assert list(found) == [f"p{n}" for n in range(len(parameters))]
+        for norm, p in zip(found.values(), parameters, strict=True):
+            assert norm.dtype is (torch.float64 if p.dtype is torch.float64 else torch.float32)
+            gradient = torch.zeros(1) if p.grad is None else p.grad
+            elements = gradient.double().flatten()
+            want = (
+                torch.linalg.vector_norm(elements, norm_type) if len(elements) else elements.sum()
+            )
+            assert norm.item() == pytest.approx(want.item(), rel=1e-6)
+        assert len(walks) == 1
+    with pytest.raises(distclip.ConfigurationError, match="'p'"):
+        distclip.grad_norms([("module.p", parameters[0]), ("p", parameters[1])])
+
+
+@pytest.mark.ranks(2)
+def test_norms_of_shards_are_reduced() -> None:
+    sharded = parameter(cut(torch.ones(5, 3)), cut(randn(5, 3)))
+    for step in range(3):
+        sharded.grad = cut(randn(5, 3, seed=step))
+        (norm,) = distclip.grad_norms([("w", sharded)]).values()
+        assert norm.item() == pytest.approx(randn(5, 3, seed=step).double().norm().item(), rel=1e-6)
+
+
+@pytest.mark.ranks(1)
+def test_norms_where_a_parameter_is_no_piece() -> None:
+    """FSDP1 gives an empty parameter no place."""
+    layer = nn.Linear(3, 2)
+    layer.extra = nn.Parameter(torch.empty(0))
+    model = FullyShardedDataParallel(layer, device_id=torch.device("cpu"))
+    for scale in (1.0, 2.0, 3.0):
+        model.zero_grad()
+        (model(torch.ones(1, 3)).sum() * scale).backward()
+        norms = {name: norm.item() for name, norm in distclip.grad_norms(model).items()}
+        assert norms == pytest.approx(
+            {"weight": scale * math.sqrt(6), "bias": scale * math.sqrt(2), "extra": 0.0}
+        )
 
 
 @pytest.mark.parametrize("call", CALLS)
