@@ -101,8 +101,9 @@ class Look:
             return self.whole.have_memory_of_their_own()
         sizes = self.kinds.sizes
         order = self.addresses.argsort()
-        starts = self.addresses[order]
-        ends = starts + sizes[order]
+        starts, ends = self.addresses[order], sizes[order]
+        del order  # a step takes most memory here
+        ends += starts
         lost = bool(len(starts)) and starts[0] == 0 and bool(sizes[self.addresses == 0].any())
         return not lost and not bool((ends[:-1] > starts[1:]).any())
 

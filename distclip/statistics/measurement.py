@@ -90,7 +90,8 @@ def measure(
     local = Local()
     if fetched is None:
         fetched = plan.fetching() or Fetched(_fetched(plan, local), None)
-    _inspect(survey, scratch.known(fetched), local, scratch)
+    fetched = scratch.known(fetched)
+    _inspect(survey, fetched, local, scratch)
     weights: Tensors = ()
     if request.weight_orders or request.unit_dims:
         weights = _weights(survey, local)
