@@ -165,7 +165,7 @@ class MicroBatchClipper:
 
 
 def _sum(kept: Tensor | None, added: Tensor | None) -> Tensor | None:
-    """Both together, in place of what was there before."""
+    """The sum of two gradients, either of which may be None; added to ``kept`` in place."""
     if kept is None or added is None:
         return added if kept is None else kept
     return kept.add_(added)

@@ -82,7 +82,7 @@ def construction_table(document: dict[str, Any]) -> str:
                     f"{row['seconds']:.1f} s",
                 )
             )
-    heads = "ranks", "sharding", "parameters", "each rank says", "and hears", "took here"
+    heads = "ranks", "sharding", "parameters", "each rank sends", "and receives", "took here"
     return _table(heads, rows)
 
 

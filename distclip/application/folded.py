@@ -24,7 +24,7 @@ from distclip.layouts.tensors import is_sharded
 FOLDING = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad)
 """Optimizers whose fused kernels divide by ``grad_scale``, and write the quotient back."""
 SHARDED = (torch.optim.Adam, torch.optim.AdamW)
-"""Those of them that do so for DTensors."""
+"""Optimizers of ``FOLDING`` whose fused kernels do so for DTensors too."""
 DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 """The kernels compute these in float32. float64 would be divided by a float32 number, which is off
 by up to 6e-8 of it, and complex ones they do not take."""
@@ -50,9 +50,9 @@ class Scope:
         self._stepped: list[tuple[int, torch.dtype, torch.device]] = []
         self._suits = self._sharded = False
         self._strangers: list[tuple[int, int]] = []
-        """Group and position of what the optimizer steps and the clipper does not know."""
+        """Group and position of parameters that the clipper does not know."""
         self._left_out: list[Tensor] = []
-        """What the clipper knows and the optimizer does not step."""
+        """Parameters that the clipper knows and the optimizer does not step."""
 
     def suits(self, optimizer: Optimizer) -> bool:
         """Whether the optimizer's kernel does to all gradients what the clipper would, and no more.
@@ -129,7 +129,7 @@ class FusedStep:
 
     @property
     def alone(self) -> bool:
-        """Whether nobody else has a hook before the optimizer's steps."""
+        """Whether the only hook before the optimizer's steps is the clipper's."""
         hooks: Any = getattr(self._optimizer, "_optimizer_step_pre_hooks", {})
         return len(hooks) == 1
 

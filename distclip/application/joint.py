@@ -134,7 +134,7 @@ class AttachHandle:
         return self._decision
 
     def _after(self, number: int, skipped: bool | Tensor) -> None:
-        """What changes from here to the next step is not the doing of this one."""
+        """Remember the gradients as this step leaves them: later changes are made by others."""
         self._left = {
             other: GradientsSeen(_gradients(optimizer))
             for other, optimizer in self._alive()

@@ -49,9 +49,9 @@ class Clipped(NamedTuple):
     """A gradient as a clip left it."""
 
     parameter: weakref.ref[Tensor]
-    """What it owns: see :func:`distclip.layouts.tensors.own`."""
+    """The parameter, or its shard: see :func:`distclip.layouts.tensors.own`."""
     gradient: weakref.ref[Tensor]
-    """The same."""
+    """The gradient, or its shard."""
     versions: tuple[int, int]
     """How often the gradient, and the weights, had been changed in place."""
     by: str
@@ -73,7 +73,7 @@ def sample(parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 def note_clip(chosen: Sequence[Tensor], by: str, owner: int = 0) -> None:
-    """Note that somebody has clipped the gradients of these by hand.
+    """Note that the gradients of these parameters have been clipped by hand.
 
     Args:
         chosen: a sample of the parameters.
@@ -93,7 +93,7 @@ def note_clip(chosen: Sequence[Tensor], by: str, owner: int = 0) -> None:
 
 
 def forget_clips() -> None:
-    """Forget all of them."""
+    """Forget all clips that were noted."""
     _clipped.clear()
 
 

@@ -205,7 +205,7 @@ class StepHandle:
             take_back(optimizer)
 
     def _others_look(self, optimizer: Any) -> bool:
-        """Whether somebody else's hook comes between this one and the step."""
+        """Whether a hook that is not distclip's comes between this one and the step."""
         owners = [getattr(h, "__self__", h) for h in optimizer._optimizer_step_pre_hooks.values()]
         if self not in owners:  # removed by the closure
             return True

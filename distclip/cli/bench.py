@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from distclip.tools.bench.record import CaseRecord, Record
 
-LIMIT = 600.0
+HUNG_AFTER = 600.0
 """Seconds beyond its budget until a case counts as hung."""
 WIDTH = 120
 """Characters of a table where nothing else says."""
@@ -126,7 +126,12 @@ def _measured(
     for name in chosen:
         case = CASES[name]
         taken = run_on_ranks(
-            bench_cases.run_case, case.ranks or ranks, name, rounds, budget, timeout=budget + LIMIT
+            bench_cases.run_case,
+            case.ranks or ranks,
+            name,
+            rounds,
+            budget,
+            timeout=budget + HUNG_AFTER,
         )
         found[name] = bench_record.combine(case.title, case.peer, taken, case.ranks)
         _show(console, found[name], ranks)

@@ -13,8 +13,8 @@ from distclip.common.foreign import clean, clean_lines
 if TYPE_CHECKING:
     from distclip.tools.doctor import Line
 
-MARKS = {"good": "ok  ", "note": "note", "wrong": "BAD "}
-COLOURS = {"good": "green", "note": "yellow", "wrong": "red"}
+LABELS = {"good": "ok  ", "note": "note", "wrong": "BAD "}
+LABEL_COLOURS = {"good": "green", "note": "yellow", "wrong": "red"}
 
 
 def doctor(
@@ -56,6 +56,6 @@ def _show(lines: list[Line]) -> None:
         if line.topic != topic:
             topic = line.topic
             console.print(f"\n{topic}", style="bold")
-        mark = f"[{COLOURS[line.state]}]{MARKS[line.state]}[/]"
+        mark = f"[{LABEL_COLOURS[line.state]}]{LABELS[line.state]}[/]"
         console.print(mark, end=" ")
         console.print(clean_lines(f"{line.what}: {line.text}"), markup=False)

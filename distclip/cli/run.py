@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from distclip.tools.launch.script import ENVIRONMENT, Script
+from distclip.tools.launch.script import CONFIG_VARIABLE, Script
 
 CONTEXT = {"allow_interspersed_args": False}
 """The first argument that is no option is the script; all that follows belongs to the script."""
@@ -34,7 +34,7 @@ def run(
         typer.Option(
             "--config",
             "-c",
-            help=f"YAML or JSON; otherwise ${ENVIRONMENT}, or the section of a DeepSpeed JSON.",
+            help=f"YAML or JSON; otherwise ${CONFIG_VARIABLE}, or the section of a DeepSpeed JSON.",
         ),
     ] = None,
     cpu: Annotated[bool, typer.Option("--cpu", help="Real gloo ranks on CPU.")] = False,
@@ -58,8 +58,8 @@ def run(
     """
     from distclip.tools.launch.running import prepare
 
-    if config is None and os.environ.get(ENVIRONMENT):
-        config = Path(os.environ[ENVIRONMENT])
+    if config is None and os.environ.get(CONFIG_VARIABLE):
+        config = Path(os.environ[CONFIG_VARIABLE])
     program = Script(script, [*context.obj, *(arguments or ())], module=module)
     pending.append(
         prepare(program, config, cpu=cpu, check_steps=check_steps if check else None, quiet=quiet)

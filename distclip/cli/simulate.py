@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from distclip.common.foreign import clean
-from distclip.tools.simulate.layouts import LAYOUTS
+from distclip.tools.simulate.layouts import SIMULATED_LAYOUTS
 
 if TYPE_CHECKING:
-    from distclip.tools.simulate.shown import Outcome
+    from distclip.tools.simulate.shown import LayoutOutcome
 
 CONTEXT = {"allow_interspersed_args": False}
 DEFAULT = ("ddp", "fsdp2")
@@ -25,7 +25,7 @@ def simulate(
     ranks: Annotated[int, typer.Option(min=1, help="gloo ranks, over all nodes.")] = 2,
     layout: Annotated[
         list[str] | None,
-        typer.Option(help=f"Of: {', '.join(LAYOUTS)}. May be given several times."),
+        typer.Option(help=f"Of: {', '.join(SIMULATED_LAYOUTS)}. May be given several times."),
     ] = None,
     config: Annotated[
         Path | None, typer.Option("--config", "-c", help="Policy, YAML or JSON.")
@@ -91,7 +91,7 @@ def simulate(
         raise typer.Exit(1)
 
 
-def _tell_ended(outcome: Outcome) -> None:
+def _tell_ended(outcome: LayoutOutcome) -> None:
     """A line for a layout, where there is no terminal that shows how far it is."""
     ending = outcome.ending
     steps = min((rank.done for rank in ending.ranks), default=0)

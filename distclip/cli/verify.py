@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from distclip.common.foreign import clean, clean_lines
-from distclip.testing.cases import DTYPES, LAYOUTS
+from distclip.testing.cases import DTYPES, MATRIX_LAYOUTS
 
 if TYPE_CHECKING:
     from distclip.tools.verify.reports import Matrix
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 def verify(
     layouts: Annotated[
-        str | None, typer.Option(help=f"Of: {', '.join(LAYOUTS)}. With --model: see the docs.")
+        str | None,
+        typer.Option(help=f"Of: {', '.join(MATRIX_LAYOUTS)}. With --model: see the docs."),
     ] = None,
     policies: Annotated[
         str | None, typer.Option(help="Names as in the table, comma-separated; agc* is a pattern.")

@@ -17,7 +17,7 @@ LISTED = 10
 
 
 def report_html(values: Mapping[str, Any]) -> str:
-    """Of what ``ClipReport.to_dict`` gives."""
+    """A table of one report in HTML, from what ``ClipReport.to_dict`` returns."""
     rows = [
         ("norm before clipping", _number(values["total_norm"])),
         ("norm after clipping", _number(values["clipped_norm"])),

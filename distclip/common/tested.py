@@ -33,7 +33,7 @@ TESTED = {
     "deepspeed": Range("0.16.9", "0.19"),
     "lightning": Range("2.5", "2.6"),
 }
-"""Package -> its range."""
+"""Package -> the oldest and the newest version that the tests were run with."""
 
 _checked: set[str] = set()
 

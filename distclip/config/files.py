@@ -149,7 +149,7 @@ class _Loader(yaml.SafeLoader):
         super().__init__(stream)
         self._count = self._depth = 0
         self._sizes: dict[yaml.Node | None, int] = {}
-        """What each finished node unfolds to."""
+        """How many nodes each finished node unfolds to."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         event: Any = self.peek_event()  # type: ignore[no-untyped-call]

@@ -18,7 +18,7 @@ Path = tuple[str | int, ...]
 """Keys and indices that lead to a value, from the top level of the configuration."""
 
 
-MOST = 20
+MOST_FAULTS = 20
 """Faults that are told; the others are counted."""
 
 
@@ -71,7 +71,7 @@ class Problems:
     @property
     def full(self) -> bool:
         """Whether further faults are only counted: looking for the nearest name takes its time."""
-        return len(self._lines) >= MOST
+        return len(self._lines) >= MOST_FAULTS
 
     def __bool__(self) -> bool:
         return bool(self._lines)
@@ -82,8 +82,8 @@ class Problems:
         if count == 1:
             raise ConfigurationError(f"{source}: {self._lines[0]}")
         if count:
-            lines = "".join(f"\n  {line}" for line in self._lines[:MOST])
-            more = f"\n  and {count - MOST:,} more" if count > MOST else ""
+            lines = "".join(f"\n  {line}" for line in self._lines[:MOST_FAULTS])
+            more = f"\n  and {count - MOST_FAULTS:,} more" if count > MOST_FAULTS else ""
             raise ConfigurationError(f"{source}: {count:,} problems{lines}{more}")
 
 

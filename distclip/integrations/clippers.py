@@ -70,9 +70,9 @@ class Clippers:
         self.shelf = Shelf(config.policy)
         self.reads_loss = reads_loss(config.policy)
         self._losses: list[Tensor] = []
-        """Those of the first update, which come before there is a clipper."""
+        """Losses of the first update, which come before there is a clipper."""
         self._notes: list[tuple[Any, Callable[[], object] | None]] = []
-        """As well."""
+        """Notes of the first update, for the same reason: batch and ``recompute`` of each."""
         self._trained = trained
         self._config = config
 

@@ -137,9 +137,9 @@ class EngineAttachment(Attachment):
         except Exception:
             self._unmark()
             raise
-        self._cuts: dict[int, list[tuple[int, zero.Cut]]] = {}
+        self._cuts: dict[int, list[tuple[int, zero.StretchBox]]] = {}
         for position, piece in enumerate(self.clipper.plan.pieces):
-            assert isinstance(piece.gradient, zero.Cut)  # all of them are marked
+            assert isinstance(piece.gradient, zero.StretchBox)  # all of them are marked
             owner = piece.gradient.stretch.owner
             self._cuts.setdefault(id(owner), []).append((position, piece.gradient))
         self._clipping = (engine._config.gradient_clipping, getattr(outer, "clip_grad", None))

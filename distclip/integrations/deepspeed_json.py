@@ -134,7 +134,7 @@ def _placed(document: Mapping[str, Any], name: str) -> object:
         if key != SECTION and inner:
             raise ConfigurationError(
                 f'{name}: {where}.{clean(inner[0], 80)}: the "{SECTION}" section stands inside '
-                f'"{where}", where nobody reads it; move it to the top level, as "{SECTION}"'
+                f'"{where}", where it has no effect; move it to the top level, as "{SECTION}"'
             )
     section: object = document.get(SECTION)
     return section

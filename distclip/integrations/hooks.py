@@ -42,7 +42,7 @@ INTEGRATIONS = {
 """Integration -> modules upon whose import ``distclip.integrations.<name>.enable`` is called."""
 
 activated: set[str] = set()
-"""The integrations that have taken up a model or an optimizer in this process."""
+"""The integrations that have attached to a model or an optimizer in this process."""
 
 
 def mark_active(name: str) -> None:
@@ -51,7 +51,7 @@ def mark_active(name: str) -> None:
 
 
 def install(config: Config | None) -> None:
-    """Have every integration take up its framework, with ``config``, once that is imported."""
+    """Enable every integration, with ``config``, once its framework is imported."""
     for name, modules in INTEGRATIONS.items():
         for module in modules:
             on_import(module, functools.partial(_enable, name, config))
@@ -112,7 +112,7 @@ class Hook:
                 raise
             except Exception as error:
                 raise DistclipError(
-                    f"distclip could not take up {self.module} after its import: "
+                    f"distclip could not be enabled for {self.module} after its import: "
                     f"{type(error).__name__}: {error}. Its version may be one that distclip does "
                     f"not support; without `distclip run` the program is not touched."
                 ) from error

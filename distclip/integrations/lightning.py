@@ -28,7 +28,7 @@ from distclip.integrations.lightning_attachments import (
     LightningAttachment,
     TrainerAttachment,
 )
-from distclip.integrations.lightning_factories import ENVIRONMENT
+from distclip.integrations.lightning_factories import CONFIG_VARIABLE
 from distclip.integrations.lightning_rewinds import fit_with_rewinds as fit_with_rewinds
 from distclip.integrations.patches import replace
 from distclip.monitor.tracking import tensors
@@ -91,7 +91,7 @@ class ClipCallback:
     def __init__(self, policy_or_config: PolicyOrConfig | None = None, *, log: bool = True) -> None:
         self.policy_or_config = policy_or_config
         self.handle: Attachment | None = None
-        """That of the training under way, or of the last one; of the Fabric set up last."""
+        """Attachment of the training under way, or of the last one; of the Fabric set up last."""
         self._logs = log
         self._ours = False
         self._state: Any = None
@@ -126,13 +126,13 @@ class ClipCallback:
             return config_of(self.policy_or_config)
         if _run and _run[0] is not None:
             return _run[0]
-        if not _run and os.environ.get(ENVIRONMENT):
-            return load(os.environ[ENVIRONMENT])
+        if not _run and os.environ.get(CONFIG_VARIABLE):
+            return load(os.environ[CONFIG_VARIABLE])
         if engine is not None:
             return None  # its JSON has it
         raise ConfigurationError(
-            f"ClipCallback(): no policy, and neither `distclip run` nor {ENVIRONMENT} names one; "
-            f"write ClipCallback(policies.agc(0.01)) or ClipCallback('policy.yaml')"
+            f"ClipCallback(): no policy, and neither `distclip run` nor {CONFIG_VARIABLE} names "
+            f"one; write ClipCallback(policies.agc(0.01)) or ClipCallback('policy.yaml')"
         )
 
     def _attach_engine(self, engine: Any) -> None:
@@ -156,7 +156,7 @@ class ClipCallback:
             raise ConfigurationError(
                 f"Trainer(gradient_clip_val={trainer.gradient_clip_val}) and a distclip policy "
                 f"would both clip: remove gradient_clip_val; or, to let Lightning clip, remove "
-                f"ClipCallback, or start without `distclip run` and {ENVIRONMENT}"
+                f"ClipCallback, or start without `distclip run` and {CONFIG_VARIABLE}"
             )
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:

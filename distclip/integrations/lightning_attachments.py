@@ -39,7 +39,7 @@ from distclip.statistics import collectives
 _logger = logging.getLogger("distclip.lightning")
 
 KEY = "distclip"
-"""Of the policy's state in a checkpoint."""
+"""Key of the policy's state in a checkpoint."""
 
 
 class LightningAttachment(Attachment):
@@ -84,7 +84,7 @@ class LightningAttachment(Attachment):
 
     @property
     def reads_loss(self) -> bool:
-        """Whether the policy does."""
+        """Whether the policy reads losses."""
         return self._clippers.reads_loss
 
     def memory(self) -> tuple[Shelf, Iterable[GradClipper]]:

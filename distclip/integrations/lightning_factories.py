@@ -9,12 +9,12 @@ from __future__ import annotations
 import os
 from typing import Any
 
-ENVIRONMENT = "DISTCLIP_CONFIG"
+CONFIG_VARIABLE = "DISTCLIP_CONFIG"
 
 
 def callbacks() -> list[Any]:
-    """For ``lightning.pytorch.callbacks_factory``, ``lightning.fabric.callbacks_factory``."""
-    if not os.environ.get(ENVIRONMENT):
+    """Callbacks of every Trainer and Fabric; for Lightning's ``callbacks_factory``."""
+    if not os.environ.get(CONFIG_VARIABLE):
         return []
     from distclip.integrations import lightning
 

@@ -40,7 +40,7 @@ from distclip.policies import Policy
 from distclip.statistics import collectives
 
 KEY = "distclip"
-"""In an optimizer's state dict; what is there is what :class:`Shelf` gives."""
+"""Key in an optimizer's state dict; its value is what :class:`Shelf` gives."""
 
 DCP = "torch.distributed.checkpoint"
 
@@ -51,7 +51,7 @@ _SOURCE = Source(
 _logger = logging.getLogger("distclip.torch")
 
 
-class Memory:
+class OptimizerMemory:
     """Saves and loads clippers with the optimizers that step their parameters.
 
     Args:

@@ -17,13 +17,13 @@ from distclip.config.logs import release_log
 from distclip.engine.attaching import stepped_by
 from distclip.integrations.clippers import Clippers
 from distclip.integrations.patches import replace
-from distclip.integrations.torch_checkpoints import Memory
+from distclip.integrations.torch_checkpoints import OptimizerMemory
 from distclip.integrations.torch_objects import TorchObjects
 from distclip.layouts.gradients import is_reduced
 
 
 class ScriptClippers(Clippers):
-    """Those of a plain script, which keeps their states in its own checkpoints and gives no loss.
+    """The clippers of a plain script, which saves their states itself and gives no loss.
 
     Args:
         objects: the optimizers of the script.
@@ -34,9 +34,9 @@ class ScriptClippers(Clippers):
         super().__init__(objects, config)
         self._objects = objects
         self._unreduced: weakref.WeakSet[DistributedDataParallel] = weakref.WeakSet()
-        """Those whose last forward with gradients was under ``no_sync()``."""
+        """DDP modules whose last forward with gradients was under ``no_sync()``."""
         self._restore = replace(DistributedDataParallel, "_post_forward", self._note)
-        self._memory = Memory(self.known, config.policy)
+        self._memory = OptimizerMemory(self.known, config.policy)
         objects.optimizers.met.append(self._memory.meet)
 
     def forget(self) -> None:

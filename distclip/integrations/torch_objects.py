@@ -173,7 +173,7 @@ class TorchObjects:
             Excerpt([(name, p) for name, p in named if id(p) in wanted], [module])
             for module, named in roots
         ]
-        return [Part(each) for each in (*parts, Excerpt(alone, [])) if each], owners
+        return [ModulePart(each) for each in (*parts, Excerpt(alone, [])) if each], owners
 
     def _covering(self, wanted: dict[int, Tensor]) -> list[tuple[nn.Module, Named]]:
         """Outermost modules that have the parameters, each of which adds some; with all they have.
@@ -189,7 +189,7 @@ class TorchObjects:
         return _chosen(found, wanted)
 
 
-class Part(nn.Module):
+class ModulePart(nn.Module):
     """Some of the parameters of a module, under their names in it."""
 
     def __init__(self, excerpt: Excerpt) -> None:
@@ -204,7 +204,7 @@ class Part(nn.Module):
 def _chosen(
     modules: Sequence[nn.Module], wanted: dict[int, Tensor]
 ) -> list[tuple[nn.Module, Named]]:
-    """Those of the modules that have the parameters, and what they have.
+    """The modules that have wanted parameters, each with those that it has, by name.
 
     The same on all ranks, which make their objects in another order: by what is in the modules.
     """
@@ -230,7 +230,7 @@ def _outermost() -> list[nn.Module]:
     gc.collect()  # a module that is only still there on some ranks would be taken there
     modules = [each for each in gc.get_objects() if issubclass(type(each), nn.Module)]
     inner = {id(child) for module in modules for child in module.children()}
-    return [m for m in modules if id(m) not in inner and not isinstance(m, Part)]
+    return [m for m in modules if id(m) not in inner and not isinstance(m, ModulePart)]
 
 
 def _named_by(owners: Sequence[Optimizer]) -> Named:

@@ -43,7 +43,7 @@ from distclip.layouts.piece import Box, Described, Entry, Layout, Slice, shared_
 
 
 @dataclass(frozen=True, slots=True)
-class Spread:
+class DeclaredSpread:
     """Over which ranks a plain parameter is spread, and how.
 
     Attributes:
@@ -59,7 +59,7 @@ class Spread:
     copy: bool = False
 
 
-MARKS = (
+RANK_ATTRIBUTES = (
     "allreduce",
     "group_name",
     "tensor_model_parallel",
@@ -72,7 +72,7 @@ MARKS = (
 """Attributes of parameters that are looked at."""
 
 _declared: Any = WeakIdKeyDictionary()
-"""Parameter -> Spread. Not an attribute: those travel with pickles and are lost with copies."""
+"""Parameter -> DeclaredSpread. No attribute: those travel with pickles and are lost with copies."""
 
 
 def declare_sharded(
@@ -111,25 +111,25 @@ def declare_sharded(
             f"rank in it, got {process_group!r}; for a device mesh pass mesh.get_group()"
         )
     ranks = tuple(dist.get_process_group_ranks(process_group))
-    known: Spread = _declared.get(parameter, Spread())
+    known: DeclaredSpread = _declared.get(parameter, DeclaredSpread())
     if dim is None:
-        _declared[parameter] = Spread(ranks, known.slices, known.dim)
+        _declared[parameter] = DeclaredSpread(ranks, known.slices, known.dim)
     else:
         if isinstance(dim, bool) or not -parameter.dim() <= dim < parameter.dim():
             raise ConfigurationError(
                 f"declare_sharded: dim={dim!r} does not fit a parameter of shape "
                 f"{list(parameter.shape)}"
             )
-        _declared[parameter] = Spread(known.others, ranks, dim % parameter.dim())
+        _declared[parameter] = DeclaredSpread(known.others, ranks, dim % parameter.dim())
 
 
-def spread_of(name: str, parameter: Tensor) -> Spread | None:
+def spread_of(name: str, parameter: Tensor) -> DeclaredSpread | None:
     """What was declared of a plain parameter, or its framework's marks say; None: a replica.
 
     Raises:
-        UnsupportedGradientError: marks of a group that nobody can be asked for.
+        UnsupportedGradientError: marks of a group that cannot be found.
     """
-    declared: Spread | None = _declared.get(parameter)
+    declared: DeclaredSpread | None = _declared.get(parameter)
     marks = parameter.__dict__
     if declared is None and not (marks and dist.is_initialized() and dist.get_world_size() > 1):
         return None
@@ -150,8 +150,8 @@ def spread_of(name: str, parameter: Tensor) -> Spread | None:
         slices = _slices(name, expert or bool(marks.get("expert_tp")), marks)
     if declared is None and not others and not slices and not copy:
         return None
-    declared = declared or Spread()
-    return Spread(
+    declared = declared or DeclaredSpread()
+    return DeclaredSpread(
         declared.others or others,
         declared.slices or slices,
         declared.dim if declared.slices else max(0, int(marks.get("partition_dim", 0))),
@@ -201,7 +201,7 @@ def _ranks(name: str, group: object, mark: str, dim: str) -> tuple[int, ...]:
     return tuple(dist.get_process_group_ranks(group))
 
 
-def describe(name: str, parameter: Tensor, spread: Spread) -> Described:
+def describe(name: str, parameter: Tensor, spread: DeclaredSpread) -> Described:
     """Entry and piece of a plain parameter that is spread over ranks."""
     _, (piece,) = plain.describe(name, parameter)
     me = dist.get_rank()
@@ -244,7 +244,7 @@ def fingerprint(parameter: Tensor) -> object:
     attributes, in_use = parameter.__dict__, bool(_declared.data)
     if not in_use and not attributes:
         return None
-    return _declared.get(parameter) if in_use else None, *map(attributes.get, MARKS)
+    return _declared.get(parameter) if in_use else None, *map(attributes.get, RANK_ATTRIBUTES)
 
 
 def all_places(entry: Entry) -> list[Entry]:

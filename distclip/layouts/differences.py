@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from typing import TypeVar
 
-Value = TypeVar("Value", bound=Hashable)
+Compared = TypeVar("Compared", bound=Hashable)
 
 
-def sides(ranks: Sequence[int], values: Sequence[Value]) -> list[tuple[Value, list[int]]]:
-    """The ranks by their value, the smallest side first: those are to blame.
+def sides(ranks: Sequence[int], values: Sequence[Compared]) -> list[tuple[Compared, list[int]]]:
+    """The ranks by their value, the smallest group first, which is the likely fault.
 
     Of two sides of one size the one without the lowest rank comes first.
     """
-    members: dict[Value, list[int]] = {}
+    members: dict[Compared, list[int]] = {}
     for rank, value in zip(ranks, values, strict=True):
         members.setdefault(value, []).append(rank)
     return sorted(members.items(), key=lambda side: (len(side[1]), -side[1][0]))

@@ -149,7 +149,9 @@ def describe_tensor(name: str, tensor: DTensor) -> Described:
         try:
             gradients.reduced(name, tensor)
             tensor = gradients.redistributed(tensor, placements)
-        except UnsupportedGradientError as error:  # raised when measured: others hear of it then
+        except (
+            UnsupportedGradientError
+        ) as error:  # raised when measured: the other ranks get a flag then
             check = partial(_refuse, error)
             tensor = DTensor.from_local(
                 tensor.to_local(), tensor.device_mesh, placements, run_check=False

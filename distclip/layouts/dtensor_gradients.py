@@ -82,7 +82,7 @@ def at_once(pieces: Sequence[Piece]) -> Claimed | None:
 
 
 def weights_at_once(pieces: Sequence[Piece]) -> ClaimedWeights | None:
-    """The same for their weights."""
+    """As :func:`at_once`, for the weights of DTensor parameters."""
     places, holds = _claimed(pieces)
     return (places, partial(_weights, Hold.of_all(holds))) if holds else None
 
@@ -175,12 +175,12 @@ class Moving:
 
     @property
     def ranks(self) -> tuple[int, ...]:
-        """Global ranks of its mesh."""
+        """Global ranks of the parameter's mesh."""
         return mesh_ranks(self._parameter.device_mesh)
 
     @property
     def wanted(self) -> tuple[Placement, ...]:
-        """Its placements."""
+        """The parameter's placements."""
         return tuple(self._parameter.placements)
 
     @property

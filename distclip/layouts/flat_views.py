@@ -26,7 +26,7 @@ class Source:
     hold: Holder
     """The ``FlatParameter``."""
     index: int | None
-    """Which of its originals; None for itself."""
+    """Number of the original parameter within it; None for the ``FlatParameter`` itself."""
     numel: int
     spread: bool
     """Whether it is the shard of a DTensor."""
@@ -47,7 +47,7 @@ class Source:
         return found
 
     def gradient(self) -> Tensor | None:
-        """Its gradient, if it is reduced and sharded."""
+        """The gradient of the flat tensor, if it is reduced and sharded."""
         parameter = self.parameter()
         gradient = parameter.grad
         if gradient is None:

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from distclip.errors import DistclipError
 from distclip.layouts import fsdp1
 
-Whole = dict[str, tuple["Tensor | None", Tensor]]
+WholeTensors = dict[str, tuple["Tensor | None", Tensor]]
 """Name -> whole gradient (None: there is none) and whole weights, on the CPU."""
 
 
@@ -31,7 +31,7 @@ def can_gather(parameter: Tensor, shape: tuple[int, ...]) -> bool:
     return sharded or tuple(parameter.shape) == tuple(shape)
 
 
-def gather(named: Mapping[str, Tensor]) -> Whole:
+def gather(named: Mapping[str, Tensor]) -> WholeTensors:
     """Whole gradients and weights of these parameters; a collective.
 
     Args:
@@ -55,9 +55,9 @@ def _full(tensor: Tensor) -> Tensor:
     return whole.detach().cpu().clone()
 
 
-def _summoned(flattened: Mapping[str, Tensor]) -> Whole:
+def _summoned(flattened: Mapping[str, Tensor]) -> WholeTensors:
     """Through FSDP1 itself: every module that holds one of these is asked for them."""
-    found: Whole = {}
+    found: WholeTensors = {}
     wanted = {id(parameter): name for name, parameter in flattened.items()}
     for module in _roots():
         if wanted.keys().isdisjoint(map(id, module.parameters())):

@@ -166,7 +166,7 @@ def _pairs(target: Target) -> Named:
 
 
 def used_up(given: object) -> str | None:
-    """What has become of a generator that somebody has used before; None of anything else.
+    """The state of a generator that has been used before; None for anything else.
 
     Call it before the generator is iterated over.
     """

@@ -16,7 +16,7 @@ from distclip.kernels.look import Look
 Fetch: TypeAlias = Callable[[], Tensor | None]
 
 Holder: TypeAlias = Callable[[], Tensor]
-"""Gives a parameter."""
+"""A callable without arguments that returns a parameter."""
 
 
 class Hold:
@@ -207,7 +207,7 @@ class MisplacedError(Exception):
 
 
 Described: TypeAlias = tuple[Entry, Sequence[Piece]]
-"""What a layout says of one parameter; the pieces' ``index`` is still 0."""
+"""Entry and local pieces of one parameter; the pieces' ``index`` is still 0."""
 
 Way: TypeAlias = Callable[[], "tuple[Sequence[Tensor | None], Look | None] | None"]
 """Fetches the gradients of several pieces at once, with a look at them where that is cheap; gives
@@ -218,7 +218,7 @@ Claimed: TypeAlias = tuple[Sequence[int], Way]
 
 
 ClaimedWeights: TypeAlias = tuple[Sequence[int], Callable[[], "list[Tensor] | None"]]
-"""The same for their weights."""
+"""The places of pieces whose weights a layout knows how to fetch at once, and how."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,7 +55,7 @@ def describe_tensor(name: str, tensor: Tensor) -> Described:
     """The entry and piece of a plain tensor that is measured itself (``get_total_norm``)."""
     shape, hold = tuple(tensor.shape), held(tensor)
     entry = Entry(name, shape, str(tensor.dtype).removeprefix("torch."))
-    # What cannot be measured is an error when it is, so that all ranks get to hear of it.
+    # What cannot be measured is an error at the measurement, whose flag all ranks receive.
     fetch = partial(_measurable, name, hold)
     return entry, (Piece(0, Box((0,) * len(shape), shape), 1.0, fetch, fetch, hold=hold),)
 
@@ -142,7 +142,7 @@ def at_once(pieces: Sequence[Piece]) -> Claimed | None:
 
 
 def weights_at_once(pieces: Sequence[Piece]) -> ClaimedWeights | None:
-    """The same for their weights."""
+    """As :func:`at_once`, for the weights of plain parameters."""
     places, holds = _claimed(pieces)
     return (places, partial(_weights, Hold.of_all(holds))) if holds else None
 

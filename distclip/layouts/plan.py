@@ -167,7 +167,7 @@ class Tables:
     def by_rank(
         self, by_view: Mapping[int, str], members: Sequence[int] | None = None
     ) -> dict[int, str]:
-        """What is said of views, said of their ranks, or of those of them among ``members``."""
+        """Text by rank, from text by view: of all ranks, or of those among ``members``."""
         if members is None:
             return {rank: said for view, said in by_view.items() for rank in self.views[view][1]}
         here = [rank for rank in members if self._view_of.get(rank) in by_view]

@@ -13,12 +13,12 @@ from dataclasses import replace
 from distclip.errors import RankMismatchError
 from distclip.layouts.piece import Box, Described, Entry, Piece
 
-Table = Sequence[Entry]
+Entries = Sequence[Entry]
 
 
 def settle(
-    described: Sequence[Described], tables: Sequence[Table], ranks: Sequence[int], me: int
-) -> tuple[list[Described], list[Table]]:
+    described: Sequence[Described], tables: Sequence[Entries], ranks: Sequence[int], me: int
+) -> tuple[list[Described], list[Entries]]:
     """Descriptions with the logical shapes and offsets that the slices of all ranks make together.
 
     Args:

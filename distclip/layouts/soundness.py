@@ -92,7 +92,7 @@ def check_weights(pieces: Iterable[tuple[str, Piece]]) -> None:
         UnsupportedGradientError: names the first.
     """
     for name, piece in pieces:
-        if not piece.trainable or isinstance(piece.gradient, zero.Cut):
+        if not piece.trainable or isinstance(piece.gradient, zero.StretchBox):
             continue
         dtype = piece.weight().dtype
         if dtype not in REAL | COMPLEX:
@@ -167,7 +167,9 @@ def _shared(plan: Plan, present: Sequence[Tensor | None]) -> DistclipError | Non
     """
     ranges: list[tuple[int, int, str]] = []
     for piece, gradient in zip(plan.pieces, present, strict=True):
-        if gradient is None or isinstance(piece.gradient, zero.Cut):  # in buffers of ZeRO's own
+        if gradient is None or isinstance(
+            piece.gradient, zero.StretchBox
+        ):  # in buffers of ZeRO's own
             continue
         for what, tensor in (("gradient", gradient), ("weights", weight_if_any(piece))):
             if tensor is not None and tensor.data_ptr() and _span(tensor) == tensor.numel():

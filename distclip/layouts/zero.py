@@ -65,7 +65,7 @@ class Extent:
 
 
 @dataclass(frozen=True, slots=True)
-class Cut:
+class StretchBox:
     """A box within a stretch; called, it gives the box's gradient."""
 
     stretch: Stretch
@@ -122,7 +122,7 @@ def describe(name: str, parameter: Tensor, extent: Extent) -> Described:
         UnsupportedGradientError: a slice of a tensor (Megatron's tensor parallelism).
     """
     shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-    spread = declared.spread_of(name, parameter) or declared.Spread()
+    spread = declared.spread_of(name, parameter) or declared.DeclaredSpread()
     if len(spread.slices) > 1:
         raise UnsupportedGradientError(
             f"parameter {name!r} is a slice of a tensor (tensor parallelism) in a DeepSpeed "
@@ -142,7 +142,7 @@ def describe(name: str, parameter: Tensor, extent: Extent) -> Described:
     for stretch in extent.stretches:
         stop = stretch.start + stretch.numel
         for box, first in flat.boxes(shape, stretch.start, stop):
-            cut = Cut(stretch, first, box.extents, name)
+            cut = StretchBox(stretch, first, box.extents, name)
             pieces.append(Piece(0, box, 1.0, cut, cut.weight, parameter.requires_grad))
     return entry, pieces
 

@@ -51,7 +51,11 @@ class Parameters:
     order: float = 2.0
 
     def rolled_up(self, groups: Mapping[str, list[int]]) -> Parameters:
-        """The same of groups of parameters, by their places."""
+        """Norms, coefficients and ratios of groups of parameters.
+
+        Args:
+            groups: name of a group -> places of its parameters in ``names``.
+        """
         size = len(self.steps), len(groups)
         norms, coefficients = np.empty(size, np.float32), np.empty(size, np.float32)
         ratios = None if self.ratios is None else np.empty(size, np.float32)
@@ -101,7 +105,7 @@ class Counted:
         self.nearest = {clean(k, 200): v for k, v in pairs if isinstance(v, float) and 0 <= v <= 1}
 
     def shares(self) -> list[str]:
-        """The last line in words."""
+        """The counts of the last recorded step, in words."""
         found = [
             f"gradients in {self.last.dtype} at step {self.steps[-1]:g}: {self.zero[-1]:.2%} zero, "
             f"{self.underflow[-1]:.2%} within {BINADES} binades of underflow, "

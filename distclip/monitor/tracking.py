@@ -63,7 +63,10 @@ def metrics(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 def tensors(report: ClipReport) -> dict[str, Tensor]:
-    """The same as 0-dim floating-point tensors, without the parameters; reads no host."""
+    """The metrics of a report as 0-dim floating-point tensors, without those of parameters.
+
+    Reads no host.
+    """
     return {
         FIELDS.get(key, key): value if value.is_floating_point() else value.float()
         for key, value in report.tensors().items()
@@ -173,7 +176,7 @@ class TrackerSink(RecordingSink):
     """
 
     _package = ""
-    """What has to be installed, and the name of the extra."""
+    """Package that has to be installed, and the extra that brings it."""
 
     def __init__(
         self,

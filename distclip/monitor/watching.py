@@ -18,7 +18,7 @@ from distclip.monitor.states import STATES
 from distclip.monitor.thinning import sparkline
 
 SHOWN = 8
-"""Steps in the table."""
+"""How many of the newest steps the table shows."""
 
 STYLES = {"spike": "yellow", "exploding": "bold red", "vanishing": "cyan", "nonfinite": "magenta"}
 

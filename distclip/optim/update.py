@@ -29,7 +29,7 @@ Number: TypeAlias = Any
 """A float, or a 0-dim tensor where nothing may be read on the host."""
 
 Four: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
-"""Parameter, gradient, average, square."""
+"""Tensors of one parameter: itself, gradient, average of gradients, average of squares."""
 
 
 @dataclass(frozen=True, slots=True)

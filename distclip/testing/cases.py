@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-LAYOUTS: dict[str, str] = {
+MATRIX_LAYOUTS: dict[str, str] = {
     "plain": "whole on every rank: one process, DDP",
     "fsdp2": "fully_shard over all ranks",
     "hsdp": "fully_shard over a 2-D mesh: sharded, and replicated",

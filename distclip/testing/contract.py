@@ -23,8 +23,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from distclip.testing import contract_units
 
-SHAPES = {"embed.weight": (11, 4), "fc.weight": (5, 4), "fc.bias": (5,), "scale": ()}
-TALKING = ("all_reduce", "all_gather", "broadcast", "barrier", "all_gather_object", "send", "recv")
+POLICY_SHAPES = {"embed.weight": (11, 4), "fc.weight": (5, 4), "fc.bias": (5,), "scale": ()}
+COLLECTIVES = (
+    "all_reduce",
+    "all_gather",
+    "broadcast",
+    "barrier",
+    "all_gather_object",
+    "send",
+    "recv",
+)
 
 
 @dataclass(frozen=True)
@@ -176,7 +184,7 @@ def _check_description(policy: Any, again: Any) -> None:
 
 
 def _parameters() -> list[_Parameter]:
-    return [_Parameter(name, shape) for name, shape in SHAPES.items()]
+    return [_Parameter(name, shape) for name, shape in POLICY_SHAPES.items()]
 
 
 def _norms(step: int) -> list[float]:
@@ -205,16 +213,16 @@ def _statistics(policy: Any, step: int) -> _Statistics:
     )
 
 
-Step = tuple[list[Tensor], dict[str, Tensor]]
+StepResult = tuple[list[Tensor], dict[str, Tensor]]
 
 
 def _run(
     policy: Any, steps: int, start: int = 0, state: dict[str, Tensor] | None = None
-) -> list[Step]:
+) -> list[StepResult]:
     """Drive a policy, checking each step by itself."""
     state = _initial(policy) if state is None else state
     sizes = _sizes(state)
-    taken: list[Step] = []
+    taken: list[StepResult] = []
     for step in range(start, start + steps):
         statistics = _statistics(policy, step)
         given = [*statistics.gradients.values(), *statistics.weights.values(), *state.values()]
@@ -256,7 +264,7 @@ def _initial(policy: Any) -> dict[str, Tensor]:
         assert isinstance(value, Tensor), f"init: state[{key!r}] must be a tensor, got {value!r}"
     for key in getattr(policy, "per_parameter", ()):
         assert key in state, f"per_parameter names {key!r}, which init does not give"
-        assert state[key].shape[:1] == (len(SHAPES),), (
+        assert state[key].shape[:1] == (len(POLICY_SHAPES),), (
             f"state[{key!r}] must have one entry per parameter along its first dim"
         )
     return state
@@ -281,7 +289,9 @@ def _decided(policy: Any, actions: Any, statistics: _Statistics, where: str) -> 
     if _kind(policy) == "update_bound":
         assert isinstance(actions, Tensor), f"{where}: a bound must be a tensor, got {actions!r}"
         assert actions.dtype == torch.float64, f"{where}: the bound is {actions.dtype}"
-        assert actions.shape in ((), (len(SHAPES),)), f"{where}: bound of {list(actions.shape)}"
+        assert actions.shape in ((), (len(POLICY_SHAPES),)), (
+            f"{where}: bound of {list(actions.shape)}"
+        )
         good = bool((actions >= 0).all())
         assert good or not sound, f"{where}: finite norms gave a bound of {actions}"
         return [actions]
@@ -290,7 +300,9 @@ def _decided(policy: Any, actions: Any, statistics: _Statistics, where: str) -> 
             factors = action.coefficients
             assert isinstance(factors, Tensor), f"{where}: coefficients must be a tensor"
             assert factors.dtype == torch.float64, f"{where}: coefficients are {factors.dtype}"
-            assert factors.shape in ((), (len(SHAPES),)), f"{where}: shape {list(factors.shape)}"
+            assert factors.shape in ((), (len(POLICY_SHAPES),)), (
+                f"{where}: shape {list(factors.shape)}"
+            )
             good = bool(torch.isfinite(factors).all()) and bool((factors >= 0).all())
             assert good or not sound, f"{where}: finite norms gave coefficients {factors}"
             found.append(factors)
@@ -319,7 +331,7 @@ def _as_rank(rank: int) -> Iterator[None]:
         mock.patch.object(distributed, "get_rank", return_value=rank),
         mock.patch.object(distributed, "get_world_size", return_value=rank + 1),
         mock.patch.object(distributed, "is_initialized", return_value=True),
-        *(mock.patch.object(distributed, name, refuse) for name in TALKING),
+        *(mock.patch.object(distributed, name, refuse) for name in COLLECTIVES),
     ]
     generator, state = torch.get_rng_state(), random.getstate()
     torch.manual_seed(rank)
@@ -335,7 +347,7 @@ def _as_rank(rank: int) -> Iterator[None]:
         random.setstate(state)
 
 
-def _check_rank(factory: Callable[[], Any], steps: int, want: Sequence[Step]) -> None:
+def _check_rank(factory: Callable[[], Any], steps: int, want: Sequence[StepResult]) -> None:
     for rank in (0, 5):
         with _as_rank(rank):
             got = _run(factory(), steps)
@@ -345,7 +357,7 @@ def _check_rank(factory: Callable[[], Any], steps: int, want: Sequence[Step]) ->
             )
 
 
-def _check_round_trip(factory: Callable[[], Any], steps: int, want: Sequence[Step]) -> None:
+def _check_round_trip(factory: Callable[[], Any], steps: int, want: Sequence[StepResult]) -> None:
     for stop in (steps // 3, steps // 2):
         file = io.BytesIO()
         torch.save(want[stop - 1][1], file)

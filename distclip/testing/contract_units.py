@@ -11,9 +11,15 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-SHAPES = {"scale": (), "fc.bias": (5,), "fc.weight": (5, 4), "conv.weight": (3, 2, 4), "no": (0, 3)}
-GRADIENTS = [0.5, 3.0, 0.0, 1e-8, 1e4, 5e-324, 1e300, 1.0, 0.02, 7.0]
-WEIGHTS = [1.0, 0.0, 2.0, 0.5, 1e-4, 3.0, 0.1, 1e3, 1.0, 0.0]
+UNIT_SHAPES = {
+    "scale": (),
+    "fc.bias": (5,),
+    "fc.weight": (5, 4),
+    "conv.weight": (3, 2, 4),
+    "no": (0, 3),
+}
+UNIT_GRADIENTS = [0.5, 3.0, 0.0, 1e-8, 1e4, 5e-324, 1e300, 1.0, 0.02, 7.0]
+UNIT_WEIGHTS = [1.0, 0.0, 2.0, 0.5, 1e-4, 3.0, 0.1, 1e3, 1.0, 0.0]
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,7 @@ def check(factory: Callable[[], Any], as_rank: Callable[[int], Any]) -> None:
         as_rank: context manager, as a process of that rank would be.
     """
     _check_dims(factory)
-    gradients, weights = _vector(GRADIENTS), _vector(WEIGHTS)
+    gradients, weights = _vector(UNIT_GRADIENTS), _vector(UNIT_WEIGHTS)
     want = _asked(factory(), gradients, weights, sound=True)
     _check_alone(factory, gradients, weights, want)
     for rank in (0, 5):
@@ -70,7 +76,7 @@ def _vector(values: list[float]) -> Tensor:
 
 
 def _check_dims(factory: Callable[[], Any]) -> None:
-    for name, shape in SHAPES.items():
+    for name, shape in UNIT_SHAPES.items():
         parameter = _Parameter(name, shape)
         dims = factory().unit_dims(parameter)
         where = f"unit_dims of a parameter of shape {list(shape)}"
@@ -118,7 +124,7 @@ def _check_alone(
 
 def _check_no_sync(policy: Any) -> None:
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fakes = [mode.from_tensor(_real(values)) for values in (GRADIENTS, WEIGHTS)]
+        fakes = [mode.from_tensor(_real(values)) for values in (UNIT_GRADIENTS, UNIT_WEIGHTS)]
         try:
             policy.unit_coefficients(*fakes)
         except Exception as error:

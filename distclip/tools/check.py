@@ -28,7 +28,7 @@ from distclip.common.foreign import clean_lines
 from distclip.engine.passes import report_order
 from distclip.errors import DistclipError
 from distclip.integrations import hooks
-from distclip.layouts.gathering import Whole, can_gather, gather
+from distclip.layouts.gathering import WholeTensors, can_gather, gather
 from distclip.layouts.gradients import is_uneven
 from distclip.policies import ByName, Chain, Policy, SideBySide
 from distclip.report import ClipReport
@@ -48,7 +48,7 @@ class StepCheck(Watcher):
         self.steps = steps
         self.checked = 0
         self._done: weakref.WeakKeyDictionary[GradClipper, int] = weakref.WeakKeyDictionary()
-        self._before: Whole | None = None
+        self._before: WholeTensors | None = None
 
     def install(self) -> StepCheck:
         """Start watching every GradClipper of this process."""
@@ -97,7 +97,7 @@ def say(text: str) -> None:
 # ---- gathering ---------------------------------------------------------------------------------
 
 
-def gathered(clipper: GradClipper, loss_scale: Tensor | None = None) -> Whole:
+def gathered(clipper: GradClipper, loss_scale: Tensor | None = None) -> WholeTensors:
     """Whole gradients, unscaled, and weights of all parameters of all ranks; on every rank.
 
     Raises:
@@ -155,12 +155,12 @@ def _agree(problem: str, present: Mapping[str, bool]) -> None:
                 )
 
 
-def _exchanged(mine: Whole, clipper: GradClipper) -> Whole:
+def _exchanged(mine: WholeTensors, clipper: GradClipper) -> WholeTensors:
     """With those that only other ranks have (pipeline stages, experts)."""
     lacking = any(info.name not in mine for info in clipper.parameters)
     if not any(_told(lacking)):
         return mine
-    whole: Whole = {}
+    whole: WholeTensors = {}
     for theirs in _told(mine):
         whole = theirs | whole
     return whole
@@ -178,7 +178,7 @@ def _told(value: Any) -> list[Any]:
 
 
 def faults_of(
-    clipper: GradClipper, report: ClipReport, before: Whole, after: Whole
+    clipper: GradClipper, report: ClipReport, before: WholeTensors, after: WholeTensors
 ) -> tuple[list[str], bool]:
     """What is wrong, on every rank alike, and whether the policy is one that the reference knows.
 
@@ -206,7 +206,7 @@ def faults_of(
     return judge(clipper.policy, report, want, parts, exact=exact, roundings=roundings), True
 
 
-def _parts(after: Whole, want: Expected) -> Iterator[Any]:
+def _parts(after: WholeTensors, want: Expected) -> Iterator[Any]:
     for name, (gradient, _) in after.items():
         yield name, gradient, want.gradients[name]
 
@@ -215,7 +215,9 @@ def _measured(report: ClipReport) -> bool:
     return not math.isnan(report.total_norm.item()) or bool(report.nonfinite)
 
 
-def _consistency(report: ClipReport, order: float, before: Whole, after: Whole) -> list[str]:
+def _consistency(
+    report: ClipReport, order: float, before: WholeTensors, after: WholeTensors
+) -> list[str]:
     faults = []
     for name, (gradient, _) in before.items():
         clipped = after[name][0]

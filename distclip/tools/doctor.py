@@ -22,11 +22,19 @@ from distclip._version import __version__
 from distclip.common import tested
 from distclip.errors import DistclipError
 
-State = Literal["good", "note", "wrong"]
+Verdict = Literal["good", "note", "wrong"]
 
-PACKAGES = ("torch", "numpy", "pydantic", "accelerate", "deepspeed", "transformers", "lightning")
+CHECKED_PACKAGES = (
+    "torch",
+    "numpy",
+    "pydantic",
+    "accelerate",
+    "deepspeed",
+    "transformers",
+    "lightning",
+)
 NEEDED = ("torch", "numpy", "pydantic")
-LIMIT = 120.0
+LAUNCH_LIMIT = 120.0
 
 
 @dataclass(frozen=True)
@@ -42,7 +50,7 @@ class Line:
 
     topic: str
     what: str
-    state: State
+    state: Verdict
     text: str
 
 
@@ -82,7 +90,7 @@ def versions() -> list[Line]:
         Line("versions", "python", "good" if inside else "wrong",
              f"{python}, needs {needed['python'] or 'nothing that is known'}"),
     ]  # fmt: skip
-    return lines + [_package(name, needed.get(name, "")) for name in PACKAGES]
+    return lines + [_package(name, needed.get(name, "")) for name in CHECKED_PACKAGES]
 
 
 def _package(name: str, needed: str) -> Line:
@@ -91,10 +99,10 @@ def _package(name: str, needed: str) -> Line:
     known = bool(range_ or needed)
     found = tested.installed(name)
     if not found:
-        state: State = "wrong" if name in NEEDED else "note"
+        state: Verdict = "wrong" if name in NEEDED else "note"
         return Line("versions", name, state, f"not installed{f'; {shown}' if known else ''}")
     if not known:
-        return Line("versions", name, "note", f"{found}; nothing is said of it")
+        return Line("versions", name, "note", f"{found}; no range of tested versions")
     place = tested.place(name, found) if range_ else -int(not within(found, needed))
     state = "wrong" if place < 0 else "note" if place else "good"
     return Line("versions", name, state, f"{found}, {shown}")
@@ -151,17 +159,17 @@ def machine() -> list[Line]:
 
 def layouts() -> list[Line]:
     """Which engines and layouts there are to clip under, and to simulate."""
-    from distclip.tools.simulate.layouts import LAYOUTS, check
+    from distclip.tools.simulate.layouts import SIMULATED_LAYOUTS, check
 
     plain = "DDP, FSDP1, FSDP2, HSDP, tensor parallelism of torch"
     lines = [Line("layouts", "torch", "good", plain)]
-    for name in LAYOUTS:
+    for name in SIMULATED_LAYOUTS:
         try:
             check(name)
         except DistclipError as error:
             lines.append(Line("layouts", name, "note", str(error).removeprefix("simulate: ")))
         else:
-            lines.append(Line("layouts", name, "good", LAYOUTS[name]))
+            lines.append(Line("layouts", name, "good", SIMULATED_LAYOUTS[name]))
     launchers = [name for name in ("torchrun", "accelerate", "deepspeed") if shutil.which(name)]
     lines.append(Line("layouts", "launchers", "good", ", ".join(launchers) or "none on the PATH"))
     return lines
@@ -201,10 +209,10 @@ def self_check(ranks: int) -> list[Line]:
     labels = ["global", "agc", "chain agc, global"]
     what = f"{ranks} gloo ranks of this machine"
     try:
-        sums = run_on_ranks(_sum_of_ones, ranks, timeout=LIMIT)
+        sums = run_on_ranks(_sum_of_ones, ranks, timeout=LAUNCH_LIMIT)
         if sums != [ranks] * ranks:
             return [Line("ranks", what, "wrong", f"a sum over {ranks} ranks gave {sums}")]
-        found = run_on_ranks(run_group, ranks, "fsdp2", "float32", labels, timeout=LIMIT)
+        found = run_on_ranks(run_group, ranks, "fsdp2", "float32", labels, timeout=LAUNCH_LIMIT)
     except (RankError, PoolError) as error:
         return [Line("ranks", what, "wrong", str(error))]
     faults = [cell.detail for cells in found for cell in cells if cell.status == "failed"]

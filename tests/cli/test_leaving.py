@@ -53,7 +53,7 @@ def test_what_still_runs_is_waited_for() -> None:
 
 def test_what_waits_itself_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     """For a peer that is gone, for instance."""
-    monkeypatch.setattr(leaving, "LIMIT", 1000.0)
+    monkeypatch.setattr(leaving, "WAIT_LIMIT", 1000.0)
     never = threading.Event()
     as_gloo(never.wait)
     began = time.monotonic()
@@ -63,7 +63,7 @@ def test_what_waits_itself_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_there_is_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(leaving, "LIMIT", 0.05)
+    monkeypatch.setattr(leaving, "WAIT_LIMIT", 0.05)
     thread = as_gloo(compute)
     leaving.let_gloo_finish()
     assert thread.is_alive()

@@ -23,7 +23,7 @@ from distclip.errors import ConfigurationError
 from distclip.layouts import dtensor
 from distclip.policies import GlobalNorm
 from distclip.testing import expected
-from distclip.testing.cases import DTYPES, LAYOUTS, POLICIES, ROUNDINGS
+from distclip.testing.cases import DTYPES, MATRIX_LAYOUTS, POLICIES, ROUNDINGS
 from distclip.tools import check
 from distclip.tools.verify import cells as verify_cells
 from distclip.tools.verify import model as verify_model
@@ -287,12 +287,12 @@ def test_the_committed_table_is_not_stale() -> None:
         for line in text.splitlines()
         if line.startswith("| ")
     ]
-    assert rows[0] == ["policy", *LAYOUTS]
+    assert rows[0] == ["policy", *MATRIX_LAYOUTS]
     assert [row[0] for row in rows[1:]] == list(POLICIES)
     assert {mark for row in rows[1:] for mark in row[1:]} == {"yes"}
     assert f"* dtypes: {', '.join(DTYPES)}\n" in text
     assert f"* ranks: {', '.join(map(str, running.RANKS))}\n" in text
     assert f"distclip {__version__}," in text
-    cells = len(POLICIES) * len(LAYOUTS) * len(DTYPES) * len(running.RANKS)
+    cells = len(POLICIES) * len(MATRIX_LAYOUTS) * len(DTYPES) * len(running.RANKS)
     assert f"* cells: {cells} passed, 0 failed, 0 not run" in text
     assert re.search(r"\d{4}-\d\d-\d\d", text)

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from distclip.statistics import collectives
-from distclip.testing.cases import LAYOUTS, POLICIES, ROUNDINGS
+from distclip.testing.cases import MATRIX_LAYOUTS, POLICIES, ROUNDINGS
 from distclip.tools.verify.cells import build, faults_of
 from tests.helpers.shares import WHOLE, share
 
-__all__ = ["LAYOUTS", "POLICIES", "ROUNDINGS", "build", "check"]
+__all__ = ["MATRIX_LAYOUTS", "POLICIES", "ROUNDINGS", "build", "check"]
 
 
 def check(
@@ -32,12 +32,12 @@ def check_all(some: dict[str, Any], layout: str, kind: str, seed: int = 0) -> No
             raise AssertionError(f"policy {label!r}: {error}") from error
 
 
-NUMBERS = {layout: number for number, layout in enumerate(LAYOUTS)}
+NUMBERS = {layout: number for number, layout in enumerate(MATRIX_LAYOUTS)}
 KINDS = ["bfloat16", "float16", "mixed"]
 
 
 @pytest.mark.ranks(1, 2, 3, 4)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", MATRIX_LAYOUTS)
 def test_every_policy(layout: str, world_size: int) -> None:
     """Under each layout on two numbers of ranks, and on each number under half of the layouts."""
     check_all(share(POLICIES, NUMBERS[layout], world_size, of=2), layout, "float32")
@@ -53,21 +53,21 @@ def test_every_policy_by_an_all_reduce(monkeypatch: pytest.MonkeyPatch, layout: 
 
 @pytest.mark.ranks(2)  # one rank: `distclip verify`, nightly, and the goldens of each policy
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", MATRIX_LAYOUTS)
 def test_every_dtype(layout: str, kind: str) -> None:
     """Each policy under each layout in one of the kinds."""
     check_all(share(POLICIES, NUMBERS[layout], KINDS.index(kind), of=3), layout, kind, seed=1)
 
 
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", MATRIX_LAYOUTS)
 def test_all_dtypes_together_on_four_ranks(layout: str) -> None:
     check_all(share(POLICIES, NUMBERS[layout], of=3), layout, "mixed", seed=1)
 
 
 def test_the_cases_together_meet_every_policy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(WHOLE, raising=False)
-    for number in range(len(LAYOUTS)):
+    for number in range(len(MATRIX_LAYOUTS)):
         kinds = [share(POLICIES, number, kind, of=3) for kind in range(3)]
         assert sorted(itertools.chain(*kinds)) == sorted(POLICIES)
         for low in (1, 2, 3):

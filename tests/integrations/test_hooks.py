@@ -134,7 +134,9 @@ def test_a_failing_callback_names_the_module() -> None:
         raise AttributeError("no Accelerator")
 
     hooks.on_import("hooked_pkg.inner", fail)
-    with pytest.raises(DistclipError, match=r"take up hooked_pkg\.inner .*: no Accelerator") as e:
+    with pytest.raises(
+        DistclipError, match=r"be enabled for hooked_pkg\.inner .*: no Accelerator"
+    ) as e:
         importlib.import_module("hooked_pkg.inner")
     assert isinstance(e.value.__cause__, AttributeError)
     assert "hooked_pkg.inner" not in sys.modules

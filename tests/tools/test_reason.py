@@ -24,7 +24,7 @@ def process(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "rank0" / "error.json"
-    monkeypatch.setenv(reason.FILE, str(path))
+    monkeypatch.setenv(reason.ERROR_FILE_VARIABLE, str(path))
     return path
 
 
@@ -52,10 +52,10 @@ def test_what_the_script_has_left_stays(file: Path) -> None:
 def test_without_a_launcher_and_where_nothing_can_be_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv(reason.FILE, raising=False)
+    monkeypatch.delenv(reason.ERROR_FILE_VARIABLE, raising=False)
     reason.leave("nobody reads this")
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv(reason.FILE, str(tmp_path / "file" / "error.json"))
+    monkeypatch.setenv(reason.ERROR_FILE_VARIABLE, str(tmp_path / "file" / "error.json"))
     reason.leave("no folder")
 
 

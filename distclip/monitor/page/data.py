@@ -15,13 +15,13 @@ from distclip.monitor.states import STATES
 from distclip.monitor.thinning import bins, thinned
 
 POINTS = 4000
-"""Points of a curve."""
+"""Most points of a curve; longer runs are thinned."""
 
-MARKS = 1000
+MARKED_STEPS = 1000
 """Steps that are marked one by one: skipped, not finite, changes of state."""
 
 ROWS, CELLS = 60, 200
-"""Of the heat map."""
+"""Most rows and columns of the heat map of parameters by step."""
 
 LISTED = 30
 """Parameters in the table of the most clipped ones."""
@@ -132,8 +132,8 @@ def _spans(run: Run) -> list[list[float]]:
     ends = np.concatenate((starts[1:], [len(codes)])) - 1
     odd = codes[starts] != 0
     starts, ends = starts[odd], ends[odd]
-    if len(starts) > MARKS:
-        longest = np.sort(np.argsort(starts - ends, kind="stable")[:MARKS])
+    if len(starts) > MARKED_STEPS:
+        longest = np.sort(np.argsort(starts - ends, kind="stable")[:MARKED_STEPS])
         starts, ends = starts[longest], ends[longest]
     return [
         [float(run.steps[a]), float(run.steps[b]), int(codes[a])]
@@ -215,7 +215,7 @@ def _running_mean(values: Floats) -> Floats:
 
 
 def _some(steps: Floats) -> Floats:
-    return steps if len(steps) <= MARKS else steps[bins(len(steps), MARKS)[:-1]]
+    return steps if len(steps) <= MARKED_STEPS else steps[bins(len(steps), MARKED_STEPS)[:-1]]
 
 
 def _numbers(values: Iterable[float], digits: int = 5) -> list[float | None]:

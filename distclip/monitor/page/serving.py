@@ -74,7 +74,7 @@ class PageServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         return f"http://127.0.0.1:{self.server_address[1]}/"
 
     def version(self) -> str:
-        """Changes when a log does."""
+        """A text that changes when a log does."""
         found = hashlib.sha256()
         for path in self._paths:
             try:

@@ -72,7 +72,7 @@ class RankPool:
         call = shipping.dumps((function, args, kwargs))
         # Before the call counts as hung, so that the ranks that wait can say for whom.
         environment = {STUCK_AFTER: f"{limit_within(timeout):g}", **os.environ}
-        request = worker.Request(environment, _directory(), list(sys.path), call)
+        request = worker.CallRequest(environment, _directory(), list(sys.path), call)
         with self._lock:
             try:
                 outcomes, blamed, states = self._call(pickle.dumps(tuple(request)), timeout)

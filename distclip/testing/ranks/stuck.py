@@ -10,7 +10,7 @@ from pathlib import Path
 WAITS = "waiting in a collective for other ranks"
 STOPPED = "stopped (SIGSTOP, or a debugger)"
 
-TALKING = (
+WAITING_PLACES = (
     "/torch/distributed/",
     "/torch/autograd/",
     "/distclip/statistics/collectives.py",
@@ -45,7 +45,7 @@ def waits(stacks: str) -> bool:
             threads[-1].append(match["file"])
     for files in threads:
         if any(file.endswith(_HARNESS) for file in files):
-            return any(part in files[0] for part in TALKING)
+            return any(part in files[0] for part in WAITING_PLACES)
     return False
 
 

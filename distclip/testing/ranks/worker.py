@@ -36,7 +36,7 @@ _KIT = os.path.dirname(os.path.dirname(__file__)) + os.sep
 _OUTCOMES: dict[str, Kind] = {"Skipped": "skipped", "SkipTest": "skipped", "XFailed": "xfailed"}
 
 
-class Request(NamedTuple):
+class CallRequest(NamedTuple):
     """One call, and the surroundings it is made in."""
 
     environment: dict[str, str]
@@ -67,7 +67,7 @@ def main(rank: int, world_size: int, connection_fd: int, stacks_fd: int) -> None
     default_group = dist.group.WORLD
     while True:
         try:
-            request = Request(*pickle.loads(connection.recv_bytes()))
+            request = CallRequest(*pickle.loads(connection.recv_bytes()))
         except EOFError:
             return
         _prepare(request, ours)
@@ -110,7 +110,7 @@ def _join(rank: int, world_size: int, connection: Connection) -> Mapping[str, st
     return ours
 
 
-def _prepare(request: Request, ours: Mapping[str, str]) -> None:
+def _prepare(request: CallRequest, ours: Mapping[str, str]) -> None:
     """Make every call start from the same state, in the caller's surroundings."""
     gloo = {k: v for k, v in os.environ.items() if k == "GLOO_SOCKET_IFNAME"}
     environment = request.environment | gloo | dict(ours)

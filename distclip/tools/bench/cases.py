@@ -19,8 +19,8 @@ from distclip.tools.bench import models, ways
 from distclip.tools.bench.models import LARGE, SMALL
 from distclip.tools.bench.timing import Bench, Taken, measure
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-PLAIN: Mapping[str, tuple[int, tuple[int, ...], str]] = {
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PLAIN_SIZES: Mapping[str, tuple[int, tuple[int, ...], str]] = {
     "small": (288, (64, 64), "fp32"),
     "many": (2000, (1024,), "fp32"),
     "large": (144, (512, 512), "fp32"),
@@ -74,10 +74,10 @@ def _add(
 
 def _plain(kind: str) -> tuple[str, Callable[[], models.Model]]:
     """Title and maker of plain parameters."""
-    count, shape, dtype = PLAIN[kind]
+    count, shape, dtype = PLAIN_SIZES[kind]
     what = " x ".join(f"{extent:,}" for extent in shape)
     title = f"{count:,} plain parameters of {what}, {dtype}"
-    return title, functools.partial(models.plain, count, shape, DTYPES[dtype])
+    return title, functools.partial(models.plain, count, shape, TORCH_DTYPES[dtype])
 
 
 def _encoder(
@@ -86,7 +86,7 @@ def _encoder(
     """Title and maker of an encoder under a sharding."""
     size, dtype = ENCODERS[kind]
     title = f"{layout}, {_ELEMENTS[size]}, {dtype}"
-    return title, functools.partial(make, size, DTYPES[dtype], **more)
+    return title, functools.partial(make, size, TORCH_DTYPES[dtype], **more)
 
 
 def _add_norms(
@@ -122,7 +122,7 @@ _add("bf16-embedding", "FSDP2, one embedding of 32,000 x 1,024 in bf16, not clip
 _add("gigabyte", "64 DTensors, 1 GiB of gradients, not clipping",
      ways.clip_norm, functools.partial(models.dtensors, 64, (2048, 2048)), ways.LOOSE,
      peer=ways.TORCH)  # fmt: skip
-for _kind in PLAIN:
+for _kind in PLAIN_SIZES:
     _add_norms(f"plain-{_kind}", _plain(_kind))
 for _kind in ENCODERS:
     _add_norms(f"ddp-{_kind}", _encoder("DDP", models.ddp, _kind))
@@ -139,7 +139,7 @@ _TIMM = "timm's formula"
 _add("agc-encoder-clipped", f"an encoder on each rank, {_ELEMENTS[LARGE]}, clipping rows",
      ways.adaptive_plain, functools.partial(models.encoder, LARGE), ways.AGC_FACTOR,
      peer=_TIMM)  # fmt: skip
-for _kind in PLAIN:
+for _kind in PLAIN_SIZES:
     _title, _make = _plain(_kind)
     for _ending, _told, _factor in (("", "not clipping", ways.LOOSE),
                                     ("-clipped", "clipping", ways.AGC_FACTOR)):  # fmt: skip
@@ -160,10 +160,10 @@ for _kind in ("small", "large"):
     _title, _make = _plain(_kind)
     _add(f"function-norms-plain-{_kind}", f"{_title}: grad_norms", ways.each_norm, _make,
          peer="torch _foreach_norm")  # fmt: skip
-for _kind in PLAIN:
-    _count_, _shape, _dtype = PLAIN[_kind]
+for _kind in PLAIN_SIZES:
+    _count_, _shape, _dtype = PLAIN_SIZES[_kind]
     _add(f"threads-{_kind}", f"{_plain(_kind)[0]}, on one and two threads", ways.threaded, _count_,
-         _shape, DTYPES[_dtype], peer=ways.on_threads(ways.READ, 1), ranks=1)  # fmt: skip
+         _shape, TORCH_DTYPES[_dtype], peer=ways.on_threads(ways.READ, 1), ranks=1)  # fmt: skip
 _add("policies", f"FSDP2, {_ELEMENTS[SMALL]}, each policy, clipping", ways.every_policy,
      peer="global_norm")  # fmt: skip
 _add("fold", "fused AdamW, 82 parameters, 33.6 M elements: optimizer.step(), clipping", _fold,

@@ -13,11 +13,11 @@ from distclip import GradClipper, policies
 from distclip.tools.bench.models import local
 
 TIGHT = 1e-3
-SHAPES = [(1024, 1024)] * 30 + [(1024,)] * 48 + [(512, 1024)] * 4
+FOLD_SHAPES = [(1024, 1024)] * 30 + [(1024,)] * 48 + [(512, 1024)] * 4
 """33.6 M elements, the whole of it on each rank."""
 
 
-class Step:
+class AdamWStep:
     """``optimizer.step()`` of one AdamW on parameters that all ways share."""
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
@@ -36,7 +36,7 @@ class Step:
         self.optimizer.step()
 
 
-class Dividing(Step):
+class Dividing(AdamWStep):
     """The step with a ``grad_scale``: what folding adds to it, without any clipping."""
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
@@ -44,7 +44,7 @@ class Dividing(Step):
         self.optimizer.grad_scale = torch.tensor(2.0)  # type: ignore[attr-defined]
 
 
-class Reading(Step):
+class Reading(AdamWStep):
     """One read of the gradients, then the step."""
 
     def __call__(self) -> None:
@@ -56,7 +56,7 @@ class Reading(Step):
         self.optimizer.step()
 
 
-class Torch(Step):
+class Torch(AdamWStep):
     """torch's clipping, then the step."""
 
     def __call__(self) -> None:
@@ -65,9 +65,9 @@ class Torch(Step):
         self.optimizer.step()
 
 
-def clipped(parameters: Sequence[Tensor], *, fold: bool) -> Step:
+def clipped(parameters: Sequence[Tensor], *, fold: bool) -> AdamWStep:
     """A step that distclip clips before, or within."""
-    step = Step(parameters)
+    step = AdamWStep(parameters)
     GradClipper(step.parameters, policies.global_norm(TIGHT), fold=fold).attach(step.optimizer)
     return step
 
@@ -75,7 +75,7 @@ def clipped(parameters: Sequence[Tensor], *, fold: bool) -> Step:
 def parameters_of(world: int) -> list[Tensor]:
     """Sharded by FSDP2 on several ranks, plain on one; with gradients."""
     model = nn.Module()
-    for number, shape in enumerate(SHAPES):
+    for number, shape in enumerate(FOLD_SHAPES):
         model.register_parameter(f"p{number}", nn.Parameter(torch.zeros(shape)))
     if world > 1:
         fully_shard(model)
@@ -85,12 +85,12 @@ def parameters_of(world: int) -> list[Tensor]:
     return list(parameters)
 
 
-def ways() -> dict[str, Step]:
+def ways() -> dict[str, AdamWStep]:
     """All of them; each has moments of its own, the parameters and gradients are the same."""
     parameters = parameters_of(dist.get_world_size())
     return {
         "step + one read: sum()": Reading(parameters),
-        "step alone": Step(parameters),
+        "step alone": AdamWStep(parameters),
         "step that divides": Dividing(parameters),
         "step + distclip, folded": clipped(parameters, fold=True),
         "step + distclip, in place": clipped(parameters, fold=False),

@@ -20,8 +20,8 @@ from distclip.errors import DistclipError
 from distclip.tools.bench.timing import Taken
 
 FORMAT = 2
-MOST = 2**26
-"""Bytes of a kept run."""
+MOST_BYTES = 2**26
+"""Largest file of a recorded run that is read, in bytes."""
 PEERS = (
     "torch", "Accelerate", "FSDP1", "timm", "Composer", "DeepSpeed", "one ", "no clipping",
     "step + one read", "step alone", "step that divides",
@@ -100,7 +100,7 @@ def read(path: Path) -> Record:
         DistclipError: the file is not there, or not one that this version wrote.
     """
     try:
-        document = json.loads(read_text(path, MOST))
+        document = json.loads(read_text(path, MOST_BYTES))
     except (FileNotFoundError, ValueError, RecursionError) as error:
         raise DistclipError(
             f"bench: {clean(path)} cannot be read as JSON: {clean(error, 300)}"

@@ -19,7 +19,7 @@ Ways = dict[str, Callable[[], object]]
 
 
 @dataclass(frozen=True)
-class Way:
+class PreparedWay:
     """A way with a preparation of its own, which is not timed."""
 
     act: Callable[[], object]
@@ -32,7 +32,7 @@ class Way:
 
 WARM = 2
 """Rounds before those that count: caches are cold there, and plans are made."""
-LEAST = 3
+LEAST_ROUNDS = 3
 """Measured rounds of a case whatever its budget."""
 
 
@@ -92,7 +92,7 @@ def measure(bench: Bench, rounds: int, budget: float) -> Taken:
     orders: list[list[str]] = []
     began = time.monotonic()
     for number in range(-WARM, rounds):
-        if number >= LEAST and _anywhere(time.monotonic() - began > budget):
+        if number >= LEAST_ROUNDS and _anywhere(time.monotonic() - began > budget):
             break
         order = drawn(names, number)
         for name in order:

@@ -22,7 +22,7 @@ from distclip.tools.bench.models import (
     local_weights,
     plain,
 )
-from distclip.tools.bench.timing import Bench, Way, Ways
+from distclip.tools.bench.timing import Bench, PreparedWay, Ways
 
 LOOSE, TIGHT = 1e9, 1e-3
 """Thresholds that never and always clip."""
@@ -231,7 +231,9 @@ def threaded(count: int, shape: tuple[int, ...], dtype: torch.dtype) -> Bench:
         OURS: GradClipper(model.target, policies.global_norm(LOOSE)).clip_,
     }
     ways = {
-        on_threads(name, threads): Way(act, functools.partial(torch.set_num_threads, threads))
+        on_threads(name, threads): PreparedWay(
+            act, functools.partial(torch.set_num_threads, threads)
+        )
         for name, act in acts.items()
         for threads in (1, 2)
     }

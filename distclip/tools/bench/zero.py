@@ -21,7 +21,7 @@ PRECISION: dict[str, dict[str, Any]] = {
 """Name of a dtype -> its part of DeepSpeed's JSON."""
 
 
-class Step:
+class EngineStep:
     """``engine.step()`` of one engine; the backward before it is not measured."""
 
     def __init__(self, stage: int, dtype: str, clipping: float) -> None:
@@ -62,13 +62,13 @@ class Step:
 
 def ways(stage: int, dtype: str) -> Ways:
     """The same model and optimizer, with one threshold that always clips, and without any."""
-    ours = Step(stage, dtype, 0.0)
+    ours = EngineStep(stage, dtype, 0.0)
     integration.attach(ours.engine, policies.global_norm(TIGHT))
-    adaptive = Step(stage, dtype, 0.0)
+    adaptive = EngineStep(stage, dtype, 0.0)
     integration.attach(adaptive.engine, policies.agc(AGC_FACTOR))
     return {
-        "DeepSpeed's own clipping": Step(stage, dtype, TIGHT),
+        "DeepSpeed's own clipping": EngineStep(stage, dtype, TIGHT),
         "distclip global_norm": ours,
         "distclip agc": adaptive,
-        "no clipping, DeepSpeed measures": Step(stage, dtype, 0.0),
+        "no clipping, DeepSpeed measures": EngineStep(stage, dtype, 0.0),
     }

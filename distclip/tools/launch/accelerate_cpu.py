@@ -204,7 +204,7 @@ def _set_environment(environ: MutableMapping[str, str]) -> None:
 
 
 def _patch_backend() -> None:
-    """Have ``PartialState`` choose gloo, and a type from which FSDP and DeepSpeed are taken up."""
+    """Have ``PartialState`` choose gloo, and the distributed type at which Accelerate uses FSDP and DeepSpeed."""
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType
 

@@ -43,7 +43,7 @@ def requested(environ: Mapping[str, str] | None = None) -> bool:
 
 
 @dataclass(frozen=True)
-class Launch:
+class AskedLaunch:
     """What the command line and the YAML of ``accelerate launch`` say."""
 
     use_cpu: bool
@@ -69,7 +69,7 @@ def is_launched_rank(environ: Mapping[str, str]) -> bool:
 
 
 @functools.lru_cache(maxsize=1)
-def launch() -> Launch | None:
+def launch() -> AskedLaunch | None:
     """Read the launch that started this process; None when it cannot be known.
 
     ``use_cpu`` of the YAML reaches no environment variable of the ranks (only Accelerate's
@@ -98,7 +98,7 @@ def _launch_arguments(command: list[str]) -> list[str] | None:
     return None
 
 
-def _read_launch(arguments: list[str], folder: str) -> Launch | None:
+def _read_launch(arguments: list[str], folder: str) -> AskedLaunch | None:
     from accelerate.commands.config.config_args import default_config_file, load_config_from_file
     from accelerate.commands.launch import launch_command_parser
 
@@ -107,7 +107,7 @@ def _read_launch(arguments: list[str], folder: str) -> Launch | None:
     path = os.path.join(folder, options.config_file or default_config_file)
     config = load_config_from_file(path) if os.path.isfile(path) else None
     distributed_type = getattr(config, "distributed_type", "NO")
-    return Launch(
+    return AskedLaunch(
         use_cpu=bool(options.cpu or getattr(config, "use_cpu", False)),
         num_processes=int(options.num_processes or getattr(config, "num_processes", 1) or 1),
         distributed_type=str(getattr(distributed_type, "value", distributed_type)),

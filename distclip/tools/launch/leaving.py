@@ -15,8 +15,8 @@ TASKS = Path("/proc/self/task")
 THREAD = "pt_gloo_runloop"
 """torch's name for these threads, as the kernel shortens names: to 15 characters."""
 PAUSE = 0.005
-LIMIT = 5.0
-"""Seconds."""
+WAIT_LIMIT = 5.0
+"""Longest wait for gloo's threads, in seconds."""
 
 
 def let_gloo_finish() -> None:
@@ -25,7 +25,7 @@ def let_gloo_finish() -> None:
     One that waits, be it for a peer that is gone, has nothing to do. Linux only; elsewhere, and
     where there are no such threads, this returns at once.
     """
-    deadline = time.monotonic() + LIMIT
+    deadline = time.monotonic() + WAIT_LIMIT
     quiet = 0
     while quiet < 2 and time.monotonic() < deadline:
         states = _states()

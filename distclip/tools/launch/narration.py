@@ -18,7 +18,7 @@ from distclip.policies.compose import summary
 from distclip.report import ClipReport
 from distclip.statistics import collectives
 
-KEPT = 64
+SUMMED_AT_ONCE = 64
 """Steps that are summed up at once."""
 
 
@@ -81,7 +81,7 @@ class Followed:
         norm = torch.where(torch.isfinite(norm), norm, 0.0)
         clipped = (report.clipped_fraction > 0).double()
         self._waiting.append(torch.stack([clipped, report.skipped.double(), norm]))
-        if len(self._waiting) == KEPT:
+        if len(self._waiting) == SUMMED_AT_ONCE:
             self._add()
 
     def _add(self) -> None:

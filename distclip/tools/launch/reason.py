@@ -14,19 +14,19 @@ import time
 
 from distclip.common.foreign import clean
 
-FILE = "TORCHELASTIC_ERROR_FILE"
-LONGEST = 1000
-"""Characters."""
+ERROR_FILE_VARIABLE = "TORCHELASTIC_ERROR_FILE"
+LONGEST_REASON = 1000
+"""Characters of a reason that are kept."""
 
 
 def leave(reason: str) -> None:
     """Leave the reason for the launcher, unless the script has left its own."""
-    path = os.environ.get(FILE)
+    path = os.environ.get(ERROR_FILE_VARIABLE)
     if path is None or os.path.exists(path):
         return
     # The form that torch's own `record` writes, without a traceback: that is shown instead.
     extra = {"timestamp": str(int(time.time()))}
-    record = {"message": {"message": clean(reason, LONGEST), "extraInfo": extra}}
+    record = {"message": {"message": clean(reason, LONGEST_REASON), "extraInfo": extra}}
     with contextlib.suppress(OSError):  # the launcher then shows what it would without
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         with open(path, "w", encoding="utf-8") as file:

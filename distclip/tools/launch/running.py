@@ -16,7 +16,7 @@ from distclip.integrations import hooks
 from distclip.tools.launch import accelerate_cpu
 from distclip.tools.launch.leaving import let_gloo_finish
 from distclip.tools.launch.narration import Narration
-from distclip.tools.launch.script import ENVIRONMENT, Script
+from distclip.tools.launch.script import CONFIG_VARIABLE, Script
 
 if TYPE_CHECKING:
     from distclip.tools.check import StepCheck
@@ -49,14 +49,14 @@ def prepare(
     if path is None and not names_deepspeed(program):
         raise ConfigurationError(
             f"run: no configuration; give --config policy.yaml before the script, or set "
-            f"{ENVIRONMENT}=policy.yaml in the environment (for DeepSpeed it may also be the "
+            f"{CONFIG_VARIABLE}=policy.yaml in the environment (for DeepSpeed it may also be the "
             f'"distclip" section of its JSON)'
         )
     program.prepare()
     loaded = None if path is None else configuration.load(path)
     if path is not None:
         # Absolute, for a script that changes its directory and for processes that it starts.
-        os.environ[ENVIRONMENT] = str(path.absolute())
+        os.environ[CONFIG_VARIABLE] = str(path.absolute())
     prepare_cpu(cpu)
     hooks.install(loaded)
     accelerate_cpu.watch()
@@ -131,7 +131,8 @@ def warn_if_idle() -> None:
     why += " of torch.optim has stepped"
     print(
         f"distclip: warning: run clipped nothing: {why}. Unless the script clips with distclip "
-        f"itself, add `distclip.from_config(os.environ[{ENVIRONMENT!r}], model).attach(optimizer)`",
+        f"itself, add `distclip.from_config(os.environ[{CONFIG_VARIABLE!r}], model)"
+        f".attach(optimizer)`",
         file=sys.stderr,
         flush=True,
     )

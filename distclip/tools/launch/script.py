@@ -16,7 +16,7 @@ from distclip.common.foreign import clean
 from distclip.errors import ConfigurationError
 from distclip.tools.launch import reason
 
-ENVIRONMENT = "DISTCLIP_CONFIG"
+CONFIG_VARIABLE = "DISTCLIP_CONFIG"
 """Environment variable that names the configuration of a run, for the processes of it too."""
 
 

@@ -14,7 +14,7 @@ QUANTITIES = ("loss", "norm", "coefficient")
 
 
 @dataclass(frozen=True)
-class Row:
+class StepRow:
     """One step of one layout; NaN: not known.
 
     Attributes:
@@ -28,12 +28,12 @@ class Row:
     coefficient: float
 
 
-def rows(ranks: Sequence[Rank]) -> list[Row]:
+def rows(ranks: Sequence[Rank]) -> list[StepRow]:
     """The steps that all ranks have begun."""
     return [_row(steps) for steps in zip(*(rank.completed for rank in ranks), strict=False)]
 
 
-def _row(steps: Sequence[Step]) -> Row:
+def _row(steps: Sequence[Step]) -> StepRow:
     losses = [sum(step.losses) for step in steps if step.losses]
     loss = sum(losses) / len(losses) if losses else math.nan
     clips = steps[0].clips
@@ -45,7 +45,7 @@ def _row(steps: Sequence[Step]) -> Row:
     else:
         squares = gradient_squares(steps)
         norm = math.sqrt(sum(squares.values())) if squares else math.nan
-    return Row(loss, norm, coefficient)
+    return StepRow(loss, norm, coefficient)
 
 
 def agree(one: float, other: float, tolerance: float) -> bool:

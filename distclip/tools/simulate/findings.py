@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from distclip.engine import replicas
 from distclip.layouts.piece import Box as PlanBox
 from distclip.tools.simulate import stuck
-from distclip.tools.simulate.records import Box, Rank, Step, Sums, names
+from distclip.tools.simulate.records import Rank, ShardBox, Step, Sums, names
 from distclip.tools.simulate.watch import Ending
 
-SHOWN = 6
+NAMED_IN_FULL = 6
 """Names, or samples, that are told in full."""
 
 
@@ -141,8 +141,8 @@ def _odd(values: Sequence[object]) -> tuple[list[int], int]:
 
 
 def _listed(found: Sequence[str]) -> str:
-    more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
-    return ", ".join(map(repr, found[:SHOWN])) + more
+    more = f" and {len(found) - NAMED_IN_FULL} more" if len(found) > NAMED_IN_FULL else ""
+    return ", ".join(map(repr, found[:NAMED_IN_FULL])) + more
 
 
 def _alone(ranks: Sequence[Rank]) -> Finding | None:
@@ -188,8 +188,8 @@ def _operations(ranks: Sequence[Rank]) -> Finding | None:
             parts += [f"{count} fewer of {name}" for name, count in (theirs - mine).items()]
             text = (
                 f"at step {number} the loss of {names(odd)} was computed by other operations than "
-                f"that of rank {like}: {', '.join(parts[:SHOWN])}. A branch that depends on the "
-                f"rank?"
+                f"that of rank {like}: {', '.join(parts[:NAMED_IN_FULL])}. A branch that depends "
+                f"on the rank?"
             )
             return Finding("operations", text, number, tuple(odd))
     return None
@@ -348,7 +348,7 @@ def _unseen(ranks: Sequence[Rank]) -> Finding | None:
             if step.unseen:
                 text = (
                     f"gradients that cannot be read were left out of the comparison and the norm: "
-                    f"{'; '.join(step.unseen[:SHOWN])}"
+                    f"{'; '.join(step.unseen[:NAMED_IN_FULL])}"
                 )
                 return Finding("unseen", text, number, (rank.number,), fault=False)
     return None
@@ -365,7 +365,7 @@ def weight_squares(steps: Sequence[Step]) -> Mapping[str, float]:
 
 
 def _squares(steps: Sequence[Step], value: Callable[[Sums], float | None]) -> Mapping[str, float]:
-    whole: dict[Box, float] = {}
+    whole: dict[ShardBox, float] = {}
     for step in steps:
         for box, sums in step.pieces.items():
             if (found := value(sums)) is not None:

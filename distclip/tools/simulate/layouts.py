@@ -16,7 +16,7 @@ import yaml
 from distclip.errors import ConfigurationError
 from distclip.tools.simulate.task import TASK
 
-LAYOUTS = {
+SIMULATED_LAYOUTS = {
     "single": "one process, the reference",
     "torchrun": "ranks of torchrun; the script distributes itself",
     "ddp": "Accelerate, DistributedDataParallel",
@@ -27,13 +27,13 @@ LAYOUTS = {
     "zero2": "stage 2: gradients too",
     "zero3": "stage 3: weights too",
 }
-"""Name -> what it is."""
+"""Layouts that a script can be simulated under: name -> description."""
 
 RANK_MODULE = "distclip.tools.simulate"
 LOOPBACK = "distclip.testing.ranks.loopback"
 """Runs a launcher so that its stores listen on the loopback interface only."""
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""What a launcher around this command would have set."""
+"""Environment variables that a launcher around this command would have set."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,10 @@ def check(layout: str) -> None:
     Raises:
         ConfigurationError: names the layout, or the package that is missing and its extra.
     """
-    if layout not in LAYOUTS:
-        raise ConfigurationError(f"simulate: no layout {layout!r}; there are {', '.join(LAYOUTS)}")
+    if layout not in SIMULATED_LAYOUTS:
+        raise ConfigurationError(
+            f"simulate: no layout {layout!r}; there are {', '.join(SIMULATED_LAYOUTS)}"
+        )
     needed = {"accelerate": "'distclip[accelerate]'"} if uses_accelerate(layout) else {}
     if layout.startswith("zero"):
         # Accelerate 1.15 looks up the version of transformers as soon as DeepSpeed is asked for.
@@ -85,7 +87,7 @@ def launch(
     """The launch of one layout.
 
     Args:
-        layout: one of ``LAYOUTS``.
+        layout: one of ``SIMULATED_LAYOUTS``.
         folder: where its task and its Accelerate configuration lie.
         ranks: over all nodes.
         nodes: each with a launcher of its own; divides ``ranks``.

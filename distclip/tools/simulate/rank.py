@@ -24,7 +24,7 @@ from distclip.testing.ranks import loopback
 from distclip.testing.ranks.zygote import die_with_parent
 from distclip.tools.launch import accelerate_cpu
 from distclip.tools.launch.leaving import let_gloo_finish
-from distclip.tools.launch.script import ENVIRONMENT, Script
+from distclip.tools.launch.script import CONFIG_VARIABLE, Script
 from distclip.tools.simulate.recorder import Journal, Recorder
 from distclip.tools.simulate.task import STACK_SIGNAL, TASK, Task, journal_of, output_of, stacks_of
 
@@ -78,7 +78,7 @@ def _prepare(task: Task, recorder: Recorder) -> None:
         accelerate_cpu.install(cpu=True)
     if task.config is not None:
         loaded = configuration.load(task.config)
-        os.environ[ENVIRONMENT] = task.config
+        os.environ[CONFIG_VARIABLE] = task.config
         if loaded.log is not None and task.log is not None:  # not into the log of a real run
             log = loaded.log.model_copy(update={"jsonl": str(Path(task.folder) / task.log)})
             loaded = dataclasses.replace(loaded, log=log)

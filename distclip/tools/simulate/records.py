@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from distclip.tools.simulate.task import journal_of, output_of
 
 
-class Box(NamedTuple):
+class ShardBox(NamedTuple):
     """A box of a logical parameter that a rank holds."""
 
     name: str
@@ -57,7 +57,7 @@ class Step:
     clips: list[dict[str, Any]] = field(default_factory=list)
     norm: float | None = None
     world: int | None = None
-    pieces: dict[Box, Sums] = field(default_factory=dict)
+    pieces: dict[ShardBox, Sums] = field(default_factory=dict)
     unseen: list[str] = field(default_factory=list)
     done: bool = False
 
@@ -147,7 +147,7 @@ class Rank:
             step.world = record["world"]
             step.unseen = record["unseen"]
             for name, offsets, extents, *sums in record["pieces"]:
-                step.pieces[Box(name, tuple(offsets), tuple(extents))] = Sums(*sums)
+                step.pieces[ShardBox(name, tuple(offsets), tuple(extents))] = Sums(*sums)
         elif event == "stepped":
             step.done = True
 

@@ -14,10 +14,10 @@ from distclip import config as configuration
 from distclip.errors import ConfigurationError
 from distclip.tools.launch.script import Script
 from distclip.tools.simulate import agreement, findings, layouts, watch
-from distclip.tools.simulate.shown import Outcome
+from distclip.tools.simulate.shown import LayoutOutcome
 from distclip.tools.simulate.task import Task
 
-OURS = re.compile(r"task\.json|rank\d+\.(jsonl|out|stacks)|node\d+\.log|accelerate\d+\.yaml")
+RUN_FILES = re.compile(r"task\.json|rank\d+\.(jsonl|out|stacks)|node\d+\.log|accelerate\d+\.yaml")
 """Files that a run writes into the folder of a layout."""
 
 
@@ -55,8 +55,8 @@ class Simulation:
         self,
         chosen: Sequence[str],
         tell: Callable[[str], None],
-        ended: Callable[[Outcome], None] = lambda outcome: None,
-    ) -> list[Outcome]:
+        ended: Callable[[LayoutOutcome], None] = lambda outcome: None,
+    ) -> list[LayoutOutcome]:
         """Run layouts in turn, up to the first that does not come to its end; compare them.
 
         Args:
@@ -78,7 +78,7 @@ class Simulation:
         log = None if self.config is None else _log_of(self.config, program)
         if self.keep is not None:
             _refuse_foreign(self.keep, chosen)
-        outcomes: list[Outcome] = []
+        outcomes: list[LayoutOutcome] = []
         with _folder(self.keep) as root:
             for name in chosen:
                 launch = self._prepared(name, root / name, log, set(chosen))
@@ -89,12 +89,14 @@ class Simulation:
         _compare(outcomes, self.tolerance)
         return outcomes
 
-    def _ended(self, launch: layouts.Launch, folder: Path, tell: Callable[[str], None]) -> Outcome:
+    def _ended(
+        self, launch: layouts.Launch, folder: Path, tell: Callable[[str], None]
+    ) -> LayoutOutcome:
         ending = watch.run(
             launch, folder, self.timeout, lambda text: tell(f"{launch.layout}: {text}")
         )
         found = findings.find(ending, branches=not self.branches)
-        return Outcome(launch.layout, ending, found)
+        return LayoutOutcome(launch.layout, ending, found)
 
     def _prepared(
         self, layout: str, folder: Path, log: str | None, chosen: set[str]
@@ -130,7 +132,7 @@ def _log_of(config: Path, program: Script) -> str | None:
     return Path(loaded.log.jsonl).name if loaded.log and loaded.log.jsonl else None
 
 
-def _compare(outcomes: Sequence[Outcome], tolerance: float) -> None:
+def _compare(outcomes: Sequence[LayoutOutcome], tolerance: float) -> None:
     first, *rest = outcomes
     for outcome in rest:
         found = agreement.compare(
@@ -153,7 +155,9 @@ def _refuse_foreign(keep: Path, chosen: Sequence[str]) -> None:
         foreign = [
             path.name
             for path in found
-            if log is None or path.is_dir() or not (OURS.fullmatch(path.name) or path.name == log)
+            if log is None
+            or path.is_dir()
+            or not (RUN_FILES.fullmatch(path.name) or path.name == log)
         ]
         if foreign:
             reason = "was not made by simulate" if log is None else "also holds files of yours"

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from distclip._version import __version__
 from distclip.common.foreign import clean_lines
-from distclip.tools.simulate.agreement import QUANTITIES, Row, agree, rows
+from distclip.tools.simulate.agreement import QUANTITIES, StepRow, agree, rows
 from distclip.tools.simulate.findings import Finding
 from distclip.tools.simulate.watch import Ending
 
@@ -25,13 +25,13 @@ EDGE = 3
 
 
 @dataclass
-class Outcome:
+class LayoutOutcome:
     """One layout: how it ended and what is wrong."""
 
     layout: str
     ending: Ending
     findings: list[Finding] = field(default_factory=list)
-    rows: list[Row] = field(default_factory=list)
+    rows: list[StepRow] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.rows = rows(self.ending.ranks)
@@ -42,7 +42,7 @@ class Outcome:
         return not any(finding.fault for finding in self.findings)
 
 
-def table(outcomes: Sequence[Outcome], tolerance: float) -> Table:
+def table(outcomes: Sequence[LayoutOutcome], tolerance: float) -> Table:
     """A line for each step of each layout; a star where a number is not that of the first."""
     several = len(outcomes) > 1
     title = f"* not that of {outcomes[0].layout} to {tolerance:g}" if several else None
@@ -67,7 +67,7 @@ def table(outcomes: Sequence[Outcome], tolerance: float) -> Table:
     return result
 
 
-def _differs(outcomes: Sequence[Outcome], number: int, tolerance: float) -> bool:
+def _differs(outcomes: Sequence[LayoutOutcome], number: int, tolerance: float) -> bool:
     return any(
         "*" in cell
         for outcome in outcomes
@@ -75,7 +75,9 @@ def _differs(outcomes: Sequence[Outcome], number: int, tolerance: float) -> bool
     )
 
 
-def _cells(first: Outcome, outcome: Outcome, number: int, tolerance: float) -> list[str]:
+def _cells(
+    first: LayoutOutcome, outcome: LayoutOutcome, number: int, tolerance: float
+) -> list[str]:
     if number >= len(outcome.rows):
         return [""] * len(QUANTITIES)
     cells = []
@@ -87,7 +89,7 @@ def _cells(first: Outcome, outcome: Outcome, number: int, tolerance: float) -> l
     return cells
 
 
-def show(outcomes: Sequence[Outcome], tolerance: float, console: Console) -> None:
+def show(outcomes: Sequence[LayoutOutcome], tolerance: float, console: Console) -> None:
     """Print the whole result for a reader."""
     if any(outcome.rows for outcome in outcomes):
         console.print(table(outcomes, tolerance))
@@ -104,7 +106,7 @@ def show(outcomes: Sequence[Outcome], tolerance: float, console: Console) -> Non
         console.print(_summary(outcome), markup=False, highlight=False, soft_wrap=True)
 
 
-def _summary(outcome: Outcome) -> str:
+def _summary(outcome: LayoutOutcome) -> str:
     ending = outcome.ending
     state = "sound" if outcome.sound else "WRONG"
     where = ""
@@ -117,7 +119,7 @@ def _summary(outcome: Outcome) -> str:
     )
 
 
-def as_json(outcomes: Sequence[Outcome], tolerance: float) -> str:
+def as_json(outcomes: Sequence[LayoutOutcome], tolerance: float) -> str:
     """Everything, for other programs; null for what is not known or not finite."""
     layouts = [
         {

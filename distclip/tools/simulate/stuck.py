@@ -7,7 +7,7 @@ import sysconfig
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from distclip.testing.ranks.stuck import STOPPED, TALKING
+from distclip.testing.ranks.stuck import STOPPED, WAITING_PLACES
 from distclip.tools.simulate.records import Rank, names
 
 _FRAME = re.compile(r'^\s*File "(?P<file>[^"]+)", line (?P<line>\d+) in (?P<function>.+)$')
@@ -75,7 +75,7 @@ def talks(stacks: str) -> bool:
     for frame in main_thread(stacks):
         if frame.is_users:
             return False
-        if any(part in frame.file for part in TALKING):
+        if any(part in frame.file for part in WAITING_PLACES):
             return True
     return False
 

@@ -61,5 +61,5 @@ def output_of(folder: Path, rank: int) -> Path:
 
 
 def stacks_of(folder: Path, rank: int) -> Path:
-    """Its stacks, when it was asked for them or died of a signal."""
+    """The stacks of a rank, when it was asked for them or died of a signal."""
     return folder / f"rank{rank}.stacks"

@@ -19,7 +19,7 @@ from distclip.tools.simulate.records import Rank, Reader
 from distclip.tools.simulate.task import STACK_SIGNAL, stacks_of
 
 STUCK_AFTER = "DISTCLIP_STUCK_AFTER"
-"""See :mod:`distclip.statistics.waiting`."""
+"""Environment variable with the limit, in seconds, of :mod:`distclip.statistics.waiting`."""
 
 GRACE = 2.0
 """Seconds that the other ranks get to say something after one has failed."""

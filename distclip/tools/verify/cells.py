@@ -52,7 +52,7 @@ class Found(NamedTuple):
     seconds: float = 0.0
 
 
-Part = tuple[str, "Tensor | None", "np.ndarray[Any, Any] | None"]
+ClippedPart = tuple[str, "Tensor | None", "np.ndarray[Any, Any] | None"]
 """Name, local gradient after clipping, and what the oracle says of those elements."""
 
 
@@ -118,7 +118,7 @@ def faults_of(
     policy = build(configuration)
     report = GradClipper(model.named(), policy, **options).clip_()
 
-    def parts() -> Iterator[Part]:
+    def parts() -> Iterator[ClippedPart]:
         for name, gradient in model.local_gradients():
             full = want.gradients[name]
             part = None if full is None else full.reshape(-1)[model.elements[name].numpy()]
@@ -145,7 +145,7 @@ def judge(
     policy: Policy,
     report: ClipReport,
     want: Expected,
-    parts: Iterator[Part],
+    parts: Iterator[ClippedPart],
     *,
     exact: bool,
     roundings: int,

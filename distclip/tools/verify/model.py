@@ -27,7 +27,7 @@ from distclip.testing import expected
 from distclip.testing.cases import POLICIES, ROUNDINGS
 from distclip.tools.verify.cells import Found, build, judge, together
 
-LAYOUTS: dict[str, str] = {
+WRAPPINGS: dict[str, str] = {
     "ddp": "DistributedDataParallel",
     "fsdp1": "FullyShardedDataParallel, FULL_SHARD, use_orig_params",
     "fsdp2": "fully_shard over all ranks",
@@ -68,7 +68,7 @@ def run_group(
     """Every listed policy on the user's model; to be called on every rank.
 
     Args:
-        layout: one of ``LAYOUTS``.
+        layout: one of ``WRAPPINGS``.
         dtype: the model and the batch are cast to it.
         labels: keys of ``POLICIES``.
         model: ``module:function`` that gives an unsharded module.

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from distclip.errors import ConfigurationError
 from distclip.testing import RankError, run_on_ranks
-from distclip.testing.cases import DTYPES, LAYOUTS, POLICIES
+from distclip.testing.cases import DTYPES, MATRIX_LAYOUTS, POLICIES
 from distclip.tools.verify import cells, model
 from distclip.tools.verify.cells import Cell, Found
 from distclip.tools.verify.reports import Matrix
@@ -22,7 +22,7 @@ RANKS = (2, 3, 4)
 QUICK = ("global", "value", "block rms", "agc", "dreamer", "chain agc, global", "by name")
 """Policies of a quick run: one of each kind."""
 
-LIMIT = 120.0
+LAYOUT_LIMIT = 120.0
 """Seconds until one layout with one dtype counts as hung; a single policy gets a quarter."""
 
 Runner = Callable[[Sequence[str]], list[Found]]
@@ -84,7 +84,7 @@ def select(
     if (user_model is None) != (batch is None):
         raise ConfigurationError("verify: --model and --batch go together")
     built_in = user_model is None
-    known = LAYOUTS if built_in else model.LAYOUTS
+    known = MATRIX_LAYOUTS if built_in else model.WRAPPINGS
     kinds = DTYPES if built_in else DTYPES[:2] if dtypes is None else DTYPES[:3]
     some = QUICK if quick or not built_in else None
     chosen = {
@@ -133,14 +133,14 @@ def run(selection: Selection, tell: Callable[[str, int], None]) -> Matrix:
 def _group(call: Runner, world: int, labels: Sequence[str]) -> list[Found]:
     """The cells of one layout and dtype; one by one where a rank fell out of step."""
     try:
-        return cells.merged(run_on_ranks(call, world, labels, timeout=LIMIT))
+        return cells.merged(run_on_ranks(call, world, labels, timeout=LAYOUT_LIMIT))
     except RankError as error:
         if len(labels) == 1:
             return [Found("failed", str(error))]
     results = []
     for label in labels:
         try:
-            found = run_on_ranks(call, world, [label], timeout=LIMIT / 4)
+            found = run_on_ranks(call, world, [label], timeout=LAYOUT_LIMIT / 4)
             results += cells.merged(found)
         except RankError as error:
             results.append(Found("failed", str(error)))
