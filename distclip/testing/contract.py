@@ -23,16 +23,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from distclip.testing import contract_units
 
-POLICY_SHAPES = {"embed.weight": (11, 4), "fc.weight": (5, 4), "fc.bias": (5,), "scale": ()}
+SHAPES = {"embed.weight": (11, 4), "fc.weight": (5, 4), "fc.bias": (5,), "scale": ()}
 COLLECTIVES = (
-    "all_reduce",
-    "all_gather",
-    "broadcast",
-    "barrier",
-    "all_gather_object",
-    "send",
-    "recv",
-)
+    "all_reduce", "all_gather", "broadcast", "barrier", "all_gather_object", "send", "recv",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -184,7 +178,7 @@ def _check_description(policy: Any, again: Any) -> None:
 
 
 def _parameters() -> list[_Parameter]:
-    return [_Parameter(name, shape) for name, shape in POLICY_SHAPES.items()]
+    return [_Parameter(name, shape) for name, shape in SHAPES.items()]
 
 
 def _norms(step: int) -> list[float]:
@@ -264,7 +258,7 @@ def _initial(policy: Any) -> dict[str, Tensor]:
         assert isinstance(value, Tensor), f"init: state[{key!r}] must be a tensor, got {value!r}"
     for key in getattr(policy, "per_parameter", ()):
         assert key in state, f"per_parameter names {key!r}, which init does not give"
-        assert state[key].shape[:1] == (len(POLICY_SHAPES),), (
+        assert state[key].shape[:1] == (len(SHAPES),), (
             f"state[{key!r}] must have one entry per parameter along its first dim"
         )
     return state
@@ -289,9 +283,7 @@ def _decided(policy: Any, actions: Any, statistics: _Statistics, where: str) -> 
     if _kind(policy) == "update_bound":
         assert isinstance(actions, Tensor), f"{where}: a bound must be a tensor, got {actions!r}"
         assert actions.dtype == torch.float64, f"{where}: the bound is {actions.dtype}"
-        assert actions.shape in ((), (len(POLICY_SHAPES),)), (
-            f"{where}: bound of {list(actions.shape)}"
-        )
+        assert actions.shape in ((), (len(SHAPES),)), f"{where}: bound of {list(actions.shape)}"
         good = bool((actions >= 0).all())
         assert good or not sound, f"{where}: finite norms gave a bound of {actions}"
         return [actions]
@@ -300,9 +292,7 @@ def _decided(policy: Any, actions: Any, statistics: _Statistics, where: str) -> 
             factors = action.coefficients
             assert isinstance(factors, Tensor), f"{where}: coefficients must be a tensor"
             assert factors.dtype == torch.float64, f"{where}: coefficients are {factors.dtype}"
-            assert factors.shape in ((), (len(POLICY_SHAPES),)), (
-                f"{where}: shape {list(factors.shape)}"
-            )
+            assert factors.shape in ((), (len(SHAPES),)), f"{where}: shape {list(factors.shape)}"
             good = bool(torch.isfinite(factors).all()) and bool((factors >= 0).all())
             assert good or not sound, f"{where}: finite norms gave coefficients {factors}"
             found.append(factors)

@@ -204,7 +204,7 @@ def _set_environment(environ: MutableMapping[str, str]) -> None:
 
 
 def _patch_backend() -> None:
-    """Have ``PartialState`` choose gloo, and the distributed type at which Accelerate uses FSDP and DeepSpeed."""
+    """Have ``PartialState`` choose gloo, and a distributed type that FSDP and DeepSpeed need."""
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType
 
