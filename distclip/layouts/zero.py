@@ -357,10 +357,10 @@ def _found(name: str, parameter: Tensor) -> list[Described] | None:
 
 def at_once(pieces: Sequence[Piece]) -> Claimed | None:
     """For :mod:`distclip.layouts.fetching`: boxes out of stretches."""
-    places = [place for place, piece in enumerate(pieces) if isinstance(piece.gradient, Cut)]
+    places = [place for place, piece in enumerate(pieces) if isinstance(piece.gradient, StretchBox)]
     if not places:
         return None
-    cuts = [cast(Cut, pieces[place].gradient) for place in places]
+    cuts = [cast(StretchBox, pieces[place].gradient) for place in places]
     stretches = list({id(cut.stretch): cut.stretch for cut in cuts}.values())
     number = {id(stretch): each for each, stretch in enumerate(stretches)}
 
