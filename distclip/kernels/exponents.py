@@ -1,18 +1,29 @@
-"""How many elements of a tensor have which binary exponent, by plain torch operations.
+"""How many elements of tensors have which binary exponent: the door, beside that of the norms.
 
-The exponent is read from the bits, so that nothing is rounded, and a processor that flushes
-subnormal numbers to 0 changes nothing. No value of an accelerator tensor is read on the host.
+Tensors that the compiled loops measure are counted in the same reading; for others there are plain
+torch operations. The exponent is read from the bits, so that nothing is rounded, and a processor
+that flushes subnormal numbers to 0 changes nothing. No value of an accelerator tensor is read on
+the host.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from distclip.common import exponents as rows
+from distclip.kernels.host import kernels as host
+from distclip.kernels.host.kernels import Chosen, Tables
+from distclip.kernels.look import Look
 from distclip.kernels.plain import chunks_of
+from distclip.kernels.transfer import to_device
+
+Measured: TypeAlias = tuple[host.Floats, list[int]]
+Measure: TypeAlias = Callable[[Chosen, float, "host.Floats | None"], Measured]
 
 _FORMATS = {
     torch.float16: (torch.int16, 10, 5),
@@ -26,13 +37,86 @@ _AT_ONCE = 1 << 22
 """Elements of an accelerator tensor that are sorted at once."""
 
 
-def counts(tensor: Tensor) -> Tensor:
-    """A row of counts as in :mod:`distclip.common.exponents`; float64, on the tensor's device.
+class Counting:
+    """Counts of ``size`` tensors, filled as they are measured; ``done`` are those that were."""
 
-    Args:
-        tensor: local, of any strides. The parts of complex numbers count as two elements; of a
-            dtype of 8 bits, elements count as float32.
-    """
+    def __init__(self, size: int, device: torch.device) -> None:
+        self._size, self._device = size, device
+        self._rows: Tensor | None = None
+        self.done: set[int] = set()
+
+    def reading(self, measure: Measure, chosen: Chosen, norm_type: float) -> Measured:
+        """``measure(chosen, norm_type)``, counting in the same reading what is not done.
+
+        Args:
+            measure: of the norms of tensors or of units, in the compiled loops.
+            chosen: without bounds.
+            norm_type: p.
+        """
+        positions = chosen.positions or range(len(chosen.tensors))
+        if not self.done.isdisjoint(positions):  # when norms of another order were measured
+            return measure(chosen, norm_type, None)
+        records = host.records_for(chosen)
+        measured = measure(chosen, norm_type, records)
+        self._put(positions, torch.from_numpy(host.counts(chosen, records)))
+        return measured
+
+    def absorb(self, other: Counting, positions: Sequence[int]) -> None:
+        """Take what was counted of some tensors alone, which have these positions here."""
+        done = sorted(other.done)
+        if done:
+            self._put([positions[each] for each in done], other._rows_of(done))
+
+    def rest(
+        self, tensors: Sequence[Tensor | None], tables: Tables | None, seen: Look | None
+    ) -> Tensor:
+        """The rows as in :mod:`distclip.common.exponents`; those that are not done, counted now.
+
+        Args:
+            tensors: one for each row, local; None counts nothing. The parts of complex numbers
+                count as two elements; of a dtype of 8 bits, elements count as float32.
+            tables: what is remembered of the tensors from step to step.
+            seen: what a look at those that are there has found.
+
+        Returns:
+            float64 ``(size, columns)``.
+        """
+        left = tensors
+        if self.done:
+            left = [None if n in self.done else each for n, each in enumerate(tensors)]
+            seen = None
+        if any(each is not None for each in left):
+            chosen = host.choose(left, "exponents", tables=tables, seen=seen, pairs=True)
+            if chosen is not None:
+                self.reading(host.norms, chosen, 2.0)
+        for position, tensor in enumerate(left):
+            if tensor is not None and position not in self.done:
+                self._put([position], counts(tensor).unsqueeze(0))
+        return self._all_rows()
+
+    def _all_rows(self) -> Tensor:
+        if self._rows is None:
+            size = self._size, rows.COLUMNS
+            self._rows = torch.zeros(size, dtype=torch.float64, device=self._device)
+        return self._rows
+
+    def _rows_of(self, positions: Sequence[int]) -> Tensor:
+        found = self._all_rows()
+        if len(positions) == self._size:
+            return found
+        return found.index_select(0, to_device(positions, self._device))
+
+    def _put(self, positions: Sequence[int], counted: Tensor) -> None:
+        counted = counted.to(self._device)
+        if len(positions) == self._size:
+            self._rows = counted
+        else:
+            self._all_rows().index_copy_(0, to_device(positions, self._device), counted)
+        self.done.update(positions)
+
+
+def counts(tensor: Tensor) -> Tensor:
+    """The row of one tensor of any strides, by torch operations; float64, on its device."""
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())
     if tensor.dtype not in _FORMATS:

@@ -21,6 +21,7 @@ from torch import Tensor
 from distclip.kernels import plain
 from distclip.kernels.bounds import held
 from distclip.kernels.device import norms as device_norms
+from distclip.kernels.exponents import Counting
 from distclip.kernels.host import kernels as host
 from distclip.kernels.host.kernels import Tables as Tables
 from distclip.kernels.look import Look as Look
@@ -36,6 +37,7 @@ def norms(
     tables: Tables | None = None,
     what: str = "",
     seen: Look | None = None,
+    counting: Counting | None = None,
 ) -> Tensor:
     """p-norm of each tensor, as if clamped to its bound first.
 
@@ -47,6 +49,7 @@ def norms(
         tables: what is remembered of the tensors from step to step.
         what: which of the sets of tensors in ``tables`` these are.
         seen: what a look at those that are there has found.
+        counting: counts the exponents of those for which that takes no second reading.
 
     Returns:
         float64 tensor of shape ``(len(tensors),)``. NaN and inf elements give NaN and inf.
@@ -58,7 +61,10 @@ def norms(
         chosen = host.choose(tensors, what, bounds=bounds, tables=tables, seen=seen, pairs=pairs)
     values = None
     if chosen is not None:
-        found, doubtful = host.norms(chosen, norm_type)
+        if counting is not None and bounds is None:
+            found, doubtful = counting.reading(host.norms, chosen, norm_type)
+        else:
+            found, doubtful = host.norms(chosen, norm_type)
         for number in doubtful:
             position = number if chosen.positions is None else chosen.positions[number]
             bound = None if bounds is None else bounds[position]
@@ -90,6 +96,7 @@ def unit_norms(
     tables: Tables | None = None,
     what: str = "",
     seen: Look | None = None,
+    counting: Counting | None = None,
 ) -> Tensor:
     """p-norm of each unit of each tensor.
 
@@ -104,6 +111,7 @@ def unit_norms(
         tables: what is remembered of the tensors from step to step.
         what: which of the sets of tensors in ``tables`` these are.
         seen: what a look at those that are there has found.
+        counting: as for :func:`norms`.
 
     Returns:
         float64 ``(sum(counts),)``: the tensors one after another, each in row-major order of its
@@ -125,7 +133,10 @@ def unit_norms(
     result: Tensor | None = None
     done: set[int] = set()
     if chosen is not None:
-        found, doubtful = host.unit_norms(chosen, norm_type)
+        if counting is not None and bounds is None:
+            found, doubtful = counting.reading(host.unit_norms, chosen, norm_type)
+        else:
+            found, doubtful = host.unit_norms(chosen, norm_type)
         positions = range(len(tensors)) if chosen.positions is None else chosen.positions
         done = set(positions).difference(positions[number] for number in doubtful)
         result = torch.from_numpy(found).to(device)

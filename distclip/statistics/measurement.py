@@ -14,7 +14,8 @@ from torch import Tensor
 
 from distclip.common.exponents import COLUMNS
 from distclip.errors import DistclipError
-from distclip.kernels import exponents, measuring
+from distclip.kernels import measuring
+from distclip.kernels.exponents import Counting
 from distclip.kernels.look import Kinds
 from distclip.kernels.measuring import Look, Tables
 from distclip.kernels.transfer import to_device
@@ -95,13 +96,14 @@ def measure(
     weights: Tensors = ()
     if request.weight_orders or request.unit_dims:
         weights = _weights(survey, local)
+    counting = Counting(len(plan.pieces), plan.device) if request.exponents else None
     if request.unit_dims:
-        _measure_units(survey, weights, local, scratch, early)
-    _measure_norms(survey, local, scratch, early)
+        _measure_units(survey, weights, local, scratch, early, counting)
+    _measure_norms(survey, local, scratch, early, counting)
     if request.bounds:
         _measure_raw(survey, local)
-    if request.exponents:
-        local.exponents = _exponents(plan, local)
+    if counting is not None:
+        local.exponents = _exponents(plan, local, scratch, counting)
     if request.weight_orders:
         _measure_weights(survey, weights, local, scratch)
     return local
@@ -177,7 +179,13 @@ def _weights(survey: Survey, local: Local) -> Tensors:
     return weights
 
 
-def _measure_norms(survey: Survey, local: Local, scratch: Scratch, early: Early | None) -> None:
+def _measure_norms(
+    survey: Survey,
+    local: Local,
+    scratch: Scratch,
+    early: Early | None,
+    counting: Counting | None,
+) -> None:
     """Norms of the gradients as wholes; of those that have units, from the norms of these."""
     plan, request, table = survey.plan, survey.request, survey.table
     counted = _counted(survey, local.present)
@@ -200,6 +208,7 @@ def _measure_norms(survey: Survey, local: Local, scratch: Scratch, early: Early 
                 tables=scratch.tables,
                 what="gradients",
                 seen=local.seen if of_all else None,
+                counting=None if local.sparse else counting,
             )
             if early is not None:
                 early.insert(norms, order)
@@ -259,15 +268,19 @@ def _counted(survey: Survey, present: Tensors) -> Tensors:
     ]
 
 
-def _exponents(plan: Plan, local: Local) -> Tensor:
+def _exponents(plan: Plan, local: Local, scratch: Scratch, counting: Counting) -> Tensor:
     """The counted elements of each parameter here by binary exponent; of zeros with trouble."""
-    size = len(plan.entries), COLUMNS
-    table = torch.zeros(size, dtype=torch.float64, device=plan.device)
-    present = local.dense(plan) if local.trouble is None else ()
-    for piece, gradient in zip(plan.pieces, present, strict=False):
-        if gradient is not None and piece.share > 0.0:
-            table[piece.index] += exponents.counts(gradient).to(plan.device) * piece.share
-    return table
+    table = torch.zeros((len(plan.entries), COLUMNS), dtype=torch.float64, device=plan.device)
+    if local.trouble is not None:
+        return table
+    present, seen = local.dense(plan), None if local.sparse else local.seen
+    if plan.shares is not None:
+        pairs = zip(plan.pieces, present, strict=True)
+        present, seen = [each if piece.share else None for piece, each in pairs], None
+    rows = counting.rest(present, scratch.tables, seen)
+    if plan.shares is not None:
+        rows = rows * plan.shares.unsqueeze(1)
+    return rows if plan.rows is None else table.index_add_(0, plan.rows, rows)
 
 
 def _measure_raw(survey: Survey, local: Local) -> None:
@@ -312,7 +325,12 @@ def _measure_weights(survey: Survey, weights: Tensors, local: Local, scratch: Sc
 
 
 def _measure_units(
-    survey: Survey, weights: Tensors, local: Local, scratch: Scratch, early: Early | None
+    survey: Survey,
+    weights: Tensors,
+    local: Local,
+    scratch: Scratch,
+    early: Early | None,
+    counting: Counting | None,
 ) -> None:
     """Norms of all units on this rank, of each order a vector for gradients and one for weights.
 
@@ -342,8 +360,10 @@ def _measure_units(
             tables=scratch.tables,
             what=what,
             seen=seen if what == "gradients of units" else None,
+            counting=of_units if what == "gradients of units" else None,
         )
 
+    of_units = None if counting is None else Counting(len(gradients), plan.device)
     late = gradients
     if early is not None:
         late, seen = early.rest(gradients, table.positions), None
@@ -351,6 +371,8 @@ def _measure_units(
         local.unit_norms[order] = of(late, order, "gradients of units")
         if early is not None:
             early.insert_units(local.unit_norms[order], order)
+    if counting is not None and of_units is not None:
+        counting.absorb(of_units, table.positions)
     for order in request.deciding_orders:
         local.unit_weights[order] = of(weighted, order, "weights of units")
 

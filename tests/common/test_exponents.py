@@ -12,103 +12,23 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from distclip import ConfigurationError, GradClipper, config, policies
-from distclip.common.exponents import COLUMNS, LOWEST, Exponents, from_log, of_row
+from distclip.common.exponents import COLUMNS, LOWEST, from_log, of_row
 from distclip.config.logs import open_log
-from distclip.kernels import exponents
 from distclip.monitor import page
 from distclip.monitor.page.data import page_data
 from distclip.monitor.reading import read_run
 from distclip.monitor.runs import summaries
 from distclip.monitor.tracking import metrics
 from tests.helpers.command import command
+from tests.helpers.exponents import oracle, shown
 from tests.helpers.watching import REDUCTION, watch
 from tests.monitor.clip_records import record, write
 from tests.sharded import Whole, shard, whole
 
 LAYOUTS = ("fsdp2", "hsdp", "tp", "fsdp2_tp", "mixed", "fsdp1", "replicate")
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-def oracle(values: Tensor) -> dict[str, Any]:
-    """From the numbers themselves, as float64; their exponents by frexp."""
-    tiny = torch.finfo(values.dtype).tiny
-    numbers = np.abs(values.double().numpy().ravel())
-    finite = np.isfinite(numbers)
-    normal = numbers[finite & (numbers >= tiny)]
-    found = np.frexp(normal)[1].astype(int) - 1
-    spread = np.clip(found, -126, 127)
-    return {
-        "dtype": str(values.dtype).removeprefix("torch."),
-        "zero": int((numbers == 0).sum()),
-        "subnormal": int(((numbers > 0) & (numbers < tiny)).sum()),
-        "nonfinite": int((~finite).sum()),
-        "counts": {int(e): int((spread == e).sum()) for e in np.unique(spread)},
-    }
-
-
-def shown(found: Exponents) -> dict[str, Any]:
-    counts = {found.lowest + i: n for i, n in enumerate(found.counts.tolist()) if n}
-    return {
-        "dtype": found.dtype, "zero": found.zero, "subnormal": found.subnormal,
-        "nonfinite": found.nonfinite, "counts": counts,
-    }  # fmt: skip
-
-
-def wide(dtype: torch.dtype, count: int = 3000) -> Tensor:
-    """Numbers all over the range of a dtype, with everything special among them."""
-    info = torch.finfo(dtype)
-    generator = torch.Generator().manual_seed(1)
-    low = torch.tensor(info.smallest_normal, dtype=torch.float64).log2() - 12
-    high = torch.tensor(info.max, dtype=torch.float64).log2()
-    powers = low + (high - low) * torch.rand(count, generator=generator, dtype=torch.float64)
-    signs = torch.randint(2, (count,), generator=generator) * 2 - 1
-    values = (2.0**powers * signs).to(dtype)
-    special = [
-        0.0, -0.0, torch.inf, -torch.inf, torch.nan, info.max, -info.max, info.smallest_normal,
-        info.smallest_normal / 2, 1.0, 2.0, 0.99,
-    ]  # fmt: skip
-    values[: len(special)] = torch.tensor(special, dtype=torch.float64).to(dtype)
-    return values
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_every_number_of_a_dtype(dtype: torch.dtype) -> None:
-    name = str(dtype).removeprefix("torch.")
-    values = wide(dtype, 200_000 if dtype is torch.float32 else 3000)  # several chunks
-    for form in (values, values.view(-1, 10).t(), values[::3], values[:0], values[:1].view(())):
-        assert shown(of_row(name, exponents.counts(form).numpy())) == oracle(form)
-    if dtype.itemsize == 2:
-        everything = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
-        assert shown(of_row(name, exponents.counts(everything).numpy())) == oracle(everything)
-
-
-def test_sorted_as_on_an_accelerator_it_is_the_same() -> None:
-    values = torch.randint(32, (10_000,), dtype=torch.int16)
-    assert torch.equal(exponents.by_sorting(values, 32), torch.bincount(values, minlength=32))
-    assert exponents.by_sorting(values[:0], 4).tolist() == [0] * 4
-
-
-def test_flushing_subnormals_changes_nothing() -> None:
-    values = wide(torch.float32)
-    before = exponents.counts(values)
-    if not torch.set_flush_denormal(True):
-        pytest.skip("this processor cannot")
-    try:
-        assert torch.equal(exponents.counts(values), before)
-    finally:
-        torch.set_flush_denormal(False)
-
-
-def test_complex_and_small_dtypes() -> None:
-    values = torch.complex(wide(torch.float32), wide(torch.float32).flip(0))
-    assert shown(of_row("float32", exponents.counts(values).numpy())) == oracle(
-        torch.view_as_real(values)
-    )
-    small = torch.tensor([0.0, 0.5, 448.0, 2.0**-9]).to(torch.float8_e4m3fn)
-    assert shown(of_row("float32", exponents.counts(small).numpy())) == oracle(small.float())
 
 
 def planted() -> Whole:

@@ -16,6 +16,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from distclip.common import exponents
+
 Integers: TypeAlias = npt.NDArray[np.int64]
 
 PART = 1 << 20
@@ -61,6 +63,11 @@ class Column(enum.IntEnum):
 
 
 COLUMNS = len(Column)
+
+COUNTED = "_counted"
+"""Ends the name of a loop that also counts exponents."""
+RECORD = exponents.COLUMNS + 3
+"""Float64 numbers of a block's counts of exponents: the columns, and room to write in."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,9 +14,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from distclip.common import exponents
 from distclip.kernels.host import compiler, threads
 from distclip.kernels.host.blocks import (
+    COUNTED,
     KINDS,
+    RECORD,
     Integers,
     Kind,
     Shape,
@@ -258,26 +261,46 @@ def measures(norm_type: float) -> bool:
     return norm_type in LOOPS
 
 
-def norms(chosen: Chosen, norm_type: float) -> tuple[Floats, list[int]]:
+def norms(
+    chosen: Chosen, norm_type: float, records: Floats | None = None
+) -> tuple[Floats, list[int]]:
     """The p-norm of each of the tensors, p = 1, 2 or inf.
+
+    Args:
+        chosen: the tensors; without bounds where there are ``records``.
+        norm_type: p.
+        records: as of :func:`records_for`, where exponents are counted in the same reading.
 
     Returns:
         Float64 ``(len(chosen.tensors),)``; and which of them, counted from 0, are float64 tensors
         whose squares have left the range of float64.
     """
     measured = functools.partial(_wholes, chosen.table, chosen.addresses)
-    found, unsure = _rooted(measured, norm_type, careful=chosen.table.has_float64)
+    found, unsure = _rooted(measured, norm_type, records, careful=chosen.table.has_float64)
     return found, _of_float64(chosen, unsure)
 
 
-def unit_norms(chosen: Chosen, norm_type: float) -> tuple[Floats, list[int]]:
+def records_for(chosen: Chosen) -> Floats:
+    """Where the exponents of each block are counted."""
+    return np.zeros((len(chosen.table.blocks), RECORD))
+
+
+def counts(chosen: Chosen, records: Floats) -> Floats:
+    """A row as of :mod:`distclip.common.exponents` for each tensor, from those of its blocks."""
+    if len(records) > len(chosen.tensors):
+        starts = np.searchsorted(chosen.table.owner, np.arange(len(chosen.tensors)))
+        records = np.add.reduceat(records, starts, axis=0)
+    return records[:, : exponents.COLUMNS]
+
+
+def unit_norms(
+    chosen: Chosen, norm_type: float, records: Floats | None = None
+) -> tuple[Floats, list[int]]:
     """The p-norm of each row, p = 1, 2 or inf; as :func:`norms`, with a number for each row."""
     if norm_type == 2.0 and not chosen.table.has_float64:  # without another pass over many rows
-        rows = np.zeros(chosen.table.rows)
-        _run("roots", chosen.table, chosen.addresses, rows)
-        return rows, []
-    measured = functools.partial(_measured, chosen.table, chosen.addresses)
-    found, unsure = _rooted(measured, norm_type, careful=chosen.table.has_float64)
+        return _measured(chosen.table, chosen.addresses, "roots", records), []
+    measured = functools.partial(_by_row, chosen.table, chosen.addresses)
+    found, unsure = _rooted(measured, norm_type, records, careful=chosen.table.has_float64)
     return found, _of_float64(chosen, np.searchsorted(chosen.table.firsts, unsure, "right") - 1)
 
 
@@ -301,26 +324,35 @@ def segment_norms(
         f"{len(lengths)} segments", lengths, lambda: table_of_segments(lengths)
     )
     measured = functools.partial(_wholes, table, np.array([values.data_ptr()]))
-    found, unsure = _rooted(measured, norm_type, careful=True)
+    found, unsure = _rooted(measured, norm_type, None, careful=True)
     return found, unsure.tolist()
 
 
-def _wholes(table: Table, addresses: Integers, norm_type: float) -> Floats:
+def _wholes(table: Table, addresses: Integers, norm_type: float, records: Floats | None) -> Floats:
     """A number for each whole, from those of its rows."""
-    rows = _measured(table, addresses, norm_type)
+    rows = _by_row(table, addresses, norm_type, records)
     if len(rows) == len(table.counts):
         return rows
     combine = np.maximum if math.isinf(norm_type) else np.add
     return cast(Floats, combine.reduceat(rows, table.firsts))
 
 
-def _measured(table: Table, addresses: Integers, norm_type: float) -> Floats:
+def _by_row(table: Table, addresses: Integers, norm_type: float, records: Floats | None) -> Floats:
+    return _measured(table, addresses, LOOPS[norm_type], records)
+
+
+def _measured(table: Table, addresses: Integers, loop: str, records: Floats | None) -> Floats:
+    """What this loop says of each row; with ``records``, that of its kind which also counts."""
     rows = np.zeros(table.rows)
-    _run(LOOPS[norm_type], table, addresses, rows)
+    if records is None:
+        _run(loop, table, addresses, rows)
+    else:
+        places = np.array([rows.ctypes.data, records.ctypes.data])
+        _run(loop + COUNTED, table, addresses, places)
     return rows
 
 
-def _run(name: str, table: Table, addresses: Integers, rows: Floats) -> None:
+def _run(name: str, table: Table, addresses: Integers, rows: Floats | Integers) -> None:
     loop = compiler.function(name)
     if loop is None:  # `choose` chose nothing then
         raise AssertionError(f"there is no compiled loop {name!r}")
@@ -328,16 +360,20 @@ def _run(name: str, table: Table, addresses: Integers, rows: Floats) -> None:
 
 
 def _rooted(
-    measured: Callable[[float], Floats], norm_type: float, *, careful: bool
+    measured: Callable[[float, Floats | None], Floats],
+    norm_type: float,
+    records: Floats | None,
+    *,
+    careful: bool,
 ) -> tuple[Floats, Integers]:
     """The norms, and which of them cannot be trusted; ``careful`` where there is float64."""
-    sums = measured(norm_type)
+    sums = measured(norm_type, records)
     if norm_type != 2.0:
         return sums, np.zeros(0, np.int64)
     unsure = np.zeros(0, np.int64)
     if careful and not ((sums > LEAST) & (sums < MOST)).all():
         # A sum of 0 may be what it is.
-        unsure = ~((sums > LEAST) & (sums < MOST)) & (measured(math.inf) != 0.0)
+        unsure = ~((sums > LEAST) & (sums < MOST)) & (measured(math.inf, None) != 0.0)
         unsure = np.flatnonzero(unsure)
     return np.sqrt(sums, out=sums), unsure
 

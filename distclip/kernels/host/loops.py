@@ -11,7 +11,10 @@ and last of them to work on, and an array of float64 numbers, one for each row:
 * ``squares``, ``roots``, ``magnitudes``, ``largest``: the sum of squares, its square root, the sum
   of absolute values and the largest absolute value of each row;
 * ``scale``: multiply each row by its coefficient; rows whose coefficient is 1 are not touched;
-* ``clamp``: clamp each element to the block's bound.
+* ``clamp``: clamp each element to the block's bound;
+* ``squares_counted``, ``magnitudes_counted``, ``largest_counted``: measure, and count the exponents
+  of each block in the same reading. In place of the array they take two addresses: the array's, and
+  that of ``RECORD`` numbers for each block, which begin as 0.
 """
 
 from __future__ import annotations
@@ -23,7 +26,8 @@ from typing import Any
 
 from llvmlite import ir
 
-from distclip.kernels.host.blocks import BOUNDED, COLUMNS, STRIDED, Column, Kind
+from distclip.kernels.host import counting as exponents
+from distclip.kernels.host.blocks import BOUNDED, COLUMNS, COUNTED, RECORD, STRIDED, Column, Kind
 from distclip.kernels.host.building import WIDTH, at, counting, splat, tree, variable
 from distclip.kernels.host.changes import change_function, clamped
 from distclip.kernels.host.formats import (
@@ -105,14 +109,26 @@ MEASURES = {
 
 
 def _row_function(
-    module: Any, name: str, measure: Measure, form: Format, *, bounded: bool, strided: bool
+    module: Any,
+    name: str,
+    measure: Measure,
+    kind: Kind,
+    *,
+    bounded: bool,
+    strided: bool,
+    counted: bool,
 ) -> Any:
-    """``double name(i64 address, i64 length, i64 step, double bound)``: one row measured."""
-    kind = ir.FunctionType(DOUBLE, [INT64, INT64, INT64, DOUBLE])
-    function = ir.Function(module, kind, name)
+    """``double name(i64 address, i64 length, i64 step, double bound)``: one row measured.
+
+    With ``counted`` and a fifth argument, the address of counters of exponents.
+    """
+    form = FORMATS[kind]
+    arguments = [INT64, INT64, INT64, DOUBLE, *[INT64] * counted]
+    function = ir.Function(module, ir.FunctionType(DOUBLE, arguments), name)
     function.linkage = "internal"
     b = ir.IRBuilder(function.append_basic_block("entry"))
-    address, length, step, bound = function.args
+    address, length, step, bound = function.args[:4]
+    counter = exponents.counter(b, kind, function.args[4]) if counted else None
     scalar = measure.accumulates(form)
     done: Value = ir.Constant(INT64, 0)
     totals: list[Value] = []
@@ -129,6 +145,8 @@ def _row_function(
                 bits = b.load(at(b, address, place, form.size), align=form.size, typ=memory)
                 total = b.load(lane, typ=vector)
                 b.store(measure.take(b, form, total, bits, bounds), lane)
+                if counter is not None:
+                    counter.vector(b, address, place, bits)
         done = whole
         combine = functools.partial(measure.combine, b)
         summed = tree(b, combine, [b.load(lane, typ=vector) for lane in lanes])
@@ -140,6 +158,10 @@ def _row_function(
         bits = b.load(place, align=form.size, typ=form.bits)
         total = b.load(rest, typ=scalar)
         b.store(measure.take(b, form, total, bits, bound if bounded else None), rest)
+        if counter is not None:
+            counter.alone(b, bits, index)
+    if counter is not None:
+        counter.finish(b)
     totals.append(b.load(rest, typ=scalar))
     total = totals[0] if len(totals) == 1 else measure.combine(b, *totals)
     result = measure.finish(b, form, total)
@@ -164,7 +186,9 @@ class _Block:
         return self._b.load(self._b.inttoptr(place, POINTER), typ=INT64)
 
 
-def _over_blocks(module: Any, name: str, numbers: str, variants: Mapping[int, Any]) -> None:
+def _over_blocks(
+    module: Any, name: str, numbers: str, variants: Mapping[int, Any], *, counted: bool
+) -> None:
     """``void name(i64 table, i64 first, i64 last, i64 values)``.
 
     Args:
@@ -173,11 +197,18 @@ def _over_blocks(module: Any, name: str, numbers: str, variants: Mapping[int, An
         numbers: what each row does with its place in ``values``: ``"writes"`` its result there,
             ``"reads"`` its coefficient there, or takes its ``"bound"`` from the block.
         variants: variant of a block -> the function of one row.
+        counted: the functions count exponents, and ``values`` is where two addresses are.
     """
     kind = ir.FunctionType(ir.VoidType(), [INT64, INT64, INT64, INT64])
     function = ir.Function(module, kind, name)
     b = ir.IRBuilder(function.append_basic_block("entry"))
     table, first, last, values = function.args
+    bins = None
+    if counted:
+        bins = exponents.space(b)
+        values, records = (
+            b.load(at(b, values, ir.Constant(INT64, n), 8), typ=INT64) for n in (0, 1)
+        )
     with counting(b, first, last, 1) as number:
         block = _Block(b, table, number)
         after = b.append_basic_block("after")
@@ -186,14 +217,21 @@ def _over_blocks(module: Any, name: str, numbers: str, variants: Mapping[int, An
             here = b.append_basic_block(f"variant{variant}")
             choice.add_case(ir.Constant(INT64, variant), here)
             b.position_at_end(here)
-            _rows(b, block, row, values, numbers)
+            if bins is None:
+                _rows(b, block, row, values, numbers)
+            else:
+                exponents.clear(b, Kind(variant // 4), bins)
+                _rows(b, block, row, values, numbers, bins)
+                record = b.add(records, b.mul(number, ir.Constant(INT64, 8 * RECORD)))
+                elements = b.mul(block[Column.ROWS], block[Column.LENGTH])
+                exponents.write(b, Kind(variant // 4), bins, record, elements)
             b.branch(after)
         b.position_at_end(after)
     b.ret_void()
 
 
-def _rows(b: Builder, block: _Block, row: Any, values: Value, numbers: str) -> None:
-    """Call ``row`` for every row of a block."""
+def _rows(b: Builder, block: _Block, row: Any, values: Value, numbers: str, *more: Value) -> None:
+    """Call ``row`` for every row of a block, with ``more`` arguments."""
     address, length, step = (block[c] for c in (Column.ADDRESS, Column.LENGTH, Column.STEP))
     distance, index = block[Column.ROW_STEP], block[Column.INDEX]
     bound = b.bitcast(block[Column.BOUND], DOUBLE)
@@ -201,7 +239,7 @@ def _rows(b: Builder, block: _Block, row: Any, values: Value, numbers: str) -> N
         start = b.add(address, b.mul(number, distance))
         place = at(b, values, b.add(index, number), 8)
         if numbers == "writes":
-            b.store(b.call(row, [start, length, step, bound]), place)
+            b.store(b.call(row, [start, length, step, bound, *more]), place)
         elif numbers == "bound":
             b.call(row, [start, length, step, bound])
         else:
@@ -213,19 +251,23 @@ def _rows(b: Builder, block: _Block, row: Any, values: Value, numbers: str) -> N
 def module_text(name: str, kinds: Iterable[Kind]) -> str:
     """One exported function, for numbers of the given kinds, as the text of an LLVM module."""
     module = ir.Module(f"distclip_{name}")
-    measure = MEASURES.get(name)
+    counted = name.endswith(COUNTED)
+    measure = MEASURES.get(name.removesuffix(COUNTED))
     variants: dict[int, Any] = {}
     for kind in kinds:
         for flags in range(4):
-            title, form = f"{kind.name}_{flags}".lower(), FORMATS[kind]
+            title = f"{kind.name}_{flags}".lower()
             strided, bounded = bool(flags & STRIDED), bool(flags & BOUNDED)
+            if counted and bounded:  # what is counted is never clamped
+                continue
             if measure is not None:
-                row = _row_function(module, title, measure, form, bounded=bounded, strided=strided)
+                how = {"bounded": bounded, "strided": strided, "counted": counted}
+                row = _row_function(module, title, measure, kind, **how)
             elif bounded:  # changing takes no notice of the bound of a measurement
                 row = variants[4 * kind + flags - BOUNDED]
             else:
-                row = change_function(module, title, name, form, strided=strided)
+                row = change_function(module, title, name, FORMATS[kind], strided=strided)
             variants[4 * kind + flags] = row
     numbers = "writes" if measure is not None else "reads" if name == "scale" else "bound"
-    _over_blocks(module, name, numbers, variants)
+    _over_blocks(module, name, numbers, variants, counted=counted)
     return str(module)
