@@ -43,6 +43,7 @@ IMPORTERS: dict[str, set[str]] = {
         "kernels/host/building.py",
         "kernels/host/changes.py",
         "kernels/host/compiler.py",
+        "kernels/host/counting.py",
         "kernels/host/formats.py",
         "kernels/host/loops.py",
     },

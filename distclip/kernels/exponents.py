@@ -1,21 +1,22 @@
 """How many elements of tensors have which binary exponent: the door, beside that of the norms.
 
-Tensors that the compiled loops measure are counted in the same reading; for others there are plain
-torch operations. The exponent is read from the bits, so that nothing is rounded, and a processor
-that flushes subnormal numbers to 0 changes nothing. No value of an accelerator tensor is read on
-the host.
+What the compiled loops or the Triton kernels measure is counted in the same reading; for other
+tensors there are plain torch operations. The exponent is read from the bits, so that nothing is
+rounded, and a processor that flushes subnormal numbers to 0 changes nothing. No value of an
+accelerator tensor is read on the host.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor
 
 from distclip.common import exponents as rows
+from distclip.kernels.device import multi_tensor
 from distclip.kernels.host import kernels as host
 from distclip.kernels.host.kernels import Chosen, Tables
 from distclip.kernels.look import Look
@@ -61,6 +62,22 @@ class Counting:
         self._put(positions, torch.from_numpy(host.counts(chosen, records)))
         return measured
 
+    def launch(self, tensors: Sequence[Tensor], positions: Sequence[int], order: float) -> Tensor:
+        """As ``norms`` of the Triton kernels, counting in the same launches what is not done.
+
+        Args:
+            tensors: those with these positions.
+            positions: where they are counted.
+            order: of the norms.
+        """
+        if not self.done.isdisjoint(positions):
+            return multi_tensor.norms(tensors, order)
+        size = len(tensors), rows.COLUMNS
+        counts = torch.zeros(size, dtype=torch.int64, device=tensors[0].device)
+        norms = multi_tensor.norms(tensors, order, counts=counts)
+        self._put(positions, counts.double())
+        return norms
+
     def absorb(self, other: Counting, positions: Sequence[int]) -> None:
         """Take what was counted of some tensors alone, which have these positions here."""
         done = sorted(other.done)
@@ -89,9 +106,16 @@ class Counting:
             chosen = host.choose(left, "exponents", tables=tables, seen=seen, pairs=True)
             if chosen is not None:
                 self.reading(host.norms, chosen, 2.0)
+        by_device: dict[torch.device, list[int]] = {}
         for position, tensor in enumerate(left):
-            if tensor is not None and position not in self.done:
+            if tensor is None or position in self.done:
+                continue
+            if tensor.numel() and multi_tensor.takes(tensor, 2.0):
+                by_device.setdefault(tensor.device, []).append(position)
+            else:
                 self._put([position], counts(tensor).unsqueeze(0))
+        for positions in by_device.values():
+            self.launch([cast(Tensor, left[each]) for each in positions], positions, 2.0)
         return self._all_rows()
 
     def _all_rows(self) -> Tensor:

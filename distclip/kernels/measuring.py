@@ -80,8 +80,14 @@ def norms(
     for positions in _others(tensors, done):
         some = [cast(Tensor, tensors[position]) for position in positions]
         limits = None if bounds is None else [bounds[position] for position in positions]
-        measure = plain.norms if some[0].is_cpu else device_norms.norms
-        result = device_norms.placed(result, positions, measure(some, norm_type, limits))
+        here = None if counting is None or limits else Counting(len(some), some[0].device)
+        if some[0].is_cpu:
+            measured = plain.norms(some, norm_type, limits)
+        else:
+            measured = device_norms.norms(some, norm_type, limits, here)
+        if counting is not None and here is not None:
+            counting.absorb(here, positions)
+        result = device_norms.placed(result, positions, measured)
     return result
 
 

@@ -16,10 +16,12 @@ from triton.compiler import ASTSource
 
 from distclip.kernels.device import _triton, multi_tensor, tables
 
+FRACTIONS = {tl.float32: 23, tl.bfloat16: 7, tl.float16: 10}
 H100 = GPUTarget("cuda", 90, 32)
 TABLE = ["pointers", "numels", "heights", "widths", "firsts", "outputs", "owners"]
 POINTERS = dict.fromkeys(TABLE, "*i64")
 POINTERS |= dict.fromkeys(["partials", "norms", "coefficients", "bounds"], "*fp64")
+POINTERS["counts"] = "*i64"
 FLAT: dict[str, Any] = {"BLOCK": tables.BLOCK, "TURNS": tables.TURNS}
 
 
@@ -50,9 +52,12 @@ def main() -> None:
     for dtype in (tl.float32, tl.bfloat16, tl.float16):
         size = dtype.primitive_bitwidth // 8
         for kind in (0, 1, 2):
-            for bounded in (False, True):
+            for bounded, counted in ((False, False), (True, False), (False, True))[
+                : 2 + (kind == 2)
+            ]:
                 text = ptx(
                     _triton.measure, DTYPE=dtype, SIZE=size, BOUNDED=bounded, KIND=kind,
+                    FRACTION=FRACTIONS[dtype] if counted else 0,
                     LEAST=multi_tensor.LEAST[kind], **FLAT,
                 )  # fmt: skip
                 assert wide(text, "ld") == chunk * size // 16, ("measure", dtype, kind)

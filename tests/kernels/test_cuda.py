@@ -154,6 +154,26 @@ def test_nothing_waits(label: str, mode: str) -> None:
     silently(clipper.clip_)
 
 
+@pytest.mark.parametrize("label", ["global", "agc", "value"])
+@pytest.mark.parametrize("kind", DTYPES)
+def test_exponents_are_counted_as_on_the_cpu_without_waiting(label: str, kind: str) -> None:
+    here, there = pair(DTYPES[kind])
+    clippers = [
+        clipper_of(each, POLICIES[label], on_nonfinite="pass", exponents=1)
+        for each in (here, there)
+    ]
+    for step in range(3):
+        for each in (here, there):
+            give(each, 2 * step, 10.0**-step, bad=math.nan)
+        one = clippers[0].clip_().exponents
+        silently(clippers[1].clip_) if step == 2 else clippers[1].clip_()
+        assert clippers[1].last_report is not None
+        other = clippers[1].last_report.exponents
+        assert {n: e.to_dict() for n, e in other.items()} == {
+            n: e.to_dict() for n, e in one.items()
+        }
+
+
 def test_waiting_is_noticed() -> None:
     with pytest.raises(RuntimeError, match="synchroniz"):
         silently(lambda: torch.ones(1, device="cuda").item())

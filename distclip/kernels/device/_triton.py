@@ -1,6 +1,7 @@
 """The Triton kernels. Import only where Triton is (``multi_tensor.is_usable``).
 
-All are deterministic: no atomics, and every sum in an order fixed by shapes and addresses. Sums run
+All are deterministic: every floating-point sum is in an order fixed by shapes and addresses; only
+whole numbers are added by atomic operations, to the same result in any order. Sums run
 in float32 over at most ``TURNS`` elements of a lane and are combined in float64, which is exact to
 about 1e-7 relative; a part whose float32 sum shows overflow or underflow is read again in float64,
 decided on the device. ``KIND`` is the order of the norm, 0 for the maximum.
@@ -13,6 +14,15 @@ and the elements before the tensor are masked, so that full chunks are read 16 b
 
 import triton
 import triton.language as tl
+
+from distclip.common import exponents as rows
+
+WIDTH = tl.constexpr(rows.COLUMNS)
+ZERO = tl.constexpr(rows.ZERO)
+SUBNORMAL = tl.constexpr(rows.SUBNORMAL)
+NONFINITE = tl.constexpr(rows.NONFINITE)
+OF_ZERO_BITS = tl.constexpr(rows.FIRST - 1)
+"""Columns of a row of counts; the last is where the bits 0 of an exponent would count."""
 
 
 @triton.jit
@@ -69,6 +79,30 @@ def _chunk(address, numel, number, DTYPE: tl.constexpr, SIZE: tl.constexpr, ELEM
 
 
 @triton.jit
+def _count(bins, zeros, x, inside, SIZE: tl.constexpr, FRACTION: tl.constexpr):
+    """Numbers by the value of the bits of their exponent, and the zeros among those inside."""
+    bits = x.to(tl.int32 if SIZE == 4 else tl.int16, bitcast=True).to(tl.int32)
+    exponents = (bits >> FRACTION) & (31 if FRACTION == 10 else 255)
+    magnitude = bits & (0x7FFFFFFF if SIZE == 4 else 0x7FFF)
+    return bins + tl.histogram(exponents, 256), zeros + ((magnitude == 0) & inside).to(tl.int32)
+
+
+@triton.jit
+def _add_counts(row, bins, zeros, outside, elements, FRACTION: tl.constexpr):
+    """Add what was counted of a chunk, ``outside`` lanes among it, to the row of its tensor."""
+    fields = tl.arange(0, 256)
+    found = tl.sum(zeros, axis=0)
+    values = (bins - tl.where(fields == 0, outside + found, 0)).to(tl.int64)
+    columns = fields + (OF_ZERO_BITS + (112 if FRACTION == 10 else 0))
+    columns = tl.where(fields == 0, SUBNORMAL, columns)
+    columns = tl.where(fields == (31 if FRACTION == 10 else 255), NONFINITE, columns)
+    tl.atomic_add(row + columns, values, mask=values != 0)
+    tl.atomic_add(row + ZERO, found.to(tl.int64))
+    dtype = 0 if FRACTION == 10 else 1 if FRACTION == 7 else 2
+    tl.atomic_add(row + dtype, elements.to(tl.int64))
+
+
+@triton.jit
 def measure(
     pointers,  # int64 (segments,)
     numels,  # int64 (segments,)
@@ -77,16 +111,22 @@ def measure(
     outputs,  # int64 (segments,), where its bound lies
     bounds,  # float64, ``BOUNDED``: to what elements are clamped first
     partials,  # float64 (chunks,), written
+    counts,  # int64 (tensors, columns), where exponents are counted: added to
     offset,  # of this launch's chunks among all
     DTYPE: tl.constexpr,
     SIZE: tl.constexpr,
+    FRACTION: tl.constexpr,
     BOUNDED: tl.constexpr,
     KIND: tl.constexpr,
     LEAST: tl.constexpr,
     BLOCK: tl.constexpr,
     TURNS: tl.constexpr,
 ):
-    """Sum of p-th powers, or the maximum, of one chunk of ``BLOCK * TURNS`` elements."""
+    """Sum of p-th powers, or the maximum, of one chunk of ``BLOCK * TURNS`` elements.
+
+    ``FRACTION``: bits of a number below those of its exponent, which is counted; 0: it is not.
+    """
+    # Long: one kernel, which Triton compiles as a whole.
     program = tl.program_id(0).to(tl.int64) + offset
     owner = tl.load(owners + program)
     address, numel = tl.load(pointers + owner), tl.load(numels + owner)
@@ -95,6 +135,9 @@ def measure(
     lanes = tl.arange(0, BLOCK)
     sums = tl.zeros([BLOCK], tl.float32)
     largest = tl.zeros([BLOCK], tl.float32)
+    bins = tl.zeros([256], tl.int32)
+    zeros = tl.zeros([BLOCK], tl.int32)
+    read = 0
     bound = 0.0
     if BOUNDED:
         bound = tl.load(bounds + tl.load(outputs + owner)).to(tl.float32)
@@ -102,13 +145,24 @@ def measure(
         for turn in tl.static_range(TURNS):
             x = tl.load(base + start + turn * BLOCK + lanes)
             sums, largest = _take(sums, largest, x, bound, KIND, BOUNDED)
+            if FRACTION:
+                bins, zeros = _count(bins, zeros, x, lanes >= 0, SIZE, FRACTION)
+        read = BLOCK * TURNS
     else:
         at = 0
         while at < left:
             index = start + at + lanes
-            x = tl.load(base + index, mask=(index >= head) & (index < stop), other=0.0)
+            inside = (index >= head) & (index < stop)
+            x = tl.load(base + index, mask=inside, other=0.0)
             sums, largest = _take(sums, largest, x, bound, KIND, BOUNDED)
+            if FRACTION:
+                bins, zeros = _count(bins, zeros, x, inside, SIZE, FRACTION)
             at += BLOCK
+        read = at
+    if FRACTION:
+        elements = (start + left - tl.maximum(start, head)).to(tl.int32)
+        row = counts + tl.load(outputs + owner) * WIDTH
+        _add_counts(row, bins, zeros, read - elements, elements, FRACTION)
     if KIND == 0:
         result = tl.reduce(sums, 0, _larger).to(tl.float64)
     else:

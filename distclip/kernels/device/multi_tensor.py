@@ -34,6 +34,8 @@ LEAST = {
     0: 0.0,
 }
 """Float32 sums of a chunk below this may have lost much to underflow."""
+FRACTIONS = {torch.float16: 10, torch.bfloat16: 7, torch.float32: 23}
+"""Bits of a number below those of its exponent."""
 SWITCH = "DISTCLIP_TRITON"
 
 _dtype = operator.attrgetter("dtype")
@@ -80,6 +82,11 @@ def measures(tensor: Tensor, norm_type: float) -> bool:
     return tensor.dtype in MEASURED and norm_type in ORDERS and is_dense(tensor)
 
 
+def takes(tensor: Tensor, norm_type: float) -> bool:
+    """Whether :func:`norms` runs where this tensor lies, and takes it."""
+    return is_usable(tensor.device) and measures(tensor, norm_type)
+
+
 def measures_all(tensors: Sequence[Tensor], norm_type: float) -> bool:
     """Whether :func:`norms` takes all of these, contiguous ones; without a loop in Python."""
     return norm_type in ORDERS and _are_plain(tensors, MEASURED)
@@ -95,7 +102,10 @@ def _are_plain(tensors: Sequence[Tensor], dtypes: frozenset[torch.dtype]) -> boo
 
 
 def norms(
-    tensors: Sequence[Tensor], norm_type: float, bounds: Sequence[float | None] | None = None
+    tensors: Sequence[Tensor],
+    norm_type: float,
+    bounds: Sequence[float | None] | None = None,
+    counts: Tensor | None = None,
 ) -> Tensor:
     """The norm of each tensor: one launch per dtype, and one to combine the parts.
 
@@ -104,6 +114,8 @@ def norms(
         norm_type: 1, 2 or inf.
         bounds: per tensor, measure ``clamp(x, -bound, bound)`` instead; None for as it is. In
             float32, where the clamping itself happens in the tensor's dtype.
+        counts: int64 there, rows of :mod:`distclip.common.exponents`, to which the elements of each
+            tensor are added, as they are, in the same reading.
 
     Returns:
         float64 ``(len(tensors),)`` on their device.
@@ -126,9 +138,11 @@ def norms(
                 table.outputs,
                 partials if limits is None else limits,
                 partials,
+                partials if counts is None else counts,
                 launch.offset,
                 DTYPE=_triton_dtype(launch.dtype),
                 SIZE=launch.dtype.itemsize,
+                FRACTION=0 if counts is None else FRACTIONS[launch.dtype],
                 BOUNDED=limits is not None,
                 KIND=kind,
                 LEAST=LEAST[kind],

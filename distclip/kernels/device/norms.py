@@ -14,6 +14,7 @@ from torch import Tensor
 
 from distclip.kernels import plain
 from distclip.kernels.device import multi_tensor
+from distclip.kernels.exponents import Counting
 from distclip.kernels.plain import FAST_DTYPES, is_wide
 from distclip.kernels.transfer import to_device
 
@@ -21,19 +22,25 @@ Bounds: TypeAlias = "Sequence[float | None]"
 Way: TypeAlias = Literal["kernel", "torch", "exact"]
 
 
-def norms(tensors: Sequence[Tensor], norm_type: float, bounds: Bounds | None = None) -> Tensor:
+def norms(
+    tensors: Sequence[Tensor],
+    norm_type: float,
+    bounds: Bounds | None = None,
+    counting: Counting | None = None,
+) -> Tensor:
     """p-norm of each tensor, as if clamped to its bound first.
 
     Args:
         tensors: at least one, on one device, any dtypes and shapes, none empty.
         norm_type: p > 0 or inf.
         bounds: per tensor; None for as it is.
+        counting: without bounds, counts the exponents of what the kernels measure.
 
     Returns:
         float64 ``(len(tensors),)`` on their device.
     """
     kernels = multi_tensor.is_usable(tensors[0].device)
-    if kernels and multi_tensor.measures_all(tensors, norm_type):
+    if kernels and counting is None and multi_tensor.measures_all(tensors, norm_type):
         return multi_tensor.norms(tensors, norm_type, bounds)
 
     def way(number: int) -> Way:
@@ -46,6 +53,8 @@ def norms(tensors: Sequence[Tensor], norm_type: float, bounds: Bounds | None = N
     def measure(numbers: Sequence[int], way: Way) -> Tensor:
         chosen = [tensors[number] for number in numbers]
         if way == "kernel":
+            if counting is not None:
+                return counting.launch(chosen, numbers, norm_type)
             limits = None if bounds is None else [bounds[number] for number in numbers]
             return multi_tensor.norms(chosen, norm_type, limits)
         if way == "torch":
