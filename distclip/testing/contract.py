@@ -22,6 +22,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from distclip.testing import contract_units
+from distclip.testing.contract_units import Parameter
 
 SHAPES = {"embed.weight": (11, 4), "fc.weight": (5, 4), "fc.bias": (5,), "scale": ()}
 COLLECTIVES = (
@@ -30,21 +31,10 @@ COLLECTIVES = (
 
 
 @dataclass(frozen=True)
-class _Parameter:
-    name: str
-    shape: tuple[int, ...]
-    group: int | None = 0
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-
-@dataclass(frozen=True)
 class _Statistics:
     """Statistics that know what was asked for in advance."""
 
-    parameters: Sequence[_Parameter]
+    parameters: Sequence[Parameter]
     gradients: Mapping[float, Tensor]
     weights: Mapping[float, Tensor] = field(default_factory=dict)
     loss: Tensor | None = None
@@ -177,8 +167,8 @@ def _check_description(policy: Any, again: Any) -> None:
     assert " at 0x" not in repr(policy), "its repr holds an address, which differs between ranks"
 
 
-def _parameters() -> list[_Parameter]:
-    return [_Parameter(name, shape) for name, shape in SHAPES.items()]
+def _parameters() -> list[Parameter]:
+    return [Parameter(name, shape) for name, shape in SHAPES.items()]
 
 
 def _norms(step: int) -> list[float]:
@@ -269,11 +259,7 @@ def _sizes(state: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dty
 
 
 def _same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
-    return len(one) == len(other) and all(
-        torch.equal(torch.isnan(a), torch.isnan(b))
-        and torch.equal(torch.nan_to_num(a), torch.nan_to_num(b))
-        for a, b in zip(one, other, strict=True)
-    )
+    return len(one) == len(other) and all(map(contract_units.same, one, other))
 
 
 def _decided(policy: Any, actions: Any, statistics: _Statistics, where: str) -> list[Tensor]:

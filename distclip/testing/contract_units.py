@@ -23,7 +23,9 @@ UNIT_WEIGHTS = [1.0, 0.0, 2.0, 0.5, 1e-4, 3.0, 0.1, 1e3, 1.0, 0.0]
 
 
 @dataclass(frozen=True)
-class _Parameter:
+class Parameter:
+    """One logical parameter, as a policy is told of it."""
+
     name: str
     shape: tuple[int, ...]
     group: int | None = 0
@@ -47,13 +49,13 @@ def check(factory: Callable[[], Any], as_rank: Callable[[int], Any]) -> None:
     for rank in (0, 5):
         with as_rank(rank):
             got = _asked(factory(), gradients, weights, sound=True)
-        assert _same(got, want), f"rank {rank} decides otherwise, or random numbers do"
+        assert same(got, want), f"rank {rank} decides otherwise, or random numbers do"
     for bad in (math.nan, math.inf):  # anything but a change of the other units
         troubled = gradients.clone()
         troubled[3] = bad
         got = _asked(factory(), troubled, weights, sound=False)
         others = torch.arange(len(gradients)) != 3
-        assert _same(got[others], want[others]), f"a unit of norm {bad} changes those of others"
+        assert same(got[others], want[others]), f"a unit of norm {bad} changes those of others"
     _asked(factory(), gradients[:0], weights[:0], sound=True)
     _check_no_sync(factory())
     threshold = getattr(factory(), "threshold", None)
@@ -77,7 +79,7 @@ def _vector(values: list[float]) -> Tensor:
 
 def _check_dims(factory: Callable[[], Any]) -> None:
     for name, shape in UNIT_SHAPES.items():
-        parameter = _Parameter(name, shape)
+        parameter = Parameter(name, shape)
         dims = factory().unit_dims(parameter)
         where = f"unit_dims of a parameter of shape {list(shape)}"
         whole = isinstance(dims, tuple) and all(type(dim) is int for dim in dims)
@@ -95,13 +97,13 @@ def _asked(policy: Any, gradients: Tensor, weights: Tensor, *, sound: bool) -> T
     found = policy.unit_coefficients(gradients, weights)
     again = policy.unit_coefficients(gradients, weights)
     assert isinstance(found, Tensor), f"unit_coefficients must return a tensor, got {found!r}"
-    kept = _same(before[0], gradients) and _same(before[1], weights)
+    kept = same(before[0], gradients) and same(before[1], weights)
     assert kept, "it changed the norms that it was given in place"
     assert found.dtype == torch.float64, f"coefficients are {found.dtype}, not torch.float64"
     assert found.shape in ((), gradients.shape), (
         f"coefficients have shape {list(found.shape)} for {len(gradients)} units"
     )
-    assert _same(found, again), "not pure: the same norms gave other coefficients"
+    assert same(found, again), "not pure: the same norms gave other coefficients"
     good = bool(torch.isfinite(found).all()) and bool((found >= 0).all())
     assert good or not sound, f"finite norms gave coefficients {found}"
     return found.expand_as(gradients)
@@ -116,7 +118,7 @@ def _check_alone(
         for start in range(stop):
             here = slice(start, stop)
             got = _asked(policy, gradients[here], weights[here], sound=True)
-            assert _same(got, want[here]), (
+            assert same(got, want[here]), (
                 "a unit's coefficient depends on the other units (or on earlier calls), which may "
                 "lie on another rank"
             )
@@ -138,7 +140,8 @@ def _real(values: list[float]) -> Tensor:
         return _vector(values)
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
+def same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are equal bit by bit, with NaN in the same places."""
     return bool(torch.equal(torch.isnan(one), torch.isnan(other))) and bool(
         torch.equal(torch.nan_to_num(one), torch.nan_to_num(other))
     )
