@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, SupportsIndex, TypeAlias
 
@@ -14,23 +13,22 @@ from torch.optim import Optimizer
 
 from distclip.application.eager import eagerly
 from distclip.application.folded import FusedStep, Scope
-from distclip.application.joint import AttachHandle, GradientsSeen
-from distclip.application.notices import earlier_clip, note_clip, sample, warn
+from distclip.application.joint import AttachHandle
 from distclip.application.stepping import skips_by_found_inf
 from distclip.common.notebook import clipper_html
-from distclip.engine import attaching, checkpoint
+from distclip.engine import checkpoint
 from distclip.engine.attaching import listed
 from distclip.engine.following import loading, with_followers
 from distclip.engine.ladder import Attendant
+from distclip.engine.once import ClipOnce
 from distclip.engine.program import States
 from distclip.engine.session import Session
 from distclip.engine.walked import Apply
 from distclip.errors import ConfigurationError
 from distclip.layouts import plan as plans
-from distclip.layouts.detect import refuse_stepped_in_backward
 from distclip.layouts.names import Target
 from distclip.options import LOOKS, Every, Fixed, OnNonfinite, VerifyReplicas
-from distclip.policies import Measure, ParameterInfo, Policy
+from distclip.policies import ParameterInfo, Policy
 from distclip.report import ClipReport
 
 Sink: TypeAlias = Callable[[int, ClipReport], None]
@@ -42,9 +40,6 @@ _ANEW = (
     "build GradClipper(model, policy) anew on every rank, for the model that is there, and give it "
     "load_state_dict(state)"
 )
-
-_attached_now: weakref.WeakSet[GradClipper] = weakref.WeakSet()
-"""Clippers that are attached, or were."""
 
 in_use = False
 """Whether a GradClipper has clipped in this process."""
@@ -178,14 +173,8 @@ class GradClipper:
         """The report of the last clip."""
         tensors = [parameter for _, parameter in session.named]
         self._scope = Scope(tensors)
-        self._sample = sample(tensors)
-        self._attached: AttachHandle | None = None
-        self._by_hand: GradientsSeen | None = None
-        """Gradients as a ``clip_`` has left them, where this is attached too."""
-        self._hand_report: ClipReport | None = None
+        self._once = ClipOnce(session, repr(self))
         self._apply: Apply | None = None
-        self._said: set[str] = set()
-        self._shown = repr(self)
 
     def __repr__(self) -> str:
         """The policy, and how many parameters there are on all ranks."""
@@ -239,51 +228,11 @@ class GradClipper:
         """
         if loss is not None:
             self.observe(loss)
-        attached = self._attached is not None and self._attached.active
-        if attached:
-            self._warn_once(
-                "by hand",
-                f"{self!r} is attached to an optimizer, and clip_() is called too: one of the two "
-                f"is enough. Gradients that have not changed in between are clipped, and counted "
-                f"in the policy's memory, once",
-            )
-            if (report := self._clipped_by_hand()) is not None:
-                return report
-        self._hand_report = report = self._clip(self.on_nonfinite, None)
-        if attached:
-            self._by_hand = GradientsSeen(self._gradients())
-        if self._changes_gradients:
-            note_clip(self._sample, self._shown, id(self))
+        report: ClipReport | None = self._once.by_hand_again()
+        if report is None:
+            report = self._clip(self.on_nonfinite, None)
+            self._once.note_by_hand(report)
         return report
-
-    def _clipped_by_hand(self) -> ClipReport | None:
-        """The report of the last ``clip_``, if no gradient on any rank has changed since."""
-        if self._by_hand is None:
-            return None
-        gradients = self._gradients()
-        unseen = all(gradient is None for gradient in gradients)  # they are somewhere else
-        changed = unseen or self._by_hand.differ(gradients)
-        if self.plan.group is not None:
-            changed = self._session.on_any_rank(changed)
-        if changed:
-            self._by_hand = None
-            return None
-        return self._hand_report
-
-    def _gradients(self) -> list[Tensor | None]:
-        return [
-            getattr(parameter, "main_grad", None) if parameter.grad is None else parameter.grad
-            for _, parameter in self._session.named
-        ]
-
-    @property
-    def _changes_gradients(self) -> bool:
-        return not isinstance(self.policy, Measure)
-
-    def _warn_once(self, what: str, message: str) -> None:
-        if what not in self._said:
-            self._said.add(what)
-            warn(message)
 
     @eagerly
     def observe(self, loss: Tensor | float) -> None:
@@ -359,30 +308,7 @@ class GradClipper:
                 steps none of its parameters.
         """
         optimizers = (*listed(optimizer), *more)
-        if self._attached is not None and self._attached.active:
-            raise ConfigurationError(
-                "this GradClipper is attached already; where several optimizers step one model, "
-                "give all of them in one call, clipper.attach(first, second), for one norm and one "
-                "decision over all, or else handle.remove() the first attachment"
-            )
-        session = self._session
-        attaching.check(optimizers, session.named)
-        for name, parameter in session.named:
-            refuse_stepped_in_backward(name, parameter)
-        self._mention_others(optimizers)
-        handle = AttachHandle(
-            optimizers, self._clip_attached, session.anywhere, self._follow, self.raise_late
-        )
-        try:
-            session.follow(optimizers)
-        except Exception:
-            handle.remove()
-            raise
-        if session.speaks:
-            attaching.mention_unstepped(optimizers, session.named)
-        self._attached = handle
-        _attached_now.add(self)
-        return handle
+        return self._once.attach(optimizers, self._clip_attached, self._follow, self.raise_late)
 
     def _clip_attached(
         self,
@@ -392,35 +318,10 @@ class GradClipper:
         *,
         overflow_drops: bool = False,
     ) -> ClipReport:
-        report = self._clipped_by_hand()
-        self._by_hand = None
+        report: ClipReport | None = self._once.before_step()
         if report is not None:
             return report
-        by = earlier_clip(self._sample, id(self)) if self._changes_gradients else None
-        if by is not None:
-            self._warn_once(
-                "earlier",
-                f"these gradients have been clipped already since their backward, by {by}, and are "
-                f"now clipped by {self!r}, which is attached to the optimizer: leave one of them "
-                f"out, or give policies.chain(...) to one GradClipper if both are meant",
-            )
         return self.clip_before_step(loss_scale, found_inf, coming, overflow_drops=overflow_drops)
-
-    def _mention_others(self, optimizers: Sequence[Optimizer]) -> None:
-        """Warn of another clipper that is attached and has some of the same parameters."""
-        for other in list(_attached_now):
-            attached = other is not self and other._attached is not None and other._attached.active
-            if not attached or not (self._changes_gradients and other._changes_gradients):
-                continue
-            shared = [name for name, p in self._session.named if id(p) in other._session.known]
-            if shared:
-                more = f" and {len(shared) - 1} more" if len(shared) > 1 else ""
-                warn(
-                    f"{self!r} is attached while {other!r} is, and both clip {shared[0]!r}{more}, "
-                    f"in every update one after the other. If both are meant, give "
-                    f"policies.chain(...) to one GradClipper; else remove() the handle of the "
-                    f"other first"
-                )
 
     @eagerly
     def clip_before_step(
@@ -589,7 +490,7 @@ class GradClipper:
             **{name: getattr(self, name) for name in _COPIED},
         )
         twin._session.resume(session, copy.deepcopy(self._states, memo))
-        if self._attached is not None and self._attached.active:
+        if self._once.attached:
             twin.attach([copy.deepcopy(optimizer, memo) for optimizer in session.optimizers()])
         return twin
 
@@ -602,7 +503,7 @@ class GradClipper:
     def _follow(self, memo: dict[int, Any]) -> None:
         """An optimizer that this is attached to has been deep-copied, without its hooks."""
         if self._session.is_shared:
-            self._warn_once(
+            self._once.warn_once(
                 "copied",
                 f"the copied optimizer has no step hooks, and nothing clips before its steps; "
                 f"{_ANEW}, and attach that to the copied optimizer",

@@ -78,8 +78,8 @@ def test_a_copied_clipper_notices_what_the_original_would() -> None:
     model.new = nn.Linear(2, 2)
     with pytest.raises(ConfigurationError, match=r"'new\.weight'"):
         clipper.clip_()
-    assert clipper._attached is not None
-    assert not clipper._attached.active  # the copied optimizer was not asked for
+    assert clipper._once.handle is not None
+    assert not clipper._once.attached  # the copied optimizer was not asked for
 
 
 def test_a_clipper_by_hand_is_copied_unattached() -> None:
@@ -95,7 +95,7 @@ def test_a_clipper_by_hand_is_copied_unattached() -> None:
 
 def test_after_remove_a_copied_optimizer_has_no_clipper() -> None:
     things = made()
-    things["clipper"]._attached.remove()
+    things["clipper"]._once.handle.remove()
     twin = copy.deepcopy(things["optimizer"])
     assert not twin._optimizer_step_pre_hooks
     assert "__deepcopy__" not in things["optimizer"].__dict__
