@@ -42,8 +42,9 @@ def suggest(
         of, what = Suggestion.of_ratios, "ratios"
     found = of(recorded, percentile, first_step)
     if found.clipped > 0.0:
+        share = f"{found.clipped:.0%}" if found.clipped >= 0.01 else "under 1%"
         typer.echo(
-            f"distclip: in {found.clipped:.0%} of these steps something was clipped: their {what} "
+            f"distclip: in {share} of these steps something was clipped: their {what} "
             f"are those of a run that was already held back; record one with policy: measure",
             err=True,
         )

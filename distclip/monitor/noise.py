@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 
     from distclip.layouts.names import Target
 
+_ENOUGH = 10
+"""Samples after which it is known what is usual."""
+_MOST = 4.0
+"""The largest squared norm of a part's gradient that counts as it is, of the usual one."""
 _MEND = (
     "its gradient has to be reduced over the ranks by then: leave out no_sync() and "
     "set_requires_gradient_sync(False) in the steps that are sampled"
@@ -39,6 +43,9 @@ class Averages:
     def _take(self, small: Floats, large: Floats, parts: Any, batch: float) -> bool:
         """Average in one step; False for one that is left out, since a gradient is not finite.
 
+        A step with a spike is scaled down: as it is, it alone would be the average of the next
+        hundreds of samples.
+
         Args:
             small: by parameter, mean over parts of a step of the squared norm of the gradient.
             large: the squared norm of the mean of these gradients.
@@ -49,8 +56,13 @@ class Averages:
             return False
         enough = np.broadcast_to(parts, small.shape) >= 2
         others = np.where(enough, parts - 1.0, 1.0)
-        noise = np.where(enough, (small - large) * batch / others, 0.0)
-        signal = np.where(enough, (parts * large - small) / others, 0.0)
+        now, usual = float(small[enough].sum()), math.inf
+        if self.samples >= _ENOUGH:  # both averages began with 0, which the divisor takes out
+            means = self._signal + self._noise * parts / batch
+            usual = float(means.sum()) / (1.0 - self._decay**self.samples)
+        weight = _MOST * usual / now if now > _MOST * usual > 0.0 else 1.0
+        noise = np.where(enough, (small - large) * batch / others, 0.0) * weight
+        signal = np.where(enough, (parts * large - small) / others, 0.0) * weight
         self._noise = self._decay * self._noise + (1.0 - self._decay) * noise
         self._signal = self._decay * self._signal + (1.0 - self._decay) * signal
         self.samples += 1

@@ -39,8 +39,9 @@ def _run(run: Run, summary: Summary) -> dict[str, Any]:
     share = 100.0 * _running_mean(run.clipped_fraction)
     columns = (run.total_norm, run.clipped_norm, run.threshold, share)
     steps, (before, after, threshold, share) = thinned(run.steps, columns, POINTS)
-    seen = np.isfinite(run.noise_scale)
-    noise_steps, (noise,) = thinned(run.steps[seen], (run.noise_scale[seen],), POINTS)
+    noise = None
+    if np.isfinite(run.noise_scale).any():
+        noise = _numbers(thinned(run.steps, (run.noise_scale,), POINTS)[1][0])
     first = run.first_bad
     return {
         "name": run.name,
@@ -49,7 +50,7 @@ def _run(run: Run, summary: Summary) -> dict[str, Any]:
         "after": _numbers(after),
         "threshold": _numbers(threshold) if run.threshold_is_norm else None,
         "share": _numbers(share),
-        "noise_scale": [_numbers(noise_steps, 9), _numbers(noise)] if seen.any() else None,
+        "noise_scale": noise,
         "thinned": len(steps) < len(run.steps),
         "skipped": _numbers(_some(run.steps[run.skipped]), 9),
         "nonfinite": _numbers(_some(run.steps[run.nonfinite]), 9),

@@ -30,15 +30,18 @@
 
   const axis = (more) => ({ stroke: ink, grid: { stroke: line, width: 1 }, ticks: { stroke: line, width: 1 }, font: "12px system-ui, sans-serif", labelFont: "12px system-ui, sans-serif", ...more });
   const steps = () => axis({ label: "optimizer step", labelSize: 20, values: (u, vs) => vs.map((v) => v == null ? "" : v.toLocaleString("en")) });
+  const power = (v) => v >= 1e5 || v < 1e-3 ? v.toExponential().replace("e+", "e") : short(v);
   const logTicks = (u, vs) => {  // within two decades 1, 2 and 5 of each, else the decades
     const some = u.scales.y.max / u.scales.y.min > 100 ? [1] : [1, 2, 3, 5];
-    return vs.map((v) => v != null && some.includes(+(v / 10 ** Math.floor(Math.log10(v) + 1e-9)).toPrecision(3)) ? short(v) : "");
+    return vs.map((v) => v != null && some.includes(+(v / 10 ** Math.floor(Math.log10(v) + 1e-9)).toPrecision(3)) ? power(v) : "");
   };
   function logRange(u, low, high) {
     if (!(low > 0)) low = high > 0 ? high / 10 : 0.1;
     if (!(high > 0)) high = low * 10;
     const pad = Math.max(Math.log10(high / low) * 0.06, 0.05);
-    return [low / 10 ** pad, high * 10 ** pad];
+    // uPlot counts its ticks from the lower end on: from 38, say, it would not come by 100.
+    const decade = 10 ** Math.floor(Math.log10(low / 10 ** pad));
+    return [Math.floor(low / 10 ** pad / decade + 1e-9) * decade, high * 10 ** pad];
   }
   const positive = (values) => values.map((v) => v > 0 ? v : null);
 
@@ -105,7 +108,7 @@
       { label: "after clipping", stroke: () => colour(i), width: 1.6, points: { show: run.steps.length < 60 }, value: (u, v) => short(v) }];
     const values = [run.steps, positive(run.before), positive(run.after)];
     if (run.threshold) { series.push({ label: "threshold", stroke: ink, width: 1.3, dash: [6, 4], points: { show: false }, value: (u, v) => short(v) }); values.push(positive(run.threshold)); }
-    const { tools } = chart(parent, `Gradient norm of ${run.name}`, 300, { sync: "steps", series, plugins: [stateBand(run)], scales: { x: { time: false }, y: { distr: 3, range: logRange } }, axes: [steps(), axis({ size: 62, label: "norm (log scale)", labelSize: 20, values: logTicks })] }, values);
+    const { tools } = chart(parent, `Gradient norm of ${run.name}`, 300, { sync: "steps", series, plugins: [stateBand(run)], scales: { x: { time: false }, y: { distr: 3, range: logRange } }, axes: [steps(), axis({ size: 62, label: "norm (log scale)", labelSize: 20, space: 14, values: logTicks })] }, values);
     const seen = new Set(run.states.map((s) => data.states[s[2]]));
     for (const name of Object.keys(STATE)) if (seen.has(name)) tools.append(key(STATE[name], `${name} (${(run.summary.states[name] || 0).toLocaleString("en")})`));
     if (run.skipped.length) tools.append(el("span", { class: "key" }, "▼ skipped step"));
@@ -118,14 +121,13 @@
     const values = tables.length > 1 ? uPlot.join(tables) : tables[0];
     const dashes = [[], [8, 4], [2, 3], [10, 3, 2, 3]];
     const series = [{ label: "step" }, ...data.runs.map((run, i) => ({ label: run.name, stroke: () => colour(i), dash: dashes[Math.floor(i / COLOURS.length) % 4], width: 1.5, spanGaps: data.runs.length > 1, points: { show: false }, value: (u, v) => short(v) }))];
-    chart(parent, title, 240, { sync: "steps", series, scales: { x: { time: false }, y: y === "log" ? { distr: 3, range: logRange } : { range: [0, 100] } }, axes: [steps(), axis({ size: 62, labelSize: 20, label: yAxis, ...(y === "log" ? { values: logTicks } : {}) })] }, values);
+    chart(parent, title, 240, { sync: "steps", series, scales: { x: { time: false }, y: y === "log" ? { distr: 3, range: logRange } : { range: [0, 100] } }, axes: [steps(), axis({ size: 62, labelSize: 20, label: yAxis, ...(y === "log" ? { space: 14, values: logTicks } : {}) })] }, values);
   }
 
   function noise(run, i, parent) {
     if (!run.noise_scale) return;
-    const [x, y] = run.noise_scale;
-    parent.append(el("h3", {}, "Gradient noise scale"), el("p", { class: "note" }, "About how many samples a step can use before more are wasted (McCandlish et al. 2018), a moving average. Steps without a value: nothing but noise so far."));
-    chart(parent, `Gradient noise scale of ${run.name}`, 200, { sync: "steps", series: [{ label: "step" }, { label: "samples", stroke: () => colour(i), width: 1.5, points: { show: x.length < 60 }, value: (u, v) => short(v) }], scales: { x: { time: false }, y: { distr: 3, range: logRange } }, axes: [steps(), axis({ size: 62, label: "samples (log scale)", labelSize: 20, values: logTicks })] }, [x, positive(y)]);
+    parent.append(el("h3", {}, "Gradient noise scale"), el("p", { class: "note" }, "About how many samples a step can use before more are wasted (McCandlish et al. 2018); a moving average. None where the noise hides all else."));
+    chart(parent, `Gradient noise scale of ${run.name}`, 260, { sync: "steps", series: [{ label: "step" }, { label: "samples", stroke: () => colour(i), width: 1.5, points: { show: run.steps.length < 60 }, value: (u, v) => short(v) }], scales: { x: { time: false }, y: { distr: 3, range: logRange } }, axes: [steps(), axis({ size: 62, label: "samples (log scale)", labelSize: 20, space: 14, values: logTicks })] }, [run.steps, positive(run.noise_scale)]);
   }
 
   function histogram(run, i, parent) {
@@ -161,7 +163,7 @@
     for (const e of run.exponents) {
       parent.append(el("h3", {}, `Binary exponents of the gradients in ${e.dtype}`), ...e.said.map((line) => el("p", { class: "note" }, line)));
       const fill = () => colour(i) + "99", bars = uPlot.paths.bars({ size: [1, Infinity] });
-      if (e.counts.length) chart(parent, `Binary exponents of the gradients of ${run.name} in ${e.dtype}`, 220, { series: [{ label: "exponent", value: (u, v) => v == null ? "–" : v }, { label: "elements", stroke: () => colour(i), fill, paths: bars, points: { show: false } }], scales: { x: { time: false }, y: { distr: 3, range: logRange } }, axes: [axis({ label: "exponent: of elements from 2^e to 2^(e+1)", labelSize: 20 }), axis({ size: 62, label: "elements (log scale)", labelSize: 20, values: logTicks })] }, [e.exponents, positive(e.counts)]);
+      if (e.counts.length) chart(parent, `Binary exponents of the gradients of ${run.name} in ${e.dtype}`, 220, { series: [{ label: "exponent", value: (u, v) => v == null ? "–" : v }, { label: "elements", stroke: () => colour(i), fill, paths: bars, points: { show: false } }], scales: { x: { time: false }, y: { distr: 3, range: logRange } }, axes: [axis({ label: "exponent: of elements from 2^e to 2^(e+1)", labelSize: 20 }), axis({ size: 62, label: "elements (log scale)", labelSize: 20, space: 14, values: logTicks })] }, [e.exponents, positive(e.counts)]);
       const line = (label, dash) => ({ label, dash, stroke: () => colour(i), width: 1.5, points: { show: e.steps.length < 60 }, value: (u, v) => v == null ? "–" : `${short(v)} %` });
       if (e.steps.length > 1) chart(parent, `Share that is zero, and near underflow, of ${run.name} in ${e.dtype}`, 200, { sync: "steps", series: [{ label: "step" }, line("zero", [6, 4]), line("near underflow", [])], scales: { x: { time: false }, y: { range: (u, low, high) => [0, high * 1.1 || 1] } }, axes: [steps(), axis({ size: 62, label: "%", labelSize: 20 })] }, [e.steps, e.zero, e.underflow]);
     }
