@@ -52,7 +52,7 @@ class Watcher:
         """Gradients are as backward left them, ``loss_scale`` times too large where it is given."""
 
     def after(self, clipper: GradClipper, report: ClipReport, loss_scale: Tensor | None) -> None:
-        """They are clipped; called after the sinks.
+        """The gradients are clipped; called after the sinks.
 
         Where a fused optimizer multiplies as it steps, this is called after that step, which has
         written the clipped gradients, unscaled, to ``.grad``. ``loss_scale`` is as in ``before``,

@@ -60,7 +60,7 @@ class Clipped(NamedTuple):
 
 
 _clipped: OrderedDict[int, Clipped] = OrderedDict()
-"""Of each parameter in a sample the last clip that was made by hand, by the parameter's ``id``."""
+"""``id`` of a parameter in a sample -> the last clip of its gradient by hand."""
 
 _KEPT = 96
 

@@ -150,7 +150,7 @@ class Agreements:
 
 
 agreements = Agreements()
-"""Of this process."""
+"""What functions without memory have compared between ranks, in this process."""
 
 
 def _compared(entry: Entry) -> tuple[int | str, ...]:

@@ -63,9 +63,9 @@ class Attendant:
     ) -> None:
         self._session, self._path, self._policy, self._group = session, path, policy, group
         self._noted = Noted()
-        """Of the step to come."""
+        """What is known of the step to come."""
         self._taken = Noted()
-        """Of the step that is being clipped."""
+        """What is known of the step that is being clipped."""
         self._pending: tuple[transfer.HostCopy, int, Noted] | None = None
         """Of the last step, not read yet: seen before and after, and the rest."""
         self._copy: transfer.HostCopy | None = None

@@ -91,7 +91,7 @@ class Session:
         self.fetched: Fetched | None = None
         self._clips = 0
         self._optimizers: list[tuple[weakref.ref[Optimizer], list[int]]] = []
-        """Those that it is attached to, and the ids of the parameters that each had then."""
+        """Optimizers that are attached, and the ids of the parameters that each had then."""
         self._mentioned_repetition = False
         self.known = {id(parameter) for _, parameter in self.named}
         self.watched = watched
@@ -373,7 +373,7 @@ class Session:
         self.states = states
 
     def dump(self, states: States) -> dict[str, object]:
-        """These states of it, as :meth:`distclip.GradClipper.state_dict` has them."""
+        """The session with these states, as :meth:`distclip.GradClipper.state_dict` returns it."""
         return checkpoint.dump(self._owner(), self.step, states)
 
     def prepare(self, state: object, source: checkpoint.Source | None = None) -> Callable[[], None]:

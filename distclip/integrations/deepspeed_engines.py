@@ -56,7 +56,7 @@ def _autotp_size(engine: Any) -> int:
 
 
 def trained(engine: Any) -> list[Tensor]:
-    """Its parameters that require a gradient."""
+    """Parameters of the engine's module that require a gradient."""
     return [p for p in engine.module.parameters() if p.requires_grad]
 
 

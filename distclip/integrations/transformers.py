@@ -60,7 +60,7 @@ class ClipCallback(TrainerCallback):
     """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> ClipCallback:
-        """Also what unpickling calls, so that the Trainer of another process is known too."""
+        """Watch the Trainers, in a process that only unpickles a callback too."""
         _watch_trainers()
         return super().__new__(cls)
 

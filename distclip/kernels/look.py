@@ -77,7 +77,7 @@ class Look:
 
     @property
     def dtypes(self) -> list[torch.dtype]:
-        """Of each."""
+        """The dtype of each tensor."""
         return self.kinds.dtypes
 
     @property

@@ -19,7 +19,7 @@ CHUNK = 1 << 16
 """Elements of a temporary, 512 KiB in float64."""
 
 FAST_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
-"""Those whose squares float64 holds, and adds up, without care."""
+"""Dtypes whose squares neither overflow nor underflow when float64 adds them up."""
 
 
 def is_wide(dtype: torch.dtype, norm_type: float) -> bool:

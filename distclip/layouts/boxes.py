@@ -60,7 +60,7 @@ class Boxes:
         self._row_major = all(cut.is_row_major() for cut in cuts)
         self._offset = self._first
         self._known: tuple[Kinds, Kinds] | None = None
-        """Of the flat tensors, and of the boxes."""
+        """Dtypes of the flat tensors, and of the boxes."""
 
     def __call__(self) -> tuple[Sequence[Tensor | None], Look] | None:
         """The boxes' gradients, and a look at them; None where one of them is unusual."""

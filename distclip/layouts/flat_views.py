@@ -41,7 +41,7 @@ class Source:
         return self.tensor()
 
     def tensor(self) -> Tensor:
-        """The same, sharded or not."""
+        """The flat or original parameter, sharded or not."""
         flattened: Any = self.hold()
         found: Tensor = flattened if self.index is None else flattened._params[self.index]
         return found
@@ -68,7 +68,7 @@ class Cut:
     source: Source
     first: int
     shape: tuple[int, ...]
-    """Of the box, dims as the parameter has them."""
+    """Extents of the box, dims as the parameter has them."""
     strides: tuple[int, ...]
     """Elements from one to the next along each of these dims."""
 

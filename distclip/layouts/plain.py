@@ -121,7 +121,7 @@ def main_gradient_of(name: str, hold: Holder) -> Tensor | None:
 
 
 def hold_of(piece: Piece) -> Hold | None:
-    """Of the parameter of a piece of this layout; None for a piece of another one."""
+    """The hold on the parameter of a plain piece; None for a piece of another layout."""
     fetch = piece.gradient
     if isinstance(fetch, partial) and fetch.func is gradient_of:
         return cast(Hold, piece.hold)

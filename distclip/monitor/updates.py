@@ -214,7 +214,7 @@ class UpdateMonitor:
         self._before: list[Tensor | None] | None = None
         self._under_way: list[FrameType | None] = [None] * len(optimizers)
         self.last: UpdateReport | None = None
-        """Of the last step that was measured."""
+        """The report of the last step that was measured."""
         self._handles: list[Any] = []
         for place, each in enumerate(optimizers):
             hook = each.register_step_pre_hook(partial(self._before_step, place))

@@ -150,7 +150,7 @@ def update_(
 
 
 def parts(tensors: Tensors, limit: int) -> Iterator[Tensors]:
-    """The same elements in portions of about ``limit``; a tensor with gaps in it stays whole."""
+    """The elements in portions of about ``limit``; a tensor with gaps in it stays whole."""
     portion, size = Tensors([], [], [], []), 0
     for four in tensors.fours():
         for piece in _pieces(four, limit):

@@ -147,7 +147,7 @@ def group_of(name: str) -> str:
 
 @lru_cache(maxsize=64)
 def _groups(names: tuple[str, ...], device: torch.device) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Of each parameter the number of its group, and of each group its parameters."""
+    """The number of each parameter's group, and the parameters of each group."""
     found: dict[str, list[int]] = {}
     for index, name in enumerate(names):
         found.setdefault(group_of(name), []).append(index)

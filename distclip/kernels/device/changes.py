@@ -17,7 +17,7 @@ from distclip.kernels.transfer import to_device
 
 LOW_PRECISION = frozenset((torch.bfloat16, torch.float16))
 EXACT = frozenset((torch.float64, torch.complex128))
-"""These are multiplied in float64, all others in float32."""
+"""Dtypes that are multiplied in float64; all others are in float32."""
 CHUNK = 1 << 20
 """Elements of a low-precision tensor converted at a time."""
 

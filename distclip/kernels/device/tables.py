@@ -75,7 +75,7 @@ _dtype = operator.attrgetter("dtype")
 
 _known: collections.OrderedDict[Hashable, Flat | Rows] = collections.OrderedDict()
 _captured: list[Flat | Rows] = []
-"""Those that a CUDA graph reads again at every replay."""
+"""Tables that a CUDA graph reads again at every replay."""
 
 
 def flat(tensors: Sequence[Tensor]) -> Flat:

@@ -106,7 +106,7 @@ class Table:
         return self.blocks
 
     def within(self, firsts: Integers, rows: int) -> Table:
-        """The same, with the numbers of each tensor's rows from ``firsts`` on, among ``rows``."""
+        """This table with each tensor's rows numbered from ``firsts`` on, among ``rows``."""
         if np.array_equal(firsts, self.firsts) and rows == self.rows:
             return self
         blocks = self.blocks.copy()

@@ -122,7 +122,7 @@ def choose(
 
 @dataclass(frozen=True)
 class _Selected:
-    """Those of some tensors that the loops take, found one by one.
+    """The tensors among some that the loops take, found one by one.
 
     Attributes:
         positions: which these are.

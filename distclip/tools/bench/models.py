@@ -49,14 +49,14 @@ def fsdp2(size: Size, dtype: torch.dtype = torch.float32) -> Model:
 
 
 def ddp(size: Size, dtype: torch.dtype = torch.float32) -> Model:
-    """The same encoder under DistributedDataParallel."""
+    """The encoder of :func:`fsdp2` under DistributedDataParallel."""
     model = DistributedDataParallel(_encoder(size, dtype))
     _backward(model, size[1], dtype)
     return Model(model, list(model.parameters()))
 
 
 def fsdp1(size: Size, dtype: torch.dtype = torch.float32, *, original: bool = False) -> Model:
-    """The same encoder under FSDP1, one flat parameter a layer.
+    """The encoder of :func:`fsdp2` under FSDP1, one flat parameter a layer.
 
     Args:
         size: of the encoder.
@@ -74,7 +74,7 @@ def fsdp1(size: Size, dtype: torch.dtype = torch.float32, *, original: bool = Fa
 
 
 def encoder(size: Size) -> Model:
-    """The same encoder, whole on each rank, with gradients that are drawn."""
+    """The encoder of :func:`fsdp2`, whole on each rank, with gradients that are drawn."""
     return with_gradients(_encoder(size, torch.float32).parameters())
 
 

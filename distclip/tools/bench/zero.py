@@ -61,7 +61,7 @@ class EngineStep:
 
 
 def ways(stage: int, dtype: str) -> Ways:
-    """The same model and optimizer, with one threshold that always clips, and without any."""
+    """One model and optimizer: both clip with a threshold that always clips; and no clipping."""
     ours = EngineStep(stage, dtype, 0.0)
     integration.attach(ours.engine, policies.global_norm(TIGHT))
     adaptive = EngineStep(stage, dtype, 0.0)
