@@ -67,7 +67,7 @@ class Attendant:
         self._taken = Noted()
         """What is known of the step that is being clipped."""
         self._pending: tuple[transfer.HostCopy, int, Noted] | None = None
-        """Of the last step, not read yet: seen before and after, and the rest."""
+        """The last step, not read yet: counts before and after, its number, what is known of it."""
         self._copy: transfer.HostCopy | None = None
         self._decision: tuple[int, int, int, list[float], Noted] | None = None
         """Read and logged, not acted on yet: rung, step, first step, norms, notes."""

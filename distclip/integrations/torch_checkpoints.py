@@ -128,7 +128,7 @@ class OptimizerMemory:
         return [clipper for key, clipper in self._known.items() if _steps_any(optimizer, key)]
 
     def _memory(self, optimizers: Iterable[Optimizer]) -> dict[str, Any]:
-        """Of the clippers of these, and what still waits for one, as :class:`Shelf` gives it."""
+        """States of the optimizers' clippers, and those that wait for one; a :class:`Shelf`."""
         optimizers = list(optimizers)
         # In the order in which they came into being, by which equal models are told apart.
         clippers = [

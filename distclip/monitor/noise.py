@@ -70,7 +70,7 @@ class Averages:
 
     @property
     def scale(self) -> float:
-        """Of the whole model, in samples; NaN before the first sampled step.
+        """The noise scale of the whole model, in samples; NaN before the first sampled step.
 
         inf where, so far, nothing but noise is seen. May be below 0, where the noise is smaller
         than the error of its estimate.
@@ -222,7 +222,7 @@ class NoiseScale(Averages):
         self._batch, self._parts, self._every = float(batch), micro_batches, every
         self._version_of = version_of
         self._step = self._number = 0
-        """Of the micro-batch to come: its step, and which of the step it is."""
+        """Step of the micro-batch to come, and its number within the step."""
         self._weights = sample([p for p in self._clipper.here.values() if p.requires_grad])
         self._versions = [version_of(parameter) for parameter in self._weights]
         self._first: Floats = np.zeros(0)
