@@ -56,10 +56,10 @@ _Integer = Annotated[int, BeforeValidator(_integral)]
 
 @dataclass(frozen=True)
 class Argument:
-    """One argument of a policy class."""
+    """One argument of a policy class; without an adapter, a policy in the same form."""
 
     name: str
-    adapter: TypeAdapter[Any]
+    adapter: TypeAdapter[Any] | None
     default: Any
     description: str
 
@@ -91,16 +91,17 @@ def arguments(policy: type[Policy]) -> dict[str, Argument]:
     for parameter in inspect.signature(policy).parameters.values():
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
+        hint = hints.get(parameter.name, Any)
+        adapter: TypeAdapter[Any] | None = None
         try:
-            adapter: TypeAdapter[Any] = TypeAdapter(
-                _in_files(hints.get(parameter.name, Any)), config={"strict": True}
-            )
-            adapter.json_schema()
+            if Policy not in (hint, *typing.get_args(hint)):
+                adapter = TypeAdapter(_in_files(hint), config={"strict": True})
+                adapter.json_schema()
         except (PydanticSchemaGenerationError, PydanticInvalidForJsonSchema):
             if parameter.default is parameter.empty:
                 raise ConfigurationError(
                     f"policy {policy.name!r}: its argument {parameter.name} of type "
-                    f"{hints[parameter.name]} cannot be written in a configuration; give it a "
+                    f"{hint} cannot be written in a configuration; give it a "
                     f"default, or build the policy in Python"
                 ) from None
             continue
@@ -142,7 +143,7 @@ def _build_one(
     policy = _named(spec, path, problems, unknown)
     if policy is None:
         return None
-    given, sound = _checked(policy, spec, path, problems)
+    given, sound = _checked(policy, spec, path, problems, unknown)
     if not sound:
         return None
     try:
@@ -177,7 +178,11 @@ def _named(
 
 
 def _checked(
-    policy: type[Policy], spec: Mapping[Any, Any], path: Path, problems: Problems
+    policy: type[Policy],
+    spec: Mapping[Any, Any],
+    path: Path,
+    problems: Problems,
+    unknown: list[str] | None,
 ) -> tuple[dict[str, Any], bool]:
     """The arguments in their types, and whether all is well with them."""
     accepted = arguments(policy)
@@ -190,8 +195,14 @@ def _checked(
             problems.add_unknown((*path, key_text(key)), value, accepted, policy.name)
             sound = False
             continue
+        adapter = accepted[key].adapter
+        if adapter is None:
+            if value is not None or accepted[key].required:
+                given[key] = build(value, (*path, key), problems, unknown)
+                sound = sound and given[key] is not None
+            continue
         try:
-            given[key] = accepted[key].adapter.validate_python(value)
+            given[key] = adapter.validate_python(value)
         except ValidationError as error:
             problems.add_validation((*path, key), value, error)
             sound = False

@@ -74,7 +74,11 @@ def _policy(policy: type[Policy]) -> Schema:
 
 
 def _argument(argument: Argument) -> Schema:
-    schema: Schema = _plain(argument.adapter.json_schema())
+    schema: Schema = {"$ref": "#/$defs/policies"}
+    if argument.adapter is not None:
+        schema = _plain(argument.adapter.json_schema())
+    elif not argument.required:
+        schema = {"anyOf": [schema, {"type": "null"}]}
     if argument.description:
         schema["description"] = argument.description
     if not argument.required:

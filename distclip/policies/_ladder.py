@@ -21,6 +21,7 @@ from distclip.policies.protocol import (
     State,
     Statistics,
 )
+from distclip.policies.registry import register
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 _OF_SPIKES = "spikes."
 
 
+@register
 @dataclass(frozen=True)
 class Ladder(ScalingPolicy):
     """Do more about each spike that follows another, as far as the budgets go.
@@ -58,7 +60,8 @@ class Ladder(ScalingPolicy):
             the budgets.
         clips: spikes that are clipped, >= 0.
         skips: spikes that are skipped and no more, >= 0.
-        recomputes: spikes after which the step is computed again, >= 0.
+        recomputes: spikes after which the step is computed again, >= 0. How to is said in code, by
+            ``note(recompute=...)``; without it the step is skipped and no more.
         rewinds: rewinds asked for in one run, >= 0. Loading an older state does not refill them.
         calm: steps in a row without a spike that end an episode, >= 1.
         margin: steps before the first spike of the episode to go back to, >= 0.

@@ -57,6 +57,11 @@ POLICIES: dict[str, Any] = {
     "group ema": {"name": "group_ema"},
     "skip norm": {"name": "skip_norm", "max_norm": 1.0, "clip_norm": 0.5},
     "skip norm loose": {"name": "skip_norm", "max_norm": 1e4, "norm_type": 3.0, "clip_norm": 1.0},
+    "ladder": {
+        "name": "ladder",
+        "spikes": {"name": "skip_norm", "max_norm": 1.0, "clip_norm": 0.5},
+        "clips": 1,
+    },
     "norm gate": [
         {"name": "norm_gate", "part": "fc*", "max_norm": 50.0},
         {"name": "global_norm", "max_norm": 1.0},

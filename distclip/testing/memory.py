@@ -228,3 +228,26 @@ def is_spike(history: Sequence[float], value: float, sigma: float, least: int) -
         return False
     wide = np.array(history, np.longdouble)  # squares may leave float64
     return bool(value - np.mean(wide) > sigma * np.std(wide, ddof=1))
+
+
+def ladder(
+    memory: Memory,
+    spike: bool,
+    sound: bool,
+    clips: int = 0,
+    skips: int = 5,
+    recomputes: int = 1,
+    rewinds: int = 2,
+    calm: int = 100,
+) -> tuple[int, Memory]:
+    """The rung of a step: 0 for no spike, then clip, skip, recompute, rewind and, 5, abort."""
+    budgets = {"clips": clips, "skips": skips, "recomputes": recomputes, "rewinds": rewinds}
+    used, quiet = {key: memory.get(key, 0) for key in budgets}, memory.get("quiet", 0)
+    if quiet >= calm:
+        used |= {"clips": 0, "skips": 0, "recomputes": 0}
+    if not spike:
+        return 0, {**used, "quiet": quiet + 1}
+    for rung, (key, budget) in enumerate(budgets.items(), 1):
+        if used[key] < budget and (sound or key != "clips"):
+            return rung, {**used, key: used[key] + 1, "quiet": 0}
+    return 5, {**used, "quiet": 0}

@@ -371,6 +371,23 @@ def _norm_gate(
     _skip_norm(run, inside, path, memory, **threshold)
 
 
+def _ladder(
+    run: _Run,
+    names: list[str],
+    path: str,
+    memory: Memory,
+    spikes: Mapping[str, Any],
+    **budgets: int,
+) -> None:
+    sound = all(np.isfinite(run.present[name]).all() for name in names if name in run.present)
+    before = run.remembers[path] = memory.get("spikes", {})
+    arguments = {key: value for key, value in spikes.items() if key != "name"}
+    _REMEMBERING[spikes["name"]](run, names, path, before, **arguments)
+    rung, after = remembered.ladder(memory, run.asked[path], sound, **budgets)
+    run.asked[path] = rung > 1
+    run.remembers[path] = {**after, "spikes": run.remembers[path]}
+
+
 _REMEMBERING: dict[str, Callable[..., None]] = {
     "autoclip": functools.partial(_together, remembered.autoclip),
     "zclip": functools.partial(_together, remembered.zclip),
@@ -381,6 +398,7 @@ _REMEMBERING: dict[str, Callable[..., None]] = {
     "skip_spikes": _skip_spikes,
     "skip_norm": _skip_norm,
     "norm_gate": _norm_gate,
+    "ladder": _ladder,
 }
 
 _POLICIES: dict[str, Callable[..., None]] = {

@@ -57,6 +57,8 @@ def norm_type(policy: Any) -> float:
 def _found(policy: Any) -> float | None:
     if policy is None:
         return None
+    if isinstance(policy, Mapping) and "spikes" in policy:
+        return _found(policy["spikes"])
     if isinstance(policy, Mapping) and "name" in policy:
         # Policies that clamp scale by no norm.
         reads = None if policy["name"] in ("value", "running_max") else 2.0

@@ -54,6 +54,8 @@ def test_a_whole_configuration(write: Write) -> None:
          policies.agc(unit_dims={"*.experts.*": (0, 1)})),
         ({"name": "measure", "norm_type": "inf"}, policies.measure(math.inf)),
         ({"name": "value", "clip_value": math.inf}, policies.value(math.inf)),
+        ([{"name": "ladder", "spikes": "skip_spikes", "skips": 1e1}, "agc"],
+         policies.chain(policies.ladder(policies.skip_spikes(), skips=10), policies.agc())),
     ],
 )  # fmt: skip
 def test_policies(spec: object, policy: policies.Policy) -> None:

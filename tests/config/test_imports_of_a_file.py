@@ -45,6 +45,9 @@ def test_a_policy_of_ones_own_is_named_after_its_module(folder: Path) -> None:
     assert (policy.name, policy.size) == ("own_one", 2.0)  # type: ignore[attr-defined]
     with pytest.raises(ConfigurationError, match=r"policy\.size: should be"):
         config.load({**document, "policy": {"name": "own_one", "size": "big"}})
+    ladder = {"name": "ladder", "spikes": document["policy"]}
+    with pytest.raises(ConfigurationError, match=r"policy\.spikes: must be one policy that skips"):
+        config.load({**document, "policy": ladder})
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,18 @@ from tests.config.writing import Write, fault
         ({"policy": {"name": "value", "clip_value": -1}}, ["policy.clip_value: must be >= 0"]),
         ({"policy": {"name": "value", "clip_value": math.nan}}, ["policy.clip_value: is NaN"]),
         ({"by_name": {"*.bias": {"name": "agc", "a": 1}}}, ['by_name["*.bias"].a: unknown key']),
+        ({"policy": "ladder"}, ["policy.spikes: missing; ladder needs it"]),
+        ({"policy": {"name": "ladder", "spikes": None}}, ["policy.spikes: expected a policy"]),
+        ({"policy": {"name": "ladder", "spikes": "agcc"}}, ["policy.spikes.name: no policy is"]),
+        (
+            {"policy": ["agc", {"name": "ladder", "spikes": {"name": "skip_norm", "max": 1}}]},
+            ["policy[1].spikes.max: unknown key", "policy[1].spikes.max_norm: missing"],
+        ),
+        (
+            {"policy": {"name": "ladder", "spikes": ["skip_spikes"], "skips": -1}},
+            ["policy.spikes: must be one policy that skips, such as"],
+        ),
+        ({"policy": {"name": "ladder", "spikes": "skip_spikes", "skips": -1}}, ["policy.skips: "]),
         ({"by_name": {3: None}}, ["by_name[3]: keys must be strings"]),
         ({"by_name": []}, ["by_name: ", "got []"]),
         ({"policy": "agc", "on_nonfinite": "skp"}, ["on_nonfinite: ", "did you mean 'skip'?"]),

@@ -112,6 +112,7 @@ def test_schema_is_valid_and_agrees_with_load(write: Write) -> None:
         {"policy": ["agc", {"name": "value", "clip_value": "inf"}], "on_nonfinite": "zero"},
         {"by_name": {"a": None, "b": ["measure"]}, "log": {"jsonl": "r", "every": 2}},
         {"policy": {"name": "agc", "unit_dims": {"a": [0, 1]}}, "by_name": {}, "log": None},
+        {"policy": {"name": "ladder", "spikes": {"name": "skip_norm", "max_norm": 9}, "clips": 0}},
     ]
     bad: list[dict[str, Any]] = [
         {},
@@ -123,6 +124,8 @@ def test_schema_is_valid_and_agrees_with_load(write: Write) -> None:
         {"policy": {"name": "agc", "clip_factor": "inf"}},
         {"policy": {"name": "global_norm", "max_norm": -1}},
         {"policy": {"name": "global_norm", "max_norm": 1, "maxnorm": 1}},
+        {"policy": {"name": "ladder", "spikes": {"name": "skip_norm"}}},
+        {"policy": {"name": "ladder", "spikes": None}},
         {"policy": "measure", "log": {"every": 1}},
         {"policy": "measure", "norms": "yes"},
         {"policy": "measure", "verify_replicas": 0},

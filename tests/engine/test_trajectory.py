@@ -51,6 +51,7 @@ GROUPS = {
     "late_stop": 120,
 }
 FIXED = {"name": "skip_norm", "max_norm": 2000.0, "clip_norm": 60.0}
+LADDER = {"name": "ladder", "spikes": FIXED, "clips": 2, "skips": 9, "calm": 30}
 POLICIES: dict[str, Any] = {
     "autoclip": COUNTED,
     "autoclip window": AUTOCLIP,
@@ -59,7 +60,7 @@ POLICIES: dict[str, Any] = {
     "skip_spikes": SKIP,
     "norm_stabilizer": STABLE,
     "group_ema": GROUPS,
-    "chain": [SKIP, FIXED, GROUPS, AUTOCLIP, ADAGC, {"name": "global_norm", "max_norm": 30.0}],
+    "chain": [SKIP, LADDER, GROUPS, AUTOCLIP, ADAGC, {"name": "global_norm", "max_norm": 30.0}],
     "each": {
         "by_name": {"e*": COUNTED, "conv*": AUTOCLIP, "wide*": ZCLIP, "scalar": SKIP, "f*": STABLE},
         "default": ADAGC,

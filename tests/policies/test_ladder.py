@@ -11,26 +11,18 @@ import torch
 
 from distclip import ConfigurationError, GradClipper, policies
 from distclip.policies import Policy, Skip
-from distclip.testing import check_policy
+from distclip.testing import check_policy, memory
 from tests.policies.driving import drive
 
 BUDGETS = ("clips", "skips", "recomputes", "rewinds")
 
 
 def climb(spikes: Any, finite: Any, budgets: dict[str, int], calm: int) -> list[int]:
-    """The rung of every step, in plain Python: 0 for no spike, 5 to abort."""
-    used, quiet, rungs = dict.fromkeys(BUDGETS, 0), 0, []
+    """The rung of every step, by the oracle."""
+    state: memory.Memory = {}
+    rungs = []
     for spike, sound in zip(spikes, finite, strict=True):
-        if quiet >= calm:
-            used |= dict.fromkeys(BUDGETS[:3], 0)
-        rung, quiet = 0, quiet + 1
-        if spike:
-            quiet, rung = 0, 5
-            for number, key in enumerate(BUDGETS, 1):
-                if used[key] < budgets[key] and (sound or key != "clips"):
-                    used[key] += 1
-                    rung = number
-                    break
+        rung, state = memory.ladder(state, spike, sound, **budgets, calm=calm)
         rungs.append(rung)
     return rungs
 
