@@ -8,10 +8,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from distclip.clipper import GradClipper
 from distclip.errors import ConfigurationError
+from distclip.layouts import fsdp2
 from distclip.policies import Policy
 from distclip.policies.compose import stages
 from distclip.report import ClipReport
@@ -42,9 +44,12 @@ class MicroBatchClipper:
     n-th part of a micro-batch's gradient. A micro-batch that the policy skips is left out of the
     sum. NaN and inf are handed on, for the clip of the sum to find.
 
-    For plain models and DDP, where each rank has the whole gradient of its micro-batch. FSDP and
-    ZeRO keep it in parts, summed over the ranks, and are refused. Takes the memory of one more
-    gradient during a backward.
+    For plain models and DDP, where each rank has the whole gradient of its micro-batch. Under FSDP2
+    (all trained parameters within ``fully_shard``) a micro-batch is that of all ranks together,
+    whose gradient every backward reduces: a reduction and the all-reduce of a clip for each
+    micro-batch, where accumulation alone needs one reduction an update, and the same number of
+    micro-batches on every rank. FSDP1, ZeRO and tensor parallelism are refused. Takes the memory
+    of one more gradient (FSDP2: of this rank's part of it) during a backward.
 
     Args:
         model: the model as it is called in training: the ``DistributedDataParallel`` itself.
@@ -52,8 +57,8 @@ class MicroBatchClipper:
         process_group: the ranks to average over; that of DDP, or all ranks, by default.
 
     Raises:
-        ConfigurationError: sharded parameters, a DeepSpeed engine, gradients in ``main_grad``, a
-            policy with memory.
+        ConfigurationError: parameters that are sharded otherwise, or some by FSDP2 and others not;
+            a DeepSpeed engine, gradients in ``main_grad``, a policy with memory.
     """
 
     last_report: ClipReport | None = None
@@ -73,13 +78,17 @@ class MicroBatchClipper:
         self._clipper = clipper = GradClipper(
             model, policy, on_nonfinite="pass", verify_replicas="never", process_group=process_group
         )
-        self._refuse_main_gradients()
-        if clipper.plan.group is not None:
+        self._parameters = fsdp2.sharded(model.parameters())
+        self._in_fsdp2 = fsdp2.known_to_fsdp2(self._parameters)
+        self._fsdp2 = [each for each in model.modules() if isinstance(each, FSDPModule)]
+        if clipper.plan.group is not None and not self._fsdp2:
             raise ConfigurationError(
                 f"MicroBatchClipper: {clipper.names[0]!r} or other parameters are spread over "
-                f"ranks (FSDP, tensor, expert or pipeline parallelism), so that no rank has the "
-                f"gradient of its micro-batch; clip once per step by GradClipper, or use DDP"
+                f"ranks (FSDP1, tensor, expert or pipeline parallelism), so that no rank has the "
+                f"gradient of its micro-batch; clip once per step by GradClipper, or use DDP or "
+                f"fully_shard"
             )
+        self._refuse()
         for stage in stages(policy, clipper.parameters):
             if stage.policy.init([clipper.parameters[member] for member in stage.members]):
                 raise ConfigurationError(
@@ -88,13 +97,13 @@ class MicroBatchClipper:
                     f"GradClipper of the sum"
                 )
         self._group = collectives.default_group(process_group)
-        self._parameters = list(model.parameters())
 
     @contextlib.contextmanager
     def clip_(self, loss_scale: Tensor | None = None) -> Iterator[None]:
         """Clip what the backward in this block leaves, and add it to what was there before.
 
-        The forward belongs into the block, since DDP decides there whether to synchronise. After an
+        The forward belongs into the block, since DDP decides there whether to synchronise. FSDP2 is
+        told to reduce the gradients of this backward, and is left so. After an
         exception the gradients are as they were before the block. Parameters may be frozen and
         unfrozen between blocks.
 
@@ -102,10 +111,13 @@ class MicroBatchClipper:
             loss_scale: 0-dim; how many times too large the gradients are, under a gradient scaler.
 
         Raises:
-            ConfigurationError: a forward outside of the block, under DDP; gradients in
-                ``main_grad``.
+            ConfigurationError: a forward outside of the block, under DDP; an earlier backward that
+                FSDP2 has not reduced; gradients in ``main_grad``.
         """
-        self._refuse_main_gradients()
+        self._refuse()
+        for module in self._fsdp2:
+            module.set_requires_gradient_sync(True, recurse=False)
+            module.set_is_last_backward(True)
         kept = [parameter.grad for parameter in self._parameters]
         for parameter in self._parameters:
             parameter.grad = None
@@ -128,7 +140,8 @@ class MicroBatchClipper:
             for parameter, gradient in zip(self._parameters, added, strict=True):
                 parameter.grad = gradient
 
-    def _refuse_main_gradients(self) -> None:
+    def _refuse(self) -> None:
+        """Refuse what has changed too, since parameters are frozen and unfrozen."""
         for name, parameter in self._clipper.here.items():
             if getattr(parameter, "main_grad", None) is not None:
                 raise ConfigurationError(
@@ -136,6 +149,18 @@ class MicroBatchClipper:
                     f"micro-batch's cannot be told from those before it; leave Megatron's wrapper "
                     f"out (delete main_grad), or clip once per step by GradClipper"
                 )
+            if self._fsdp2 and parameter.requires_grad and id(parameter) not in self._in_fsdp2:
+                raise ConfigurationError(
+                    f"MicroBatchClipper: {name!r} lies outside of fully_shard, which reduces the "
+                    f"gradients of the others only; shard the whole model, or clip once per step "
+                    f"by GradClipper"
+                )
+        if self._fsdp2 and fsdp2.unreduced(self._parameters):
+            raise ConfigurationError(
+                "MicroBatchClipper: FSDP2 has not reduced yet what an earlier backward has left, "
+                "and would add it to this micro-batch; make every backward in "
+                "`with micro.clip_():`, or leave set_requires_gradient_sync(False) out"
+            )
 
     @torch.no_grad()
     def average_(self) -> None:
@@ -143,9 +168,9 @@ class MicroBatchClipper:
 
         A parameter without a gradient counts as 0, and stays without where no rank has one. Sparse
         gradients become dense. One all-reduce for each 8 million elements of a dtype; reads the
-        host after each.
+        host after each. Under FSDP2 there is nothing left to do.
         """
-        if self._group is None:
+        if self._group is None or self._fsdp2:
             return
         for bucket in _buckets([p for p in self._parameters if p.requires_grad]):
             gradients = [
@@ -171,13 +196,13 @@ def _sum(kept: Tensor | None, added: Tensor | None) -> Tensor | None:
     return kept.add_(added)
 
 
-def _buckets(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+def _buckets(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
     """Parameters of one dtype and device, at most ``BUCKET`` elements or one parameter together."""
-    alike: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
+    alike: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for parameter in parameters:
         alike.setdefault((parameter.dtype, parameter.device), []).append(parameter)
     for group in alike.values():
-        bucket: list[nn.Parameter] = []
+        bucket: list[Tensor] = []
         for parameter in group:
             if bucket and sum(p.numel() for p in bucket) + parameter.numel() > BUCKET:
                 yield bucket

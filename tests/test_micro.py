@@ -9,7 +9,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    FullyShardedDataParallel,
+    MixedPrecisionPolicy,
+    fully_shard,
+)
 from torch.nn.parallel import DistributedDataParallel
 
 from distclip import ConfigurationError, GradClipper, MicroBatchClipper, policies
@@ -41,14 +46,14 @@ class Model(nn.Module):
         return self.head(hidden) + (self.branch(hidden) if branch else 0.0)
 
 
-def loss_of(model: nn.Module, rank: int, number: int) -> Tensor:
+def loss_of(model: nn.Module, rank: int, number: int, *, branch: bool = True) -> Tensor:
     """Micro-batches of different sizes, one of them with a gradient 100 times the others'."""
     random = torch.Generator().manual_seed(10 * rank + number)
     x = torch.randn(2 + number + rank, 5, generator=random, dtype=torch.float64)
     y = torch.randn(len(x), 1, generator=random, dtype=torch.float64)
     dtype = next(model.parameters()).dtype
     times = 100.0 if number == 1 and rank != 1 else 1.0
-    out = model(x.to(dtype), branch=rank == 0 and number > 0)
+    out = model(x.to(dtype), branch=branch and rank == 0 and number > 0)
     loss: Tensor = (out - y.to(dtype)).square().mean() * times
     return loss
 
@@ -102,6 +107,67 @@ def test_each_micro_batch_is_clipped_before_it_is_added(view: bool) -> None:
                     continue
                 assert p.grad is not None, name
                 np.testing.assert_allclose(p.grad.numpy(), want, rtol=2e-5, atol=2e-6, err_msg=name)
+
+
+def truth_together(document: Any, ranks: int) -> dict[str, np.ndarray | None]:
+    """As :func:`truth`, of micro-batches of all ranks together."""
+    model = Model().double()
+    weights = {name: p.detach().numpy() for name, p in model.named_parameters()}
+    total: dict[str, np.ndarray | None] = dict.fromkeys(weights)
+    for number in range(MICROBATCHES):
+        model.zero_grad()
+        for rank in range(ranks):
+            (loss_of(model, rank, number, branch=False) / ranks).backward()
+        gradients = {
+            name: None if p.grad is None else p.grad.numpy().copy()
+            for name, p in model.named_parameters()
+        }
+        want = expected(document, gradients, weights)
+        for name, gradient in want.gradients.items():
+            if gradient is not None and not want.skipped:
+                total[name] = gradient + (0.0 if total[name] is None else total[name])
+    return total
+
+
+@pytest.mark.ranks(2, 3, 4)
+def test_under_fsdp2_a_micro_batch_is_that_of_all_ranks() -> None:
+    """Sharded, and on 4 ranks replicated too; whatever the script says of synchronisation."""
+    rank, ranks = ranks_now()
+    mesh = init_device_mesh("cpu", (ranks,))
+    if ranks == 4:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    for document in DOCUMENTS.values():
+        model: Any = Model()
+        for part in (model.first, model):
+            fully_shard(part, mesh=mesh)
+        micro = MicroBatchClipper(model, load({"policy": document}).policy)
+        for _ in range(2):
+            for number in range(MICROBATCHES):
+                model.set_requires_gradient_sync(number == 1)
+                model.set_is_last_backward(number == 2)
+                with micro.clip_():
+                    loss_of(model, rank, number, branch=False).backward()
+            micro.average_()  # which has nothing to do
+            for (name, p), want in zip(
+                model.named_parameters(), truth_together(document, ranks).values(), strict=True
+            ):
+                assert (p.grad is None) == (want is None), name
+                if want is not None:
+                    found = p.grad.full_tensor().numpy()
+                    np.testing.assert_allclose(found, want, rtol=2e-5, atol=2e-6, err_msg=name)
+                p.grad = None
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("reduced_in", [None, torch.float64])
+def test_a_backward_that_fsdp2_has_not_reduced(reduced_in: Any) -> None:
+    model: Any = Model()
+    fully_shard(model, mp_policy=MixedPrecisionPolicy(reduce_dtype=reduced_in))
+    micro = MicroBatchClipper(model, policies.global_norm(1.0))
+    model.set_requires_gradient_sync(False)
+    loss_of(model, 0, 0, branch=False).backward()
+    with pytest.raises(ConfigurationError, match="has not reduced yet"), micro.clip_():
+        loss_of(model, 0, 1, branch=False).backward()
 
 
 def test_it_is_not_the_clipped_sum() -> None:
@@ -161,13 +227,22 @@ def test_under_a_scaler_the_threshold_is_of_unscaled_gradients() -> None:
 
 @pytest.mark.ranks(2)
 def test_what_has_no_gradient_of_its_own_is_refused() -> None:
-    sharded = fully_shard(Model())
     flat = FullyShardedDataParallel(
         nn.Linear(5, 7), device_id=torch.device("cpu"), use_orig_params=True
     )
-    for model in (sharded, flat):
-        with pytest.raises(ConfigurationError, match="no rank has the gradient of its micro-batch"):
-            MicroBatchClipper(model, policies.global_norm(1.0))
+    with pytest.raises(ConfigurationError, match="no rank has the gradient of its micro-batch"):
+        MicroBatchClipper(flat, policies.global_norm(1.0))
+    in_part: Any = Model()
+    fully_shard(in_part.first)
+    with pytest.raises(ConfigurationError, match=r"'branch\.weight' lies outside of fully_shard"):
+        MicroBatchClipper(in_part, policies.global_norm(1.0))
+    outside = Model().requires_grad_(False)
+    outside.first.requires_grad_(True)
+    fully_shard(outside.first)
+    micro = MicroBatchClipper(outside, policies.global_norm(1.0))
+    outside.head.requires_grad_(True)
+    with pytest.raises(ConfigurationError, match=r"'head\.weight' lies outside"), micro.clip_():
+        pass
 
 
 def test_engines_and_memories_are_refused() -> None:

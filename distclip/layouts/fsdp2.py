@@ -43,6 +43,17 @@ def gathered(parameters: Iterable[Tensor]) -> list[Tensor | None]:
     return [known.get(id(parameter)) for parameter in parameters]
 
 
+def unreduced(parameters: Iterable[Tensor]) -> bool:
+    """Whether any has a gradient of this rank alone, of a backward without synchronisation."""
+    wanted = set(map(id, parameters))
+    return any(
+        getattr(each, "unsharded_accumulated_grad", None) is not None
+        or getattr(getattr(each, "_unsharded_param", None), "grad", None) is not None
+        for each in _managed()
+        if id(each.sharded_param) in wanted
+    )
+
+
 def _gathered() -> Iterator[tuple[Tensor, Tensor]]:
     """``(gathered, sharded)`` of every parameter of this process that FSDP2 has ever gathered."""
     for managed in _managed():
