@@ -19,7 +19,7 @@ from distclip.common.notebook import clipper_html
 from distclip.engine import checkpoint
 from distclip.engine.attaching import listed
 from distclip.engine.following import loading, with_followers
-from distclip.engine.ladder import Attendant
+from distclip.engine.ladder import Attendant, Update
 from distclip.engine.once import ClipOnce
 from distclip.engine.program import States
 from distclip.engine.session import Session
@@ -266,6 +266,23 @@ class GradClipper:
         """
         if self._ladder is not None:
             self._ladder.note(batch, recompute)
+
+    @eagerly
+    def note_update(self, step: int, report: Update) -> None:
+        """Have the :func:`~distclip.policies.ladder` judge an update, where it has ``updates``.
+
+        A sink: ``monitor.UpdateMonitor(model, optimizer, sinks=clipper.note_update)``. Its decision
+        is acted on before the next clip. For another policy it does nothing.
+
+        Args:
+            step: of the monitor; not used, since a ladder counts clips.
+            report: of the step that the last clip was for.
+
+        Raises:
+            ConfigurationError: a report of other parameters.
+        """
+        if self._ladder is not None:
+            self._ladder.judge_update(report)
 
     @property
     def rewinds(self) -> int:

@@ -160,6 +160,7 @@ SIGNATURES = {
     "GradClipper.observe": "(self, loss: Tensor | float) -> None",
     "GradClipper.note": "(self, batch: Any = None, "
     "recompute: Callable[[], object] | None = None) -> None",
+    "GradClipper.note_update": "(self, step: int, report: Update) -> None",
     "GradClipper.attach": "(self, optimizer: Optimizer | Sequence[Optimizer], *more: Optimizer) "
     "-> AttachHandle",
     "GradClipper.close": "(self) -> None",
@@ -192,7 +193,8 @@ SIGNATURES = {
     "policies.skip_spikes": "(window: int = 128, sigma: float = 6.0, min_history: int = 64, "
     "max_consecutive: int = 10, loss: bool = False, clip_sigma: float | None = None) -> None",
     "policies.ladder": "(spikes: Policy, clips: int = 0, skips: int = 5, recomputes: int = 1, "
-    "rewinds: int = 2, calm: int = 100, margin: int = 0, tolerance: float = 0.001) -> None",
+    "rewinds: int = 2, calm: int = 100, margin: int = 0, tolerance: float = 0.001, "
+    "updates: Policy | None = None) -> None",
     "policies.running_max": "(theta: float = 0.999) -> None",
     "policies.norm_stabilizer": "(gamma1: float = 0.7, gamma2: float = 0.9, eps: float = 1e-08) "
     "-> None",

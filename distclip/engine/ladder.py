@@ -7,15 +7,15 @@ and is acted on before the next clip: the skipped step has left the weights as t
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from distclip.common.foreign import clean
+from distclip.engine.aside import set_aside
 from distclip.engine.program import States
 from distclip.engine.session import Session
 from distclip.engine.walk import walk
@@ -24,7 +24,7 @@ from distclip.errors import ConfigurationError, LadderExhaustedError, RewindRequ
 from distclip.kernels import transfer
 from distclip.policies import Ladder
 from distclip.policies.compose import Stage, stages
-from distclip.policies.protocol import combine_norms
+from distclip.policies.protocol import Statistics, combine_norms
 from distclip.statistics import collectives, waiting
 
 _logger = logging.getLogger("distclip.ladder")
@@ -48,6 +48,33 @@ class Noted:
         self.recompute: list[Callable[[], object]] = []
 
 
+class Update(Protocol):
+    """What an optimizer did, as :class:`distclip.monitor.UpdateReport` has it."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Of the parameters."""
+
+    @property
+    def norms(self) -> Tensor:
+        """Float64 ``(parameters,)``, 2-norms of their updates."""
+
+
+class Decision(NamedTuple):
+    """Read from the device and logged, not acted on yet.
+
+    ``what`` it is about, and what became of the step; ``first``: the step to go back to; ``norms``:
+    of the gradients.
+    """
+
+    rung: int
+    step: int
+    first: int
+    what: str
+    norms: list[float]
+    noted: Noted
+
+
 class Attendant:
     """Does what the ladder of one clipper asks for.
 
@@ -69,8 +96,13 @@ class Attendant:
         self._pending: tuple[transfer.HostCopy, int, Noted] | None = None
         """The last step, not read yet: counts before and after, its number, what is known of it."""
         self._copy: transfer.HostCopy | None = None
-        self._decision: tuple[int, int, int, list[float], Noted] | None = None
-        """Read and logged, not acted on yet: rung, step, first step, norms, notes."""
+        self._decision: Decision | None = None
+        self._made: tuple[int, Noted] | None = None
+        """The last step, and what was told of it."""
+        self._update: tuple[transfer.HostCopy, int, Noted] | None = None
+        """Of the last update that was judged, not read yet: rung, rewinds used, norm."""
+        self._watched = policy.updates is None
+        """Whether updates are judged, or need not be, or their absence was told of."""
         self._offending: list[Any] = []
 
     @classmethod
@@ -116,6 +148,8 @@ class Attendant:
                 no spike.
         """
         noted, self._taken = self._taken, Noted()
+        self._mention_unwatched()
+        self._made = step, noted
         state = walked.states.get(self._path)
         if state and found_inf is not None:
             overflow = (found_inf > 0).any() | walked.nonfinite.any()
@@ -129,9 +163,46 @@ class Attendant:
         self._copy = transfer.HostCopy(copied, self._copy)
         self._pending = (self._copy, step, noted)
 
+    def judge_update(self, update: Update) -> None:
+        """Start copying what the ladder makes of an update that was made. Waits for nothing.
+
+        Raises:
+            ConfigurationError: norms of other parameters than those that are clipped.
+        """
+        session, policy = self._session, self._policy
+        if policy.updates is None or self._made is None or not session.states.get(self._path):
+            return
+        if list(update.names) != list(session.plan.names):
+            raise ConfigurationError(
+                "note_update: this report is of other parameters than this GradClipper clips; "
+                "build both of the same model"
+            )
+        self._watched = True
+        parameters = session.program.parameters
+        (members,) = (
+            each.members for each in stages(session.policy, parameters) if each.path == self._path
+        )
+        norms = update.norms[list(members)]
+        statistics = Statistics([parameters[member] for member in members], {2.0: norms})
+        rung, state = policy.judge_update(statistics, session.states[self._path])
+        session.states = {**session.states, self._path: state}
+        total = combine_norms(norms, 2.0)
+        copied = torch.stack([rung.double(), state["rewinds"].double(), total])
+        self._update = (transfer.HostCopy(copied), *self._made)
+
+    def _mention_unwatched(self) -> None:
+        if not self._watched and self._made is not None:
+            self._watched = True
+            if self._session.speaks:
+                _logger.warning(
+                    "%r is to judge updates too, and got none of the last step: build "
+                    "monitor.UpdateMonitor(model, optimizer, sinks=clipper.note_update)",
+                    self._policy,
+                )
+
     def forget(self) -> None:
         """The last step is taken back, and the one that was to come is not made."""
-        self._pending = self._decision = None
+        self._pending = self._decision = self._update = None
         self._noted, self._taken = Noted(), Noted()
 
     def loading(self, load: Callable[[], None]) -> Callable[[], None]:
@@ -154,9 +225,9 @@ class Attendant:
         """
         self.tell()
         states, decision = self._session.states, self._decision
-        if decision is None or decision[0] not in (RECOMPUTE, REWIND):
+        if decision is None or decision.rung not in (RECOMPUTE, REWIND):
             return states
-        key, state = Ladder.rungs[decision[0] - 1], states[self._path]
+        key, state = Ladder.rungs[decision.rung - 1], states[self._path]
         return {**states, self._path: {**state, key: state[key] - 1}}
 
     @property
@@ -173,6 +244,21 @@ class Attendant:
 
     def tell(self) -> None:
         """Log the decision on the last step, if it was a spike. Waits for that step."""
+        self._tell_of_gradients()
+        if self._update is None:
+            return
+        (copy, step, noted), self._update = self._update, None
+        rung, used, norm = copy.read().tolist()
+        if not rung:
+            return
+        what = "a rewind asked for" if rung == REWIND else "the run ended"
+        what = f"made, and {what}; used: {int(used)} of {self._policy.rewinds} rewinds"
+        self._offending = list(noted.batches)
+        first, made = max(step - self._policy.margin, 0), "a large update, which was made"
+        self._decision = Decision(int(rung), step, first, made, [], noted)
+        self._say(noted, f"{_line(step)}: a large update (norm {norm:.4g}), {what}")
+
+    def _tell_of_gradients(self) -> None:
         if self._pending is None:
             return
         (copy, step, noted), self._pending = self._pending, None
@@ -186,7 +272,7 @@ class Attendant:
             self._offending = []
         self._offending += noted.batches
         first = max(step - ago - self._policy.margin, 0)
-        self._decision = (rung, step, first, norms, noted)
+        self._decision = Decision(rung, step, first, "a spike, which was skipped", norms, noted)
         budgets = ", ".join(
             f"{mine} of {getattr(self._policy, key)} {key}"
             for key, mine in zip(Ladder.rungs, used, strict=True)
@@ -207,25 +293,26 @@ class Attendant:
         self.tell()
         if self._decision is None:
             return
-        (rung, step, first, norms, noted), self._decision = self._decision, None
-        if rung == RECOMPUTE:
-            self._recompute(step, norms, noted)
-        elif rung == REWIND:
+        found, self._decision = self._decision, None
+        what = f"{_line(found.step)}: {found.what}"
+        if found.rung == RECOMPUTE:
+            self._recompute(found.step, found.norms, found.noted)
+        elif found.rung == REWIND:
             self.forget()
             raise RewindRequested(
-                f"{_line(step)}: a spike after all others of this ladder's budgets; its update was "
-                f"skipped. Load a checkpoint taken at step {first} or before, leave out the "
-                f"batches of the spikes ({_shown(self._offending)}), call update() of a gradient "
-                f"scaler if there is one, and go on (distclip.errors.RewindRequested)",
-                first,
+                f"{what}, after all that this ladder's other budgets are for. Load a checkpoint "
+                f"taken at step {found.first} or before, leave out the batches "
+                f"({_shown(self._offending)}), call update() of a gradient scaler if there is one, "
+                f"and go on (distclip.errors.RewindRequested)",
+                found.first,
                 self._offending,
             )
-        elif rung == ABORT:
+        elif found.rung == ABORT:
             self.forget()
             raise LadderExhaustedError(
-                f"{_line(step)}: a spike, and all budgets of {self._policy!r} are used; its update "
-                f"was skipped. Batches of this episode's spikes: {_shown(self._offending)}. Lower "
-                f"the learning rate, look at these batches, or raise the budgets"
+                f"{what}, and all budgets of {self._policy!r} are used. Batches of this episode: "
+                f"{_shown(self._offending)}. Lower the learning rate, look at these batches, or "
+                f"raise the budgets"
             )
 
     def _recompute(self, step: int, norms: list[float], noted: Noted) -> None:
@@ -241,7 +328,7 @@ class Attendant:
         try:
             parameters = [parameter for _, parameter in session.named]
             buffers = [each for module in session.watched.modules for each in module.buffers()]
-            with _set_aside(parameters, buffers):
+            with set_aside(parameters, buffers):
                 with waiting.all_or_none(self._group, what), torch.enable_grad():
                     for again in noted.recompute:
                         again()
@@ -301,36 +388,6 @@ class Attendant:
         if noted.batches or self._session.speaks:
             batches = f"; batches: {_shown(noted.batches)}" if noted.batches else ""
             _logger.log(logging.ERROR if error else logging.WARNING, "%s%s", text, batches)
-
-
-@contextmanager
-def _set_aside(parameters: Sequence[Tensor], buffers: Sequence[Tensor]) -> Iterator[None]:
-    """No gradients within, neither in ``.grad`` nor in ``main_grad``; after it those of before.
-
-    So are the buffers: running statistics would count the batch twice.
-    """
-    statistics = [buffer.clone() for buffer in buffers]
-    found = (getattr(parameter, "main_grad", None) for parameter in parameters)
-    mains = [(main, main.clone()) for main in found if main is not None]
-    kept = [None if p.grad is None else p.grad.clone() for p in parameters]
-    try:
-        with torch.no_grad():
-            for main, _ in mains:
-                main.zero_()
-        for parameter in parameters:
-            parameter.grad = None
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, before in zip(buffers, statistics, strict=True):
-                buffer.copy_(before)
-            for main, gradient in mains:
-                main.copy_(gradient)
-            for parameter, gradient in zip(parameters, kept, strict=True):
-                if gradient is None or parameter.grad is None:
-                    parameter.grad = gradient
-                else:
-                    parameter.grad.copy_(gradient)
 
 
 def _line(step: int) -> str:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _OF_SPIKES = "spikes."
+_OF_UPDATES = "updates."
 
 
 @register
@@ -54,6 +55,13 @@ class Ladder(ScalingPolicy):
     ``"error_late"`` it is an error, under ``"zero"`` its gradients are 0.) One that a gradient
     scaler drops to find its scale is none.
 
+    A large update may come of gradients that were no spikes (Adam divides by moments that lag
+    behind). ``updates`` judges the norm of what the optimizer did, which
+    ``monitor.UpdateMonitor(..., sinks=clipper.note_update)`` measures. It is known after the step,
+    which nothing undoes but a load of an older state: so one that ``updates`` would skip is
+    answered before the next clip by a rewind to before that step, from the same budget, or by the
+    end of the run. The other rungs are not for it.
+
     Args:
         spikes: a policy that skips, such as :class:`SkipSpikes` or :class:`SkipNorm`. It ends a
             series of skips by itself after ``max_consecutive``, which should lie above the sum of
@@ -67,10 +75,11 @@ class Ladder(ScalingPolicy):
         margin: steps before the first spike of the episode to go back to, >= 0.
         tolerance: two results are equal where no parameter's gradient norm differs by more than
             this part of the joint norm, >= 0; 0 is bit by bit.
+        updates: a policy that skips, by 2-norms alone; None: updates are not judged.
 
     Raises:
-        ConfigurationError: a value outside of these ranges; ``spikes`` is no single policy that
-            scales or skips; ``clips`` with a policy that clips nothing.
+        ConfigurationError: a value outside of these ranges; ``spikes`` or ``updates`` is no single
+            policy that scales or skips; ``clips`` with a policy that clips nothing.
     """
 
     spikes: Policy
@@ -81,24 +90,23 @@ class Ladder(ScalingPolicy):
     calm: Annotated[int, at_least(1)] = 100
     margin: Annotated[int, at_least(0)] = 0
     tolerance: Threshold = 1e-3
+    updates: Policy | None = None
     name: ClassVar[str] = "ladder"
-    memory_fields: ClassVar[frozenset[str] | None] = frozenset(("spikes",))
+    memory_fields: ClassVar[frozenset[str] | None] = frozenset(("spikes", "updates"))
     counts_nonfinite: ClassVar[bool] = True
     rungs: ClassVar[tuple[str, ...]] = ("clips", "skips", "recomputes", "rewinds")
     """From the mildest up; above them there is only to abort. Also the keys of what is used."""
 
     def __post_init__(self) -> None:
         spikes = self.spikes
-        if not isinstance(spikes, ScalingPolicy) or isinstance(spikes, Ladder):
-            raise ConfigurationError(
-                f"ladder: spikes must be one policy that skips, such as policies.skip_spikes(), "
-                f"got {spikes!r}; put others behind the ladder, by policies.chain(ladder, ...)"
-            )
-        if spikes.per_parameter:
-            raise ConfigurationError(
-                f"ladder: {spikes!r} remembers something of each parameter, which is not supported "
-                f"here; put it behind the ladder, by policies.chain(ladder, ...)"
-            )
+        _check("spikes", spikes)
+        if self.updates is not None:
+            _check("updates", self.updates)
+            if self.updates.needs != Needs.of(gradients=[2.0]):
+                raise ConfigurationError(
+                    f"ladder: updates is judged by 2-norms of updates and by nothing else (a loss, "
+                    f"another order), got {self.updates!r}"
+                )
         super().__post_init__()
         clips = (isinstance(spikes, SkipSpikes) and spikes.clip_sigma is not None) or (
             isinstance(spikes, SkipNorm) and spikes.clip_norm not in (None, float("inf"))
@@ -117,26 +125,33 @@ class Ladder(ScalingPolicy):
     def init(self, parameters: Sequence[ParameterInfo]) -> State:
         inner = self.spikes.init(parameters)
         state = {_OF_SPIKES + key: value for key, value in inner.items()}
+        if self.updates is not None:
+            inner = self.updates.init(parameters)
+            state |= {_OF_UPDATES + key: value for key, value in inner.items()}
         for key in (*self.rungs, "seen", "rung", "calm", "ago"):
             state[key] = torch.zeros((), dtype=torch.int64)
         return state
 
     def update(self, statistics: Statistics, state: State) -> tuple[Sequence[Action], State]:
-        old = {k.removeprefix(_OF_SPIKES): v for k, v in state.items() if k.startswith(_OF_SPIKES)}
-        actions, inner = self.spikes.update(statistics, old)  # type: ignore[attr-defined]
-        spike = torch.zeros_like(state["seen"], dtype=torch.bool)
-        for action in actions:
-            if isinstance(action, Skip):
-                spike = spike | action.flag
-        finite = torch.ones_like(spike)
-        for norms in statistics.gradients.values():
-            finite = finite & torch.isfinite(norms).all()
-        new = {
-            _OF_SPIKES + key: torch.where(finite, value, old[key]) for key, value in inner.items()
-        }
+        actions, new, spike, finite = _judged(self.spikes, _OF_SPIKES, statistics, state)
+        new |= {key: value for key, value in state.items() if key.startswith(_OF_UPDATES)}
         new |= self._climbed(state, spike, finite)
         skip = Skip(spike & (new["rung"] > 1))
         return (skip, *(each for each in actions if not isinstance(each, Skip))), new
+
+    def judge_update(self, statistics: Statistics, state: State) -> tuple[Tensor, State]:
+        """The rung that an update asks for, 0 for none, and the state after it.
+
+        Args:
+            statistics: 2-norms of the update of each parameter, in the place of its gradient's.
+            state: as for :meth:`update`.
+        """
+        assert self.updates is not None
+        _, new, spike, _ = _judged(self.updates, _OF_UPDATES, statistics, state)
+        left = state["rewinds"] < self.rewinds
+        new["rewinds"] = state["rewinds"] + (spike & left)
+        top = len(self.rungs)
+        return torch.where(spike, torch.where(left, top, top + 1), 0), state | new
 
     def _climbed(self, state: State, spike: Tensor, finite: Tensor) -> State:
         """The counters after this step, and the rung that it stands on: 0 for none."""
@@ -158,6 +173,37 @@ class Ladder(ScalingPolicy):
             "calm": torch.where(spike, 0, state["calm"] + 1),
             "ago": torch.where(first & spike, 0, state["ago"] + 1),
         }
+
+
+def _check(field: str, policy: Policy) -> None:
+    """Refuse what cannot judge a norm."""
+    if not isinstance(policy, ScalingPolicy) or isinstance(policy, Ladder):
+        raise ConfigurationError(
+            f"ladder: {field} must be one policy that skips, such as policies.skip_spikes(), "
+            f"got {policy!r}; put others behind the ladder, by policies.chain(ladder, ...)"
+        )
+    if policy.per_parameter:
+        raise ConfigurationError(
+            f"ladder: {policy!r} remembers something of each parameter, which is not supported "
+            f"here; put it behind the ladder, by policies.chain(ladder, ...)"
+        )
+
+
+def _judged(
+    policy: Policy, prefix: str, statistics: Statistics, state: State
+) -> tuple[Sequence[Action], dict[str, Tensor], Tensor, Tensor]:
+    """Actions and state of the policy with this prefix; whether it skips; whether all is finite."""
+    old = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    actions, inner = policy.update(statistics, old)  # type: ignore[attr-defined]
+    spike = torch.zeros_like(state["seen"], dtype=torch.bool)
+    for action in actions:
+        if isinstance(action, Skip):
+            spike = spike | action.flag
+    finite = torch.ones_like(spike)
+    for norms in statistics.gradients.values():
+        finite = finite & torch.isfinite(norms).all()
+    new = {prefix + key: torch.where(finite, value, old[key]) for key, value in inner.items()}
+    return actions, new, spike, finite
 
 
 ladder = Ladder

@@ -6,7 +6,6 @@ the two can be compared. Slow and plain on purpose.
 
 from __future__ import annotations
 
-import fnmatch
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ import numpy.typing as npt
 from distclip.testing import memory as remembered
 from distclip.testing.memory import Memory
 from distclip.testing.norms import Array, norm, norm_of_norms, wide
-from distclip.testing.parts import is_in, norm_type, side_by_side
+from distclip.testing.parts import is_in, norm_type, reduced, side_by_side
 
 Stored: TypeAlias = Callable[[str, Array], Array]
 Policy: TypeAlias = "Mapping[str, Any] | Sequence[Policy] | None"
@@ -157,22 +156,22 @@ class _Run:
             split = side_by_side(policy, {name: np.ndim(self.weights[name]) for name in names})
             for number, (chosen, sub_policy) in enumerate(split):
                 self.apply(sub_policy, chosen, f"{path}/{number}")
-        elif policy["name"] in _REMEMBERING:
-            arguments = {key: value for key, value in policy.items() if key != "name"}
-            before = self.memory.get(path, {})
-            self.remembers[path] = before
-            _REMEMBERING[policy["name"]](self, names, path, before, **arguments)
         else:
-            arguments = {key: value for key, value in policy.items() if key != "name"}
-            if policy["name"] not in _POLICIES:
-                raise ValueError(
-                    f"no policy {policy['name']!r}; there are {sorted([*_POLICIES, *_REMEMBERING])}"
-                )
-            _POLICIES[policy["name"]](self, [n for n in names if n in self.present], **arguments)
-        if self.stored is not None and isinstance(policy, Mapping) and "name" in policy:
-            for name in names:
-                if name in self.present:
-                    self.present[name] = self.stored(name, self.present[name])
+            arguments = dict(policy)
+            self.act(arguments.pop("name"), arguments, names, path)
+
+    def act(self, policy: str, arguments: dict[str, Any], names: list[str], path: str) -> None:
+        here = [name for name in names if name in self.present]
+        if policy in _REMEMBERING:
+            before = self.remembers[path] = self.memory.get(path, {})
+            _REMEMBERING[policy](self, names, path, before, **arguments)
+        elif policy in _POLICIES:
+            _POLICIES[policy](self, here, **arguments)
+        else:
+            known = sorted([*_POLICIES, *_REMEMBERING])
+            raise ValueError(f"no policy {policy!r}; there are {known}")
+        if self.stored is not None:
+            self.present |= {name: self.stored(name, self.present[name]) for name in here}
 
     def scale(self, name: str, coefficient: Array | float) -> None:
         factor: Array = np.asarray(coefficient, np.float64)
@@ -266,23 +265,12 @@ def _agc(
     # Brock et al. 2021, arXiv 2102.06171, eq. 3, with the units, the order and the 1e-6 of timm.
     for name in names:
         gradient = run.present[name]
-        axes = _reduced(name, gradient.ndim, unit, unit_dims or {})
+        axes = reduced(name, gradient.ndim, unit, unit_dims or {})
         size = norm(gradient, float(norm_type), axes)
         most = clip_factor * np.maximum(norm(run.weights[name], float(norm_type), axes), eps)
         # Asked this way round a unit with a NaN becomes all NaN, as in timm.
         coefficient = np.where(size <= most, 1.0, most / np.maximum(size, 1e-6))
         run.scale(name, coefficient if len(axes) < gradient.ndim else coefficient.reshape(()))
-
-
-def _reduced(
-    name: str, ndim: int, unit: str, unit_dims: Mapping[str, Sequence[int]]
-) -> tuple[int, ...]:
-    kept: Sequence[int] = (0,) if unit == "row" and ndim > 1 else ()
-    for pattern, dims in unit_dims.items():
-        if fnmatch.fnmatchcase(name, pattern):
-            kept = dims
-            break
-    return tuple(dim for dim in range(ndim) if dim not in kept)
 
 
 def _dreamer_agc(run: _Run, names: list[str], clip: float = 0.3, pmin: float = 1e-3) -> None:
@@ -372,12 +360,7 @@ def _norm_gate(
 
 
 def _ladder(
-    run: _Run,
-    names: list[str],
-    path: str,
-    memory: Memory,
-    spikes: Mapping[str, Any],
-    **budgets: int,
+    run: _Run, names: list[str], path: str, memory: Memory, spikes: dict[str, Any], **budgets: int
 ) -> None:
     sound = all(np.isfinite(run.present[name]).all() for name in names if name in run.present)
     before = run.remembers[path] = memory.get("spikes", {})

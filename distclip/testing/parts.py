@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -69,3 +69,12 @@ def _found(policy: Any) -> float | None:
         stages = [*parts.values(), policy.get("default")]
     found = (_found(stage) for stage in stages)
     return next((order for order in found if order is not None), None)
+
+
+def reduced(
+    name: str, ndim: int, unit: str, unit_dims: Mapping[str, Sequence[int]]
+) -> tuple[int, ...]:
+    """The dims of a parameter that a unit's norm is taken over."""
+    given = (dims for pattern, dims in unit_dims.items() if fnmatch.fnmatchcase(name, pattern))
+    kept = next(given, (0,) if unit == "row" and ndim > 1 else ())
+    return tuple(dim for dim in range(ndim) if dim not in kept)
