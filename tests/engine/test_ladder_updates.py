@@ -95,6 +95,11 @@ def test_its_memory_is_in_the_state() -> None:
     resumed.step(LARGE)
     with pytest.raises(RewindRequested, match="at step 6 or before"):
         resumed.step(LARGE + 1)
+    saved = run.clipper.state_dict()
+    run.step(LARGE)
+    run.clipper.load_state_dict(saved)  # which takes that step back
+    run.step(LARGE + 1)
+    assert run.clipper.rewinds == 0
 
 
 def test_no_monitor_is_told_of_once_and_one_of_few_steps_is_one() -> None:
