@@ -8,7 +8,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from distclip.clipper import GradClipper
@@ -80,7 +79,7 @@ class MicroBatchClipper:
         )
         self._parameters = fsdp2.sharded(model.parameters())
         self._in_fsdp2 = fsdp2.known_to_fsdp2(self._parameters)
-        self._fsdp2 = [each for each in model.modules() if isinstance(each, FSDPModule)]
+        self._fsdp2 = fsdp2.modules_of(model)
         if clipper.plan.group is not None and not self._fsdp2:
             raise ConfigurationError(
                 f"MicroBatchClipper: {clipper.names[0]!r} or other parameters are spread over "
@@ -115,9 +114,7 @@ class MicroBatchClipper:
                 FSDP2 has not reduced; gradients in ``main_grad``.
         """
         self._refuse()
-        for module in self._fsdp2:
-            module.set_requires_gradient_sync(True, recurse=False)
-            module.set_is_last_backward(True)
+        fsdp2.reduce_in_backward(self._fsdp2)
         kept = [parameter.grad for parameter in self._parameters]
         for parameter in self._parameters:
             parameter.grad = None

@@ -12,8 +12,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import _composable_state
+from torch.distributed.fsdp import FSDPModule
 
 
 def sharded(parameters: Iterable[Tensor]) -> list[Tensor]:
@@ -41,6 +42,18 @@ def gathered(parameters: Iterable[Tensor]) -> list[Tensor | None]:
     """
     known = {id(each.sharded_param): getattr(each, "_unsharded_param", None) for each in _managed()}
     return [known.get(id(parameter)) for parameter in parameters]
+
+
+def modules_of(model: nn.Module) -> list[FSDPModule]:
+    """Those that ``fully_shard`` was called on, within a model."""
+    return [each for each in model.modules() if isinstance(each, FSDPModule)]
+
+
+def reduce_in_backward(modules: Iterable[FSDPModule]) -> None:
+    """Have the next backward leave reduced gradients in ``.grad``, whatever was set before."""
+    for module in modules:
+        module.set_requires_gradient_sync(True, recurse=False)
+        module.set_is_last_backward(True)
 
 
 def unreduced(parameters: Iterable[Tensor]) -> bool:
