@@ -47,13 +47,20 @@ class Hold:
 
     @staticmethod
     def of_all(holds: Sequence[Hold]) -> Callable[[], Sequence[Any]]:
-        """Gives all their parameters; without a loop where the holds are one row, in order."""
+        """Gives all their parameters; without a loop where the holds are one row, in order.
+
+        Holds that have shared no row yet become one.
+        """
+        if len(holds) > 1 and all(len(hold._row) == 1 for hold in holds):
+            row = [hold() for hold in holds]
+            for place, hold in enumerate(holds):
+                hold.move(row, place)
         row = holds[0]._row
         if len(row) == len(holds) and all(
             hold._row is row and hold._place == place for place, hold in enumerate(holds)
         ):
             return row.copy
-        return lambda: [hold._row[hold._place] for hold in holds]
+        return lambda: [hold() for hold in holds]
 
 
 def held(parameter: Tensor) -> Hold:

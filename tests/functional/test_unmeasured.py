@@ -275,10 +275,16 @@ def test_the_parameters_of_a_known_list_are_reached_without_a_loop() -> None:
     parameters = plain()
     row = [plan.Hold(p) for p in parameters]
     assert list(plan.Hold.of_all(row)()) == parameters
+    assert plan.Hold.of_all(row) == row[0]._row.copy  # a GradClipper's are made one, too
     together: list[Tensor] = [*parameters]
     for place, hold in enumerate(row):
         hold.move(together, place)
     assert plan.Hold.of_all(row) == together.copy
     assert plan.Hold.of_all(row[::-1])() == parameters[::-1]
+    assert plan.Hold.of_all(row[2:])() == parameters[2:]
+    assert plan.Hold.of_all(row) == together.copy  # and so they stay
     row[0].release()
     assert together[0] is None
+    alone, box = plan.Hold(parameters[0]), [parameters[1]]
+    alone.move(box, 0)
+    assert plan.Hold.of_all([alone]) == box.copy
