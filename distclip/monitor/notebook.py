@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import io
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -31,4 +33,13 @@ def plot(*runs: str | os.PathLike[str], title: str = "") -> Figure:
     if not runs:
         raise ConfigurationError("plot: give the path of a log at least")
     found: list[Any] = [run for path in runs for run in read_runs(path)]
-    return plots.draw(found, title=title)
+    figure: Any = plots.draw(found, title=title)
+    figure._repr_png_ = functools.partial(_png, figure)
+    return figure  # type: ignore[no-any-return]
+
+
+def _png(figure: Figure) -> bytes:
+    """What IPython asks an object for; of figures it knows by itself only pyplot's."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=100)
+    return file.getvalue()

@@ -53,7 +53,7 @@ def read_runs(path: str | os.PathLike[str]) -> list[Run]:
     found: dict[str | None, _Columns] = {}
     for number, line in enumerate(read_lines(path)):
         record = _parsed(line, whole=number % stride == 0)
-        if record is None or not ("total_norm" in record or "grad_norm" in record):
+        if record is None or not _is_norm(record.get("total_norm", record.get("grad_norm", ""))):
             continue
         step = _number(record.get("step"))
         if not math.isfinite(step):
@@ -122,7 +122,7 @@ class _Columns:
         self.skipped.append(skipped is True or skipped == 1)
         nonfinite = record.get("nonfinite")
         norm = record.get("total_norm", record.get("grad_norm", 0.0))
-        bad = bool(nonfinite) or norm is None or norm != norm
+        bad = bool(nonfinite) or not math.isfinite(_number(norm))
         self.bad.append(bad)
         if bad and (self.first_bad is None or step < self.first_bad[0]):
             names = nonfinite if isinstance(nonfinite, list) else []
@@ -233,6 +233,11 @@ def _nothing(path: str | os.PathLike[str], key: str) -> ConfigurationError:
         f"{clean(path)}: no line has the keys 'step' and {key!r}; expected JSONL such as "
         f'{{"step": 1, "{key}": 2.5}}'
     )
+
+
+def _is_norm(value: object) -> bool:
+    """Whether it is a number, or null, which stands for NaN and inf."""
+    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
 
 
 def _number(value: object) -> float:

@@ -42,6 +42,14 @@ def test_the_names_of_trackers_are_read(tmp_path: Path) -> None:
     assert (run.skipped.tolist(), run.nonfinite.tolist()) == ([False, True], [False, True])
 
 
+def test_a_norm_is_a_number_or_null(tmp_path: Path) -> None:
+    norms: list[Any] = ["x", 1.0, math.inf, None, math.nan, True, [2.0], 10**400]
+    lines = [{"step": step, "total_norm": norm} for step, norm in enumerate(norms)]
+    run = read_run(write(tmp_path / "r", lines))
+    assert run.steps.tolist() == [1, 2, 3, 4, 7]
+    assert run.nonfinite.tolist() == [False, True, True, True, True]
+
+
 def test_parameters(tmp_path: Path) -> None:
     records = [with_parameters(2, a=1.0, b=2.0), with_parameters(1, b=4.0, c=None),
                with_parameters(2, a=3.0, b=math.inf), record(3)]  # fmt: skip
