@@ -276,23 +276,6 @@ def test_what_is_not_scaled_is_not_read(read: list[tuple[int, int]]) -> None:
     assert not touches(kept)  # written only
 
 
-def test_tables_are_remembered_while_nothing_moves() -> None:
-    tensors = [drawn(5, dtype=torch.float32), drawn(4, dtype=torch.float32)]
-    assert tables.flat(tensors) is tables.flat(list(tensors))
-    assert tables.flat(tensors) is not tables.flat(tensors[::-1])
-    assert tables.flat([tensors[0][:4]]) is not tables.flat([tensors[0]])
-    assert tables.flat([tensors[0].view(torch.int32)]) is not tables.flat([tensors[0]])
-    square = drawn(4, 4, dtype=torch.float32)
-    assert tables.rows([square]) is tables.rows([square])
-    assert tables.rows([square]) is not tables.rows([square.view(2, 8)])
-
-
-def test_tables_forget() -> None:
-    for length in range(1, 2 * tables.REMEMBERED):
-        tables.flat([torch.empty(length, device=DEVICE)])
-    assert len(tables._known) <= tables.REMEMBERED
-
-
 @pytest.mark.usefixtures("usable")
 @pytest.mark.parametrize("norm_type", [*ORDERS, 3.0])
 @pytest.mark.parametrize("bounds", [None, 0.5])

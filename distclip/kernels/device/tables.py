@@ -71,7 +71,10 @@ class Rows(NamedTuple):
     rows: int
 
 
-_dtype = operator.attrgetter("dtype")
+TILES = (16, 128, 1024)
+"""Columns of a tile: the first that holds a row, or else the last."""
+
+_dtype, _shape = map(operator.attrgetter, ("dtype", "shape"))
 
 _known: collections.OrderedDict[Hashable, Flat | Rows] = collections.OrderedDict()
 _captured: list[Flat | Rows] = []
@@ -139,19 +142,26 @@ def _flat(tensors: Sequence[Tensor]) -> Flat:
 
 
 def _rows(matrices: Sequence[Tensor]) -> Rows:
-    kinds = [_kind(matrix) for matrix in matrices]
-    order = _sorted(kinds, lambda kind: (str(kind[0]), *kind[1:]))
-    ordered = [matrices[each] for each in order]
-    kinds = [kinds[each] for each in order]
-    pointers = np.array(list(map(Tensor.data_ptr, ordered)), dtype=np.int64)
-    heights, widths = (np.array([m.size(dim) for m in ordered], dtype=np.int64) for dim in (0, 1))
-    starts = np.cumsum([0, *(matrix.size(0) for matrix in matrices)])
-    counts = -(-heights // np.array([max(1, BLOCK // columns) for _, columns, _ in kinds]))
-    sizes = [heights, widths]
-    views, _ = _packed(ordered[0].device, pointers, counts, sizes, starts[:-1][order])
+    pointers = np.fromiter(map(Tensor.data_ptr, matrices), np.int64, len(matrices))
+    shapes = np.array(list(map(_shape, matrices)), dtype=np.int64)
+    dtypes = list(map(_dtype, matrices))
+    known = sorted(set(dtypes), key=str)
+    place = dict(zip(known, range(len(known)), strict=True))
+    numbers = np.fromiter(map(place.__getitem__, dtypes), np.int64, len(dtypes))
+    starts = np.cumsum(shapes[:, 0]) - shapes[:, 0]
+    rows = int(shapes[:, 0].sum())
+    # Of a kind are those of one dtype, with tiles of one width, that are aligned alike.
+    size = np.array([dtype.itemsize for dtype in known])[numbers]
+    columns = np.array(TILES)[np.searchsorted(TILES[:-1], shapes[:, 1])]
+    aligned = (pointers % 16 == 0) & (shapes[:, 1] * size % 16 == 0)
+    kinds = np.stack([numbers, columns, np.where(aligned, 16 // size, 1)], axis=1)
+    order = np.lexsort(kinds.T[::-1])
+    pointers, shapes, kinds, starts = pointers[order], shapes[order], kinds[order], starts[order]
+    counts = -(-shapes[:, 0] // np.maximum(1, BLOCK // kinds[:, 1]))
+    views, _ = _packed(matrices[0].device, pointers, counts, [*shapes.T], starts)
     where, tall, wide, firsts, outputs, owners = views
-    launches = _launches(kinds, counts)
-    return Rows(where, tall, wide, firsts, outputs, owners, launches, int(starts[-1]))
+    of_kinds = [(known[number], *tile) for number, *tile in kinds.tolist()]
+    return Rows(where, tall, wide, firsts, outputs, owners, _launches(of_kinds, counts), rows)
 
 
 Kind = TypeVar("Kind", bound=Hashable)
@@ -163,14 +173,6 @@ def _sorted(kinds: Sequence[Kind], key: Callable[[Kind], Any]) -> Sequence[int]:
         return range(len(kinds))
     keys = {kind: key(kind) for kind in set(kinds)}
     return sorted(range(len(kinds)), key=lambda each: keys[kinds[each]])
-
-
-def _kind(matrix: Tensor) -> tuple[torch.dtype, int, int]:
-    """Dtype, columns of a tile, elements in 16 bytes if all its rows are aligned to them."""
-    width, size = matrix.size(1), matrix.element_size()
-    columns = next((each for each in (16, 128) if width <= each), 1024)
-    aligned = matrix.data_ptr() % 16 == 0 and width * size % 16 == 0
-    return matrix.dtype, columns, 16 // size if aligned else 1
 
 
 def _packed(
