@@ -67,19 +67,21 @@ def test_a_warm_pool_keeps_its_processes():
 def test_every_call_starts_from_the_same_state(tmp_path, monkeypatch):
     def draws_then_spoils():
         drawn = torch.rand(()).item(), np.random.rand(), random.random(), torch.ones(()).dtype
+        devices = torch.get_default_device().type, torch.ones(()).device.type
+        torch.set_default_device("meta")
         surroundings = os.environ.get("DISTCLIP_TEST"), os.getcwd(), torch.is_grad_enabled()
         torch.set_default_dtype(torch.float64)
         torch.set_grad_enabled(False)
         os.environ["DISTCLIP_TEST"] = "spoilt"
         os.chdir("/")
-        return drawn + surroundings
+        return drawn + surroundings + devices
 
     monkeypatch.setenv("DISTCLIP_TEST", "set")
     monkeypatch.chdir(tmp_path)
     first, second = run_on_ranks(draws_then_spoils, 2), run_on_ranks(draws_then_spoils, 2)
     assert first == second
     assert first[0] == first[1]
-    assert first[0][3:] == (torch.float32, "set", str(tmp_path), True)
+    assert first[0][3:] == (torch.float32, "set", str(tmp_path), True, "cpu", "cpu")
 
 
 def test_ranks_look_like_a_launched_world():

@@ -124,7 +124,9 @@ def _prepare(request: CallRequest, ours: Mapping[str, str]) -> None:
     np.random.seed(SEED)
     random.seed(SEED)
     torch.set_default_dtype(torch.float32)
-    torch.set_default_device(None)
+    if hasattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context"):
+        torch.set_default_device(None)
+        del torch._GLOBAL_DEVICE_CONTEXT.device_context  # at None, 2.9's get_default_device fails
     torch.set_grad_enabled(True)
     torch.use_deterministic_algorithms(False)
     torch.set_num_threads(1)
