@@ -143,16 +143,19 @@ class RankNoiseScale(Averages):
         if backwards not in (None, self._parts):
             found.fill_(np.nan)
             self._say(
+                "backwards",
                 f"step {step} had {backwards} backwards and not micro_batches={self._parts}, and "
-                f"is left out, as are others like it"
+                f"is left out, as are others like it",
             )
         for row in self._seen.unmeasured:
             self._say(
+                self._names[row],
                 f"{self._names[row]!r} is left out: before it is reduced over data-parallel ranks "
-                f"its gradient is sparse, or terms of a sum over the ranks of tensor parallelism"
+                f"its gradient is sparse, or terms of a sum over the ranks of tensor parallelism",
             )
         if self._seen.error is not None:
-            self._say(f"a gradient cannot be measured before its reduction: {self._seen.error}")
+            error = f"a gradient cannot be measured before its reduction: {self._seen.error}"
+            self._say("error", error)
         if self._group is not None:
             collectives.all_reduce_sum(found, self._group)
         squares, ranks = found.cpu().numpy()
@@ -171,23 +174,26 @@ class RankNoiseScale(Averages):
         worst = int(np.argmax(excess))
         if excess[worst] > 0.0:
             self._say(
+                "no mean",
                 f"the gradient of {self._names[worst]!r} has the norm {large[worst] ** 0.5:.4g}, "
                 f"and those of the ranks before their reduction {small[worst] ** 0.5:.4g} in the "
                 f"root mean square, which its parts cannot have: ranks have to be averaged and "
                 f"not summed, the loss be divided by micro_batches={self._parts}, and .grad be "
-                f"what the backwards of this step left. Such steps are left out"
+                f"what the backwards of this step left. Such steps are left out",
             )
             return False
         if self._scaler is None and small.sum() > _SCALED * parts.max() * large.sum() > 0.0:
             self._say(
+                "scaler",
                 "gradients are far longer before they are reduced than after it, as under a "
-                "gradient scaler: give it, RankNoiseScale(..., scaler=scaler)"
+                "gradient scaler: give it, RankNoiseScale(..., scaler=scaler)",
             )
         return True
 
-    def _say(self, message: str) -> None:
+    def _say(self, what: str, message: str) -> None:
+        """Warn, once of each thing."""
         from distclip.application.notices import warn
 
-        if message[:8] not in self._said:
-            self._said.add(message[:8])
+        if what not in self._said:
+            self._said.add(what)
             warn(f"RankNoiseScale: {message}")
