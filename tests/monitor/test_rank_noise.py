@@ -17,11 +17,7 @@ import torch.distributed as dist
 from reported import lines
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    RowwiseParallel,
-    parallelize_module,
-)
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 import distclip
@@ -202,10 +198,9 @@ def test_mixed_precision_a_scaler_and_uneven_steps() -> None:
         train(model, noise, optimizer, 3, ranks=2, micro_batches=2, scale=1024.0)
     assert noise.samples == 1
     # One rank has no input: the step is left out on both.
-    only_here = dist.get_rank() == 0
     x = samples(4, 2, 1)[0, 0]
     (model(x).sum() * 1024.0).backward()
-    if only_here:
+    if dist.get_rank() == 0:
         noise._seen._calls.clear()
     optimizer.step()
     assert noise.samples == 1
