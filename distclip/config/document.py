@@ -40,7 +40,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from distclip import policies
 from distclip.config import schema
 from distclip.config.files import read
-from distclip.config.log import LogConfig, StatesConfig
+from distclip.config.log import LogConfig, NoiseConfig, StatesConfig
 from distclip.config.policies import build
 from distclip.config.problems import Path, Problems, key_text, said, shown
 from distclip.errors import ConfigurationError
@@ -130,8 +130,12 @@ class _Document(BaseModel):
     )
 
 
-_KEYS = (*LogConfig.model_fields, *StatesConfig.model_fields)
-"""Keys of the parts, for the nearest name of a key that is unknown."""
+_KEYS = {
+    "log": [*LogConfig.model_fields],
+    "log.noise_scale": [*NoiseConfig.model_fields],
+    "log.states": [*StatesConfig.model_fields],
+}
+"""Part -> its keys, for the nearest name of a key that is unknown."""
 
 
 @dataclass(frozen=True)

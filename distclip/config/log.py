@@ -48,6 +48,12 @@ class NoiseConfig(BaseModel):
         default=0.95, description="Of the moving averages, per sampled step."
     )
 
+    @model_validator(mode="after")
+    def _of_one_sample_at_least(self) -> NoiseConfig:
+        if self.batch < self.micro_batches:
+            raise ValueError("batch counts the samples of all micro_batches, and is fewer")
+        return self
+
 
 class LogConfig(BaseModel):
     """Where the report of each step is written."""

@@ -49,7 +49,7 @@ def open_log(
 
     Raises:
         ConfigurationError: ``accelerate: true`` and no accelerator; ``noise_scale`` where gradients
-            are not seen before they are reduced.
+            are not seen before they are reduced, or a step has one part only.
         DistclipError: a tracker is not installed.
     """
     for follow in opened:
@@ -69,9 +69,12 @@ def open_log(
     sinks = _sinks(log, number, accelerator)
     if log.noise_scale is not None:
         scaler = getattr(accelerator, "scaler", None)
-        RankNoiseScale(
-            clipper, scaler=scaler, process_group=process_group, **log.noise_scale.model_dump()
-        )
+        try:
+            RankNoiseScale(
+                clipper, scaler=scaler, process_group=process_group, **log.noise_scale.model_dump()
+            )
+        except ConfigurationError as error:
+            raise ConfigurationError(f"log.noise_scale: {error}") from error
     clipper.sinks = (*clipper.sinks, *sinks)
     for place in _places(log, number):
         _taken[place] = sinks[0]

@@ -34,11 +34,15 @@ class Problems:
         self._lines.append(clean(f"{where}: {message}" if where else message, 1000))
 
     def add_validation(
-        self, path: Path, value: object, error: ValidationError, known: Iterable[str] = ()
+        self,
+        path: Path,
+        value: object,
+        error: ValidationError,
+        known: Mapping[str, Iterable[str]] | None = None,
     ) -> None:
         """Note what pydantic found in ``value``, which stands at ``path``.
 
-        ``known`` are the keys that ``value`` may have, where it is a mapping of fixed keys.
+        ``known`` are the keys that each mapping of fixed keys may have, by its key path.
         """
         # The branches of a union come as separate faults at locations that are no keys: joined.
         found: dict[Path, list[ErrorDetails]] = {}
@@ -48,7 +52,8 @@ class Problems:
                 self.add((*path, *location, *fault["loc"][-1:]), "missing")
             elif fault["type"] == "extra_forbidden":
                 whose = render((path + location)[:-1])
-                self.add_unknown(path + location, _at(value, location), known, whose)
+                keys = (known or {}).get(whose, ())
+                self.add_unknown(path + location, _at(value, location), keys, whose)
             else:
                 found.setdefault(location, []).append(fault)
         for location, faults in found.items():

@@ -84,13 +84,14 @@ def fit_with_rewinds(
 
     Raises:
         ConfigurationError: no ``ClipCallback``, no checkpoints, DeepSpeed, processes that Lightning
-            spawns. When training begins: manual optimization, several optimizers, a
-            ``training_step`` that takes the iterator, data whose order is not fixed. Later: no
-            checkpoint to go back to.
+            spawns, ``left_out`` with other than pairs. When training begins: manual optimization,
+            several optimizers, a ``training_step`` that takes the iterator, data whose order is not
+            fixed. Later: no checkpoint to go back to.
     """
     callback = _rewindable(trainer, folder)
     checkpoints = LightningCheckpoints(trainer, folder)
-    rewinder = Rewinder(checkpoints, map(tuple, left_out), tuple, "epoch, batch", _logger)
+    places = (tuple(each) if isinstance(each, list) else each for each in left_out)
+    rewinder = Rewinder(checkpoints, places, tuple, "epoch, batch", _logger)
     loop = trainer.fit_loop.epoch_loop
 
     def fit(checkpoint: Any) -> None:

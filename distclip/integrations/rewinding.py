@@ -39,8 +39,13 @@ class Checkpoints:
         Raises:
             ConfigurationError: there is none, on every rank.
         """
-        found = self._find(asked.step)
-        if dist.is_initialized():  # as the first rank sees it
+        # Only the first rank looks: what it sees is for all, and an error of another's file system
+        # would leave the others waiting.
+        distributed = dist.is_initialized()
+        found: Any = None
+        if not distributed or collectives.is_first():
+            found = self._find(asked.step)
+        if distributed:
             found = collectives.gather(found, collectives.everyone())[0]
         if isinstance(found, ConfigurationError):
             raise found from asked
@@ -48,6 +53,17 @@ class Checkpoints:
         return folder, at
 
     def _find(self, step: int) -> tuple[str, int, dict[str, int]] | ConfigurationError:
+        try:
+            return self._newest(step)
+        except ConfigurationError as error:
+            return error
+        except OSError as error:
+            return ConfigurationError(
+                f"a rewind was asked for, and the checkpoints in {self._where()} cannot be looked "
+                f"through ({type(error).__name__}: {error})"
+            )
+
+    def _newest(self, step: int) -> tuple[str, int, dict[str, int]]:
         usable: list[tuple[int, int, str]] = []
         abandoned = {}
         for checkpoint, file in self._files():
@@ -55,10 +71,7 @@ class Checkpoints:
             if self.abandoned.get(checkpoint) == written:
                 abandoned[checkpoint] = written
                 continue
-            try:
-                at = self._step_in(file)
-            except ConfigurationError as error:
-                return error
+            at = self._step_in(file)
             if at is None:
                 continue
             if at > step:
@@ -66,7 +79,7 @@ class Checkpoints:
             else:
                 usable.append((at, written, checkpoint))
         if not usable:
-            return ConfigurationError(
+            raise ConfigurationError(
                 f"a rewind was asked for, and {self._where()} has no checkpoint that was taken at "
                 f"clip {step} or before; save one early, and then regularly"
             )
@@ -123,6 +136,9 @@ class Rewinder:
 
     Attributes:
         left_out: places of batches that are left out from now on, the same on every rank.
+
+    Raises:
+        ConfigurationError: ``left_out`` has what is no such place.
     """
 
     def __init__(
@@ -134,6 +150,12 @@ class Rewinder:
         logger: logging.Logger,
     ) -> None:
         self.checkpoints, self.left_out = checkpoints, set(left_out)
+        for each in self.left_out:
+            fits = isinstance(each, kind)
+            if not fits or (kind is tuple and [*map(type, each)] != [int, int]):
+                raise ConfigurationError(
+                    f"left_out: {each!r} is no place of a batch; give ({what}), counted from 0"
+                )
         self._kind, self._what, self._logger = kind, what, logger
 
     def go_back(self, asked: RewindRequested) -> tuple[str, int]:

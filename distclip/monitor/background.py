@@ -31,11 +31,21 @@ class Background:
         self._thread: threading.Thread
 
     def put(self, step: int, values: dict[str, float]) -> bool:
-        """Hand a record on, without waiting; False where too many wait already."""
+        """Hand a record on, without waiting; False where too many wait already.
+
+        Where no thread can be started, as at the end of the process, it is logged here.
+        """
         if self._process != os.getpid():
-            self._process, self._records = os.getpid(), queue.Queue(WAITING)
-            self._thread = threading.Thread(target=self._work, name="distclip sink", daemon=True)
-            self._thread.start()
+            records: Any = queue.Queue(WAITING)
+            thread = threading.Thread(
+                target=self._work, args=(records,), name="distclip sink", daemon=True
+            )
+            try:
+                thread.start()
+            except RuntimeError:  # the interpreter ends, or there are too many threads
+                self._log(step, values)
+                return True
+            self._process, self._records, self._thread = os.getpid(), records, thread
         try:
             self._records.put_nowait((step, values))
         except queue.Full:
@@ -54,7 +64,6 @@ class Background:
         self._thread.join(PATIENCE)
         return max(self._records.qsize() - 1, 0) if self._thread.is_alive() else 0
 
-    def _work(self) -> None:
-        records: Any = self._records
+    def _work(self, records: Any) -> None:
         while (record := records.get()) is not None:
             self._log(*record)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -61,7 +62,8 @@ class RankNoiseScale(Averages):
         process_group: as for the clipper.
 
     Raises:
-        ConfigurationError: an argument that cannot be meant; a parameter whose gradient is seen
+        ConfigurationError: an argument that cannot be meant; a clipper that one follows already; a
+            parameter whose gradient is seen
             only when it is reduced (FSDP1, DeepSpeed, Megatron): there, use :class:`NoiseScale`.
     """
 
@@ -99,6 +101,11 @@ class RankNoiseScale(Averages):
                 "RankNoiseScale: one rank and one micro-batch are one part of a step, and the "
                 "scale follows from two at least; give micro_batches, or run on several ranks"
             )
+        if any(isinstance(each, RankNoiseScale) and not each._closed for each in clipper.sinks):
+            raise ConfigurationError(
+                "RankNoiseScale: this clipper is followed by one already, and its reports and "
+                "checkpoints have one noise scale; use that one, or close() it first"
+            )
         if batch < ranks * micro_batches:
             raise ConfigurationError(
                 f"RankNoiseScale: batch={batch} is less than one sample for each of {ranks} ranks "
@@ -109,7 +116,7 @@ class RankNoiseScale(Averages):
         self.step = -1
         """The last step that was sampled."""
         self._said: set[str] = set()
-        self._closed = False
+        self._closed: bool = False
         self._device = collectives.device_for(self._group, clipper.plan.device)
         rows = {name: row for row, name in enumerate(clipper.names)}
         self._seen = Unreduced([*clipper.here.items()], rows, self._device)
@@ -124,6 +131,18 @@ class RankNoiseScale(Averages):
             self._sample(step, report)
         object.__setattr__(report, "noise_scale", self.scale)  # the sinks behind this one read it
         self._arm_for(step + 1)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with the averages of a :meth:`state_dict`, on every rank.
+
+        The backwards of a step that was given up, as before a rewind, are forgotten.
+
+        Raises:
+            StateError: it is none, or of other parameters; nothing is loaded then.
+        """
+        super().load_state_dict(state)
+        if not self._closed:
+            self._seen.arm()
 
     def close(self) -> None:
         """Take the hooks off; no further step is sampled, and what was found stays."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import functools
 import logging
+import os
 import weakref
 from collections.abc import Callable
 from types import TracebackType
@@ -148,9 +149,11 @@ class _Queue:
         self._states = states
         self._waiting: tuple[int, Fetch] | None = None
         self._ends_at_exit = self._ended = False
+        self._process = os.getpid()
+        """Whose the waiting record is; a fork that ends does not write it."""
 
     def put(self, step: int, fetch: Fetch) -> None:
-        self._waiting = (step, fetch)
+        self._waiting, self._process = (step, fetch), os.getpid()
         if fetch.ready:
             self.flush()
 
@@ -173,7 +176,8 @@ class _Queue:
         self._ended = True
         atexit.unregister(self.end)
         try:
-            self.flush()
+            if self._process == os.getpid():
+                self.flush()
         except Exception as error:  # the device is gone, as at the end of a process
             logging.getLogger("distclip.monitor").warning(
                 "the record of the last step was lost: %s", clean(error, 300)

@@ -102,7 +102,7 @@ class Unreduced:
             gradient cannot be measured.
         """
         result = torch.zeros(2, self._number, dtype=torch.float64, device=self._device)
-        if not self._whole:
+        if not self._whole or not self._handles:
             return result.fill_(torch.nan)
         found = [(row, square) for row, square in self._found if row not in self.unmeasured]
         if found:

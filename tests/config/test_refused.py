@@ -69,7 +69,21 @@ from tests.config.writing import Write, fault
         ),
         (
             {"policy": "agc", "log": {"jsonl": "r", "states": {"explding": 5}}},
-            ["log.states.explding: ", "mean 'exploding'?"],
+            ["log.states.explding: ", "mean 'exploding'? log.states takes normal, exploding, van"],
+        ),
+        (
+            {"policy": "agc", "log": {"jsonl": "r", "noise_scale": {"batch": 8, "micro_batch": 2}}},
+            [
+                "log.noise_scale.micro_batch: ",
+                "mean 'micro_batches'? log.noise_scale takes batch, ",
+            ],
+        ),
+        (
+            {
+                "policy": "agc",
+                "log": {"jsonl": "r", "noise_scale": {"batch": 2, "micro_batches": 4}},
+            },
+            ["log.noise_scale: batch counts the samples of all micro_batches"],
         ),
         ({"policy": "agc", "log": {"jsonl": ""}}, ["log.jsonl: ", "got ''"]),
         ({"policy": "agc", "log": {"jsonl": "r", "every": 0}}, ["log.every: ", "got 0"]),

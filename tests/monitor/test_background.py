@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from reported import Report
 
-from distclip.monitor import background
+from distclip.monitor import JsonlSink, background
 from distclip.monitor.tracking import TrackerSink
 
 
@@ -155,3 +155,51 @@ def test_what_waits_at_the_end_of_the_process_is_written(tmp_path: Path) -> None
         [sys.executable, script], capture_output=True, text=True, timeout=60, check=True
     )
     assert done.stdout.split("\n") == [*(f"{n} True" for n in range(5)), "closed", ""], done.stderr
+
+
+class Device(Numbers):
+    """Of an accelerator: the record is written at the next step, or at the end."""
+
+    ready = False
+
+    def fetch(self, **_: object) -> Device:
+        return self
+
+    def __call__(self) -> dict[str, object]:
+        return self.to_dict()
+
+
+def test_a_first_record_at_the_end_of_the_process_is_logged_without_a_thread(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Python 3.12 and later start no thread then."""
+
+    def start(self: threading.Thread) -> None:
+        raise RuntimeError("can't create new thread at interpreter shutdown")
+
+    tracker = Slow()
+    tracker.go.set()
+    sink = sink_of(tracker)
+    sink(0, Device())
+    assert tracker.logged == []
+    monkeypatch.setattr(threading.Thread, "start", start)
+    sink.close()
+    assert (tracker.logged, tracker.closed, sink.lost) == ([0], 1, 0)
+    assert caplog.text == ""
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_fork_that_ends_does_not_write_the_record_that_waits(tmp_path: Path) -> None:
+    path = tmp_path / "clip.jsonl"
+    sink = JsonlSink(path)
+    sink(0, Device())
+    child = os.fork()
+    if child == 0:
+        try:
+            sink.close()  # as at the end of the process
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    assert not path.exists()
+    sink.close()
+    assert path.read_text().count("\n") == 1
