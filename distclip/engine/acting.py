@@ -53,10 +53,14 @@ class Acting:
         return self.units is None and self.ledger.is_idle(clamps=self._clamps())
 
     def factor(self) -> float | Tensor | None:
-        """The number, or 0-dim tensor, that everything is multiplied by; None: it is not so."""
+        """The number, or 0-dim tensor, that everything is multiplied by; None: it is not so.
+
+        Where there are other ranks, it goes by what all of them know. Else one rank would multiply
+        its copy of a gradient while the optimizer of another, which rounds otherwise, does.
+        """
         if self.is_idle():
             return 1.0
-        if not self._is_uniform():
+        if not self._is_uniform() or not self._is_uniform_everywhere():
             return None
         coefficient = cast(Tensor, self.ledger.rounds[0].coefficients)
         if self.program.plan.device.type == "cpu":
@@ -126,6 +130,12 @@ class Acting:
     def _is_uniform(self) -> bool:
         uniform = self.dropped is None and self.units is None
         return uniform and self.ledger.is_uniform(clamps=self._clamps())
+
+    def _is_uniform_everywhere(self) -> bool:
+        """The same of every rank: elsewhere a clamp may change something, or a unit be scaled."""
+        if self.program.plan.group is None:
+            return True
+        return not self.ledger.one.local_units and self.ledger.is_uniform(clamps=True)
 
     def _common(self) -> Tensor:
         return self._unless_skipped(cast(Tensor, self.ledger.rounds[0].coefficients))
@@ -207,7 +217,7 @@ def _clamp(
         return
     bounds: list[float | Tensor] = [bound for _, bound in clamped]
     if loss_scale is not None:
-        bounds = [bound * loss_scale for bound in bounds]
+        bounds = [bound * loss_scale.double() for bound in bounds]
     if skip is not None:
         bounds = [torch.where(skip, math.inf, bound) for bound in bounds]
     changing.clamp_([gradient for gradient, _ in clamped], bounds)

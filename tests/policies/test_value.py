@@ -110,3 +110,14 @@ def test_a_clamp_that_can_change_nothing_is_not_made(monkeypatch: pytest.MonkeyP
     report = clipper.clip_()
     assert (reads, sizes) == ([2, 2, 1], [1])
     assert report.clipped_fraction.item() == 0.0
+
+
+@pytest.mark.parametrize("scale", [1024.0, 1000.0])
+def test_under_a_loss_scale_the_bound_keeps_all_its_digits(scale: float) -> None:
+    """A scaler's scale is a float32 number, and 0.1 is none."""
+    parameter = nn.Parameter(torch.zeros(4, dtype=torch.float64))
+    clipper = distclip.GradClipper([parameter], policies.value(0.1))
+    parameter.grad = torch.tensor([0.3, -0.2, 0.05, 0.0], dtype=torch.float64) * scale
+    want = parameter.grad.clamp(-0.1 * scale, 0.1 * scale)
+    clipper.clip_before_step(torch.tensor(scale))
+    assert torch.equal(parameter.grad, want)
