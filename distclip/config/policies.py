@@ -94,7 +94,7 @@ def arguments(policy: type[Policy]) -> dict[str, Argument]:
         hint = hints.get(parameter.name, Any)
         adapter: TypeAdapter[Any] | None = None
         try:
-            if Policy not in (hint, *typing.get_args(hint)):
+            if not _is_policy(hint):
                 adapter = TypeAdapter(_in_files(hint), config={"strict": True})
                 adapter.json_schema()
         except (PydanticSchemaGenerationError, PydanticInvalidForJsonSchema):
@@ -224,6 +224,12 @@ def _add_refusal(policy: type[Policy], path: Path, error: Exception, problems: P
 
 
 # ---- types and descriptions ------------------------------------------------------------------
+
+
+def _is_policy(hint: Any) -> bool:
+    """Whether an argument is one policy, or a policy and else None or of another type."""
+    union = typing.get_origin(hint) in (Union, types.UnionType)
+    return hint is Policy or (union and Policy in typing.get_args(hint))
 
 
 def _in_files(hint: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
@@ -26,6 +26,7 @@ class Halve(policies.Policy):
         most: at most so much.
         limit: none by default.
         key: used in Python only.
+        parts: too.
     """
 
     every: Annotated[int, policies.Limit(">= 1", whole=True, minimum=1)]
@@ -33,6 +34,7 @@ class Halve(policies.Policy):
     most: checks.Share | None = None
     limit: float = math.inf
     key: Callable[[int], int] | None = None
+    parts: Sequence[policies.Policy] = ()
     name: ClassVar[str] = "halve"
 
     def __post_init__(self) -> None:
