@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from distclip import errors as errors
 from distclip import policies as policies
 from distclip._version import __version__ as __version__
+from distclip.common import namespaces as _namespaces
 from distclip.common import tested as _tested
 from distclip.errors import CollectiveError as CollectiveError
 from distclip.errors import ConfigurationError as ConfigurationError
@@ -35,7 +36,11 @@ from distclip.errors import StateError as StateError
 from distclip.errors import UnsupportedGradientError as UnsupportedGradientError
 
 if TYPE_CHECKING:
+    from distclip import accelerate as accelerate
+    from distclip import deepspeed as deepspeed
+    from distclip import lightning as lightning
     from distclip import optim as optim
+    from distclip import transformers as transformers
     from distclip.clipper import GradClipper as GradClipper
     from distclip.config.build import from_config as from_config
     from distclip.functional import clip_grad_agc_ as clip_grad_agc_
@@ -44,10 +49,6 @@ if TYPE_CHECKING:
     from distclip.functional import clip_grads_with_norm_ as clip_grads_with_norm_
     from distclip.functional import get_total_norm as get_total_norm
     from distclip.functional import grad_norms as grad_norms
-    from distclip.integrations import accelerate as accelerate
-    from distclip.integrations import deepspeed as deepspeed
-    from distclip.integrations import lightning as lightning
-    from distclip.integrations import transformers as transformers
     from distclip.layouts.declared import declare_sharded as declare_sharded
     from distclip.micro import MicroBatchClipper as MicroBatchClipper
     from distclip.report import ClipReport as ClipReport
@@ -68,17 +69,6 @@ _NAMES = {
     "grad_norms": "distclip.functional",
 }
 """Public name -> the module that is imported when the name is first used."""
-
-_NAMESPACES = {
-    "accelerate": "distclip.integrations.accelerate",
-    "deepspeed": "distclip.integrations.deepspeed",
-    "lightning": "distclip.integrations.lightning",
-    "transformers": "distclip.integrations.transformers",
-}
-"""Framework -> the module that works with it, imported when the namespace is first used."""
-
-_BESIDES = {"transformers": ("accelerate",)}
-"""Framework -> packages that its namespace needs besides."""
 
 __all__ = [
     "ClipReport",
@@ -114,18 +104,8 @@ def __getattr__(name: str) -> Any:
     if name in _NAMES:
         _tested.check("torch")
         found = getattr(importlib.import_module(_NAMES[name]), name)
-    elif name in _NAMESPACES:
-        for package in ("torch", name, *_BESIDES.get(name, ())):
-            _tested.check(package)
-        try:
-            found = importlib.import_module(_NAMESPACES[name])
-        except ModuleNotFoundError as error:
-            raise ImportError(
-                f"distclip.{name} needs a package that is not installed ({error.name}); "
-                f"pip install 'distclip[{name}]'"
-            ) from error
     elif not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}"):
-        found = importlib.import_module(f"{__name__}.{name}")  # a module such as distclip.optim
+        found = importlib.import_module(f"{__name__}.{name}")  # such as distclip.optim
     else:
         raise AttributeError(f"module 'distclip' has no attribute {name!r}")
     globals()[name] = found
@@ -136,7 +116,7 @@ def __dir__() -> list[str]:
     # help() and completion get every name, which must not fail for want of a framework.
     usable = [
         name
-        for name in _NAMESPACES
-        if all(map(importlib.util.find_spec, (name, *_BESIDES.get(name, ()))))
+        for name in _namespaces.FRAMEWORKS
+        if all(map(importlib.util.find_spec, (name, *_namespaces.BESIDES.get(name, ()))))
     ]
     return sorted([*__all__, "optim", *usable])

@@ -15,6 +15,7 @@ import pytest
 import distclip
 import distclip.optim
 import distclip.testing
+from distclip.common import namespaces
 
 FRAMEWORKS = (
     "accelerate",
@@ -66,8 +67,29 @@ def test_type_checkers_see_every_lazy_name(module: ModuleType) -> None:
     }
     lazy = {name: f"{home}.{name}" for name, home in module._NAMES.items()}
     if module is distclip:
-        lazy |= distclip._NAMESPACES | {"optim": "distclip.optim"}
+        lazy |= {name: f"distclip.{name}" for name in (*namespaces.FRAMEWORKS, "optim")}
     assert seen == lazy
+
+
+@pytest.mark.parametrize("name", namespaces.FRAMEWORKS)
+def test_a_module_of_a_framework_is_imported_by_its_public_name(name: str) -> None:
+    """However it is written, it is one module, which is imported then and not before."""
+    pytest.importorskip(name)
+    told = in_a_new_process(
+        f"""
+        import sys
+        import distclip
+        assert "distclip.integrations.{name}" not in sys.modules
+        import distclip.{name}
+        import distclip.{name} as once
+        from distclip import {name} as twice
+        from distclip.integrations import {name} as home
+        assert once is twice is home is distclip.{name}
+        from distclip.{name} import *
+        print(once.__name__)
+        """.replace("\n        ", "\n")
+    )
+    assert told.split() == [f"distclip.integrations.{name}"]
 
 
 def in_a_new_process(program: str) -> str:
