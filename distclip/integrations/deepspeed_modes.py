@@ -51,7 +51,8 @@ def refuse(document: Mapping[str, Any], name: str) -> None:
 
 def _asked(document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     zero, offload = "zero_optimization", "zero_optimization.offload_optimizer"
-    staged = (_at(document, f"{zero}.stage") or 0) != 0
+    # As DeepSpeed reads it: true, an older form, is stage 1, and "2" is 2.
+    staged = document.get(zero) is True or str(_at(document, f"{zero}.stage") or 0) != "0"
     kind = str(_at(document, "optimizer.type") or "").lower()
     if _at(document, "fp16.enabled") is True and not staged:
         yield "fp16.enabled", "fp16 at stage 0"
@@ -61,7 +62,7 @@ def _asked(document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "optimizer.type", "one bit"
     if kind == "muon" and staged:
         yield "optimizer.type", "muon"
-    if _at(document, f"{zero}.zenflow"):
+    if _at(document, f"{zero}.zenflow") is not None:  # {} is on, with its defaults
         yield f"{zero}.zenflow", "zenflow"
     if _at(document, f"{offload}.super_offload") is True:
         yield f"{offload}.super_offload", "super_offload"

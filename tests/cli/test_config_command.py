@@ -70,6 +70,7 @@ ZENFLOW: dict[str, Any] = {"stage": 2, "zenflow": {"topk_ratio": 0.1}}
     ("where", "document"),
     [
         ("zero_optimization.zenflow", {"zero_optimization": ZENFLOW}),
+        ("zero_optimization.zenflow", {"zero_optimization": {"stage": 2, "zenflow": {}}}),
         (
             "zero_optimization.offload_optimizer.super_offload",
             {"zero_optimization": {"stage": 3, "offload_optimizer": OFFLOAD}},
@@ -79,6 +80,7 @@ ZENFLOW: dict[str, Any] = {"stage": 2, "zenflow": {"topk_ratio": 0.1}}
             {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}},
         ),
         ("optimizer.type", {"optimizer": {"type": "Muon"}, "zero_optimization": {"stage": 1}}),
+        ("optimizer.type", {"optimizer": {"type": "Muon"}, "zero_optimization": True}),
         ("optimizer.type", {"optimizer": {"type": "OneBitAdam"}, "zero_optimization": {}}),
         ("fp16.enabled", {"fp16": {"enabled": True}, "zero_optimization": {"stage": 0}}),
         ("tensor_parallel.autotp_size", {"tensor_parallel": {"autotp_size": 2}}),
@@ -99,6 +101,20 @@ def test_check_tells_of_a_mode_in_which_nothing_can_be_clipped(
     quantized = {"stage": 3, "zero_quantized_weights": True}
     bare: dict[str, Any] = dict.fromkeys(document)
     assert "GlobalNorm" in told(1.0, **{**bare, "zero_optimization": quantized})
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        {"fp16": {"enabled": True}, "zero_optimization": True},
+        {"optimizer": {"type": "Muon"}, "zero_optimization": {"stage": "0"}},
+        {"optimizer": {"type": "Muon"}, "zero_optimization": False},
+    ],
+)
+def test_check_reads_stages_as_deepspeed_does(document: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "ds.json").write_text(json.dumps({"gradient_clipping": 1.0, **document}))
+    result = invoke(app, ["config", "check", str(tmp_path / "ds.json")])
+    assert result.exit_code == 0, result.exception
 
 
 LOOSE = """
