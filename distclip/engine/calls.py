@@ -206,7 +206,8 @@ def _agree(session: Session) -> None:
     """See to it that all ranks of the group are about to reduce the same things."""
     plan = session.plan
     if plan.group is not None:
-        handshake.agreements.agree(plan.group, _call(session), plan.entries)
+        habits = handshake.agreements.agree(plan.group, _call(session), plan.entries)
+        session.program.scratch.habits = habits
 
 
 def _call(session: Session) -> str:
@@ -238,6 +239,7 @@ def _tell(error: DistclipError, named: Named, policy: Policy, *, norms: bool) ->
         if plan.group is None or not (norms or plan.replicated):
             return
         if handshake.agreements.knows(plan.group, _call(session), plan.entries):
+            _agree(session)  # about what to begin with
             session.clip("pass", None, trouble=error)
         else:
             handshake.tell_trouble(error, plan.group, _call(session))

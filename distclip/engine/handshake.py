@@ -80,11 +80,15 @@ class Agreements:
     """
 
     def __init__(self) -> None:
-        self._known: dict[int, tuple[ProcessGroup, set[bytes]]] = {}
+        self._known: dict[int, tuple[ProcessGroup, dict[bytes, set[str]]]] = {}
         self._devices: dict[int, tuple[ProcessGroup, str]] = {}
 
-    def agree(self, group: ProcessGroup, what: str, entries: Sequence[Entry]) -> None:
+    def agree(self, group: ProcessGroup, what: str, entries: Sequence[Entry]) -> set[str]:
         """Compare, unless that has been done.
+
+        Returns:
+            The habits of such calls, which only calls of all ranks together change: a rank that has
+            forgotten its session, as others have not, goes on like them.
 
         Args:
             group: the ranks that call together.
@@ -94,9 +98,9 @@ class Agreements:
         Raises:
             RankMismatchError: on every rank, with who has what.
         """
-        if self.knows(group, what, entries):
-            return
         digest, shown = self._digest(what, entries)
+        if self.knows(group, what, entries):
+            return self._known[id(group)][1][digest]
         hail = Hail(__version__, digest, call=f"{what} of {shown}")
         ranks = collectives.ranks_of(group)
         heard = refuse_troubled(collectives.gather(tuple(hail), group), ranks)
@@ -109,9 +113,9 @@ class Agreements:
         alive = {
             key: each for key, each in self._known.items() if collectives.is_registered(each[0])
         }
-        _, known = alive.setdefault(id(group), (group, set()))
-        known.add(digest)
+        _, known = alive.setdefault(id(group), (group, {}))
         self._known = alive
+        return known.setdefault(digest, set())
 
     def knows(self, group: ProcessGroup, what: str, entries: Sequence[Entry]) -> bool:
         """Whether the group has agreed on such a call; the same on every rank that asks so."""

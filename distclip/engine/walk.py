@@ -148,7 +148,9 @@ class _Going:
         plan, habits = self.program.plan, self.program.scratch.habits
         fetched = self.terms.fetched if self.first else None
         if self.first and self.together and "misplaced" in habits:
-            align_together(plan)  # as at the steps before: then once is enough
+            # As at the steps before: then once is enough.
+            if not align_together(plan, self.terms.trouble):
+                habits.discard("misplaced")
             fetched = None
         while True:
             self.local = local = self._measured_here(fetched)

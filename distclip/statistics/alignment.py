@@ -49,10 +49,17 @@ def cannot_move(plan: Plan) -> UnsupportedGradientError:
     )
 
 
-def align_together(plan: Plan) -> None:
+def align_together(plan: Plan, trouble: DistclipError | None = None) -> bool:
     """Redistribute what lies otherwise on any rank, on all ranks of its mesh. Collective.
 
     A gradient that is missing on a rank counts as zeros there. One that no rank has stays missing.
+
+    Args:
+        plan: the pieces.
+        trouble: why this rank cannot move any.
+
+    Returns:
+        Whether any was redistributed; the same on every rank.
 
     Raises:
         UnsupportedGradientError: one that cannot be reduced, or that lies differently on the ranks
@@ -60,7 +67,7 @@ def align_together(plan: Plan) -> None:
     """
     assert plan.group is not None
     parameters = _spread(plan)
-    mine: dict[int, Any] = {}
+    mine: dict[int, Any] = {} if trouble is None else {-1: str(trouble)}
     for row, spread in parameters.items():
         found = spread.found()
         try:
@@ -91,6 +98,7 @@ def align_together(plan: Plan) -> None:
         wanted = moves.get((row, spread.ranks))
         if wanted is not None:
             spread.align(wanted)
+    return bool(moves)
 
 
 def _spread(plan: Plan) -> dict[int, Spread]:

@@ -114,3 +114,32 @@ def test_what_travels(how: str) -> None:
         travels = [] if placement == Shard(0) else [REDUCTION]
         assert seen.collective_names == travels
         assert sum(size for _, size in seen.collectives) <= 8 * 7
+
+
+@pytest.mark.ranks(2, timeout=SECONDS)
+def test_a_rank_that_has_forgotten_its_session_goes_on_like_the_others() -> None:
+    """Once gradients were Partial, all bring them into place before anything is reduced."""
+    p, q = pair(Replicate())
+    for step in range(4):
+        if step == 2 and dist.get_rank() == 0:
+            distclip.functional.clear_cache()
+        p.grad, q.grad = partial(terms()[dist.get_rank()], p), torch.zeros(3, 2)
+        norm = distclip.clip_grad_norm_([p, q], 0.5)
+        whole = torch.stack(terms()).sum(0)
+        torch.testing.assert_close(norm, whole.norm())
+        torch.testing.assert_close(p.grad.to_local(), whole * 0.5 / (whole.norm() + 1e-6))
+
+
+@pytest.mark.ranks(2, timeout=SECONDS)
+def test_a_rank_that_cannot_take_part_says_so_when_they_would_be_moved() -> None:
+    p, q = pair(Replicate())
+    for _ in range(2):
+        p.grad, q.grad = partial(terms()[dist.get_rank()], p), torch.ones(3, 2)
+        distclip.clip_grad_norm_([p, q], 0.5)
+    p.grad, q.grad = partial(terms()[dist.get_rank()], p), torch.ones(3, 2)
+    if dist.get_rank() == 0:
+        q._in_backward_optimizers = [object()]  # type: ignore[attr-defined]
+    with pytest.raises(distclip.DistclipError, match="during backward"):
+        distclip.clip_grad_norm_([p, q], 0.5)
+    assert torch.equal(p.grad.to_local(), terms()[dist.get_rank()])
+    dist.barrier()
