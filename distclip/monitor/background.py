@@ -5,13 +5,28 @@ from __future__ import annotations
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
 WAITING = 1000
 """Records that may wait."""
 PATIENCE = 60.0
-"""Seconds that the end waits for them."""
+"""Seconds that the end waits for them, and then for the tracker to close."""
+
+
+def within_patience(call: Callable[[], None]) -> None:
+    """Call a function of a tracker that did not answer, and wait for it no longer than that.
+
+    Args:
+        call: raises nothing.
+    """
+    thread = threading.Thread(target=call, name="distclip sink", daemon=True)
+    try:
+        thread.start()
+    except RuntimeError:  # the interpreter ends; the tracker's own exit handler is left
+        return
+    thread.join(PATIENCE)
 
 
 class Background:
@@ -57,12 +72,14 @@ class Background:
         if self._process != os.getpid():
             return 0
         self._process = 0
+        until = time.monotonic() + PATIENCE
         try:
             self._records.put(None, timeout=PATIENCE)
         except queue.Full:
-            return self._records.qsize()
-        self._thread.join(PATIENCE)
-        return max(self._records.qsize() - 1, 0) if self._thread.is_alive() else 0
+            return self._records.qsize() + 1  # and the one that is being logged
+        self._thread.join(max(until - time.monotonic(), 0.0))
+        # None is still in the queue then, and stands for the record that is being logged.
+        return self._records.qsize() if self._thread.is_alive() else 0
 
     def _work(self, records: Any) -> None:
         while (record := records.get()) is not None:

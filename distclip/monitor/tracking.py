@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from distclip.common.exponents import from_log
 from distclip.common.foreign import clean
 from distclip.errors import DistclipError
-from distclip.monitor.background import WAITING, Background
+from distclip.monitor.background import WAITING, Background, within_patience
 from distclip.monitor.recording import RecordingSink
 from distclip.monitor.states import States
 
@@ -125,6 +125,11 @@ class _Guarded:
             return
         if self._background is not None and (left := self._background.drain()):
             self._lose(f"it does not answer, and {left} records are left", left)
+            within_patience(self._close)
+        else:
+            self._close()
+
+    def _close(self) -> None:
         try:
             self._tracker.close()
         except Exception as error:

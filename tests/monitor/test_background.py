@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -98,8 +99,27 @@ def test_a_tracker_that_never_answers_does_not_keep_the_process(
     for step in range(5):
         sink(step, Numbers())
     sink.close()
-    assert sink.lost in (4, 5)
+    assert sink.lost == 5  # with the one that is being logged
     assert "it does not answer" in caplog.text
+    tracker.go.set()
+
+
+def test_nor_does_one_that_never_closes(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Dead(Slow):
+        def close(self) -> None:
+            assert self.go.wait(30)
+            super().close()
+
+    monkeypatch.setattr(background, "PATIENCE", 0.2)
+    tracker = Dead()
+    sink = sink_of(tracker)
+    sink(0, Numbers())
+    while sink._queue.writer._background._records.qsize():  # type: ignore[attr-defined]
+        time.sleep(0.001)
+    begin = time.monotonic()
+    sink.close()
+    assert time.monotonic() - begin < 10
+    assert (tracker.closed, sink.lost) == (0, 1)
     tracker.go.set()
 
 
