@@ -103,7 +103,9 @@ class GradClipper:
         fold: where it is attached to a fused Adam, AdamW, SGD or Adagrad that steps just these
             parameters, and one coefficient is for all of them, let the optimizer's kernel multiply
             as it reads, in place of a pass over the gradients before it. ``.grad`` is then clipped
-            after the step. False: always before it.
+            after the step. False: always before it, which is also the mend where only some ranks
+            have another hook before the optimizer's step, and would clip before it: the kernel
+            rounds otherwise, so that replicas drift apart by roundings.
         overlap: under FSDP2 and DDP, measure each gradient during backward, as soon as it is
             reduced, so that the clip only has to reduce and decide. What does not come so is
             measured at the clip, and so is what was changed in between, as far as that can be seen:
