@@ -53,7 +53,7 @@ class Update(Protocol):
 
     @property
     def names(self) -> Sequence[str]:
-        """Of the parameters."""
+        """Names of the parameters."""
 
     @property
     def norms(self) -> Tensor:
@@ -100,7 +100,7 @@ class Attendant:
         self._made: tuple[int, Noted] | None = None
         """The last step, and what was told of it."""
         self._update: tuple[transfer.HostCopy, int, Noted] | None = None
-        """Of the last update that was judged, not read yet: rung, rewinds used, norm."""
+        """The last update that was judged, not read yet: rung, rewinds used and norm; step; notes."""
         self._watched = policy.updates is None
         """Whether updates are judged, or need not be, or their absence was told of."""
         self._offending: list[Any] = []

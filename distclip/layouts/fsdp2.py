@@ -45,7 +45,7 @@ def gathered(parameters: Iterable[Tensor]) -> list[Tensor | None]:
 
 
 def modules_of(model: nn.Module) -> list[FSDPModule]:
-    """Those that ``fully_shard`` was called on, within a model."""
+    """The modules within a model that ``fully_shard`` was called on."""
     return [each for each in model.modules() if isinstance(each, FSDPModule)]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -62,7 +62,8 @@ class RankNoiseScale(Averages):
         process_group: as for the clipper.
 
     Raises:
-        ConfigurationError: an argument that cannot be meant; a clipper that one follows already; a
+        ConfigurationError: on all ranks where one has an argument that cannot be meant, or another
+            than the others; a clipper that one follows already; a
             parameter whose gradient is seen
             only when it is reduced (FSDP1, DeepSpeed, Megatron): there, use :class:`NoiseScale`.
     """
@@ -80,46 +81,30 @@ class RankNoiseScale(Averages):
         scaler: Any = None,
         process_group: ProcessGroup | None = None,
     ) -> None:
-        check("RankNoiseScale", batch, micro_batches, every, decay, least=1)
         from distclip.statistics import collectives  # imports torch, which a log is read without
         from distclip.statistics.unreduced import Unreduced
 
-        if not clipper.norms:
-            raise ConfigurationError(
-                "RankNoiseScale: it reads the norms of the clipper's reports, which norms=False "
-                "leaves out; build the GradClipper without it"
-            )
-        if clipper.norm_type != 2.0:
-            raise ConfigurationError(
-                f"RankNoiseScale: the clipper's norms are of order {clipper.norm_type:g}, and the "
-                f"noise scale is of 2-norms; follow GradClipper(model, policies.measure())"
-            )
         self._group = collectives.default_group(process_group)
-        ranks = 1 if self._group is None else self._group.size()
-        if ranks * micro_batches < 2:
-            raise ConfigurationError(
-                "RankNoiseScale: one rank and one micro-batch are one part of a step, and the "
-                "scale follows from two at least; give micro_batches, or run on several ranks"
-            )
-        if any(isinstance(each, RankNoiseScale) and not each._closed for each in clipper.sinks):
-            raise ConfigurationError(
-                "RankNoiseScale: this clipper is followed by one already, and its reports and "
-                "checkpoints have one noise scale; use that one, or close() it first"
-            )
-        if batch < ranks * micro_batches:
-            raise ConfigurationError(
-                f"RankNoiseScale: batch={batch} is less than one sample for each of {ranks} ranks "
-                f"and {micro_batches} micro-batches; it counts the samples of all of them"
-            )
+        self._device = collectives.device_for(self._group, clipper.plan.device)
+        rows = {name: row for row, name in enumerate(clipper.names)}
+        wrong: ConfigurationError | None = None
+        try:
+            check("RankNoiseScale", batch, micro_batches, every, decay, least=1)
+            _check(clipper, batch, micro_batches, 1 if self._group is None else self._group.size())
+            self._seen = Unreduced([*clipper.here.items()], rows, self._device)
+        except ConfigurationError as error:
+            wrong = error
+        if self._group is not None:
+            values = f"{batch=}, {micro_batches=}, {every=}, {decay=}"
+            _refuse_together(collectives.gather((str(wrong or ""), values), self._group))
+        if wrong is not None:
+            raise wrong
         super().__init__(clipper.names, decay)
         self._batch, self._parts, self._every, self._scaler = batch, micro_batches, every, scaler
         self.step = -1
         """The last step that was sampled."""
         self._said: set[str] = set()
         self._closed: bool = False
-        self._device = collectives.device_for(self._group, clipper.plan.device)
-        rows = {name: row for row, name in enumerate(clipper.names)}
-        self._seen = Unreduced([*clipper.here.items()], rows, self._device)
         self._arm_for(0)
         clipper.sinks = (self, *clipper.sinks)
 
@@ -216,3 +201,53 @@ class RankNoiseScale(Averages):
         if what not in self._said:
             self._said.add(what)
             warn(f"RankNoiseScale: {message}")
+
+
+def _check(clipper: GradClipper, batch: int, micro_batches: int, ranks: int) -> None:
+    """Refuse a clipper that cannot be followed, and steps without two parts.
+
+    Raises:
+        ConfigurationError: says what, and the mend.
+    """
+    if not clipper.norms:
+        raise ConfigurationError(
+            "RankNoiseScale: it reads the norms of the clipper's reports, which norms=False "
+            "leaves out; build the GradClipper without it"
+        )
+    if clipper.norm_type != 2.0:
+        raise ConfigurationError(
+            f"RankNoiseScale: the clipper's norms are of order {clipper.norm_type:g}, and the "
+            f"noise scale is of 2-norms; follow GradClipper(model, policies.measure())"
+        )
+    if ranks * micro_batches < 2:
+        raise ConfigurationError(
+            "RankNoiseScale: one rank and one micro-batch are one part of a step, and the "
+            "scale follows from two at least; give micro_batches, or run on several ranks"
+        )
+    if any(isinstance(each, RankNoiseScale) and not each._closed for each in clipper.sinks):
+        raise ConfigurationError(
+            "RankNoiseScale: this clipper is followed by one already, and its reports and "
+            "checkpoints have one noise scale; use that one, or close() it first"
+        )
+    if batch < ranks * micro_batches:
+        raise ConfigurationError(
+            f"RankNoiseScale: batch={batch} is less than one sample for each of {ranks} ranks "
+            f"and {micro_batches} micro-batches; it counts the samples of all of them"
+        )
+
+
+def _refuse_together(ranks: Sequence[tuple[str, str]]) -> None:
+    """Raise what any rank has found, or that their arguments differ: alone, it would hang the rest.
+
+    Raises:
+        ConfigurationError: on every rank.
+    """
+    for rank, (wrong, _) in enumerate(ranks):
+        if wrong:
+            raise ConfigurationError(f"{wrong} (found by rank {rank})")
+    for rank, (_, values) in enumerate(ranks):
+        if values != ranks[0][1]:
+            raise ConfigurationError(
+                f"RankNoiseScale: rank 0 was given {ranks[0][1]}, and rank {rank} {values}; give "
+                f"all ranks the same, as they sample together"
+            )

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 import distclip
 from distclip import ConfigurationError, GradClipper, NonFiniteGradientError, policies
@@ -83,3 +85,19 @@ def test_an_error_of_the_log_names_the_key(tmp_path: Path) -> None:
     }
     with pytest.raises(ConfigurationError, match=r"^log\.noise_scale: .*one micro-batch are one"):
         distclip.from_config(document, nn.Linear(4, 3))
+
+
+@pytest.mark.ranks(2, timeout=60)
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        ({"batch": 1}, r"batch=1 is less than one .* \(found by rank 1\)"),
+        ({"every": 3}, "rank 0 was given batch=8, .*every=1.* rank 1 batch=8, .*every=3"),
+    ],
+)
+def test_no_rank_waits_for_one_that_was_given_others(other: dict[str, int], says: str) -> None:
+    clipper = GradClipper(DistributedDataParallel(nn.Linear(4, 3)), policies.measure())
+    given = {"batch": 8, **(other if dist.get_rank() else {})}
+    with pytest.raises(ConfigurationError, match=f"^RankNoiseScale: {says}"):
+        RankNoiseScale(clipper, **given)
+    assert clipper.sinks == ()
