@@ -132,7 +132,7 @@ class Acting:
         return uniform and self.ledger.is_uniform(clamps=self._clamps())
 
     def _is_uniform_everywhere(self) -> bool:
-        """Whether every rank's clip is uniform: elsewhere a clamp may change something, or a unit be scaled."""
+        """Whether every rank is uniform: else a clamp may change something, or units be scaled."""
         if self.program.plan.group is None:
             return True
         return not self.ledger.one.local_units and self.ledger.is_uniform(clamps=True)

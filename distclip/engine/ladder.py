@@ -100,7 +100,7 @@ class Attendant:
         self._made: tuple[int, Noted] | None = None
         """The last step, and what was told of it."""
         self._update: tuple[transfer.HostCopy, int, Noted] | None = None
-        """The last update that was judged, not read yet: rung, rewinds used and norm; step; notes."""
+        """The last update that was judged, not read yet; its step, and what was told of it."""
         self._watched = policy.updates is None
         """Whether updates are judged, or need not be, or their absence was told of."""
         self._offending: list[Any] = []
