@@ -10,6 +10,7 @@ from packaging.requirements import Requirement
 
 import distclip
 from distclip.common import tested
+from distclip.common.namespaces import namespace
 from distclip.common.tested import TESTED
 from distclip.errors import DistclipError
 from distclip.integrations import hooks
@@ -92,6 +93,6 @@ def test_an_older_version_is_refused_by_name(versions: dict[str, str]) -> None:
 def test_an_older_framework_is_refused_by_name(name: str, versions: dict[str, str]) -> None:
     versions.update(dict.fromkeys(TESTED, "99.0"), **{name: "0.1"})
     with pytest.raises(DistclipError, match=f"pip install '{name}>="):
-        distclip.__getattr__(name)
+        namespace(name)
     with pytest.raises(DistclipError, match=f"pip install '{name}>="):
         hooks._enable(name, None, hooks)
