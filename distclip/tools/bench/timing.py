@@ -161,6 +161,15 @@ def _silent() -> Iterator[None]:
         os.close(nowhere)
 
 
+def _let_gloo_finish() -> None:
+    """Wait until gloo's threads have let go of the tensors of the last collective.
+
+    A thread that drops the last reference to one takes the GIL for it. Where tracemalloc (CPython
+    3.11) or the profiler (torch 2.13) starts or stops meanwhile, the process crashes.
+    """
+    time.sleep(0.05)
+
+
 def extra_bytes(act: Callable[[], object]) -> int:
     """The most that is allocated at once while ``act`` runs: tensors, and what Python traces.
 
@@ -170,7 +179,7 @@ def extra_bytes(act: Callable[[], object]) -> int:
     profile = torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     )
-    time.sleep(0.05)  # gloo's threads let go: torch 2.13 crashed where one was still at work
+    _let_gloo_finish()
     with _silent():
         profile.start()
     tracing = tracemalloc.is_tracing()
@@ -180,6 +189,7 @@ def extra_bytes(act: Callable[[], object]) -> int:
     start, _ = tracemalloc.get_traced_memory()
     act()
     _, peak = tracemalloc.get_traced_memory()
+    _let_gloo_finish()
     if not tracing:
         tracemalloc.stop()
     with _silent():
