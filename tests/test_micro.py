@@ -58,6 +58,13 @@ def loss_of(model: nn.Module, rank: int, number: int, *, branch: bool = True) ->
     return loss
 
 
+def gradients_of(model: nn.Module) -> dict[str, np.ndarray | None]:
+    return {
+        name: None if p.grad is None else p.grad.numpy().copy()
+        for name, p in model.named_parameters()
+    }
+
+
 def truth(document: Any, ranks: int) -> dict[str, np.ndarray | None]:
     """Clipped micro-batch by micro-batch in float64, summed, and averaged over the ranks."""
     model = Model().double()
@@ -67,11 +74,7 @@ def truth(document: Any, ranks: int) -> dict[str, np.ndarray | None]:
         for number in range(MICROBATCHES):
             model.zero_grad()
             loss_of(model, rank, number).backward()
-            gradients = {
-                name: None if p.grad is None else p.grad.numpy().copy()
-                for name, p in model.named_parameters()
-            }
-            want = expected(document, gradients, weights)
+            want = expected(document, gradients_of(model), weights)
             for name, gradient in want.gradients.items():
                 if gradient is not None and not want.skipped:
                     old = total[name]
@@ -118,11 +121,7 @@ def truth_together(document: Any, ranks: int) -> dict[str, np.ndarray | None]:
         model.zero_grad()
         for rank in range(ranks):
             (loss_of(model, rank, number, branch=False) / ranks).backward()
-        gradients = {
-            name: None if p.grad is None else p.grad.numpy().copy()
-            for name, p in model.named_parameters()
-        }
-        want = expected(document, gradients, weights)
+        want = expected(document, gradients_of(model), weights)
         for name, gradient in want.gradients.items():
             if gradient is not None and not want.skipped:
                 total[name] = gradient + (0.0 if total[name] is None else total[name])

@@ -79,7 +79,8 @@ class Ladder(ScalingPolicy):
 
     Raises:
         ConfigurationError: a value outside of these ranges; ``spikes`` or ``updates`` is no single
-            policy that scales or skips; ``clips`` with a policy that clips nothing.
+            policy that scales or skips; ``clips`` with a policy that clips nothing. When it is given
+            to a clipper: ``spikes`` or ``updates`` never skips.
     """
 
     spikes: Policy
@@ -123,11 +124,11 @@ class Ladder(ScalingPolicy):
         return self.spikes.needs
 
     def init(self, parameters: Sequence[ParameterInfo]) -> State:
-        inner = self.spikes.init(parameters)
-        state = {_OF_SPIKES + key: value for key, value in inner.items()}
-        if self.updates is not None:
-            inner = self.updates.init(parameters)
-            state |= {_OF_UPDATES + key: value for key, value in inner.items()}
+        state: dict[str, Tensor] = {}
+        for prefix, policy in ((_OF_SPIKES, self.spikes), (_OF_UPDATES, self.updates)):
+            if policy is not None:
+                inner = _initial(prefix.removesuffix("."), policy, parameters)
+                state |= {prefix + key: value for key, value in inner.items()}
         for key in (*self.rungs, "seen", "rung", "calm", "ago"):
             state[key] = torch.zeros((), dtype=torch.int64)
         return state
@@ -187,6 +188,20 @@ def _check(field: str, policy: Policy) -> None:
             f"ladder: {policy!r} remembers something of each parameter, which is not supported "
             f"here; put it behind the ladder, by policies.chain(ladder, ...)"
         )
+
+
+def _initial(field: str, policy: Policy, parameters: Sequence[ParameterInfo]) -> State:
+    """The state of a policy within the ladder; refused where even a huge norm is no spike to it."""
+    from distclip.policies.decide import rehearse  # which imports torch
+
+    state = policy.init(parameters)
+    actions = rehearse(policy, parameters, state, torch.device("cpu"), norm=1e300)
+    if not any(isinstance(each, Skip) for each in actions):
+        raise ConfigurationError(
+            f"ladder: {field} is {policy!r}, which never skips, so the ladder would do nothing; "
+            f"give a policy that skips, such as policies.skip_spikes() or policies.skip_norm(...)"
+        )
+    return state
 
 
 def _judged(

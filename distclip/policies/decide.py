@@ -68,26 +68,40 @@ def bound_of(policy: ClampingPolicy, statistics: Statistics, state: State) -> tu
 
 
 def rehearse(
-    policy: Policy, parameters: Sequence[ParameterInfo], state: State, device: torch.device
-) -> None:
-    """Look at what a policy returns before anything depends on it; its decision is dropped.
+    policy: Policy,
+    parameters: Sequence[ParameterInfo],
+    state: State,
+    device: torch.device,
+    norm: float = 1.0,
+) -> Sequence[Action]:
+    """Look at what a policy returns before anything depends on it; its new state is dropped.
 
     Policies are pure, so a decision about made-up statistics has no effect. It is for a policy that
-    decides after other gradients have been changed already.
+    decides after other gradients have been changed already, or within another policy.
+
+    Args:
+        policy: any.
+        parameters: that it is responsible for.
+        state: of the policy.
+        device: of the made-up statistics.
+        norm: of each gradient.
+
+    Returns:
+        The actions of a scaling policy; none of another.
 
     Raises:
         ConfigurationError: as :func:`actions_of` and :func:`bound_of`.
     """
     if isinstance(policy, UnitPolicy) or (isinstance(policy, ClampingPolicy) and not policy.moving):
-        return
+        return ()
     ones = torch.ones(len(parameters), dtype=torch.float64, device=device)
     statistics = Statistics(
         parameters,
-        dict.fromkeys(policy.needs.gradient_norms, ones),
+        dict.fromkeys(policy.needs.gradient_norms, ones * norm),
         dict.fromkeys(policy.needs.weight_norms, ones),
         loss=ones.new_ones(()) if policy.needs.loss else None,
     )
     if isinstance(policy, ClampingPolicy):
         bound_of(policy, statistics, state)
-    else:
-        actions_of(cast(ScalingPolicy, policy), statistics, state)
+        return ()
+    return actions_of(cast(ScalingPolicy, policy), statistics, state)[0]

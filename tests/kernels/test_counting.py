@@ -25,16 +25,6 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(params=[True, False], ids=["compiled", "plain"])
-def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """With the loops and on the way without them, which must agree."""
-    if not request.param:
-        monkeypatch.setattr(compiler, "kinds", frozenset)
-    elif not compiler.kinds():
-        pytest.skip("the compiled loops are switched off")
-    return bool(request.param)
-
-
 def counted(tensors: Sequence[Tensor | None], order: float | None = None) -> list[Any]:
     """What is counted of each, None for one that is not there; after norms of this order."""
     counting = Counting(len(tensors), CPU)

@@ -25,14 +25,7 @@ SIZES = [0, 1, 3, 7, 8, 31, 32, 33, 64, 65, 1000, 4096, 70001]
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(params=[True, False], ids=["compiled", "plain"], autouse=True)
-def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Every test runs on the loops and on the way without them, which must agree."""
-    if not request.param:
-        monkeypatch.setattr(compiler, "kinds", frozenset)
-    elif not compiler.kinds():
-        pytest.skip("the compiled loops are switched off")
-    return bool(request.param)
+pytestmark = pytest.mark.usefixtures("compiled")
 
 
 @pytest.fixture

@@ -279,6 +279,16 @@ def test_one_part_is_refused_and_sparse_gradients_are_left_out() -> None:
     assert not math.isnan(noise.scale)
 
 
+def accumulated(model: nn.Module, clipper: GradClipper, steps: range) -> None:
+    """Steps of two micro-batches, the same ones for the same numbers."""
+    for step in steps:
+        model.zero_grad()
+        torch.manual_seed(step)
+        for _ in range(2):
+            (model(torch.randn(4, 4)).square().mean() / 2).backward()
+        clipper.clip_()
+
+
 def test_the_averages_are_saved_and_go_on() -> None:
     def after(steps: range, state: Any = None) -> RankNoiseScale:
         torch.manual_seed(0)
@@ -287,12 +297,7 @@ def test_the_averages_are_saved_and_go_on() -> None:
         noise = RankNoiseScale(clipper, batch=8, micro_batches=2)
         if state is not None:
             noise.load_state_dict(state)
-        for step in steps:
-            model.zero_grad()
-            torch.manual_seed(step)
-            for _ in range(2):
-                (model(torch.randn(4, 4)).square().mean() / 2).backward()
-            clipper.clip_()
+        accumulated(model, clipper, steps)
         return noise
 
     whole, half = after(range(6)), after(range(3))
@@ -321,12 +326,7 @@ def logged(path: Path, steps: range, state: Any = None) -> tuple[GradClipper, nn
     clipper = distclip.from_config(document, model)
     if state is not None:
         clipper.load_state_dict(state)
-    for step in steps:
-        model.zero_grad()
-        torch.manual_seed(step)
-        for _ in range(2):
-            (model(torch.randn(4, 4)).square().mean() / 2).backward()
-        clipper.clip_()
+    accumulated(model, clipper, steps)
     return clipper, model
 
 

@@ -101,6 +101,18 @@ def test_refused(make: Any, message: str) -> None:
         make()
 
 
+@pytest.mark.parametrize(
+    ("policy", "field"),
+    [
+        (policies.ladder(policies.global_norm(1.0)), "spikes"),
+        (policies.ladder(policies.skip_spikes(), updates=policies.global_norm(1.0)), "updates"),
+    ],
+)
+def test_a_ladder_on_what_never_skips_is_refused(policy: Policy, field: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"{field} is GlobalNorm.*, which never skips"):
+        GradClipper(torch.nn.Linear(2, 2), policy)
+
+
 def test_one_ladder_is_enough() -> None:
     one: Policy = policies.ladder(policies.skip_spikes())
     with pytest.raises(ConfigurationError, match="2 ladders in one policy"):
