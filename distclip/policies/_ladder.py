@@ -79,8 +79,8 @@ class Ladder(ScalingPolicy):
 
     Raises:
         ConfigurationError: a value outside of these ranges; ``spikes`` or ``updates`` is no single
-            policy that scales or skips; ``clips`` with a policy that clips nothing. When it is given
-            to a clipper: ``spikes`` or ``updates`` never skips.
+            policy that scales or skips; ``clips`` with a policy that clips nothing. By a
+            clipper that is given it: ``spikes`` or ``updates`` never skips.
     """
 
     spikes: Policy
