@@ -49,16 +49,16 @@ if TYPE_CHECKING:
     from distclip.functional import clip_grads_with_norm_ as clip_grads_with_norm_
     from distclip.functional import get_total_norm as get_total_norm
     from distclip.functional import grad_norms as grad_norms
+    from distclip.integrations.clipped_step import ClippedStep as ClippedStep
+    from distclip.integrations.micro_batches import MicroBatchClipper as MicroBatchClipper
     from distclip.layouts.declared import declare_sharded as declare_sharded
-    from distclip.micro import MicroBatchClipper as MicroBatchClipper
     from distclip.report import ClipReport as ClipReport
-    from distclip.worker import ClippedStep as ClippedStep
 
 _NAMES = {
     "ClipReport": "distclip.report",
-    "ClippedStep": "distclip.worker",
+    "ClippedStep": "distclip.integrations.clipped_step",
     "GradClipper": "distclip.clipper",
-    "MicroBatchClipper": "distclip.micro",
+    "MicroBatchClipper": "distclip.integrations.micro_batches",
     "clip_grad_agc_": "distclip.functional",
     "clip_grad_norm_": "distclip.functional",
     "clip_grad_value_": "distclip.functional",

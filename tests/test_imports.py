@@ -15,8 +15,7 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parent.parent / "distclip"
-SOURCES = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
+from tests.helpers.sources import PACKAGE, SOURCES, WRITTEN, parsed
 
 IMPORTERS: dict[str, set[str]] = {
     "accelerate": {
@@ -115,10 +114,6 @@ MOVING = {"redistribute", "full_tensor", "distribute_tensor", "distribute_module
 """Methods of a DTensor, and functions beside it, that are collectives."""
 
 
-def parsed(name: str) -> ast.Module:
-    return ast.parse(SOURCES[name].read_text(encoding="utf-8"), filename=name)
-
-
 def imported(tree: ast.AST) -> Iterator[str]:
     """Full names of all that is imported anywhere in a file: ``torch.distributed.ProcessGroup``."""
     for node in ast.walk(tree):
@@ -187,69 +182,6 @@ def test_a_framework_is_imported_by_its_own_files_only(framework: str) -> None:
         if any(full.split(".")[0] == framework for full in imported(parsed(name)))
     }
     assert importers == IMPORTERS[framework]
-
-
-ROOT = PACKAGE.parent
-WRITTEN = {
-    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
-    for folder in ("distclip", "tests", "benchmarks", "launch", "docs")
-    for path in sorted((ROOT / folder).rglob("*.py"))
-}
-
-LONG_FILES = {
-    "distclip/clipper.py": "the docstrings of the public class, which are its reference",
-    "tests/engine/test_attendant.py": "one scripted run, read by all its tests",
-}
-"""Files of more than 400 lines, each with the reason. One that is shorter again has to leave."""
-
-
-def long_functions(source: str) -> list[str]:
-    """Functions of over 60 lines without docstring, and without a comment ``# Long: reason``."""
-    lines = source.splitlines()
-    found = []
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            text = lines[node.lineno - 1 : node.end_lineno]
-            prose = len((ast.get_docstring(node, clean=False) or "").splitlines())
-            size = len(text) - prose
-            if (size > 60) != any(line.strip().startswith("# Long: ") for line in text):
-                found.append(f"{node.name}, {size} lines")
-    return found
-
-
-def prose_lines(source: str) -> int:
-    """Lines of all docstrings, those of attributes too."""
-    return sum(
-        (node.end_lineno or 0) - node.lineno + 1
-        for node in ast.walk(ast.parse(source))
-        if isinstance(node, ast.Expr)
-        and isinstance(node.value, ast.Constant)
-        and isinstance(node.value.value, str)
-    )
-
-
-@pytest.mark.parametrize("name", LONG_FILES)
-def test_a_long_file_is_so_by_its_docstrings(name: str) -> None:
-    assert WRITTEN[name].count("\n") - prose_lines(WRITTEN[name]) <= 400
-
-
-def test_no_file_is_long_without_a_reason() -> None:
-    assert {name for name, text in WRITTEN.items() if text.count("\n") > 400} == set(LONG_FILES)
-
-
-def test_no_function_is_long_without_a_reason() -> None:
-    """And none gives the reason that is short."""
-    found = {name: long for name, text in WRITTEN.items() if (long := long_functions(text))}
-    assert not found
-
-
-def test_a_long_function_is_seen() -> None:
-    long = "def f():\n" + "    x = 1\n" * 61
-    assert long_functions(long) == ["f, 62 lines"]
-    assert not long_functions(long.replace("    x = 1", "    # Long: a table.", 1) + "    x = 1\n")
-    assert not long_functions('def f():\n    """A."""\n' + "    x = 1\n" * 59)
-    assert long_functions("def f():\n    # Long: no longer.\n    x = 1\n")
-    assert prose_lines('class A:\n    """One\n\n    two."""\n    x = 1\n    """Three."""\n') == 4
 
 
 SHARDING = ("torch.distributed.tensor", "torch.distributed.fsdp")

@@ -1,1 +1,1 @@
-"""One file per framework, each the only importer of that framework."""
+"""Clipping in training loops that others wrote: a file per framework, and torch's own loops."""

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 import distclip
 from distclip import ClippedStep, ConfigurationError, GradClipper, policies
 
-GRPO = Path(__file__).parents[1] / "docs" / "example" / "grpo.py"
+GRPO = Path(__file__).parents[2] / "docs" / "example" / "grpo.py"
 UPDATES, BAD, SKIP, MAX, RATE = 7, 4, 2.0, 0.1, 0.02
 POLICY = policies.skip_norm(SKIP, clip_norm=MAX)
 
