@@ -5,8 +5,6 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -16,6 +14,7 @@ import distclip
 import distclip.optim
 import distclip.testing
 from distclip.common import namespaces
+from tests.helpers.processes import python, well
 
 FRAMEWORKS = (
     "accelerate",
@@ -46,12 +45,10 @@ except ModuleNotFoundError as error:
     lazy = error.name
 print(json.dumps([early, lazy, "accelerate" in sys.modules]))
 """
-    result = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True
-    )
+    told = in_a_new_process(program)
     installed = importlib.util.find_spec("accelerate") is not None
     expected = [[], True, True] if installed else [[], "accelerate", False]
-    assert json.loads(result.stdout) == expected
+    assert json.loads(told) == expected
 
 
 @pytest.mark.parametrize("module", [distclip, distclip.testing], ids=lambda m: m.__name__)
@@ -93,11 +90,7 @@ def test_a_module_of_a_framework_is_imported_by_its_public_name(name: str) -> No
 
 
 def in_a_new_process(program: str) -> str:
-    result = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+    return well(python("-c", program))
 
 
 def test_help_needs_no_framework() -> None:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from test_docs import blocks
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.helpers.processes import ROOT, run, well
+
 PAGE = (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8")
 SECTIONS = dict(re.findall(r"^## ([^\n]+)\n(.*?)(?=^## |\Z)", PAGE, re.MULTILINE | re.DOTALL))
 NEEDS = {
@@ -39,23 +37,8 @@ def test_a_section(title: str, folder: Path) -> None:
     if (framework := NEEDS.get(re.split(r"[ ,]", title)[0])) is not None:
         pytest.importorskip(framework)
     commands = [block.text for block in blocks(SECTIONS[title]) if block.language == "bash"]
-    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
-    kept = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("ACCELERATE_", "FSDP_", "DISTCLIP_", "TORCHELASTIC_"))
-    }
     for command in commands:
-        done = subprocess.run(
-            ["bash", "-euc", command],
-            cwd=folder,
-            env={**kept, "PATH": path, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
+        well(run("bash", "-euc", command, folder=folder))
     assert len((folder / "clip.jsonl").read_text(encoding="utf-8").splitlines()) >= 20
 
 

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import os
-import subprocess
-import sys
 import textwrap
 import threading
 import time
@@ -16,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from distclip.tools.launch import leaving
+from tests.helpers.processes import python, well
 
-ROOT = Path(__file__).parents[2]
 NAME = 15
 """PR_SET_NAME of prctl."""
 
@@ -95,13 +92,4 @@ def test_a_run_ends_after_it(tmp_path: Path) -> None:
 
 
 def _python(*arguments: str) -> str:
-    environ = {name: value for name, value in os.environ.items() if name != "RANK"}
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        env={**environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
-    )
-    return done.stdout
+    return well(python(*arguments))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -21,8 +22,8 @@ from distclip.integrations import hooks
 from distclip.tools.check import StepCheck
 from distclip.tools.launch import running
 from distclip.tools.launch.script import Script
+from tests.helpers.processes import ROOT, python
 
-ROOT = Path(__file__).parents[2]
 SHOW = """
 import json, sys, os
 print(json.dumps({
@@ -36,22 +37,10 @@ print(json.dumps({
 Python = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
-@pytest.fixture
-def python(tmp_path: Path) -> Python:
+@pytest.fixture(name="python")
+def python_there(tmp_path: Path) -> Python:
     (tmp_path / "policy.yaml").write_text("policy: measure\n")
-
-    def python(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
-        inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "DISTCLIP_CONFIG")}
-        return subprocess.run(
-            [sys.executable, *arguments],
-            cwd=tmp_path,
-            env={**inherited, "PYTHONPATH": str(ROOT), **environ},
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-
-    return python
+    return functools.partial(python, folder=tmp_path)
 
 
 DISTCLIP = ("-m", "distclip", "run", "--config", "policy.yaml")

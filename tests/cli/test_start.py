@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 from distclip.cli.app import app
+from tests.helpers.processes import ROOT, python, well
 
-ROOT = Path(__file__).parents[2]
 HEAVY = ["torch", "transformers", "accelerate", "deepspeed", "matplotlib"]
 
 COMMANDS = [
@@ -46,11 +44,8 @@ print(json.dumps(found))
 def heavy_modules(commands: list[list[str]]) -> list[tuple[int, list[str]]]:
     """Exit code of each command, and which heavy modules one process has imported by then."""
     program = PROGRAM.replace("{heavy}", repr(HEAVY))
-    result = subprocess.run(
-        [sys.executable, "-c", program, json.dumps(commands)],
-        cwd=ROOT, capture_output=True, text=True, timeout=120, check=True,
-    )  # fmt: skip
-    return [(code or 0, heavy) for code, heavy in json.loads(result.stdout.splitlines()[-1])]
+    told = well(python("-c", program, json.dumps(commands), folder=ROOT))
+    return [(code or 0, heavy) for code, heavy in json.loads(told.splitlines()[-1])]
 
 
 def test_no_help_text_and_no_check_of_a_configuration_imports_torch(tmp_path: Path) -> None:

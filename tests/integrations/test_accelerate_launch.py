@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,37 +12,16 @@ import torch
 from torch import nn
 
 pytest.importorskip("accelerate")
+from tests.helpers.processes import ROOT, python
 from tests.integrations.accelerated import Reference
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-LR = 0.5
-
 
 SCRIPT = Path(__file__).parent / "scripts" / "train_variants.py"
 
 
 def run(folder: Path, command: Sequence[str], out: str = "result") -> tuple[dict[str, Any], str]:
     """Start a script; its result and what it wrote to stderr."""
-    # Nothing of the surrounding run, which may itself be a launched one, reaches the ranks.
-    environ = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("ACCELERATE_", "FSDP_", "DISTCLIP_", "TORCHELASTIC_"))
-        and name not in {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-    }
-    environ |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     result = folder / f"{out}.json"
-    done = subprocess.run(
-        [sys.executable, "-m", *command, str(SCRIPT), str(result)],
-        cwd=folder,
-        env=environ,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = python("-m", *command, str(SCRIPT), str(result), folder=folder)
     return (json.loads(result.read_text()) if result.is_file() else {}), done.stderr
 
 

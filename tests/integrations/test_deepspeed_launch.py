@@ -6,19 +6,16 @@ Each run costs seconds: one of each launcher, on the scripts and configurations 
 from __future__ import annotations
 
 import json
-import os
 import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.helpers.processes import ROOT, run, well
+
 pytest.importorskip("deepspeed")
-
-ROOT = Path(__file__).resolve().parents[2]
-
 
 STEPS, MAX_NORM = 12, 0.25
 
@@ -42,30 +39,13 @@ def launched(
     document["distclip"]["policy"]["max_norm"] = MAX_NORM  # low enough to clip at every step
     document["distclip"]["log"] = {"jsonl": str(folder / "clip.jsonl"), "every": 1}
     (folder / "ds.json").write_text(json.dumps(document))
-    # Nothing of the surrounding run, which may itself be a launched one, reaches the ranks.
-    environ = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("ACCELERATE_", "FSDP_", "DISTCLIP_", "TORCHELASTIC_", "DS_"))
-        and name not in {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-    }
-    environ |= {
-        "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"])),
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "JSON": str(folder / "ds.json"),
-        "PORT": str(free_port()),
-    }
-    done = subprocess.run(
-        [*command, "--jsonl", str(folder / "train.jsonl"), *options],
-        cwd=folder,
-        env=environ,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
+    done = run(
+        *(*command, "--jsonl", str(folder / "train.jsonl"), *options),
+        folder=folder,
+        JSON=str(folder / "ds.json"),
+        PORT=str(free_port()),
     )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    well(done)
     assert "clipped nothing" not in done.stderr
     trained = [line for line in lines(folder / "train.jsonl") if "loss" in line]
     clipped = [line for line in lines(folder / "clip.jsonl") if "total_norm" in line]

@@ -6,9 +6,6 @@ That rank does not go through ``distclip run``: the entry points give it the sam
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -17,10 +14,9 @@ import torch
 
 pytest.importorskip("lightning")
 
+from tests.helpers.processes import python, well
 from tests.integrations.accelerated import same
 from tests.integrations.lightning_runs import SPEC, reference
-
-ROOT = Path(__file__).resolve().parents[2]
 
 SCRIPT = """
 import torch
@@ -63,13 +59,9 @@ torch.save([trainer.world_size, module.net.state_dict(), net.state_dict()],
 def test_two_ranks_and_a_fabric(tmp_path: Path) -> None:
     (tmp_path / "policy.json").write_text(json.dumps({"policy": SPEC}))
     (tmp_path / "train.py").write_text(SCRIPT)
-    environ = {k: v for k, v in os.environ.items() if not k.startswith(("DISTCLIP_", "LOCAL_RANK"))}
-    environ |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "distclip", "run", "--config", "policy.json", "train.py"],
-        cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    command = ("-m", "distclip", "run", "--config", "policy.json", "train.py")
+    done = python(*command, folder=tmp_path)
+    well(done)
     assert "clipped nothing" not in done.stderr
     want, _ = reference(5)
     for rank in range(2):

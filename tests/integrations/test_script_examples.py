@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,8 @@ import distclip
 from distclip.integrations import torch_scripts
 from distclip.testing import run_on_ranks
 from distclip.tools.launch.script import Script
+from tests.helpers.processes import python, well
 
-ROOT = Path(__file__).parents[2]
 SCRIPTS = Path(__file__).parent / "scripts"
 STEPS = 20
 POLICIES: dict[str, dict[str, Any]] = {
@@ -93,23 +92,10 @@ def test_under_torchrun(tmp_path: Path) -> None:
     (tmp_path / "policy.yaml").write_text(
         json.dumps({"policy": POLICIES["train_gpt.py"], "log": {"jsonl": "clip.jsonl"}})
     )
-    environ = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("ACCELERATE_", "FSDP_", "DISTCLIP_", "TORCHELASTIC_"))
-        and name not in {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-    }
     launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*launcher, "-m", "distclip", "run", "--config", "policy.yaml"]
-    done = subprocess.run(
-        [sys.executable, "-m", *command, str(SCRIPTS / "train_gpt.py"), "."],
-        cwd=tmp_path,
-        env={**environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
+    done = python("-m", *command, str(SCRIPTS / "train_gpt.py"), ".", folder=tmp_path)
+    well(done)
     lines = [line for line in done.stderr.splitlines() if line.startswith("distclip: ")]
     assert lines == [
         "distclip: agc(0.02) on 24 parameters, DDP over 2 ranks, float32",

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +12,18 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
+from tests.helpers.processes import python, well
 from tests.integrations.test_trainer import SPEC, WRONG_BY_ITSELF, close
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def launched(folder: Path, before: list[str], after: list[str]) -> Any:
-    environ = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("ACCELERATE_", "FSDP_", "DISTCLIP_", "TORCHELASTIC_", "DS_"))
-        and name not in {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-    }
-    environ |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     script = str(Path(__file__).parent / "scripts" / "train_trainer.py")
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         "-m", "distclip", "run", "--cpu", *before, script, str(folder / "out"), *after],
-        cwd=folder, env=environ, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    done = python(
+        *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+        *("-m", "distclip", "run", "--cpu", *before, script, str(folder / "out"), *after),
+        folder=folder,
+    )
+    well(done)
     assert "clipped nothing" not in done.stderr
     assert "no state of distclip" not in done.stderr
     assert "is not used" in done.stderr

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch.utils.backend_registration as backends
+
+from tests.helpers.processes import python, well
 
 
 @pytest.mark.skipif(
@@ -15,8 +14,4 @@ import torch.utils.backend_registration as backends
 )
 def test_cpu_gradients_beside_an_accelerator() -> None:
     """In a process of its own, with a device that is strict about others, computed on the CPU."""
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.helpers.pretend"], capture_output=True, text=True, timeout=120
-    )
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.strip() == "all equal"
+    assert well(python("-m", "tests.helpers.pretend")).strip() == "all equal"

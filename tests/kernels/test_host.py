@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -18,6 +15,7 @@ from torch import Tensor
 
 from distclip.kernels import changing, measuring
 from distclip.kernels.host import blocks, compiler, kernels
+from tests.helpers.processes import python, well
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 ORDERS = [1.0, 2.0, math.inf]
@@ -334,15 +332,7 @@ print(len(caught), *{str(each.message) for each in caught})
 
 
 def run(code: str, **environment: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return well(python("-c", code, **environment))
 
 
 def test_without_the_compiler_it_says_so_once(compiled: bool) -> None:

@@ -10,8 +10,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
-import subprocess
-import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -23,6 +21,7 @@ from torch import Tensor
 from distclip.kernels import measuring as local
 from distclip.kernels.device import changes, multi_tensor, tables
 from distclip.kernels.device import norms as accelerated
+from tests.helpers.processes import python, well
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton"),
@@ -359,10 +358,4 @@ class TestUsable:
 def test_compiled_kernels_read_16_bytes_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled for an H100, which takes no GPU: a lost alignment costs a half of the speed."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.helpers.compiled"],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
+    well(python("-m", "tests.helpers.compiled"))

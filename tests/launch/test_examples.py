@@ -6,9 +6,7 @@ import argparse
 import importlib
 import json
 import math
-import os
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,10 +17,11 @@ import torch.distributed as dist
 import yaml
 from torch import nn
 
+from tests.helpers.processes import ROOT, python, well
+
 pytest.importorskip("gymnasium")
 pytest.importorskip("accelerate")
 
-ROOT = Path(__file__).resolve().parents[2]
 HYPERPARAMETERS = ROOT / "configs" / "hyperparams_config.json"
 LOOPBACK = ("-m", "distclip.testing.ranks.loopback")
 SHORT_DQN = ["--steps", "1200", "--evaluate-every", "600"]  # 25 updates
@@ -118,14 +117,7 @@ def test_dqn_as_alone(tmp_path: Path) -> None:
 
 
 def start(*command: str) -> str:
-    environ = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
-    environ |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=environ, capture_output=True, text=True,
-        timeout=240, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return well(python(*command, folder=ROOT))
 
 
 def test_dqn_under_both_launchers(tmp_path: Path) -> None:

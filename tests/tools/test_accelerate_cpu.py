@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,8 +18,8 @@ pytest.importorskip("accelerate")
 
 from distclip.errors import ConfigurationError, DistclipError
 from distclip.tools.launch import accelerate_cpu, accelerate_cpu_asked
+from tests.helpers.processes import ROOT, python
 
-ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs" / "accelerate"
 
 # What `distclip run` does with the mode, and nothing else of it.
@@ -112,24 +111,8 @@ class Workshop:
         (folder / "train.py").write_text(SCRIPT)
 
     def start(self, *command: str) -> subprocess.CompletedProcess[str]:
-        # Nothing of the surrounding run, which may itself be a launched one, reaches the ranks.
-        environ = {
-            name: value
-            for name, value in os.environ.items()
-            if not name.startswith(("ACCELERATE_", "FSDP_", "DISTCLIP_", "TORCHELASTIC_"))
-            and name not in {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-        }
-        environ["PYTHONPATH"] = os.pathsep.join((str(ROOT), str(self.folder)))
-        environ["OMP_NUM_THREADS"] = "1"
-        return subprocess.run(
-            [sys.executable, *command],
-            cwd=self.folder,
-            env=environ,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
+        path = os.pathsep.join((str(ROOT), str(self.folder)))
+        return python(*command, folder=self.folder, PYTHONPATH=path)
 
     def launch(
         self, config: Path, ranks: int, *options: str
