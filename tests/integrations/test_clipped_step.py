@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import distclip
 from distclip import ClippedStep, ConfigurationError, GradClipper, policies
+from tests.helpers.main_grad import accumulate
 
 GRPO = Path(__file__).parents[2] / "docs" / "example" / "grpo.py"
 UPDATES, BAD, SKIP, MAX, RATE = 7, 4, 2.0, 0.1, 0.02
@@ -109,12 +110,7 @@ class Engine:
         self.config = type("Config", (), {"clip_grad": 0.0, "use_distributed_optimizer": False})()
         for parameter in self.parameters:
             parameter.main_grad = torch.zeros(parameter.shape)
-            parameter.register_post_accumulate_grad_hook(self.accumulate)
-
-    @staticmethod
-    def accumulate(parameter: Any) -> None:
-        parameter.main_grad.add_(parameter.grad)
-        parameter.grad = None
+            parameter.register_post_accumulate_grad_hook(accumulate)
 
     def zero_grad(self) -> None:
         self.zeroed += 1

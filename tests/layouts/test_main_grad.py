@@ -14,6 +14,7 @@ import distclip
 from distclip import GradClipper, policies
 from distclip.optim import LaProp
 from distclip.testing import expected
+from tests.helpers.main_grad import accumulate
 
 DOCUMENTS: dict[str, Any] = {
     "global_norm": {"name": "global_norm", "max_norm": 0.1},
@@ -45,13 +46,8 @@ class Buffered:
         for parameter in parameters:
             stop = offset + parameter.numel()
             parameter.main_grad = self.buffer[offset:stop].view(parameter.shape)
-            parameter.register_post_accumulate_grad_hook(self.accumulate)
+            parameter.register_post_accumulate_grad_hook(accumulate)
             offset = stop
-
-    @staticmethod
-    def accumulate(parameter: Any) -> None:
-        parameter.main_grad.add_(parameter.grad)
-        parameter.grad = None
 
 
 def trained(*, before: bool) -> tuple[dict[str, Any], Any]:
