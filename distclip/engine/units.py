@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from distclip.kernels import measuring
 from distclip.kernels.measuring import Tables
 from distclip.policies import UnitPolicy
 from distclip.statistics.measurement import piece_norms
@@ -23,7 +24,6 @@ def decide(
     norms: Mapping[float, Tensor],
     weights: Mapping[float, Tensor],
     result: Tensor,
-    span: slice = slice(None),
 ) -> Tensor:
     """Coefficients of units by several policies, one after another.
 
@@ -32,12 +32,10 @@ def decide(
         norms: order -> float64 ``(units,)``, norms of the gradients; not changed.
         weights: the same of the weights.
         result: where the coefficients go, float64 ``(units,)``; may be one of ``weights``.
-        span: the units to decide on, of all.
     """
-    first, stop, _ = span.indices(len(result))
-    step = CHUNK if result.device.type == "cpu" else max(stop - first, 1)
-    for start in range(first, stop, step):
-        part = slice(start, min(start + step, stop))
+    step = CHUNK if result.device.type == "cpu" else max(len(result), 1)
+    for start in range(0, len(result), step):
+        part = slice(start, start + step)
         total: Tensor | None = None
         for policy in policies:
             order = policy.norm_type
@@ -53,45 +51,76 @@ def decide(
 def decide_locally(survey: Survey, local: Local, tables: Tables) -> None:
     """Decide on the units that lie whole on this rank, so that their outcome travels along.
 
-    Their norms in ``local`` become those after it, and their weight norms the coefficients: with
-    many short rows each such vector is a good part of the gradients' size.
+    Weights are measured part by part, and the coefficients take the place of the gradients' norms:
+    with many short rows a vector of a number for each is a good part of the gradients' size.
 
     Args:
         survey: what was measured.
         local: on this rank; what is decided is added to it.
         tables: remembered by the kernels.
     """
-    plan, table = survey.plan, survey.table
+    plan, table, orders = survey.plan, survey.table, survey.request.deciding_orders
     if not survey.request.decided_locally:
         return
     # All ranks send the norms after it, and those on which nothing changes too.
     local.after = dict(local.norms)
     ones = torch.ones(1 + len(plan.entries), dtype=torch.float64, device=plan.device)
     local.smallest, local.clipped = ones[0], torch.zeros_like(ones[1:])
-    whole = table.whole
-    if not whole.size:
+    if not table.parts:
         return
-    total = local.unit_weights[survey.request.deciding_orders[0]][: whole.size]
-    for key, span in table.runs:
-        policies = cast("tuple[UnitPolicy, ...]", key)
-        decide(policies, local.unit_norms, local.unit_weights, total, span)
+    whole = table.whole.size
+    norms = {order: units[:whole] for order, units in local.unit_norms.items()}
+    changed = torch.zeros(table.decided, dtype=torch.float64, device=plan.device)
+    weighing = _weighing(survey, local, tables)
     missing = [number for number in local.missing if number < table.decided]
-    if missing:
-        total.index_fill_(0, table.units_of(missing), 1.0)
-    if plan.device.type == "cpu" and bool((total == 1.0).all()):
-        return
-    local.coefficients = total
-    local.smallest = torch.fmin(local.smallest, _smallest(total))
-    positions = table.index[: table.decided]
-    changed = whole.count(total < 1.0)
+    on_host = plan.device.type == "cpu"
+    for part in table.parts:
+        weights = {order: next(theirs) for order, theirs in weighing.items()}
+        units = {order: each[part.units] for order, each in norms.items()}
+        policies = cast("tuple[UnitPolicy, ...]", part.key)
+        total = decide(policies, units, weights, weights[orders[0]])
+        absent = [each for each in missing if part.numbers.start <= each < part.numbers.stop]
+        if absent:
+            total.index_fill_(0, table.units_of(absent) - part.units.start, 1.0)
+        if not (on_host and _are_ones(total)):
+            if local.coefficients is None:
+                local.coefficients = norms[orders[0]]
+                local.after = {order: each.clone() for order, each in local.norms.items()}
+            local.smallest = torch.fmin(local.smallest, _smallest(total))
+            changed[part.numbers] = part.segments.count(total < 1.0)
+            positions = table.index[part.numbers]
+            for order, each in local.after.items():
+                after = piece_norms(plan, units[order].mul_(total), part.segments, positions, order)
+                each.index_copy_(0, positions, after)
+        units[orders[0]].copy_(total)
+        del weights, total  # before the next part is measured
     if plan.shares is not None:
-        changed = changed * plan.shares[positions]
+        changed = changed * plan.shares[table.index[: table.decided]]
     local.clipped.index_add_(0, table.parameters[: table.decided], changed)
-    for order, before in local.norms.items():
-        norms = local.unit_norms[order][: whole.size].mul_(total)
-        local.after[order] = before.index_copy(
-            0, positions, piece_norms(plan, norms, whole, positions, tables, order)
+
+
+def _weighing(survey: Survey, local: Local, tables: Tables) -> dict[float, Iterator[Tensor]]:
+    """Order -> norms of the weights of the units of one part of the table after another."""
+    plan, table = survey.plan, survey.table
+    return {
+        order: measuring.unit_norms_by_parts(
+            local.deciding,
+            table.dims[: table.decided],
+            table.whole.counts,
+            order,
+            [part.numbers for part in table.parts],
+            device=plan.device,
+            tables=tables,
+            what="weights of units",
         )
+        for order in survey.request.deciding_orders
+    }
+
+
+def _are_ones(coefficients: Tensor) -> bool:
+    """Whether all are 1, of one or more; on the host."""
+    least, most = coefficients.aminmax()  # NaN where one is
+    return least.item() == 1.0 == most.item()
 
 
 def _smallest(coefficients: Tensor) -> Tensor:

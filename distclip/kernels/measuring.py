@@ -10,7 +10,7 @@ tensor on the host.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import cast
 
 import numpy as np
@@ -23,6 +23,7 @@ from distclip.kernels.bounds import held
 from distclip.kernels.device import norms as device_norms
 from distclip.kernels.exponents import Counting
 from distclip.kernels.host import kernels as host
+from distclip.kernels.host.kernels import Chosen
 from distclip.kernels.host.kernels import Tables as Tables
 from distclip.kernels.look import Look as Look
 from distclip.kernels.transfer import to_device
@@ -136,6 +137,52 @@ def unit_norms(
             seen=seen,
             pairs=norm_type == 2.0 and bounds is None,
         )
+    return _unit_norms(tensors, unit_dims, counts, norm_type, bounds, device, chosen, counting)
+
+
+def unit_norms_by_parts(
+    tensors: Sequence[Tensor | None],
+    unit_dims: Sequence[Sequence[int]],
+    counts: Sequence[int],
+    norm_type: float,
+    parts: Sequence[slice],
+    *,
+    device: torch.device,
+    tables: Tables,
+    what: str,
+) -> Iterator[Tensor]:
+    """:func:`unit_norms` of one of ``parts`` of the tensors after another.
+
+    All other arguments are as there.
+    """
+    chosen = None
+    if host.measures(norm_type):
+        chosen = host.choose(
+            tensors, what, unit_dims=unit_dims, counts=counts, tables=tables, pairs=norm_type == 2.0
+        )
+    for part in parts:
+        some, dims, several = tensors[part], unit_dims[part], counts[part]
+        if chosen is not None and chosen.positions is None:
+            theirs = chosen.part(part)
+            yield _unit_norms(some, dims, several, norm_type, None, device, theirs, None)
+        else:
+            name = f"{what} from {part.start}"
+            yield unit_norms(
+                some, dims, several, norm_type, device=device, tables=tables, what=name
+            )
+
+
+def _unit_norms(
+    tensors: Sequence[Tensor | None],
+    unit_dims: Sequence[Sequence[int]],
+    counts: Sequence[int],
+    norm_type: float,
+    bounds: Sequence[float | None] | None,
+    device: torch.device,
+    chosen: Chosen | None,
+    counting: Counting | None,
+) -> Tensor:
+    """:func:`unit_norms`, of which the compiled loops measure those that were ``chosen``."""
     result: Tensor | None = None
     done: set[int] = set()
     if chosen is not None:
@@ -143,11 +190,11 @@ def unit_norms(
             found, doubtful = counting.reading(host.unit_norms, chosen, norm_type)
         else:
             found, doubtful = host.unit_norms(chosen, norm_type)
+        if chosen.positions is None and not doubtful:
+            return torch.from_numpy(found).to(device)
         positions = range(len(tensors)) if chosen.positions is None else chosen.positions
         done = set(positions).difference(positions[number] for number in doubtful)
         result = torch.from_numpy(found).to(device)
-        if chosen.positions is None and not doubtful:
-            return result
     for positions in _others(tensors, list(done)):
         rows = [
             plain.rows(cast(Tensor, tensors[each]), unit_dims[each], counts[each])

@@ -217,7 +217,7 @@ def _measure_norms(
             norms = _as_clamped(counted, norms, order, bounds, local, scratch)
         if table.positions:
             units = local.unit_norms[order]
-            whole = piece_norms(plan, units, table.local, table.index, scratch.tables, order)
+            whole = piece_norms(plan, units, table.local, table.index, order)
             norms.index_copy_(0, table.index, whole)
         local.norms[order] = norms
 
@@ -332,9 +332,10 @@ def _measure_units(
     early: Early | None,
     counting: Counting | None,
 ) -> None:
-    """Norms of all units on this rank, of each order a vector for gradients and one for weights.
+    """Norms of all units on this rank, of each order a vector, and of the weights of some.
 
-    Pieces of a replica that is counted elsewhere have the norm 0, unless they are decided here.
+    Those of the units that are decided on here are measured when they are. Pieces of a replica that
+    is counted elsewhere have the norm 0, unless they are decided here.
     """
     plan, request, table = survey.plan, survey.request, survey.table
     gradients, weighted = table.of(local.dense(plan)), table.of(weights)
@@ -347,34 +348,39 @@ def _measure_units(
         unread = {n for n in local.missing if n < table.decided or not table.trainable[n]}
         unread |= table.uncounted
         weighted = [None if n in unread else each for n, each in enumerate(weighted)]
-    bounds = None if survey.bounds is None else table.of(survey.bounds)
-
-    def of(tensors: Tensors, order: float, what: str) -> Tensor:
-        return measuring.unit_norms(
-            tensors,
-            table.dims,
-            table.local.counts,
-            order,
-            bounds if what == "gradients of units" else None,
-            device=plan.device,
-            tables=scratch.tables,
-            what=what,
-            seen=seen if what == "gradients of units" else None,
-            counting=of_units if what == "gradients of units" else None,
-        )
-
     of_units = None if counting is None else Counting(len(gradients), plan.device)
     late = gradients
     if early is not None:
         late, seen = early.rest(gradients, table.positions), None
     for order in request.unit_orders:
-        local.unit_norms[order] = of(late, order, "gradients of units")
+        local.unit_norms[order] = measuring.unit_norms(
+            late,
+            table.dims,
+            table.local.counts,
+            order,
+            None if survey.bounds is None else table.of(survey.bounds),
+            device=plan.device,
+            tables=scratch.tables,
+            what="gradients of units",
+            seen=seen,
+            counting=of_units,
+        )
         if early is not None:
             early.insert_units(local.unit_norms[order], order)
     if counting is not None and of_units is not None:
         counting.absorb(of_units, table.positions)
-    for order in request.deciding_orders:
-        local.unit_weights[order] = of(weighted, order, "weights of units")
+    local.deciding = weighted[: table.decided]
+    if table.summed.size:
+        for order in request.deciding_orders:
+            local.unit_weights[order] = measuring.unit_norms(
+                weighted[table.decided :],
+                table.dims[table.decided :],
+                table.local.counts[table.decided :],
+                order,
+                device=plan.device,
+                tables=scratch.tables,
+                what="weights of cut units",
+            )
 
 
 def piece_norms(
@@ -382,11 +388,10 @@ def piece_norms(
     norms: Tensor,
     units: Segments,
     positions: Tensor,
-    tables: Tables,
     order: float,
 ) -> Tensor:
     """Norms of the pieces at ``positions`` from those of their units; 0 where not counted."""
-    whole = measuring.segment_norms(norms, units.lengths, units.counts, order, tables)
+    whole = measuring.segment_norms(norms, units.lengths, units.counts, order, units.tables)
     if plan.shares is None:
         return whole
     return torch.where(plan.shares[positions] > 0, whole, 0.0)

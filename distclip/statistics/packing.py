@@ -277,12 +277,12 @@ def _add_norms(packet: Packet, survey: Survey, local: Local) -> None:
     size = table.summed.size
     if not size:
         return
-    for kind, orders, units in (
-        ("units", request.unit_orders, local.unit_norms),
-        ("unit weights", request.deciding_orders, local.unit_weights),
+    for kind, orders, units, first in (
+        ("units", request.unit_orders, local.unit_norms, table.whole.size),
+        ("unit weights", request.deciding_orders, local.unit_weights, 0),
     ):
         for order in orders:
-            some = units[order][table.whole.size :]
+            some = units[order][first:]
             packet.add_norms((kind, order), some, order, table.places, table.shares, size)
 
 

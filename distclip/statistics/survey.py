@@ -82,7 +82,10 @@ class Local:
         weights: order -> float64 ``(pieces,)``.
         unit_norms: order -> float64 ``(local.size,)`` of :class:`UnitTable`, 0 where a gradient is
             missing.
-        unit_weights: order -> float64 ``(local.size,)``, norms of the weights.
+        unit_weights: order -> float64, norms of the weights of those units that are not decided on
+            here, ``(local.size - whole.size,)``.
+        deciding: the weights of the pieces that are decided here; None where the gradient is
+            missing.
         missing: numbers in the table of the pieces that have no gradient.
         loss: float64 ``(2,)``, the sum of the losses given on this rank, and how many those are.
         exponents: float64 ``(parameters, columns)``, the elements here; None where not asked for.
@@ -105,6 +108,7 @@ class Local:
     weights: dict[float, Tensor] = field(default_factory=dict)
     unit_norms: dict[float, Tensor] = field(default_factory=dict)
     unit_weights: dict[float, Tensor] = field(default_factory=dict)
+    deciding: Sequence[Tensor | None] = ()
     missing: Sequence[int] = ()
     loss: Tensor | None = None
     exponents: Tensor | None = None

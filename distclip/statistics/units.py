@@ -13,12 +13,17 @@ import torch
 from torch import Tensor
 
 from distclip.kernels.look import Look
+from distclip.kernels.measuring import Tables
 from distclip.kernels.transfer import to_device
 from distclip.layouts.piece import Piece
 from distclip.layouts.plan import Plan
 from distclip.statistics.request import Request
 
 Each = TypeVar("Each")
+
+AT_ONCE = 1 << 15
+"""Units whose weights are measured at a time on the host: more would be a good part of the size of
+the gradients, and after each reading of so many the next thing is not in the caches any more."""
 
 
 class Segments:
@@ -28,12 +33,14 @@ class Segments:
         counts: units of each tensor.
         lengths: the same, int64 on the device.
         size: of the vector.
+        tables: of the segments, for the kernels.
     """
 
     def __init__(self, counts: Sequence[int], device: torch.device) -> None:
         self.counts = list(counts)
         self.size = sum(self.counts)
         self.lengths = to_device(self.counts, device)
+        self.tables = Tables()
 
     @cached_property
     def owner(self) -> Tensor:
@@ -62,14 +69,20 @@ class Segments:
         return torch.tensor(found, dtype=torch.float64)
 
 
-class Run(NamedTuple):
-    """Neighbouring local pieces that the same policies decide on.
+class Part(NamedTuple):
+    """Neighbouring local pieces that the same policies decide on, and at one time.
 
-    ``key``: stands for the policies; ``units``: where their units lie among the local ones.
+    Attributes:
+        key: stands for the policies.
+        numbers: of the pieces, among the local ones.
+        units: where their units lie among the local ones.
+        segments: these units.
     """
 
     key: Hashable
+    numbers: slice
     units: slice
+    segments: Segments
 
 
 class UnitTable:
@@ -88,7 +101,7 @@ class UnitTable:
         shapes, trainable: of each.
         uncounted: numbers of those whose units are counted on another rank, and not decided here.
         local: the units of these pieces, in this order.
-        runs: of the units that are decided here.
+        parts: of the pieces that are decided here.
         decided: how many pieces are decided here.
         whole: the units of those.
         index: int64, ``positions``; ``parameters``: the row of each in the plan's table.
@@ -129,16 +142,32 @@ class UnitTable:
         self.local = Segments(counts, device)
         self.decided = len(first)
         self.whole = Segments(counts[: self.decided], device) if rest else self.local
-        self.runs: list[Run] = []
-        done = stop = 0
+        self.parts: list[Part] = []
+        done = 0
         for key, members in order.items():
-            start, done = done, done + len(members)
-            begin, stop = stop, stop + sum(counts[start:done])
-            self.runs.append(Run(key, slice(begin, stop)))
+            self._divide(key, done, done + len(members), device)
+            done += len(members)
         self.index = to_device(self.positions, device)
         self.parameters = to_device([piece.index for piece in pieces], device)
         self._set_summed(plan, request)
         self._set_places(pieces[self.decided :], plan, request)
+
+    def _divide(self, key: Hashable, first: int, stop: int, device: torch.device) -> None:
+        """Make parts of the pieces from ``first`` to ``stop``: as large as can be on a device."""
+        counts = self.local.counts
+        start, begin = first, sum(counts[:first])
+        while start < stop:
+            end, units = start, 0
+            while end < stop and (
+                not units or device.type != "cpu" or units + counts[end] <= AT_ONCE
+            ):
+                units += counts[end]
+                end += 1
+            if units:
+                segments = Segments(counts[start:end], device)
+                numbers, span = slice(start, end), slice(begin, begin + units)
+                self.parts.append(Part(key, numbers, span, segments))
+            start, begin = end, begin + units
 
     def _set_summed(self, plan: Plan, request: Request) -> None:
         members = [row for row in request.unit_dims if row not in request.decided_locally]

@@ -7,11 +7,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from distclip import GradClipper, policies
 from distclip.engine.units import CHUNK, decide
+from distclip.kernels import measuring
 from distclip.kernels.host import blocks
+from distclip.statistics import units
 from distclip.statistics.units import Segments
 from distclip.tools.bench.timing import extra_bytes
 
@@ -41,8 +43,14 @@ def test_many_units_are_decided_on_as_all_at_once() -> None:
 
 
 @pytest.mark.parametrize("factor", [1e9, 1e-3])
-def test_the_memory_of_row_agc(factor: float) -> None:
-    parameters = [nn.Parameter(torch.ones(4608, 683)) for _ in range(6)]
+@pytest.mark.parametrize(
+    ("count", "shape", "dtype"),
+    [(6, (4608, 683), torch.float32), (144, (512, 512), torch.bfloat16)],
+)
+def test_the_memory_of_row_agc(
+    count: int, shape: tuple[int, int], dtype: torch.dtype, factor: float
+) -> None:
+    parameters = [nn.Parameter(torch.ones(shape, dtype=dtype)) for _ in range(count)]
     for parameter in parameters:
         parameter.grad = torch.ones_like(parameter)
     clip = GradClipper(parameters, policies.agc(factor)).clip_
@@ -52,6 +60,41 @@ def test_the_memory_of_row_agc(factor: float) -> None:
         parameter.grad = torch.ones_like(parameter)
     gradients = sum(parameter.nbytes for parameter in parameters)
     assert extra_bytes(clip) < (1 << 20) + gradients / 1000
+
+
+def _clipped(policy: policies.Policy, missing: int) -> tuple[list[Tensor], dict[str, object]]:
+    """Gradients of several shapes after clipping, and what the report says."""
+    draw = torch.Generator().manual_seed(1)
+    shapes = [(7, 3), (2, 5), (0, 4), (40, 2), (5,), (3, 2, 2), (1, 9)]
+    parameters = [nn.Parameter(torch.randn(shape, generator=draw)) for shape in shapes]
+    for number, parameter in enumerate(parameters):
+        if number != missing:
+            parameter.grad = torch.randn(parameter.shape, generator=draw)
+    named = [(f"p{number}", each) for number, each in enumerate(parameters)]
+    report = GradClipper(named, policy).clip_()
+    return [p.grad for p in parameters if p.grad is not None], report.to_dict(per_parameter=True)
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 8, 45])
+@pytest.mark.parametrize("missing", [-1, 1, 3])
+def test_units_are_decided_on_part_by_part_as_all_at_once(
+    at_once: int, missing: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = policies.chain(
+        policies.by_name({"p3": policies.agc(0.3), "p5": None}, default=policies.agc(0.9)),
+        policies.agc(0.5, norm_type=1.0),
+    )
+    wanted, told = _clipped(policy, missing)
+    made: list[slice] = []
+    by_parts = measuring.unit_norms_by_parts
+    monkeypatch.setattr(units, "AT_ONCE", at_once)
+    monkeypatch.setattr(
+        measuring, "unit_norms_by_parts", lambda *a, **k: made.extend(a[4]) or by_parts(*a, **k)
+    )
+    found, report = _clipped(policy, missing)
+    assert all(map(torch.equal, found, wanted))
+    assert report == told
+    assert len(made) > 2 * 2  # of weights of two orders, by two policies
 
 
 def test_a_step_finds_all_its_tables_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,6 +96,7 @@ class Table:
     simple: bool
     has_float64: bool
     _shares: dict[int, list[int]] = field(default_factory=dict)
+    _parts: dict[tuple[int, int], Table] = field(default_factory=dict)
 
     def placed(self, addresses: Integers) -> Integers:
         """The blocks, with the addresses that the tensors have now."""
@@ -111,7 +112,29 @@ class Table:
             return self
         blocks = self.blocks.copy()
         blocks[:, Column.INDEX] += (firsts - self.firsts)[self.owner]
-        return replace(self, blocks=blocks, firsts=firsts, rows=rows, _shares={})
+        return replace(self, blocks=blocks, firsts=firsts, rows=rows, _shares={}, _parts={})
+
+    def part(self, numbers: slice) -> Table:
+        """The table of some of the tensors, one after another, whose rows are numbered from 0."""
+        key = first, stop = numbers.start, numbers.stop
+        known = self._parts.get(key)
+        if known is None:
+            begin, end = np.searchsorted(self.owner, key)
+            blocks, firsts = self.blocks[begin:end].copy(), self.firsts[first:stop]
+            blocks[:, Column.INDEX] -= firsts[0]
+            counts = self.counts[first:stop]
+            known = self._parts[key] = Table(
+                blocks,
+                self.owner[begin:end] - first,
+                self.offset[begin:end],
+                firsts - firsts[0],
+                counts,
+                int(counts.sum()),
+                int((blocks[:, Column.ROWS] * blocks[:, Column.LENGTH]).sum()),
+                simple=self.simple,
+                has_float64=self.has_float64,
+            )
+        return known
 
     def shares(self, threads: int) -> list[int]:
         """Bounds of ``threads`` runs of blocks with about equally many elements."""

@@ -61,6 +61,11 @@ class Chosen:
     addresses: Integers
     owners: Sequence[Tensor]
 
+    def part(self, numbers: slice) -> Chosen:
+        """Some of the tensors, one after another; their rows are numbered from 0."""
+        table, addresses = self.table.part(numbers), self.addresses[numbers]
+        return Chosen(self.tensors[numbers], None, table, addresses, self.owners[numbers])
+
 
 @dataclass
 class Tables:
