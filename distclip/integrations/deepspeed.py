@@ -2,7 +2,8 @@
 
 Reduced gradients are measured when ``engine.optimizer.step`` is entered, still multiplied by the
 loss scale, with one all-reduce that takes the place of DeepSpeed's own. What the policy decides is
-done when the inner torch optimizer steps, on fp32 gradients that DeepSpeed has unscaled by then.
+done to the fp32 gradients that the inner torch optimizer steps with: where it is one number, when
+DeepSpeed divides them by the loss scale, in one multiplication; else when that optimizer steps.
 Only this file imports ``deepspeed``.
 """
 
@@ -41,6 +42,7 @@ from distclip.integrations.deepspeed_json import (
 )
 from distclip.integrations.given import PolicyOrConfig
 from distclip.integrations.patches import replace
+from distclip.kernels import changing
 from distclip.layouts import zero
 from distclip.options import OnNonfinite, refuse_late
 from distclip.report import ClipReport
@@ -119,6 +121,7 @@ class EngineAttachment(Attachment):
         self._factor: float | Tensor | None = 1.0
         self._growth: Callable[[], Any] | None = None
         self._skips, self._overflowed = False, False
+        self._multiplied = False
         self._extents = zero.extents(outer, deepspeed_engines.trained(engine))
         self._plain = isinstance(outer, Optimizer) and type(outer).__name__ not in zero.READERS
         self._inners: list[Optimizer] = [outer] if self._plain else [outer.optimizer]
@@ -204,6 +207,7 @@ class EngineAttachment(Attachment):
 
         if type(outer).__name__.startswith("DeepSpeedZeroOptimizer"):
             self._replace(outer, "has_overflow", overflowed, self._is_within_step)
+            self._replace(outer, "unscale_and_clip_grads", self._unscale, self._is_within_step)
         if hasattr(outer, "overflow_checker"):
             self._replace(outer.overflow_checker, "check", overflowed, self._is_within_step)
 
@@ -230,9 +234,7 @@ class EngineAttachment(Attachment):
         outer = self.outer
         self._switch_off()
         outer.overflow = False  # up to 0.19.5 never reset in fp32 and bf16
-        wait = getattr(outer, "_wait_for_offload_copies", None)
-        if wait is not None:
-            wait()
+        getattr(outer, "_wait_for_offload_copies", lambda: None)()
         report = self._decide(float(getattr(outer, "loss_scale", None) or 1.0))
         try:
             result = original(*args, **kwargs)
@@ -248,7 +250,7 @@ class EngineAttachment(Attachment):
     def _decide(self, scale: float) -> ClipReport:
         # Under a dynamic loss scale an overflow is a part of finding the scale, no error.
         dynamic = bool(getattr(self.outer, "dynamic_loss_scale", False))
-        self._growth = None  # set by `_update_scale`, within the step
+        self._growth, self._multiplied = None, False  # set within the step
         mode: OnNonfinite = "skip" if dynamic else self.config.on_nonfinite
         loss_scale = None if scale == 1.0 else torch.tensor(scale)
         report, self._apply = self.clipper.decide(mode, loss_scale)
@@ -279,7 +281,9 @@ class EngineAttachment(Attachment):
             return None
         owners = [p for group in optimizer.param_groups for p in group["params"]]
         owners = [owner for owner in owners if owner.grad is not None]
-        if self._factor is None:
+        if self._multiplied:
+            self._multiplied = False
+        elif self._factor is None:
             self._apply(
                 [
                     (position, cut.of_owner(owner.grad))
@@ -288,9 +292,27 @@ class EngineAttachment(Attachment):
                 ]
             )
         elif isinstance(self._factor, Tensor) or self._factor != 1.0:
-            for owner in owners:
-                owner.grad.mul_(self._factor)
+            gradients = [owner.grad for owner in owners]
+            factor = torch.as_tensor(self._factor, dtype=torch.float64)
+            changing.scale_(gradients, factor.expand(len(gradients)))
         return self.last_report
+
+    def _unscale(self, original: Callable[..., Any], group: Any, *args: Any) -> None:
+        """Multiply once, by the factor and the loss scale together, where there is a factor.
+
+        ``group`` is fp32 gradients to step with, or, at stage 3, the number of their owner.
+        """
+        factor = self._factor
+        if factor is not None and not isinstance(factor, Tensor):
+            factor /= float(self.outer.loss_scale)
+            if not 0.0 < factor < changing.TINY:  # of which float32 has few digits
+                self._multiplied = True
+                if isinstance(group, int):
+                    group = [self.outer.fp32_partitioned_groups_flat[group].grad]
+                for gradient in group if factor != 1.0 else ():
+                    gradient.data.mul_(factor)
+                return
+        original(group, *args)
 
     def _verdict(self) -> Tensor:
         """For DeepSpeed's norm, which with its clipping off only tells it what is an overflow.
@@ -300,8 +322,11 @@ class EngineAttachment(Attachment):
         """
         assert self.last_report is not None
         norm = self.last_report.total_norm
-        sound = torch.isfinite(norm) | self._skips  # a skip is ours
-        return torch.where(sound, 1.0, norm).float().to(getattr(self.outer, "device", "cpu"))
+        if norm.is_cpu:
+            norm = torch.tensor(1.0 if self._skips or math.isfinite(norm) else float(norm))
+        else:
+            norm = torch.where(torch.isfinite(norm) | self._skips, 1.0, norm)
+        return norm.float().to(getattr(self.outer, "device", "cpu"))
 
     def _for_norm(self, original: Callable[..., Any], for_clipping: bool = False) -> Any:
         """BF16_Optimizer takes the norm of these."""

@@ -37,7 +37,8 @@ class Stretch:
         numel: how many.
         owner: the tensor that the inner torch optimizer steps (fp32 master weights, flat).
         offset: where the stretch begins in it.
-        gradient: gives these elements' gradient before the step, flat, or None.
+        gradient: gives these elements' gradient before the step, or None: flat, or all of the
+            parameter in its own shape.
     """
 
     start: int
@@ -196,14 +197,14 @@ def _stage_1_and_2(optimizer: Any) -> Iterator[tuple[Tensor, Extent]]:
                     gradient = (
                         _slice(fetch, offset, numel)
                         if fetch is not None
-                        else averaged.number(here[id(p)])
+                        else _Listed(averaged, here[id(p)], numel)
                     )
                     stretches.append(Stretch(start, numel, owner, offset, gradient))
             yield p, Extent(tuple(stretches), borders, ranks, words="ZeRO-1/2")
 
 
 class _Averaged:
-    """Where in the list of one group's reduced gradients those of its parameters stand.
+    """The list of one group's reduced gradients, as DeepSpeed keeps it until its step.
 
     Between them there may be padding, marked as such. What pads where does not change, so that it
     is looked up once, and no gradient is held between steps.
@@ -211,42 +212,53 @@ class _Averaged:
 
     def __init__(self, optimizer: Any, group: int) -> None:
         self._optimizer, self._group = optimizer, group
-        self._padded: tuple[bool, ...] = ()
+        self._count = 0
         self._places: list[int] = []
 
-    def number(self, number: int) -> Callable[[], Tensor | None]:
-        """Fetches the gradient of the n-th parameter of this rank's partition."""
+    def __call__(self) -> Sequence[Tensor] | None:
+        """The gradients of the parameters in this rank's partition, in order; None: not there."""
+        listed: Sequence[Tensor] | None = self._optimizer.averaged_gradients.get(self._group)
+        if listed is None:
+            return None
+        if len(listed) != self._count:
+            self._count = len(listed)
+            padding = [getattr(tensor, "_zero_padding", False) for tensor in listed]
+            self._places = [place for place, padded in enumerate(padding) if not padded]
+        if len(self._places) == self._count:
+            return listed
+        return [listed[place] for place in self._places]
 
-        def fetch() -> Tensor | None:
-            listed: Sequence[Tensor] | None = self._optimizer.averaged_gradients.get(self._group)
-            if listed is None:
-                return None
-            if number == 0 or not self._places:
-                self._learn(listed)
-            return listed[self._places[number]].reshape(-1)
 
-        return fetch
+@dataclass(frozen=True, slots=True)
+class _Listed:
+    """Gives one of a list of gradients; of a padded one the first ``numel`` elements."""
 
-    def _learn(self, listed: Sequence[Tensor]) -> None:
-        padded = tuple(getattr(tensor, "_zero_padding", False) for tensor in listed)
-        if padded != self._padded:
-            self._padded = padded
-            self._places = [place for place, padding in enumerate(padded) if not padding]
+    averaged: _Averaged
+    number: int
+    numel: int
+    padded: bool = False
+
+    def __call__(self) -> Tensor | None:
+        listed = self.averaged()
+        return None if listed is None else self.cut(listed[self.number])
+
+    def cut(self, gradient: Tensor) -> Tensor:
+        """What is not padding."""
+        return gradient.reshape(-1)[: self.numel] if self.padded else gradient
 
 
 def _stage_3(optimizer: Any) -> Iterator[tuple[Tensor, Extent]]:
     """Each parameter is cut into as many equal parts as there are ranks, padded at the end."""
     for sub, group in enumerate(optimizer.fp16_groups):
-        owner = optimizer.fp32_partitioned_groups_flat[sub]
+        owner, averaged = optimizer.fp32_partitioned_groups_flat[sub], _Averaged(optimizer, sub)
         for number, p in enumerate(group):
-            position, offset, size = optimizer.grad_position[optimizer.get_param_id(p)]
+            _, offset, size = optimizer.grad_position[optimizer.get_param_id(p)]
             partition = getattr(p, "ds_process_group", None) or optimizer.dp_process_group
             rank, ranks = dist.get_rank(partition), _ranks(partition)
             start, numel = rank * size, max(0, min(size, p.ds_numel - rank * size))
+            gradient: Callable[[], Tensor | None] = _Listed(averaged, number, numel, numel < size)
             if optimizer.offload_optimizer:
                 gradient = _slice(_offloaded(owner), offset, numel)
-            else:
-                gradient = _partition(optimizer, position, number, numel)
             stretches = (Stretch(start, numel, owner, offset, gradient),) if numel else ()
             borders = tuple(range(size, p.ds_numel, size)) if size else ()
             yield p, Extent(stretches, borders, ranks, words="ZeRO-3")
@@ -322,14 +334,6 @@ def _entry(listed: Sequence[Tensor], number: int) -> Callable[[], Tensor | None]
     return fetch
 
 
-def _partition(optimizer: Any, sub: int, number: int, numel: int) -> Callable[[], Tensor | None]:
-    def fetch() -> Tensor | None:
-        found = optimizer.averaged_gradients.get(sub)
-        return None if found is None else found[number].reshape(-1)[:numel]
-
-    return fetch
-
-
 def _slice(
     fetch: Callable[[], Tensor | None], offset: int, numel: int
 ) -> Callable[[], Tensor | None]:
@@ -364,11 +368,29 @@ def at_once(pieces: Sequence[Piece]) -> Claimed | None:
     stretches = list({id(cut.stretch): cut.stretch for cut in cuts}.values())
     number = {id(stretch): each for each, stretch in enumerate(stretches)}
 
-    def fetch() -> list[Tensor | None]:
-        return [stretch.gradient() for stretch in stretches]
-
     owner = [number[id(cut.stretch)] for cut in cuts]
-    return places, Boxes(cuts, owner, [stretch.numel for stretch in stretches], fetch)
+    return places, Boxes(cuts, owner, [stretch.numel for stretch in stretches], _all(stretches))
+
+
+def _all(stretches: Sequence[Stretch]) -> Callable[[], list[Tensor | None]]:
+    """Fetches the gradients of stretches; each list of gradients is asked for once."""
+    ways: list[_Listed] = [s.gradient for s in stretches if isinstance(s.gradient, _Listed)]
+    if len(ways) < len(stretches):
+        return lambda: [stretch.gradient() for stretch in stretches]
+    runs = [list(run) for _, run in itertools.groupby(ways, lambda way: way.averaged)]
+    padded = [(place, way) for place, way in enumerate(ways) if way.padded]
+
+    def fetch() -> list[Tensor | None]:
+        found: list[Tensor | None] = []
+        for run in runs:
+            listed = run[0].averaged()
+            found += [None if listed is None else listed[way.number] for way in run]
+        for place, way in padded:
+            whole = found[place]
+            found[place] = None if whole is None else way.cut(whole)
+        return found
+
+    return fetch
 
 
 LAYOUT = Layout(_found, at_once)

@@ -10,8 +10,10 @@ pytest.importorskip("deepspeed")
 
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import distclip
+from distclip.kernels import changing
 from tests.engine.test_matrix import build
 from tests.integrations.engines import (
     VERSION,
@@ -81,6 +83,50 @@ def replay(
             error = float((weight - mirror.weights()[name]).abs().max())
             assert error <= bound, (number, name, error, bound)
     assert clipped
+
+
+class Multiplications(TorchDispatchMode):
+    """Counts multiplications of whole partitions, by torch and by distclip."""
+
+    def __init__(self, engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        inner = engine.optimizer.optimizer
+        owners = [p for group in inner.param_groups for p in group["params"]]
+        owners = owners or engine.optimizer.fp32_partitioned_groups_flat
+        self.numels = {owner.numel() for owner in owners}
+        self.count = 0
+        scale_ = changing.scale_
+
+        def counted(tensors: Any, *args: Any) -> None:
+            self.count += len(tensors)
+            scale_(tensors, *args)
+
+        monkeypatch.setattr(changing, "scale_", counted)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten.mul_.Scalar, torch.ops.aten.mul_.Tensor):
+            self.count += args[0].numel() in self.numels
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("stage", [2, 3])
+def test_the_factor_and_the_loss_scale_are_multiplied_at_once(
+    stage: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    static = {"fp16": {"loss_scale": 1000.0}}  # no power of two
+    for kind, options, max_norm, times in (
+        ("fp32", {}, 1e9, 0),  # stage 3 of DeepSpeed multiplies by 1
+        ("fp16", static, 0.1, 1),
+        ("fp32", {}, 1e-41, 1 if stage == 2 else 2),  # a number of which float32 has few digits
+    ):
+        engine = engine_of(json_of(stage, kind, **options))
+        distclip.deepspeed.attach(engine, distclip.policies.global_norm(max_norm))
+        backward(engine, 0)
+        with monkeypatch.context() as patched, Multiplications(engine, patched) as counted:
+            engine.step()
+        assert counted.count == times, (kind, max_norm)
+        close(engine)
 
 
 @pytest.mark.ranks(2, 3, 4, timeout=300)

@@ -16,6 +16,7 @@ from distclip.common.exponents import of_row
 from distclip.kernels import exponents, measuring
 from distclip.kernels.exponents import Counting
 from distclip.kernels.host import blocks, compiler, kernels
+from distclip.kernels.host import threads as host_threads
 from distclip.statistics.measurement import Scratch, measure
 from distclip.statistics.request import Request
 from distclip.statistics.survey import Survey
@@ -81,7 +82,8 @@ def test_tensors_of_all_kinds_in_one_call(order: float | None) -> None:
 
 
 @pytest.fixture
-def threads() -> Iterator[None]:
+def threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(host_threads, "WORTHWHILE", 1 << 18)
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from distclip.kernels import changing, measuring
 from distclip.kernels.host import blocks, compiler, kernels
+from distclip.kernels.host import threads as host_threads
 from tests.helpers.processes import python, well
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -27,8 +28,9 @@ pytestmark = pytest.mark.usefixtures("compiled")
 
 
 @pytest.fixture
-def threads() -> Iterator[None]:
-    """Whatever a test sets, the next one finds what was there."""
+def threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Whatever a test sets, the next one finds what was there. A quarter million is worthwhile."""
+    monkeypatch.setattr(host_threads, "WORTHWHILE", 1 << 18)
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
@@ -201,6 +203,25 @@ def test_large_tensors_on_any_number_of_threads_give_the_same_bits(compiled: boo
     np.testing.assert_allclose(found[0][0].numpy(), wanted, rtol=1e-12)
     wanted = [reference(row, 2.0) for matrix in matrices[:2] for row in matrix]
     np.testing.assert_allclose(found[0][1][:701].numpy(), wanted, rtol=1e-12)
+
+
+def test_small_tensors_are_not_shared_out_between_threads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Waking another thread takes longer than reading 288 x 4,096 or 2,000 x 1,024 numbers."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    shares: list[tuple[int, int]] = []
+
+    def loop(address: int, first: int, last: int, values: int) -> None:
+        shares.append((first, last))
+
+    for count, numel, threads in ((288, 4096, 1), (2000, 1024, 1), (144, 262_144, 7), (20, 0, 1)):
+        table = blocks.table_of_contiguous([blocks.Kind.FLOAT32] * count, [numel] * count)
+        shares.clear()
+        host_threads.run(loop, table, table.blocks, 0)
+        assert len(shares) == threads
+        assert min(shares)[0] == 0
+        assert max(shares)[1] == count
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -15,8 +15,8 @@ import torch
 
 from distclip.kernels.host.blocks import Integers, Table
 
-WORTHWHILE = 1 << 18
-"""Elements per thread below which another thread costs more than it brings."""
+WORTHWHILE = 1 << 21
+"""Elements per thread below which another thread costs more than it brings: 0.1 ms to wake one."""
 
 
 def run(
