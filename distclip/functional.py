@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterable
 from typing import Literal, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -115,7 +116,8 @@ def clip_grad_value_(
         else:
             tables = session.program.scratch.tables
             with torch.no_grad():
-                changing.clamp_(seen.tensors, policy.bound, seen=seen, tables=tables)
+                bounds = np.full(len(seen.tensors), policy.bound)
+                changing.clamp_(seen.tensors, bounds, seen=seen, tables=tables)
     _note(given, "distclip.clip_grad_value_")
 
 

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -17,7 +19,6 @@ from distclip.kernels import changing
 from distclip.kernels.measuring import Look
 from distclip.kernels.transfer import to_device
 from distclip.layouts import sparse
-from distclip.layouts.plan import Plan
 from distclip.statistics.survey import Local
 
 _shape = operator.attrgetter("shape")
@@ -31,7 +32,8 @@ class Acting:
         program: the compiled policy.
         units: float64 ``(whole.size,)``, what this rank decided on units that lie whole on it; None
             where all are 1.
-        kept: positions of the pieces that the clamp at the head of the pass leaves as they are.
+        kept: bool ``(pieces,)``, those that the clamp at the head of the pass leaves as they are;
+            None where nothing is known.
         ledger: what was decided on all ranks.
         skip: 0-dim bool: change nothing.
         dropped: bool ``(parameters,)``: these gradients become 0.
@@ -39,7 +41,7 @@ class Acting:
 
     program: Program
     units: Tensor | None
-    kept: frozenset[int]
+    kept: npt.NDArray[np.bool_] | None
     ledger: Ledger
     skip: Tensor
     dropped: Tensor | None
@@ -99,10 +101,8 @@ class Acting:
             return
         for number, turn in enumerate(ledger.rounds):
             sure = on_host or skip is self.program.no_skip
-            bounded = present
-            if number == 0 and self.kept:
-                bounded = [each for each in present if each[0] not in self.kept]
-            _clamp(plan, bounded, turn, loss_scale, None if sure else skip)
+            if turn.bounds and (number > 0 or self._clamps()):
+                self._clamp(number, present, loss_scale, None if sure else skip, seen)
             units = self._unit_factors(number, turn)
             whole: Sequence[tuple[int, Tensor]] = present
             if units is not None:
@@ -125,7 +125,7 @@ class Acting:
 
     def _clamps(self) -> bool:
         """Whether the clamp at the head of the pass may change anything on this rank."""
-        return not self.ledger.one.survey.clamped <= self.kept
+        return self.kept is None or not bool(self.kept.all())
 
     def _is_uniform(self) -> bool:
         uniform = self.dropped is None and self.units is None
@@ -195,29 +195,42 @@ class Acting:
         tables = self.program.scratch.tables
         changing.scale_units_(gradients, factors, dims, counts, tables=tables, seen=seen)
 
+    def _clamp(
+        self,
+        number: int,
+        present: Sequence[tuple[int, Tensor]],
+        loss_scale: Tensor | None,
+        skip: Tensor | None,
+        seen: Look | None,
+    ) -> None:
+        """Clamp to the bounds of one round."""
+        bounds = self._bounds(number, present)
+        if loss_scale is not None:
+            on_host = isinstance(bounds, np.ndarray)
+            scale = float(loss_scale) if on_host else loss_scale.double()
+            bounds = bounds * scale if on_host else [bound * scale for bound in bounds]
+        if skip is not None:
+            bounds = [torch.where(skip, math.inf, bound) for bound in bounds]
+        tables = self.program.scratch.tables
+        changing.clamp_([gradient for _, gradient in present], bounds, seen=seen, tables=tables)
+
+    def _bounds(
+        self, number: int, present: Sequence[tuple[int, Tensor]]
+    ) -> list[float | Tensor] | npt.NDArray[np.float64]:
+        """Of each of these gradients the bound of one round; inf for none."""
+        plan, turn = self.program.plan, self.ledger.rounds[number]
+        found = self.ledger.one.survey.bounds
+        if number > 0 or found is None or plan.device.type != "cpu":
+            indices = [plan.pieces[position].index for position, _ in present]
+            several = [turn.bounds.get(index, math.inf) for index in indices]
+            return several if plan.device.type != "cpu" else np.array(several, np.float64)
+        if self.kept is not None:
+            found = np.where(self.kept, math.inf, found)
+        if len(present) < len(plan.pieces):
+            found = found[[position for position, _ in present]]
+        return found
+
     def _rows(self, present: Sequence[tuple[int, Tensor]]) -> Tensor:
         plan = self.program.plan
         rows = [plan.pieces[position].index for position, _ in present]
         return to_device(rows, plan.device)
-
-
-def _clamp(
-    plan: Plan,
-    present: Sequence[tuple[int, Tensor]],
-    turn: Round,
-    loss_scale: Tensor | None,
-    skip: Tensor | None,
-) -> None:
-    clamped = [
-        (gradient, turn.bounds[plan.pieces[position].index])
-        for position, gradient in present
-        if plan.pieces[position].index in turn.bounds
-    ]
-    if not clamped:
-        return
-    bounds: list[float | Tensor] = [bound for _, bound in clamped]
-    if loss_scale is not None:
-        bounds = [bound * loss_scale.double() for bound in bounds]
-    if skip is not None:
-        bounds = [torch.where(skip, math.inf, bound) for bound in bounds]
-    changing.clamp_([gradient for gradient, _ in clamped], bounds)

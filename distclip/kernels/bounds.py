@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 
@@ -17,3 +20,17 @@ def held(bound: float, dtype: torch.dtype) -> float:
     if bound > torch.finfo(dtype).max:
         return math.inf
     return float(torch.tensor(bound, dtype=torch.float64).to(dtype))
+
+
+def all_held(
+    bounds: npt.NDArray[np.float64], dtypes: Sequence[torch.dtype]
+) -> npt.NDArray[np.float64]:
+    """The bound of each of some tensors, float64, as its dtype holds it; inf for none."""
+    found = torch.from_numpy(bounds)
+    for dtype in set(dtypes) - {torch.float64}:
+        rounded = torch.where(found > torch.finfo(dtype).max, math.inf, found.to(dtype).double())
+        if len(set(dtypes)) > 1:
+            of_these = torch.tensor([each is dtype for each in dtypes])
+            rounded = torch.where(of_these, rounded, found)
+        found = rounded
+    return found.numpy()

@@ -10,18 +10,19 @@ there a coefficient that is no normal number of it is multiplied in several step
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterable, Iterator, Sequence
-from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from distclip.kernels.bounds import held
+from distclip.kernels.bounds import all_held, held
 from distclip.kernels.device import changes as device_changes
 from distclip.kernels.device.changes import EXACT, selected, shaped
 from distclip.kernels.host import kernels as host
-from distclip.kernels.host.kernels import Chosen, Tables
+from distclip.kernels.host.kernels import Chosen, Floats, Tables
 from distclip.kernels.look import Look
 
 _dtype, _is_cpu = map(operator.attrgetter, ("dtype", "is_cpu"))
@@ -181,7 +182,7 @@ def scale_units_(
 
 def clamp_(
     tensors: Sequence[Tensor],
-    bounds: float | Sequence[float | Tensor],
+    bounds: Sequence[float | Tensor] | Floats,
     *,
     seen: Look | None = None,
     tables: Tables | None = None,
@@ -190,40 +191,37 @@ def clamp_(
 
     Args:
         tensors: local gradients, any dtype and device.
-        bounds: of each tensor, a number or a 0-dim tensor; or one number for all of them.
+        bounds: of each tensor, a number or a 0-dim tensor; inf to leave it as it is.
         seen: what a look at just these tensors has found.
         tables: what is remembered of them from step to step.
     """
-    if not tensors:
-        return
-    dtypes = list(map(_dtype, tensors)) if seen is None else seen.dtypes
-    limits: list[float | Tensor]
-    if isinstance(bounds, (int, float)):
-        by_dtype = {dtype: held(bounds, dtype) for dtype in set(dtypes)}
-        limits, are_numbers = [by_dtype[dtype] for dtype in dtypes], True
-    else:
-        pairs = zip(bounds, dtypes, strict=True)
-        limits = [bound if isinstance(bound, Tensor) else held(bound, d) for bound, d in pairs]
-        are_numbers = not any(isinstance(bound, Tensor) for bound in limits)
-    numbers = cast(list[float], limits)
-    if are_numbers and not tensors[0].is_cpu:
-        torch._foreach_clamp_max_(list(tensors), numbers)
-        torch._foreach_clamp_min_(list(tensors), [-bound for bound in numbers])
-        return
-    chosen = None
     if all(map(_is_cpu, tensors)) if seen is None else seen.on_host:
-        numbers = numbers if are_numbers else list(map(float, limits))
-        chosen = host.choose(tensors, "clamped", bounds=numbers, tables=tables, seen=seen)
-    if chosen is not None:
-        host.clamp_(chosen)
-        _changed(chosen)
-    for number in _left(chosen, len(tensors)):
-        tensor, bound = tensors[number], limits[number]
-        if isinstance(bound, Tensor):
-            limit = bound.to(tensor.device, tensor.dtype)
-            torch.clamp(tensor, min=-limit, max=limit, out=tensor)
-        else:
-            tensor.clamp_(-bound, bound)
+        limits = np.array(bounds, np.float64)
+        limits = all_held(limits, list(map(_dtype, tensors)) if seen is None else seen.dtypes)
+        chosen = host.choose(tensors, "gradients", tables=tables, seen=seen)
+        for number in _left(chosen, len(tensors)):
+            if math.isfinite(limits[number]):
+                tensors[number].clamp_(-float(limits[number]), float(limits[number]))
+        if chosen is not None:
+            places = chosen.positions
+            host.clamp_(chosen, limits if places is None else limits[list(places)])
+            _changed(chosen)
+        return
+    clamped = [
+        (tensor, bound)
+        for tensor, bound in zip(tensors, bounds, strict=True)
+        if isinstance(bound, Tensor) or bound < math.inf
+    ]
+    if clamped and not any(isinstance(each, Tensor) or t.is_cpu for t, each in clamped):
+        some = [tensor for tensor, _ in clamped]
+        numbers = [held(float(bound), tensor.dtype) for tensor, bound in clamped]
+        torch._foreach_clamp_max_(some, numbers)
+        torch._foreach_clamp_min_(some, [-number for number in numbers])
+        return
+    for tensor, bound in clamped:
+        given = bound if isinstance(bound, Tensor) else held(bound, tensor.dtype)
+        limit = torch.as_tensor(given, dtype=tensor.dtype, device=tensor.device)
+        torch.clamp(tensor, min=-limit, max=limit, out=tensor)
 
 
 def zero_(tensors: Sequence[Tensor], flags: Tensor) -> None:

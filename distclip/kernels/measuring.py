@@ -10,6 +10,7 @@ tensor on the host.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import cast
 
@@ -19,11 +20,11 @@ import torch
 from torch import Tensor
 
 from distclip.kernels import plain
-from distclip.kernels.bounds import held
+from distclip.kernels.bounds import all_held
 from distclip.kernels.device import norms as device_norms
 from distclip.kernels.exponents import Counting
 from distclip.kernels.host import kernels as host
-from distclip.kernels.host.kernels import Chosen
+from distclip.kernels.host.kernels import Chosen, Floats
 from distclip.kernels.host.kernels import Tables as Tables
 from distclip.kernels.look import Look as Look
 from distclip.kernels.transfer import to_device
@@ -32,7 +33,6 @@ from distclip.kernels.transfer import to_device
 def norms(
     tensors: Sequence[Tensor | None],
     norm_type: float,
-    bounds: Sequence[float | None] | None = None,
     *,
     device: torch.device,
     tables: Tables | None = None,
@@ -40,12 +40,11 @@ def norms(
     seen: Look | None = None,
     counting: Counting | None = None,
 ) -> Tensor:
-    """p-norm of each tensor, as if clamped to its bound first.
+    """p-norm of each tensor.
 
     Args:
         tensors: local tensors of any dtype, shape and device; None counts as 0.
         norm_type: p > 0 or inf.
-        bounds: per tensor, measure ``clamp(x, -bound, bound)`` instead; None for as it is.
         device: where the result goes.
         tables: what is remembered of the tensors from step to step.
         what: which of the sets of tensors in ``tables`` these are.
@@ -55,21 +54,18 @@ def norms(
     Returns:
         float64 tensor of shape ``(len(tensors),)``. NaN and inf elements give NaN and inf.
     """
-    bounds = _held(tensors, bounds)
     chosen = None
     if host.measures(norm_type):
-        pairs = norm_type == 2.0 and bounds is None
-        chosen = host.choose(tensors, what, bounds=bounds, tables=tables, seen=seen, pairs=pairs)
+        pairs = norm_type == 2.0
+        chosen = host.choose(tensors, what, tables=tables, seen=seen, pairs=pairs)
     values = None
     if chosen is not None:
-        if counting is not None and bounds is None:
+        if counting is not None:
             found, doubtful = counting.reading(host.norms, chosen, norm_type)
         else:
             found, doubtful = host.norms(chosen, norm_type)
         for number in doubtful:
-            position = number if chosen.positions is None else chosen.positions[number]
-            bound = None if bounds is None else bounds[position]
-            found[number] = float(plain.norm(chosen.tensors[number], norm_type, bound))
+            found[number] = float(plain.norm(chosen.tensors[number], norm_type, None))
         values = torch.from_numpy(found).to(device)
         if chosen.positions is None:
             return values
@@ -80,16 +76,75 @@ def norms(
         result = device_norms.placed(result, done, values)
     for positions in _others(tensors, done):
         some = [cast(Tensor, tensors[position]) for position in positions]
-        limits = None if bounds is None else [bounds[position] for position in positions]
-        here = None if counting is None or limits else Counting(len(some), some[0].device)
+        here = None if counting is None else Counting(len(some), some[0].device)
         if some[0].is_cpu:
-            measured = plain.norms(some, norm_type, limits)
+            measured = plain.norms(some, norm_type)
         else:
-            measured = device_norms.norms(some, norm_type, limits, here)
+            measured = device_norms.norms(some, norm_type, counting=here)
         if counting is not None and here is not None:
             counting.absorb(here, positions)
         result = device_norms.placed(result, positions, measured)
     return result
+
+
+def clamped_norms(
+    tensors: Sequence[Tensor | None],
+    norm_type: float,
+    bounds: Floats,
+    *,
+    device: torch.device,
+    raw: bool,
+    tables: Tables | None = None,
+    what: str = "",
+    seen: Look | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """p-norm of each tensor as if clamped to its bound first, and as it is.
+
+    Args:
+        tensors: as for :func:`norms`.
+        norm_type: p > 0 or inf.
+        bounds: float64 ``(len(tensors),)``, measure ``clamp(x, -bound, bound)``; inf for as it is.
+        device: where the results go.
+        raw: whether the norms as they are have to be known; on the host they are in any case.
+        tables: as for :func:`norms`.
+        what: as for :func:`norms`.
+        seen: as for :func:`norms`.
+
+    Returns:
+        As of :func:`norms`, as if clamped; and as they are, alike to the last bit where no element
+        exceeds its bound. None in place of these on an accelerator where they are not asked for.
+    """
+    limits = _held(tensors, bounds, seen)
+    chosen = None
+    if host.measures(norm_type):
+        chosen = host.choose(tensors, what, tables=tables, seen=seen)
+    done: Sequence[int] = ()
+    both = [torch.zeros(len(tensors), dtype=torch.float64, device=device) for _ in (0, 1)]
+    if chosen is not None:
+        places = chosen.positions
+        some_limits = limits if places is None else limits[list(places)]
+        arrays = []
+        measured_twice = host.clamped_norms(chosen, norm_type, some_limits)
+        for limit, (values, doubtful) in zip((some_limits, None), measured_twice, strict=True):
+            for number in doubtful:
+                bound = None if limit is None else float(limit[number])
+                values[number] = float(plain.norm(chosen.tensors[number], norm_type, bound))
+            arrays.append(torch.from_numpy(values).to(device))
+        if places is None:
+            return arrays[0], arrays[1]
+        done = places
+        both = list(map(device_norms.placed, both, [done] * 2, arrays))
+    for positions in _others(tensors, done):
+        some = [cast(Tensor, tensors[position]) for position in positions]
+        measure = plain.norms if some[0].is_cpu else device_norms.norms
+        # Without a bound in the same way as with one: so they differ only where it is exceeded.
+        for number, read in enumerate((limits, np.full_like(limits, math.inf))):
+            if number == 0 or raw or some[0].is_cpu:
+                each = _or_none(read, bounds, positions)
+                both[number] = device_norms.placed(
+                    both[number], positions, measure(some, norm_type, each)
+                )
+    return both[0], both[1] if raw or device.type == "cpu" else None
 
 
 def unit_norms(
@@ -97,8 +152,9 @@ def unit_norms(
     unit_dims: Sequence[Sequence[int]],
     counts: Sequence[int],
     norm_type: float,
-    bounds: Sequence[float | None] | None = None,
+    bounds: Floats | None = None,
     *,
+    raw: bool = False,
     device: torch.device,
     tables: Tables | None = None,
     what: str = "",
@@ -113,7 +169,8 @@ def unit_norms(
             unit.
         counts: per tensor, how many units it has.
         norm_type: p > 0 or inf.
-        bounds: per tensor, measure ``clamp(x, -bound, bound)`` instead; None for as it is.
+        bounds: as for :func:`clamped_norms`; None for none.
+        raw: with ``bounds``, measure as it is, in the way in which it is measured as if clamped.
         device: where the result goes.
         tables: what is remembered of the tensors from step to step.
         what: which of the sets of tensors in ``tables`` these are.
@@ -124,7 +181,9 @@ def unit_norms(
         float64 ``(sum(counts),)``: the tensors one after another, each in row-major order of its
         ``unit_dims``.
     """
-    bounds = _held(tensors, bounds)
+    limits = None
+    if bounds is not None:
+        limits = np.full_like(bounds, math.inf) if raw else _held(tensors, bounds, seen)
     chosen = None
     if host.measures(norm_type):
         chosen = host.choose(
@@ -132,12 +191,13 @@ def unit_norms(
             what,
             unit_dims=unit_dims,
             counts=counts,
-            bounds=bounds,
             tables=tables,
             seen=seen,
             pairs=norm_type == 2.0 and bounds is None,
         )
-    return _unit_norms(tensors, unit_dims, counts, norm_type, bounds, device, chosen, counting)
+    return _unit_norms(
+        tensors, unit_dims, counts, norm_type, bounds, limits, device, chosen, counting
+    )
 
 
 def unit_norms_by_parts(
@@ -164,7 +224,7 @@ def unit_norms_by_parts(
         some, dims, several = tensors[part], unit_dims[part], counts[part]
         if chosen is not None and chosen.positions is None:
             theirs = chosen.part(part)
-            yield _unit_norms(some, dims, several, norm_type, None, device, theirs, None)
+            yield _unit_norms(some, dims, several, norm_type, None, None, device, theirs, None)
         else:
             name = f"{what} from {part.start}"
             yield unit_norms(
@@ -177,32 +237,39 @@ def _unit_norms(
     unit_dims: Sequence[Sequence[int]],
     counts: Sequence[int],
     norm_type: float,
-    bounds: Sequence[float | None] | None,
+    bounds: Floats | None,
+    limits: Floats | None,
     device: torch.device,
     chosen: Chosen | None,
     counting: Counting | None,
 ) -> Tensor:
-    """:func:`unit_norms`, of which the compiled loops measure those that were ``chosen``."""
+    """:func:`unit_norms`, of which the compiled loops measure those that were ``chosen``.
+
+    As if clamped to ``limits``, where there are ``bounds``.
+    """
     result: Tensor | None = None
     done: set[int] = set()
     if chosen is not None:
-        if counting is not None and bounds is None:
+        positions = range(len(tensors)) if chosen.positions is None else chosen.positions
+        if counting is not None and limits is None:
             found, doubtful = counting.reading(host.unit_norms, chosen, norm_type)
         else:
-            found, doubtful = host.unit_norms(chosen, norm_type)
+            some_limits = None if limits is None else limits[list(positions)]
+            found, doubtful = host.unit_norms(chosen, norm_type, bounds=some_limits)
         if chosen.positions is None and not doubtful:
             return torch.from_numpy(found).to(device)
-        positions = range(len(tensors)) if chosen.positions is None else chosen.positions
         done = set(positions).difference(positions[number] for number in doubtful)
         result = torch.from_numpy(found).to(device)
     for positions in _others(tensors, list(done)):
         rows = [
-            plain.rows(cast(Tensor, tensors[each]), unit_dims[each], counts[each])
-            for each in positions
+            plain.rows(cast(Tensor, tensors[place]), unit_dims[place], counts[place])
+            for place in positions
         ]
-        limits = None if bounds is None else [bounds[position] for position in positions]
+        each: list[float | None] | None = None
+        if bounds is not None and limits is not None:
+            each = _or_none(limits, bounds, positions)
         measure = plain.row_norms if rows[0].is_cpu else device_norms.row_norms
-        values = measure(rows, norm_type, limits).to(device)
+        values = measure(rows, norm_type, each).to(device)
         if result is None and len(values) == sum(counts):
             return values
         if result is None:
@@ -245,16 +312,16 @@ def _units_of(counts: Sequence[int], positions: Sequence[int]) -> npt.NDArray[np
     return np.concatenate([np.arange(stops[p] - counts[p], stops[p]) for p in positions])
 
 
-def _held(
-    tensors: Sequence[Tensor | None], bounds: Sequence[float | None] | None
-) -> Sequence[float | None] | None:
+def _held(tensors: Sequence[Tensor | None], bounds: Floats, seen: Look | None) -> Floats:
     """The bounds, each as its tensor's dtype holds it."""
-    if bounds is None:
-        return None
-    return [
-        bound if bound is None or tensor is None else held(bound, tensor.dtype)
-        for tensor, bound in zip(tensors, bounds, strict=True)
-    ]
+    if seen is not None and len(seen.dtypes) == len(tensors):
+        return all_held(bounds, seen.dtypes)
+    return all_held(bounds, [torch.float64 if t is None else t.dtype for t in tensors])
+
+
+def _or_none(limits: Floats, bounds: Floats, positions: Sequence[int]) -> list[float | None]:
+    """The limits at some positions, None where there is no bound."""
+    return [float(limits[p]) if math.isfinite(bounds[p]) else None for p in positions]
 
 
 def _others(tensors: Sequence[Tensor | None], done: Sequence[int]) -> list[list[int]]:

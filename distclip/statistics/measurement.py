@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import NoneType
 from typing import TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -18,7 +19,6 @@ from distclip.kernels import measuring
 from distclip.kernels.exponents import Counting
 from distclip.kernels.look import Kinds
 from distclip.kernels.measuring import Look, Tables
-from distclip.kernels.transfer import to_device
 from distclip.layouts import soundness, sparse
 from distclip.layouts.fetching import Fetched
 from distclip.layouts.piece import MisplacedError
@@ -100,8 +100,6 @@ def measure(
     if request.unit_dims:
         _measure_units(survey, weights, local, scratch, early, counting)
     _measure_norms(survey, local, scratch, early, counting)
-    if request.bounds:
-        _measure_raw(survey, local)
     if counting is not None:
         local.exponents = _exponents(plan, local, scratch, counting)
     if request.weight_orders:
@@ -191,70 +189,67 @@ def _measure_norms(
     counted = _counted(survey, local.present)
     of_all = counted is local.present
     bounds = survey.bounds
-    # A norm of the host is compared with the bound before anything is read as if clamped.
-    reads = bounds is not None and plan.device.type == "cpu"
     if early is not None:
         counted = early.rest(counted, range(len(counted)))
         of_all = False
+    seen = local.seen if of_all else None
     for order in request.orders:
-        if len(table.positions) == len(plan.pieces) and bounds is None:
+        if bounds is not None:
+            norms = _as_clamped(survey, counted, order, bounds, local, scratch, seen)
+        elif len(table.positions) == len(plan.pieces):
             norms = torch.zeros(len(plan.pieces), dtype=torch.float64, device=plan.device)
         else:
             norms = measuring.norms(
                 counted,
                 order,
-                None if reads else bounds,
                 device=plan.device,
                 tables=scratch.tables,
                 what="gradients",
-                seen=local.seen if of_all else None,
+                seen=seen,
                 counting=None if local.sparse else counting,
             )
             if early is not None:
                 early.insert(norms, order)
-        if reads and bounds is not None:
-            local.raw[order] = norms
-            norms = _as_clamped(counted, norms, order, bounds, local, scratch)
         if table.positions:
             units = local.unit_norms[order]
             whole = piece_norms(plan, units, table.local, table.index, order)
             norms.index_copy_(0, table.index, whole)
+            if order in local.raw:
+                units = local.raw_units[order]
+                whole = piece_norms(plan, units, table.local, table.index, order)
+                local.raw[order].index_copy_(0, table.index, whole)
         local.norms[order] = norms
 
 
 def _as_clamped(
+    survey: Survey,
     counted: Tensors,
-    raw: Tensor,
     order: float,
-    bounds: Sequence[float | None],
+    bounds: npt.NDArray[np.float64],
     local: Local,
     scratch: Scratch,
+    seen: Look | None,
 ) -> Tensor:
-    """Norms of host tensors as if clamped, from their norms as they are.
-
-    No element is larger than a norm of the whole: only where that exceeds the bound is anything
-    read once more, and clamped.
-    """
-    limits = scratch.tables.remembered("limits", bounds, lambda: _limits(bounds))
-    within = (raw <= limits).tolist()
-    local.kept = frozenset(
-        position
-        for position, (inside, each) in enumerate(zip(within, counted, strict=True))
-        if inside and each is not None
+    """Norms as if clamped; notes those as they are, and on the host which clamps do nothing."""
+    plan, request = survey.plan, survey.request
+    norms, raw = measuring.clamped_norms(
+        counted,
+        order,
+        bounds,
+        device=plan.device,
+        raw=order in request.raw_orders,
+        tables=scratch.tables,
+        what="gradients",
+        seen=seen,
     )
-    if all(within):
-        return raw
-    exceeding = [None if inside else each for inside, each in zip(within, counted, strict=True)]
-    clamped = measuring.norms(
-        exceeding, order, bounds, device=raw.device, tables=scratch.tables, what="clamped"
-    )
-    return torch.where(torch.tensor(within), raw, clamped)
-
-
-def _limits(bounds: Sequence[float | None]) -> Tensor:
-    """Norms that are below their bound, whatever they were rounded to; inf without a bound."""
-    limits = [math.inf if bound is None else bound for bound in bounds]
-    return torch.tensor(limits, dtype=torch.float64) * (1.0 - 2.0**-40)
+    if raw is not None and order in request.raw_orders:
+        local.raw[order] = raw
+    if raw is not None and plan.device.type == "cpu":
+        # No element is larger than a norm of the whole, but for what the norm was rounded by.
+        local.kept = raw.numpy() <= bounds * (1.0 - 2.0**-40)
+        if counted is not local.present:  # there may be a gradient that is not counted here
+            local.kept &= np.array([each is not None for each in counted])
+    return norms
 
 
 def _counted(survey: Survey, present: Tensors) -> Tensors:
@@ -281,30 +276,6 @@ def _exponents(plan: Plan, local: Local, scratch: Scratch, counting: Counting) -
     if plan.shares is not None:
         rows = rows * plan.shares.unsqueeze(1)
     return rows if plan.rows is None else table.index_add_(0, plan.rows, rows)
-
-
-def _measure_raw(survey: Survey, local: Local) -> None:
-    """Norms as they are before the clamping: only clamped pieces are read once more."""
-    plan, request = survey.plan, survey.request
-    known, numbers = local.raw, survey.table.numbers
-    local.raw = {}
-    for order in request.raw_orders:
-        unread = survey.clamped if order not in known else survey.clamped & numbers.keys()
-        clamped: list[Tensor | None] = [
-            gradient if position in unread and plan.pieces[position].share > 0.0 else None
-            for position, gradient in enumerate(local.present)
-        ]
-        norms = known.get(order, local.norms[order])
-        if order in known and numbers:  # of pieces that have units nothing is in it yet
-            index = survey.table.index
-            norms = norms.index_copy(0, index, local.norms[order][index])
-        if unread:
-            # In the same way as with a bound, so that they differ only where something was clamped.
-            unbounded = [math.inf] * len(clamped)
-            raw = measuring.norms(clamped, order, unbounded, device=plan.device)
-            chosen = [position in unread for position in range(len(clamped))]
-            norms = torch.where(to_device(chosen, plan.device) > 0, raw, norms)
-        local.raw[order] = norms
 
 
 def _measure_weights(survey: Survey, weights: Tensors, local: Local, scratch: Scratch) -> None:
@@ -348,25 +319,33 @@ def _measure_units(
         unread = {n for n in local.missing if n < table.decided or not table.trainable[n]}
         unread |= table.uncounted
         weighted = [None if n in unread else each for n, each in enumerate(weighted)]
-    of_units = None if counting is None else Counting(len(gradients), plan.device)
-    late = gradients
-    if early is not None:
-        late, seen = early.rest(gradients, table.positions), None
-    for order in request.unit_orders:
-        local.unit_norms[order] = measuring.unit_norms(
+    bounds = None if survey.bounds is None else survey.bounds[list(table.positions)]
+
+    def of_gradients(order: float, *, raw: bool = False) -> Tensor:
+        return measuring.unit_norms(
             late,
             table.dims,
             table.local.counts,
             order,
-            None if survey.bounds is None else table.of(survey.bounds),
+            bounds,
+            raw=raw,
             device=plan.device,
             tables=scratch.tables,
             what="gradients of units",
             seen=seen,
             counting=of_units,
         )
+
+    of_units = None if counting is None else Counting(len(gradients), plan.device)
+    late = gradients
+    if early is not None:
+        late, seen = early.rest(gradients, table.positions), None
+    for order in request.unit_orders:
+        local.unit_norms[order] = of_gradients(order)
         if early is not None:
             early.insert_units(local.unit_norms[order], order)
+        if bounds is not None and order in request.raw_orders:
+            local.raw_units[order] = of_gradients(order, raw=True)
     if counting is not None and of_units is not None:
         counting.absorb(of_units, table.positions)
     local.deciding = weighted[: table.decided]

@@ -7,6 +7,8 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -44,10 +46,12 @@ class Survey:
         return self if request is self.request else replace(self, request=request)
 
     @cached_property
-    def bounds(self) -> list[float | None] | None:
-        """Per piece here, what it is measured as if clamped to; None where none is."""
+    def bounds(self) -> npt.NDArray[np.float64] | None:
+        """float64 ``(pieces,)``, what each is measured as if clamped to; inf, or None, for none."""
         bounds = self.request.bounds
-        return [bounds.get(piece.index) for piece in self.plan.pieces] if bounds else None
+        if not bounds:
+            return None
+        return np.array([bounds.get(piece.index, math.inf) for piece in self.plan.pieces])
 
     @cached_property
     def clamped(self) -> frozenset[int]:
@@ -78,10 +82,12 @@ class Local:
         trouble: what went wrong here; every rank has to learn of it before anybody raises.
         norms: order -> float64 ``(pieces,)``, 0 where not measured or not counted.
         raw: the same without the clamping, for ``raw_orders``.
-        kept: positions of the pieces that their clamp is known to leave as they are.
+        kept: bool ``(pieces,)``, those that their clamp is known to leave as they are; None where
+            nothing is known.
         weights: order -> float64 ``(pieces,)``.
         unit_norms: order -> float64 ``(local.size,)`` of :class:`UnitTable`, 0 where a gradient is
             missing.
+        raw_units: as ``unit_norms``, without the clamping, where any piece is clamped.
         unit_weights: order -> float64, norms of the weights of those units that are not decided on
             here, ``(local.size - whole.size,)``.
         deciding: the weights of the pieces that are decided here; None where the gradient is
@@ -104,9 +110,10 @@ class Local:
     trouble: DistclipError | None = None
     norms: dict[float, Tensor] = field(default_factory=dict)
     raw: dict[float, Tensor] = field(default_factory=dict)
-    kept: frozenset[int] = frozenset()
+    kept: npt.NDArray[np.bool_] | None = None
     weights: dict[float, Tensor] = field(default_factory=dict)
     unit_norms: dict[float, Tensor] = field(default_factory=dict)
+    raw_units: dict[float, Tensor] = field(default_factory=dict)
     unit_weights: dict[float, Tensor] = field(default_factory=dict)
     deciding: Sequence[Tensor | None] = ()
     missing: Sequence[int] = ()

@@ -13,6 +13,7 @@ import math
 import traceback
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -137,13 +138,21 @@ def check_measuring(rows: Tensor, short: Tensor) -> None:
 
     cpu, there = torch.device("cpu"), torch.device(NAME)
     for order in (1.0, 2.0, 3.0, math.inf):
-        for bounds in (None, [0.5, None, None]):
-            want, have = (
-                local.norms([rows, short, None], order, bounds, device=device)
-                for device in (cpu, there)
-            )
-            assert have.device.type == NAME
-            assert torch.equal(read(have), want), ("norms", order)
+        want, have = (
+            local.norms([rows, short, None], order, device=device) for device in (cpu, there)
+        )
+        assert have.device.type == NAME
+        assert torch.equal(read(have), want), ("norms", order)
+        bounds = np.array([0.5, math.inf, math.inf])
+        wanted, found = (
+            local.clamped_norms([rows, short, None], order, bounds, device=device, raw=True)
+            for device in (cpu, there)
+        )
+        for want, each in zip(wanted, found, strict=True):
+            assert want is not None
+            assert each is not None
+            assert each.device.type == NAME
+            assert torch.equal(read(each), want), ("clamped norms", order)
         want, have = (
             local.unit_norms([rows, short], [(0,), ()], [6, 1], order, device=device)
             for device in (cpu, there)

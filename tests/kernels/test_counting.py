@@ -126,9 +126,9 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     found: list[tuple[str, int]] = []
     run = kernels._run
 
-    def watched(name: str, table: blocks.Table, *arguments: Any) -> None:
-        found.append((name, table.elements))
-        run(name, table, *arguments)
+    def watched(name: str, chosen: kernels.Chosen, *arguments: Any) -> None:
+        found.append((name, chosen.table.elements))
+        run(name, chosen, *arguments)
 
     monkeypatch.setattr(kernels, "_run", watched)
     return found

@@ -63,12 +63,26 @@ def test_norms(dtype: torch.dtype, order: float, bound: float | None) -> None:
     tensors += [drawn(40, 50, dtype=dtype).t(), drawn(6, 5, 8, dtype=dtype)[:, ::2], None]
     tensors += [drawn(30, 70, dtype=dtype)[3:9, 5:60:3], drawn(9, dtype=dtype).expand(4, 9)]
     tensors += [drawn(4, 6, 10, 3, dtype=dtype)[::2, 1:5, ::3], torch.tensor(-2.5, dtype=dtype)]
-    bounds = None if bound is None else [bound] * len(tensors)
-    found = measuring.norms(tensors, order, bounds, device=CPU)
-    limit = bound if bound is None or bound <= torch.finfo(dtype).max else None
-    wanted = [0.0 if t is None else reference(t, order, limit) for t in tensors]
+    raw = measuring.norms(tensors, order, device=CPU)
+    wanted = [0.0 if t is None else reference(t, order) for t in tensors]
+    assert raw.dtype is torch.float64
+    np.testing.assert_allclose(raw.numpy(), wanted, rtol=4e-12, atol=0.0)
+    if bound is None:
+        return
+    bounds = np.array([math.inf if n % 5 == 3 else bound for n in range(len(tensors))])
+    found, beside = measuring.clamped_norms(tensors, order, bounds, device=CPU, raw=False)
+    limits = [None if b > torch.finfo(dtype).max else b for b in bounds.tolist()]
+    pairs = zip(tensors, limits, strict=True)
+    clamped = [0.0 if t is None else reference(t, order, limit) for t, limit in pairs]
     assert found.dtype is torch.float64
-    np.testing.assert_allclose(found.numpy(), wanted, rtol=4e-12, atol=0.0)
+    np.testing.assert_allclose(found.numpy(), clamped, rtol=4e-12, atol=0.0)
+    assert beside is not None
+    assert torch.equal(beside, raw) or not kernels.compiler.kinds()
+    np.testing.assert_allclose(beside.numpy(), raw.numpy(), rtol=4e-12, atol=0.0)
+    # What no element of exceeds its bound is measured alike, to the last bit.
+    largest = [0.0 if t is None else float(t.abs().max()) if t.numel() else 0.0 for t in tensors]
+    for number, (limit, most) in enumerate(zip(limits, largest, strict=True)):
+        assert (found[number] == beside[number]) or (limit is not None and most > limit)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -90,7 +104,7 @@ def test_norms_of_units(dtype: torch.dtype, order: float) -> None:
     counts = [math.prod(t.shape[d] for d in chosen) for t, chosen in cases]
     wanted = [reference(row, order) for each in cases for row in rows_of(*each)]
     for bound in (None, 0.4):
-        bounds = None if bound is None else [bound] * len(cases)
+        bounds = None if bound is None else np.full(len(cases), bound)
         if bound is not None:
             wanted = [reference(row, order, bound) for each in cases for row in rows_of(*each)]
         found = measuring.unit_norms(tensors, dims, counts, order, bounds, device=CPU)
@@ -153,7 +167,8 @@ def test_what_is_not_finite_shows(dtype: torch.dtype, order: float, odd: float, 
     tensor[place] = odd
     (found,) = measuring.norms([tensor], order, device=CPU).tolist()
     assert math.isnan(found) if math.isnan(odd) else found == math.inf
-    (found,) = measuring.norms([tensor], order, [0.5], device=CPU).tolist()
+    bounded, _ = measuring.clamped_norms([tensor], order, np.array([0.5]), device=CPU, raw=False)
+    found = bounded.item()
     assert math.isnan(found) == math.isnan(odd)
     (found, *_) = measuring.unit_norms([tensor[:, None]], [()], [1], order, device=CPU).tolist()
     assert math.isnan(found) if math.isnan(odd) else found == math.inf
@@ -281,7 +296,9 @@ def test_clamping(dtype: torch.dtype, bound: float) -> None:
     largest = torch.finfo(dtype).max
     limit = torch.tensor(bound, dtype=torch.float64)
     wanted = [torch.clamp(t, -limit.to(dtype), limit.to(dtype)) for t in made()]
-    for bounds in (bound, [bound] * len(wanted), [bound, *[limit] * (len(wanted) - 1)]):
+    alike = [bound] * (len(wanted) - 1)
+    wanted[0] = made()[0]
+    for bounds in ([math.inf, *alike], [math.inf, bound, *[limit] * (len(wanted) - 2)]):
         tensors = made()
         changing.clamp_(tensors, bounds)
         for now, then in zip(tensors, wanted, strict=True):

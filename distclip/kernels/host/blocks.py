@@ -40,16 +40,15 @@ KINDS = {
     torch.float64: Kind.FLOAT64,
 }
 
-BOUNDED, STRIDED = 1, 2
-"""Flags of a block's variant; the kind is in the bits above."""
+STRIDED = 1
+"""Flag of a block's variant; the kind is in the bits above."""
 
 
 class Column(enum.IntEnum):
     """What the table holds of a block; every column is int64.
 
-    ``VARIANT``: ``4 * kind``, plus the flags. ``STEP`` and ``ROW_STEP``: bytes from an element, or
-    a row, to the next. ``BOUND``: the bits of a float64 number. ``INDEX``: the place of the first
-    row's number.
+    ``VARIANT``: ``2 * kind``, plus the flag. ``STEP`` and ``ROW_STEP``: bytes from an element, or a
+    row, to the next. ``INDEX``: the place of the first row's number.
     """
 
     ADDRESS = 0
@@ -58,14 +57,13 @@ class Column(enum.IntEnum):
     ROW_STEP = 3
     LENGTH = 4
     STEP = 5
-    BOUND = 6
-    INDEX = 7
+    INDEX = 6
 
 
 COLUMNS = len(Column)
 
-COUNTED = "_counted"
-"""Ends the name of a loop that also counts exponents."""
+COUNTED, CLAMPED = "_counted", "_clamped"
+"""End the names of loops that also count exponents, or measure as if clamped, too."""
 RECORD = exponents.COLUMNS + 3
 """Float64 numbers of a block's counts of exponents: the columns, and room to write in."""
 
@@ -198,7 +196,6 @@ def _rectangle(dims: Sequence[tuple[int, int]]) -> Shape:
 def table_of(
     kinds: Sequence[Kind],
     shapes: Sequence[Shape],
-    bounds: Sequence[float | None] | None = None,
     *,
     units: bool = False,
 ) -> Table:
@@ -207,21 +204,18 @@ def table_of(
     Args:
         kinds: of each tensor.
         shapes: of each tensor.
-        bounds: per tensor, what its elements are clamped to; None for as they are.
         units: rows are units, which are never divided.
     """
     kind = np.array(kinds, np.int64)
     described = np.array([(s.rows, s.row_step, s.length, s.step) for s in shapes], np.int64)
     rows, row_step, length, step = described.reshape(-1, 4).T
-    limits = _limits(bounds, len(kinds))
-    return _divided(kind, rows, row_step, length, step, limits, units=units)
+    return _divided(kind, rows, row_step, length, step, units=units)
 
 
 def table_of_contiguous(
     kinds: Sequence[Kind],
     numels: Sequence[int] | Integers,
     counts: Sequence[int] | None = None,
-    bounds: Sequence[float | None] | None = None,
 ) -> Table:
     """The table of contiguous tensors.
 
@@ -229,13 +223,11 @@ def table_of_contiguous(
         kinds: of each tensor.
         numels: elements of each.
         counts: rows of each, for its units; None: each is one row.
-        bounds: as for :func:`table_of`.
     """
     kind, numel = np.array(kinds, np.int64), np.array(numels, np.int64)
     rows = np.ones_like(numel) if counts is None else np.array(counts, np.int64)
     length = numel // np.maximum(rows, 1)
-    step, limits = np.ones_like(numel), _limits(bounds, len(kinds))
-    return _divided(kind, rows, length, length, step, limits, units=counts is not None)
+    return _divided(kind, rows, length, length, np.ones_like(numel), units=counts is not None)
 
 
 def table_of_segments(lengths: Sequence[int]) -> Table:
@@ -250,12 +242,6 @@ def table_of_segments(lengths: Sequence[int]) -> Table:
     )
 
 
-def _limits(bounds: Sequence[float | None] | None, count: int) -> npt.NDArray[np.float64]:
-    if bounds is None:
-        return np.full(count, np.inf)
-    return np.array([np.inf if bound is None else bound for bound in bounds], np.float64)
-
-
 SIZES = np.array([4, 2, 2, 8])
 """Bytes of a number, by kind."""
 
@@ -266,7 +252,6 @@ def _divided(
     row_step: Integers,
     length: Integers,
     step: Integers,
-    limits: npt.NDArray[np.float64],
     *,
     units: bool,
 ) -> Table:
@@ -287,15 +272,13 @@ def _divided(
 
     done = part * np.where(each(by_rows), each(at_once), 1)  # rows before this part
     blocks = np.zeros((len(owner), COLUMNS), np.int64)
-    flags = np.where(np.isinf(limits), 0, BOUNDED) + np.where(step == 1, 0, STRIDED)
-    blocks[:, Column.VARIANT] = each(4 * kind + flags)
+    blocks[:, Column.VARIANT] = each(2 * kind + np.where(step == 1, 0, STRIDED))
     whole_rows = np.where(each(by_rows), np.minimum(each(at_once), each(rows) - done), each(rows))
     blocks[:, Column.ROWS] = whole_rows
     blocks[:, Column.ROW_STEP] = each(row_step * size)
     rest = np.minimum(each(length) - part * PART, PART)
     blocks[:, Column.LENGTH] = np.where(each(by_length), rest, each(length))
     blocks[:, Column.STEP] = each(step * size)
-    blocks[:, Column.BOUND] = each(limits.view(np.int64))
     blocks[:, Column.INDEX] = each(firsts) + done
     by_part = np.where(
         each(by_length), part * PART * each(step * size), done * each(row_step * size)

@@ -17,6 +17,7 @@ from torch import Tensor
 from distclip.common import exponents
 from distclip.kernels.host import compiler, threads
 from distclip.kernels.host.blocks import (
+    CLAMPED,
     COUNTED,
     KINDS,
     RECORD,
@@ -87,7 +88,6 @@ def choose(
     *,
     unit_dims: Sequence[Sequence[int]] | None = None,
     counts: Sequence[int] | None = None,
-    bounds: Sequence[float | None] | None = None,
     tables: Tables | None = None,
     seen: Look | None = None,
     pairs: bool = False,
@@ -100,7 +100,6 @@ def choose(
         unit_dims: per tensor, the dims that index its units, which are then the rows.
         counts: per tensor, how many units it has; with ``unit_dims``. The table then describes the
             vector of the units of all the tensors, taken or not.
-        bounds: per tensor, what its elements are clamped to when they are read.
         tables: remembered tables.
         seen: what a look at those that are there has found.
         pairs: whether complex numbers are two real ones each, as for 2-norms and multiplication.
@@ -111,9 +110,9 @@ def choose(
     tables = Tables() if tables is None else tables
     seen = look(there(tensors)) if seen is None else seen
     if seen is not None and _takes(seen, kinds, unit_dims):
-        return _chosen(tensors, what, counts, bounds, tables, seen)
-    make = functools.partial(_select, tensors, kinds, unit_dims, counts, bounds, pairs)
-    key = _layouts(tensors, unit_dims, counts, bounds, pairs)
+        return _chosen(tensors, what, counts, tables, seen)
+    make = functools.partial(_select, tensors, kinds, unit_dims, counts, pairs)
+    key = _layouts(tensors, unit_dims, counts, pairs)
     selected = make() if key is None else tables.remembered(f"{what} one by one", key, make)
     if selected is None:
         return None
@@ -163,7 +162,6 @@ def _select(
     kinds: frozenset[Kind],
     unit_dims: Sequence[Sequence[int]] | None,
     counts: Sequence[int] | None,
-    bounds: Sequence[float | None] | None,
     pairs: bool,
 ) -> _Selected | None:
     found: list[tuple[int, Kind, Shape]] = []
@@ -182,8 +180,7 @@ def _select(
     if not found:
         return None
     where, of_kinds, shapes = zip(*found, strict=True)
-    limits = None if bounds is None else [bounds[number] for number in where]
-    table = table_of(of_kinds, shapes, limits, units=unit_dims is not None)
+    table = table_of(of_kinds, shapes, units=unit_dims is not None)
     if counts is not None:
         table = table.within(_starts(counts, where), sum(counts))
     return _Selected(where, are_complex, table)
@@ -193,7 +190,6 @@ def _chosen(
     tensors: Sequence[Tensor | None],
     what: str,
     counts: Sequence[int] | None,
-    bounds: Sequence[float | None] | None,
     tables: Tables,
     seen: Look,
 ) -> Chosen:
@@ -204,13 +200,12 @@ def _chosen(
 
     def make() -> Table:
         kinds = [KINDS[dtype] for dtype in seen.dtypes]
-        limits = None if bounds is None else _at(bounds, positions)
         if counts is None:
-            return table_of_contiguous(kinds, seen.numels, None, limits)
-        table = table_of_contiguous(kinds, seen.numels, _at(counts, positions), limits)
+            return table_of_contiguous(kinds, seen.numels)
+        table = table_of_contiguous(kinds, seen.numels, _at(counts, positions))
         return table.within(_starts(counts, positions), sum(counts))
 
-    key = seen.kinds, counts, bounds, positions
+    key = seen.kinds, counts, positions
     table = tables.remembered(what, key, make)
     return Chosen(seen.tensors, positions, table, seen.addresses, seen.owners)
 
@@ -272,7 +267,7 @@ def norms(
     """The p-norm of each of the tensors, p = 1, 2 or inf.
 
     Args:
-        chosen: the tensors; without bounds where there are ``records``.
+        chosen: the tensors.
         norm_type: p.
         records: as of :func:`records_for`, where exponents are counted in the same reading.
 
@@ -280,9 +275,23 @@ def norms(
         Float64 ``(len(chosen.tensors),)``; and which of them, counted from 0, are float64 tensors
         whose squares have left the range of float64.
     """
-    measured = functools.partial(_wholes, chosen.table, chosen.addresses)
-    found, unsure = _rooted(measured, norm_type, records, careful=chosen.table.has_float64)
-    return found, _of_float64(chosen, unsure)
+    sums = _of_wholes(_measured(chosen, norm_type, records), chosen.table, norm_type)
+    return _rooted(sums, norm_type, chosen)
+
+
+def clamped_norms(
+    chosen: Chosen, norm_type: float, bounds: Floats
+) -> list[tuple[Floats, list[int]]]:
+    """Of one reading the p-norms as if clamped, and as they are; both as of :func:`norms`.
+
+    Args:
+        chosen: the tensors.
+        norm_type: p.
+        bounds: float64 ``(len(chosen.tensors),)``, as the tensors' dtypes hold them; inf for none.
+    """
+    table = chosen.table
+    sums = _measured_clamped(chosen, norm_type, _each_row(table, bounds))
+    return [_rooted(_of_wholes(each, table, norm_type), norm_type, chosen) for each in sums]
 
 
 def records_for(chosen: Chosen) -> Floats:
@@ -299,19 +308,24 @@ def counts(chosen: Chosen, records: Floats) -> Floats:
 
 
 def unit_norms(
-    chosen: Chosen, norm_type: float, records: Floats | None = None
+    chosen: Chosen,
+    norm_type: float,
+    records: Floats | None = None,
+    *,
+    bounds: Floats | None = None,
 ) -> tuple[Floats, list[int]]:
-    """The p-norm of each row, p = 1, 2 or inf; as :func:`norms`, with a number for each row."""
-    if norm_type == 2.0 and not chosen.table.has_float64:  # without another pass over many rows
-        return _measured(chosen.table, chosen.addresses, "roots", records), []
-    measured = functools.partial(_by_row, chosen.table, chosen.addresses)
-    found, unsure = _rooted(measured, norm_type, records, careful=chosen.table.has_float64)
-    return found, _of_float64(chosen, np.searchsorted(chosen.table.firsts, unsure, "right") - 1)
+    """The p-norm of each row, p = 1, 2 or inf; as :func:`norms`, with a number for each row.
 
-
-def _of_float64(chosen: Chosen, numbers: Integers) -> list[int]:
-    """Indices of the tensors whose squares can leave the range of float64."""
-    return [n for n in dict.fromkeys(numbers.tolist()) if chosen.tensors[n].dtype is torch.float64]
+    With ``bounds``, float64 ``(len(chosen.tensors),)``, as if clamped.
+    """
+    table = chosen.table
+    if bounds is not None:
+        rows, _ = _measured_clamped(chosen, norm_type, _each_row(table, bounds))
+    elif norm_type == 2.0 and not table.has_float64:  # without another pass over many rows
+        return _run_measure("roots", chosen, records), []
+    else:
+        rows = _measured(chosen, norm_type, records)
+    return _rooted(rows, norm_type, chosen, by_row=True)
 
 
 def segment_norms(
@@ -328,59 +342,79 @@ def segment_norms(
     table = tables.remembered(
         f"{len(lengths)} segments", lengths, lambda: table_of_segments(lengths)
     )
-    measured = functools.partial(_wholes, table, np.array([values.data_ptr()]))
-    found, unsure = _rooted(measured, norm_type, None, careful=True)
-    return found, unsure.tolist()
+    chosen = Chosen([values] * len(lengths), None, table, np.array([values.data_ptr()]), [values])
+    sums = _of_wholes(_measured(chosen, norm_type, None), table, norm_type)
+    return _rooted(sums, norm_type, chosen)
 
 
-def _wholes(table: Table, addresses: Integers, norm_type: float, records: Floats | None) -> Floats:
-    """A number for each whole, from those of its rows."""
-    rows = _by_row(table, addresses, norm_type, records)
+def _of_wholes(rows: Floats, table: Table, norm_type: float) -> Floats:
+    """A number for each tensor, from those of its rows."""
     if len(rows) == len(table.counts):
         return rows
     combine = np.maximum if math.isinf(norm_type) else np.add
     return cast(Floats, combine.reduceat(rows, table.firsts))
 
 
-def _by_row(table: Table, addresses: Integers, norm_type: float, records: Floats | None) -> Floats:
-    return _measured(table, addresses, LOOPS[norm_type], records)
+def _measured(chosen: Chosen, norm_type: float, records: Floats | None) -> Floats:
+    """Of each row the sum of its p-th powers, or the largest magnitude."""
+    return _run_measure(LOOPS[norm_type], chosen, records)
 
 
-def _measured(table: Table, addresses: Integers, loop: str, records: Floats | None) -> Floats:
-    """What this loop says of each row; with ``records``, that of its kind which also counts."""
-    rows = np.zeros(table.rows)
+def _run_measure(loop: str, chosen: Chosen, records: Floats | None) -> Floats:
+    rows = np.zeros(chosen.table.rows)
     if records is None:
-        _run(loop, table, addresses, rows)
+        _run(loop, chosen, rows)
     else:
-        places = np.array([rows.ctypes.data, records.ctypes.data])
-        _run(loop + COUNTED, table, addresses, places)
+        _run(loop + COUNTED, chosen, np.array([rows.ctypes.data, records.ctypes.data]))
     return rows
 
 
-def _run(name: str, table: Table, addresses: Integers, rows: Floats | Integers) -> None:
+def _measured_clamped(chosen: Chosen, norm_type: float, bounds: Floats) -> tuple[Floats, Floats]:
+    """As :func:`_measured`, as if each row was clamped to its bound; and as it is."""
+    if math.isinf(norm_type):
+        raw = _measured(chosen, norm_type, None)
+        return np.minimum(raw, bounds), raw
+    clamped, raw = bounds.copy(), np.zeros_like(bounds)
+    _run(LOOPS[norm_type] + CLAMPED, chosen, np.array([clamped.ctypes.data, raw.ctypes.data]))
+    return clamped, raw
+
+
+def _run(name: str, chosen: Chosen, rows: Floats | Integers) -> None:
     loop = compiler.function(name)
     if loop is None:  # `choose` chose nothing then
         raise AssertionError(f"there is no compiled loop {name!r}")
-    threads.run(loop, table, table.placed(addresses), rows.ctypes.data)
+    table = chosen.table
+    threads.run(loop, table, table.placed(chosen.addresses), rows.ctypes.data)
 
 
 def _rooted(
-    measured: Callable[[float, Floats | None], Floats],
-    norm_type: float,
-    records: Floats | None,
-    *,
-    careful: bool,
-) -> tuple[Floats, Integers]:
-    """The norms, and which of them cannot be trusted; ``careful`` where there is float64."""
-    sums = measured(norm_type, records)
+    sums: Floats, norm_type: float, chosen: Chosen, *, by_row: bool = False
+) -> tuple[Floats, list[int]]:
+    """Norms from sums, of tensors or of rows; and which tensors are not to be trusted."""
     if norm_type != 2.0:
-        return sums, np.zeros(0, np.int64)
-    unsure = np.zeros(0, np.int64)
-    if careful and not ((sums > LEAST) & (sums < MOST)).all():
+        return sums, []
+    unsure: list[int] = []
+    if chosen.table.has_float64 and not ((sums > LEAST) & (sums < MOST)).all():
         # A sum of 0 may be what it is.
-        unsure = ~((sums > LEAST) & (sums < MOST)) & (measured(math.inf, None) != 0.0)
-        unsure = np.flatnonzero(unsure)
+        largest = _measured(chosen, math.inf, None)
+        if not by_row:
+            largest = _of_wholes(largest, chosen.table, math.inf)
+        found = np.flatnonzero(~((sums > LEAST) & (sums < MOST)) & (largest != 0.0))
+        if by_row:
+            found = np.searchsorted(chosen.table.firsts, found, "right") - 1
+        tensors = dict.fromkeys(found.tolist())
+        unsure = [n for n in tensors if chosen.tensors[n].dtype is torch.float64]
     return np.sqrt(sums, out=sums), unsure
+
+
+def _each_row(table: Table, numbers: Floats) -> Floats:
+    """A number for each row, from those of the tensors; 0 for rows of what is not in the table."""
+    each = numbers if table.simple else np.repeat(numbers, table.counts)
+    if len(each) == table.rows:
+        return each
+    found, done = np.zeros(table.rows), np.cumsum(table.counts) - table.counts
+    found[np.repeat(table.firsts - done, table.counts) + np.arange(len(each))] = each
+    return found
 
 
 def scale_(chosen: Chosen, coefficients: Floats) -> None:
@@ -390,16 +424,17 @@ def scale_(chosen: Chosen, coefficients: Floats) -> None:
         chosen: what is multiplied.
         coefficients: float64 ``(rows,)``. Rows whose coefficient is 1 are not touched.
     """
-    _run("scale", chosen.table, chosen.addresses, np.ascontiguousarray(coefficients))
+    _run("scale", chosen, np.ascontiguousarray(coefficients))
 
 
 def scale_whole_(chosen: Chosen, coefficients: Floats) -> None:
     """Multiply each tensor by its coefficient, float64 ``(len(chosen.tensors),)``."""
-    table = chosen.table
-    each = coefficients if table.simple else np.repeat(coefficients, table.counts)
-    scale_(chosen, each)
+    scale_(chosen, _each_row(chosen.table, coefficients))
 
 
-def clamp_(chosen: Chosen) -> None:
-    """Clamp each tensor to the bound that it was chosen with, rounded to its dtype; keeps NaN."""
-    _run("clamp", chosen.table, chosen.addresses, np.zeros(0))
+def clamp_(chosen: Chosen, bounds: Floats) -> None:
+    """Clamp each tensor to its bound, float64 ``(len(chosen.tensors),)``, rounded to its dtype.
+
+    NaN stays NaN. Tensors whose bound is inf are not touched.
+    """
+    _run("clamp", chosen, np.ascontiguousarray(_each_row(chosen.table, bounds)))

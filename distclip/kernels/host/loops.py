@@ -11,23 +11,28 @@ and last of them to work on, and an array of float64 numbers, one for each row:
 * ``squares``, ``roots``, ``magnitudes``, ``largest``: the sum of squares, its square root, the sum
   of absolute values and the largest absolute value of each row;
 * ``scale``: multiply each row by its coefficient; rows whose coefficient is 1 are not touched;
-* ``clamp``: clamp each element to the block's bound;
-* ``squares_counted``, ``magnitudes_counted``, ``largest_counted``: measure, and count the exponents
-  of each block in the same reading. In place of the array they take two addresses: the array's, and
-  that of ``RECORD`` numbers for each block, which begin as 0.
+* ``clamp``: clamp each row to its bound; rows whose bound is inf are not touched.
+
+Some take two addresses in place of that of the array, of which the first is the array's:
+
+* ``squares_counted``, ``magnitudes_counted``, ``largest_counted`` also count the exponents of each
+  block, in the same reading, in ``RECORD`` numbers for each block, which begin as 0;
+* ``squares_clamped``, ``magnitudes_clamped`` take the bounds of the rows in the array, and measure
+  them as if clamped to these; the measures of the rows as they are go to another array.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from llvmlite import ir
 
 from distclip.kernels.host import counting as exponents
-from distclip.kernels.host.blocks import BOUNDED, COLUMNS, COUNTED, RECORD, STRIDED, Column, Kind
+from distclip.kernels.host.blocks import CLAMPED, COLUMNS, COUNTED, RECORD, Column, Kind
 from distclip.kernels.host.building import WIDTH, at, counting, splat, tree, variable
 from distclip.kernels.host.changes import change_function, clamped
 from distclip.kernels.host.formats import (
@@ -108,66 +113,81 @@ MEASURES = {
 }
 
 
-def _row_function(
-    module: Any,
-    name: str,
-    measure: Measure,
-    kind: Kind,
-    *,
-    bounded: bool,
-    strided: bool,
-    counted: bool,
-) -> Any:
-    """``double name(i64 address, i64 length, i64 step, double bound)``: one row measured.
+class _Accumulator:
+    """One measure of the numbers that a function reads, from its first to its last."""
 
-    With ``counted`` and a fifth argument, the address of counters of exponents.
+    def __init__(self, b: Builder, measure: Measure, form: Format, bound: Value | None) -> None:
+        self._measure, self._form = measure, form
+        self._scalar = measure.accumulates(form)
+        self._vector = ir.VectorType(self._scalar, WIDTH)
+        nothing = ir.Constant(self._vector, [0] * WIDTH)
+        self._bound, self._bounds = bound, None if bound is None else splat(b, bound)
+        self._lanes = [variable(b, nothing) for _ in range(UNROLLED)]
+        self._rest = variable(b, ir.Constant(self._scalar, 0))
+
+    def vector(self, b: Builder, lane: int, bits: Value) -> None:
+        """Take ``WIDTH`` numbers into a lane of their own."""
+        total = b.load(self._lanes[lane], typ=self._vector)
+        taken = self._measure.take(b, self._form, total, bits, self._bounds)
+        b.store(taken, self._lanes[lane])
+
+    def alone(self, b: Builder, bits: Value) -> None:
+        """Take one number."""
+        total = b.load(self._rest, typ=self._scalar)
+        b.store(self._measure.take(b, self._form, total, bits, self._bound), self._rest)
+
+    def result(self, b: Builder) -> Value:
+        """The float64 result for the row."""
+        combine = functools.partial(self._measure.combine, b)
+        lanes = tree(b, combine, [b.load(lane, typ=self._vector) for lane in self._lanes])
+        parts = [b.extract_element(lanes, ir.Constant(INT32, n)) for n in range(WIDTH)]
+        total = combine(tree(b, combine, parts), b.load(self._rest, typ=self._scalar))
+        return self._measure.finish(b, self._form, total)
+
+
+def _row_function(
+    module: Any, name: str, measure: Measure, kind: Kind, ending: str, *, strided: bool
+) -> Any:
+    """``double name(i64 address, i64 length, i64 step, ...)``: one row measured.
+
+    Where exponents are counted, the address of the counters follows. Where numbers are clamped, it
+    is the bound, and where to write the measure of the row as it is.
     """
-    form = FORMATS[kind]
-    arguments = [INT64, INT64, INT64, DOUBLE, *[INT64] * counted]
-    function = ir.Function(module, ir.FunctionType(DOUBLE, arguments), name)
+    form, more = FORMATS[kind], {"": [], COUNTED: [INT64], CLAMPED: [DOUBLE, INT64]}[ending]
+    kinds = [INT64, INT64, INT64, *more]
+    function = ir.Function(module, ir.FunctionType(DOUBLE, kinds), name)
     function.linkage = "internal"
     b = ir.IRBuilder(function.append_basic_block("entry"))
-    address, length, step, bound = function.args[:4]
-    counter = exponents.counter(b, kind, function.args[4]) if counted else None
-    scalar = measure.accumulates(form)
+    address, length, step, *given = function.args
+    counter = exponents.counter(b, kind, given[0]) if ending == COUNTED else None
+    sums = [_Accumulator(b, measure, form, given[0] if ending == CLAMPED else None)]
+    if ending == CLAMPED:
+        sums.append(_Accumulator(b, measure, form, None))
     done: Value = ir.Constant(INT64, 0)
-    totals: list[Value] = []
     if not strided:
-        vector, memory = ir.VectorType(scalar, WIDTH), ir.VectorType(form.bits, WIDTH)
-        nothing = ir.Constant(vector, [0] * WIDTH)
-        bounds = splat(b, bound) if bounded else None
-        lanes = [variable(b, nothing) for _ in range(UNROLLED)]
-        turn = WIDTH * UNROLLED
+        memory, turn = ir.VectorType(form.bits, WIDTH), WIDTH * UNROLLED
         whole = b.mul(b.sdiv(length, ir.Constant(INT64, turn)), ir.Constant(INT64, turn))
         with counting(b, done, whole, turn) as index:
-            for number, lane in enumerate(lanes):
-                place = b.add(index, ir.Constant(INT64, number * WIDTH))
+            for lane in range(UNROLLED):
+                place = b.add(index, ir.Constant(INT64, lane * WIDTH))
                 bits = b.load(at(b, address, place, form.size), align=form.size, typ=memory)
-                total = b.load(lane, typ=vector)
-                b.store(measure.take(b, form, total, bits, bounds), lane)
+                for each in sums:
+                    each.vector(b, lane, bits)
                 if counter is not None:
                     counter.vector(b, address, place, bits)
         done = whole
-        combine = functools.partial(measure.combine, b)
-        summed = tree(b, combine, [b.load(lane, typ=vector) for lane in lanes])
-        parts = [b.extract_element(summed, ir.Constant(INT32, n)) for n in range(WIDTH)]
-        totals.append(tree(b, combine, parts))
-    rest = variable(b, ir.Constant(scalar, 0))
     with counting(b, done, length, 1) as index:
         place = b.inttoptr(b.add(address, b.mul(index, step)), POINTER)
         bits = b.load(place, align=form.size, typ=form.bits)
-        total = b.load(rest, typ=scalar)
-        b.store(measure.take(b, form, total, bits, bound if bounded else None), rest)
+        for each in sums:
+            each.alone(b, bits)
         if counter is not None:
             counter.alone(b, bits, index)
     if counter is not None:
         counter.finish(b)
-    totals.append(b.load(rest, typ=scalar))
-    total = totals[0] if len(totals) == 1 else measure.combine(b, *totals)
-    result = measure.finish(b, form, total)
-    if bounded and measure is MEASURES["largest"]:
-        result = clamped(b, result, bound)
-    b.ret(result)
+    if ending == CLAMPED:
+        b.store(sums[1].result(b), b.inttoptr(given[1], POINTER))
+    b.ret(sums[0].result(b))
     return function
 
 
@@ -187,26 +207,24 @@ class _Block:
 
 
 def _over_blocks(
-    module: Any, name: str, numbers: str, variants: Mapping[int, Any], *, counted: bool
+    module: Any, name: str, variants: Mapping[int, Any], *, ending: str, neutral: float | None
 ) -> None:
     """``void name(i64 table, i64 first, i64 last, i64 values)``.
 
     Args:
         module: where the function goes.
         name: of the function.
-        numbers: what each row does with its place in ``values``: ``"writes"`` its result there,
-            ``"reads"`` its coefficient there, or takes its ``"bound"`` from the block.
         variants: variant of a block -> the function of one row.
-        counted: the functions count exponents, and ``values`` is where two addresses are.
+        ending: of the name; says what is made beside the measure of each row.
+        neutral: for changes, the number that says to leave a row as it is; None: rows are measured.
     """
     kind = ir.FunctionType(ir.VoidType(), [INT64, INT64, INT64, INT64])
     function = ir.Function(module, kind, name)
     b = ir.IRBuilder(function.append_basic_block("entry"))
     table, first, last, values = function.args
-    bins = None
-    if counted:
-        bins = exponents.space(b)
-        values, records = (
+    bins, beside = exponents.space(b) if ending == COUNTED else None, None
+    if ending:
+        values, beside = (
             b.load(at(b, values, ir.Constant(INT64, n), 8), typ=INT64) for n in (0, 1)
         )
     with counting(b, first, last, 1) as number:
@@ -218,56 +236,74 @@ def _over_blocks(
             choice.add_case(ir.Constant(INT64, variant), here)
             b.position_at_end(here)
             if bins is None:
-                _rows(b, block, row, values, numbers)
+                _rows(b, block, row, values, neutral=neutral, beside=beside)
             else:
-                exponents.clear(b, Kind(variant // 4), bins)
-                _rows(b, block, row, values, numbers, bins)
-                record = b.add(records, b.mul(number, ir.Constant(INT64, 8 * RECORD)))
+                exponents.clear(b, Kind(variant // 2), bins)
+                _rows(b, block, row, values, bins=bins)
+                record = b.add(beside, b.mul(number, ir.Constant(INT64, 8 * RECORD)))
                 elements = b.mul(block[Column.ROWS], block[Column.LENGTH])
-                exponents.write(b, Kind(variant // 4), bins, record, elements)
+                exponents.write(b, Kind(variant // 2), bins, record, elements)
             b.branch(after)
         b.position_at_end(after)
     b.ret_void()
 
 
-def _rows(b: Builder, block: _Block, row: Any, values: Value, numbers: str, *more: Value) -> None:
-    """Call ``row`` for every row of a block, with ``more`` arguments."""
+def _rows(
+    b: Builder,
+    block: _Block,
+    row: Any,
+    values: Value,
+    *,
+    neutral: float | None = None,
+    beside: Value | None = None,
+    bins: Value | None = None,
+) -> None:
+    """Call ``row`` for every row of a block, with its number in ``values``, which it may replace.
+
+    Args:
+        b: where the calls go.
+        block: of the table.
+        row: function of one row.
+        values: address of the rows' numbers.
+        neutral: as for :func:`_over_blocks`.
+        beside: address of the numbers of the rows as they are, where ``values`` has their bounds.
+        bins: address of counters.
+    """
     address, length, step = (block[c] for c in (Column.ADDRESS, Column.LENGTH, Column.STEP))
     distance, index = block[Column.ROW_STEP], block[Column.INDEX]
-    bound = b.bitcast(block[Column.BOUND], DOUBLE)
     with counting(b, ir.Constant(INT64, 0), block[Column.ROWS], 1) as number:
         start = b.add(address, b.mul(number, distance))
-        place = at(b, values, b.add(index, number), 8)
-        if numbers == "writes":
-            b.store(b.call(row, [start, length, step, bound, *more]), place)
-        elif numbers == "bound":
-            b.call(row, [start, length, step, bound])
+        nth = b.add(index, number)
+        place = at(b, values, nth, 8)
+        if neutral is not None:
+            given = b.load(place, typ=DOUBLE)
+            with b.if_then(b.fcmp_unordered("!=", given, ir.Constant(DOUBLE, neutral))):
+                b.call(row, [start, length, step, given])
+        elif beside is not None:
+            raw = b.ptrtoint(at(b, beside, nth, 8), INT64)
+            b.store(b.call(row, [start, length, step, b.load(place, typ=DOUBLE), raw]), place)
         else:
-            factor = b.load(place, typ=DOUBLE)
-            with b.if_then(b.fcmp_unordered("!=", factor, ir.Constant(DOUBLE, 1.0))):
-                b.call(row, [start, length, step, factor])
+            more = [] if bins is None else [bins]
+            b.store(b.call(row, [start, length, step, *more]), place)
+
+
+NEUTRAL = {"scale": 1.0, "clamp": math.inf}
+"""The coefficient and the bound that change nothing."""
 
 
 def module_text(name: str, kinds: Iterable[Kind]) -> str:
     """One exported function, for numbers of the given kinds, as the text of an LLVM module."""
     module = ir.Module(f"distclip_{name}")
-    counted = name.endswith(COUNTED)
-    measure = MEASURES.get(name.removesuffix(COUNTED))
+    plain, underscore, which = name.partition("_")
+    ending = underscore + which
     variants: dict[int, Any] = {}
     for kind in kinds:
-        for flags in range(4):
-            title = f"{kind.name}_{flags}".lower()
-            strided, bounded = bool(flags & STRIDED), bool(flags & BOUNDED)
-            if counted and bounded:  # what is counted is never clamped
-                continue
-            if measure is not None:
-                how = {"bounded": bounded, "strided": strided, "counted": counted}
-                row = _row_function(module, title, measure, kind, **how)
-            elif bounded:  # changing takes no notice of the bound of a measurement
-                row = variants[4 * kind + flags - BOUNDED]
+        for strided in (False, True):
+            title = f"{kind.name}_{strided}".lower()
+            if plain in MEASURES:
+                row = _row_function(module, title, MEASURES[plain], kind, ending, strided=strided)
             else:
-                row = change_function(module, title, name, FORMATS[kind], strided=strided)
-            variants[4 * kind + flags] = row
-    numbers = "writes" if measure is not None else "reads" if name == "scale" else "bound"
-    _over_blocks(module, name, numbers, variants, counted=counted)
+                row = change_function(module, title, plain, FORMATS[kind], strided=strided)
+            variants[2 * kind + strided] = row
+    _over_blocks(module, name, variants, ending=ending, neutral=NEUTRAL.get(plain))
     return str(module)
