@@ -206,9 +206,10 @@ class Acting:
         """Clamp to the bounds of one round."""
         bounds = self._bounds(number, present)
         if loss_scale is not None:
-            on_host = isinstance(bounds, np.ndarray)
-            scale = float(loss_scale) if on_host else loss_scale.double()
-            bounds = bounds * scale if on_host else [bound * scale for bound in bounds]
+            if isinstance(bounds, np.ndarray):
+                bounds = bounds * float(loss_scale)
+            else:
+                bounds = [bound * loss_scale.double() for bound in bounds]
         if skip is not None:
             bounds = [torch.where(skip, math.inf, bound) for bound in bounds]
         tables = self.program.scratch.tables
