@@ -218,7 +218,7 @@ class Acting:
     def _bounds(
         self, number: int, present: Sequence[tuple[int, Tensor]]
     ) -> list[float | Tensor] | npt.NDArray[np.float64]:
-        """Of each of these gradients the bound of one round; inf for none."""
+        """The bound of each gradient in one round; inf for none."""
         plan, turn = self.program.plan, self.ledger.rounds[number]
         found = self.ledger.one.survey.bounds
         if number > 0 or found is None or plan.device.type != "cpu":
