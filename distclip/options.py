@@ -98,6 +98,8 @@ class Options:
     def looks(self, step: int) -> Looks:
         """What is measured in this step for its report alone."""
         chosen = [getattr(self, name) for name in LOOKS]
+        if not any(chosen):
+            return NOTHING_SHOWN
         return Looks(*(every is not None and step % every == 0 for every in chosen))
 
     def arguments(self, **changes: object) -> dict[str, Any]:
@@ -116,6 +118,8 @@ def _meant(given: object) -> str:
 
 LOOKS = Looks._fields
 """Options that say in which steps something is measured for the report."""
+
+NOTHING_SHOWN = Looks()
 
 NAMES = tuple(each.name for each in dataclasses.fields(Options))
 

@@ -79,6 +79,8 @@ class Tables:
         known = self._known.get(what)
         if known is None or known[0] != key:
             known = self._known[what] = key, make()
+        elif known[0] is not key:  # most of its parts will be the very objects, the next time
+            known = self._known[what] = key, known[1]
         return cast(Made, known[1])
 
 
@@ -282,7 +284,7 @@ def norms(
 def clamped_norms(
     chosen: Chosen, norm_type: float, bounds: Floats
 ) -> list[tuple[Floats, list[int]]]:
-    """Of one reading the p-norms as if clamped, and as they are; both as of :func:`norms`.
+    """The p-norms as if clamped, and as they are, of one reading; both as of :func:`norms`.
 
     Args:
         chosen: the tensors.
@@ -356,7 +358,7 @@ def _of_wholes(rows: Floats, table: Table, norm_type: float) -> Floats:
 
 
 def _measured(chosen: Chosen, norm_type: float, records: Floats | None) -> Floats:
-    """Of each row the sum of its p-th powers, or the largest magnitude."""
+    """The sum of p-th powers of each row, or its largest magnitude."""
     return _run_measure(LOOPS[norm_type], chosen, records)
 
 
