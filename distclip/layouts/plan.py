@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -76,6 +78,11 @@ class Plan:
     def fetching(self) -> Fetching:
         """Fetches the gradients of all pieces at once, in the usual case."""
         return Fetching(self.pieces)
+
+    @cached_property
+    def weights_at(self) -> npt.NDArray[np.int64]:
+        """Where each piece's weights lay when gradient and weights were compared last; else -1."""
+        return np.full(len(self.pieces), -1, np.int64)
 
     @cached_property
     def rows(self) -> Tensor | None:

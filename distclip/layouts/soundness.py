@@ -48,7 +48,7 @@ def inspect(
     """
     if not first:
         seen = look(there(present)) if seen is None else seen
-        if seen is not None and _are_usual(seen):
+        if seen is not None and _are_usual(seen) and not (changed and _are_weights(plan, seen)):
             return present, None, seen
     looked: list[Tensor | None] = []
     trouble = None
@@ -72,6 +72,12 @@ def _are_usual(seen: Look) -> bool:
     ):
         return False
     return not any(map(Tensor.is_inference, seen.owners)) and seen.have_memory_of_their_own()
+
+
+def _are_weights(plan: Plan, seen: Look) -> bool:
+    """Whether a gradient, of all pieces, lies where its weights were when they were looked at."""
+    known = plan.weights_at
+    return len(known) == len(seen.addresses) and bool(np.count_nonzero(known == seen.addresses))
 
 
 def weight_if_any(piece: Piece) -> Tensor | None:
@@ -166,12 +172,14 @@ def _shared(plan: Plan, present: Sequence[Tensor | None]) -> DistclipError | Non
     Of what has no gaps: views that are interleaved share a storage and no element.
     """
     ranges: list[tuple[int, int, str]] = []
-    for piece, gradient in zip(plan.pieces, present, strict=True):
+    for place, (piece, gradient) in enumerate(zip(plan.pieces, present, strict=True)):
         if gradient is None or isinstance(
             piece.gradient, zero.StretchBox
         ):  # in buffers of ZeRO's own
             continue
-        for what, tensor in (("gradient", gradient), ("weights", weight_if_any(piece))):
+        weight = weight_if_any(piece)
+        plan.weights_at[place] = (0 if weight is None else weight.data_ptr()) or -1
+        for what, tensor in (("gradient", gradient), ("weights", weight)):
             if tensor is not None and tensor.data_ptr() and _span(tensor) == tensor.numel():
                 name = f"the {what} of {plan.names[piece.index]!r}"
                 ranges.append((tensor.data_ptr(), tensor.nbytes, name))

@@ -381,3 +381,22 @@ def test_rows_of_another_shape_are_refused_at_any_step(ways: policies.Policy) ->
     with pytest.raises(distclip.UnsupportedGradientError, match=r"shape \[4, 6\]"):
         clipper.clip_()
     assert bool((parameter.grad == 9.0).all())
+
+
+def test_gradients_that_become_the_weights_are_refused() -> None:
+    one, other = (nn.Parameter(torch.full((4,), 9.0)) for _ in range(2))
+    clipper = GradClipper([one, other], policies.global_norm(1.0))
+    clips = (clipper.clip_, lambda: distclip.clip_grad_norm_([one, other], 1.0))
+    for clip in clips:
+        one.grad, other.grad = torch.full((4,), 9.0), torch.ones(4)
+        clip()
+        one.grad = one.data
+        with pytest.raises(distclip.UnsupportedGradientError, match="share memory"):
+            clip()
+        assert one.tolist() == [9.0] * 4
+    one.data, one.grad = torch.full((4,), 5.0), one.data  # what were the weights is free to use
+    clipper.clip_()
+    one.grad = one.data
+    with pytest.raises(distclip.UnsupportedGradientError, match="share memory"):
+        clipper.clip_()
+    assert one.tolist() == [5.0] * 4
