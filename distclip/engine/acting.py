@@ -105,14 +105,17 @@ class Acting:
                 self._clamp(number, present, loss_scale, None if sure else skip, seen)
             units = self._unit_factors(number, turn)
             whole: Sequence[tuple[int, Tensor]] = present
+            seen_whole = seen
             if units is not None:
                 numbers = ledger.table.numbers
                 whole = [each for each in present if each[0] not in numbers]
+                seen_whole = ledger.table.seen_apart(seen)
                 self._scale_units(present, units, seen)
             if turn.coefficients is not None and whole:
                 factors = self._unless_skipped(turn.coefficients).expand_as(ledger.ones)
                 tensors, tables = [gradient for _, gradient in whole], self.program.scratch.tables
-                changing.scale_(tensors, factors[self._rows(whole)], tables=tables, what="whole")
+                factors = factors[self._rows(whole)]
+                changing.scale_(tensors, factors, seen=seen_whole, tables=tables, what="whole")
 
     def on(self, local: Local, loss_scale: Tensor | None) -> None:
         """Change the gradients that were measured."""
@@ -178,7 +181,7 @@ class Acting:
         if [position for position, _ in present] == list(range(len(plan.pieces))):
             numbers: Sequence[int] = range(len(table.positions))
             gradients = table.of([gradient for _, gradient in present])
-            seen = None if seen is None else table.seen(seen)
+            seen = table.seen(seen)
         else:
             seen = None
             some = {table.numbers[p]: g for p, g in present if p in table.numbers}

@@ -77,8 +77,9 @@ class Ledger:
         """Bool ``(parameters,)``: those clamped after the measuring, where the norms show it."""
         self.asked: dict[str, Tensor] = {}
         """Stage path -> its flag, of the stages that ask for a skip."""
-        if one.local_units and program.shown in self._norms:
-            self._book(measurement.clamped[program.shown], list(one.local_units))
+        before = measurement.clamped.get(program.shown)
+        if one.local_units and before is not None and self._norms[program.shown] is not before:
+            self._book(before, list(one.local_units))
 
     @property
     def norms(self) -> Mapping[float, Tensor]:

@@ -13,8 +13,8 @@ from torch import Tensor
 from distclip.engine.passes import Pass
 from distclip.layouts.plan import Plan
 from distclip.policies import ParameterInfo, State
-from distclip.statistics.measurement import Scratch
 from distclip.statistics.overlap import Overlap
+from distclip.statistics.scratch import Scratch
 
 States = dict[str, State]
 """State of each stage that has one, by the stage's path."""

@@ -15,7 +15,7 @@ from distclip.policies import UnitPolicy
 from distclip.statistics.measurement import piece_norms
 from distclip.statistics.survey import Local, Survey
 
-CHUNK = 4096
+CHUNK = 8192
 """Units decided on at a time on the host: what a policy computes of them fits in the cache."""
 
 
@@ -112,6 +112,7 @@ def _weighing(survey: Survey, local: Local, tables: Tables) -> dict[float, Itera
             device=plan.device,
             tables=tables,
             what="weights of units",
+            seen=table.seen(local.seen_weights, slice(table.decided)),
         )
         for order in survey.request.deciding_orders
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import NoneType
 from typing import cast
@@ -33,6 +33,7 @@ class Kinds:
     dtypes: list[torch.dtype]
     numels: npt.NDArray[np.int64]
     on_host: bool
+    _some: dict[tuple[int, ...], Kinds] = field(default_factory=dict)
 
     def __eq__(self, other: object) -> bool:
         return self is other or (
@@ -48,6 +49,17 @@ class Kinds:
     def distinct(self) -> frozenset[torch.dtype]:
         """The dtypes that there are."""
         return frozenset(self.dtypes)
+
+    def at(self, positions: tuple[int, ...]) -> Kinds:
+        """Of some of the tensors; made once. Of all of them, this itself."""
+        known = self._some.get(positions)
+        if known is None:
+            dtypes, numels = [self.dtypes[each] for each in positions], self.numels[list(positions)]
+            known = Kinds(dtypes, numels, self.on_host)
+            if positions == tuple(range(len(self.dtypes))):
+                known = self
+            self._some[positions] = known
+        return known
 
     @cached_property
     def sizes(self) -> npt.NDArray[np.int64]:
@@ -107,12 +119,14 @@ class Look:
         lost = bool(len(starts)) and starts[0] == 0 and bool(sizes[self.addresses == 0].any())
         return not lost and not bool((ends[:-1] > starts[1:]).any())
 
-    def at(self, positions: list[int]) -> Look:
+    def at(self, positions: tuple[int, ...]) -> Look:
         """The look at some of the tensors."""
-        dtypes = [self.dtypes[each] for each in positions]
-        kinds = Kinds(dtypes, self.numels[positions], self.on_host)
+        kinds = self.kinds.at(positions)
+        if kinds is self.kinds:
+            return self
         tensors = [self.tensors[each] for each in positions]
-        return replace(self, tensors=tensors, kinds=kinds, addresses=self.addresses[positions])
+        addresses = self.addresses[list(positions)]
+        return replace(self, tensors=tensors, kinds=kinds, addresses=addresses)
 
     def known(self, kinds: Kinds | None) -> Look:
         """This, with the very ``kinds`` of an earlier step where they are the same.

@@ -210,6 +210,7 @@ def unit_norms_by_parts(
     device: torch.device,
     tables: Tables,
     what: str,
+    seen: Look | None = None,
 ) -> Iterator[Tensor]:
     """:func:`unit_norms` of one of ``parts`` of the tensors after another.
 
@@ -218,7 +219,13 @@ def unit_norms_by_parts(
     chosen = None
     if host.measures(norm_type):
         chosen = host.choose(
-            tensors, what, unit_dims=unit_dims, counts=counts, tables=tables, pairs=norm_type == 2.0
+            tensors,
+            what,
+            unit_dims=unit_dims,
+            counts=counts,
+            tables=tables,
+            seen=seen,
+            pairs=norm_type == 2.0,
         )
     for part in parts:
         some, dims, several = tensors[part], unit_dims[part], counts[part]

@@ -103,7 +103,7 @@ class AGC(UnitPolicy):
         floored = torch.clamp(gradient_norms, min=GRADIENT_FLOOR)
         shrunk = torch.div(limit, floored, out=floored)
         # A NaN gradient is not ">" anything, but it must not pass as "within the limit" either.
-        return torch.where(gradient_norms <= limit, 1.0, shrunk)
+        return shrunk.masked_fill_(gradient_norms <= limit, 1.0)
 
 
 def _dims(pattern: str, dims: Sequence[int]) -> tuple[int, ...]:

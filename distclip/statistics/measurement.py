@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from types import NoneType
 from typing import TypeAlias
 
@@ -17,60 +16,18 @@ from distclip.common.exponents import COLUMNS
 from distclip.errors import DistclipError
 from distclip.kernels import measuring
 from distclip.kernels.exponents import Counting
-from distclip.kernels.look import Kinds
-from distclip.kernels.measuring import Look, Tables
 from distclip.layouts import soundness, sparse
 from distclip.layouts.fetching import Fetched
 from distclip.layouts.piece import MisplacedError
 from distclip.layouts.plan import Plan
 from distclip.statistics.early import Early
+from distclip.statistics.scratch import Scratch
 from distclip.statistics.survey import Local, Survey
 from distclip.statistics.units import Segments
 
 Tensors: TypeAlias = Sequence[Tensor | None]
 
 _shape = operator.attrgetter("shape")
-
-
-@dataclass
-class Scratch:
-    """What is remembered of the gradients from step to step.
-
-    Attributes:
-        tables: of the plan's tensors, for the kernels.
-        habits: ``"misplaced"`` where gradients had to be redistributed the last time,
-            ``"rehearsed"`` once the policies of later passes were tried; the same on every rank.
-        inspected: the places of the pieces whose gradients' memory and shape were looked at.
-        only_measures: whether nothing is changed, so that memory may be shared.
-        kinds: of what kinds the gradients were when every piece had one.
-    """
-
-    tables: Tables = field(default_factory=Tables)
-    habits: set[str] = field(default_factory=set)
-    inspected: set[int] = field(default_factory=set)
-    only_measures: bool = False
-    kinds: Kinds | None = None
-    _last: Kinds | None = None
-
-    def learn(self, seen: Look, pieces: int) -> None:
-        """Remember of what kinds the gradients are, if each of so many pieces has one."""
-        if self.kinds is None and len(seen.tensors) == pieces:
-            self.kinds = seen.kinds
-
-    def find(self, plan: Plan) -> Fetched | None:
-        """The gradients, where every piece has one and each is of the kind that it was before."""
-        found = None if self.kinds is None else plan.fetching()
-        found = None if found is None else self.known(found)
-        seen = None if found is None else found.seen
-        return found if seen is not None and seen.kinds == self.kinds else None
-
-    def known(self, fetched: Fetched) -> Fetched:
-        """The gradients, with what was made of their kinds at the step before."""
-        if fetched.seen is None:
-            return fetched
-        seen = fetched.seen.known(self._last)
-        self._last = seen.kinds
-        return Fetched(fetched.gradients, seen)
 
 
 def measure(
@@ -96,6 +53,9 @@ def measure(
     weights: Tensors = ()
     if request.weight_orders or request.unit_dims:
         weights = _weights(survey, local)
+        everything = local.seen is not None and len(local.seen.tensors) == len(plan.pieces)
+        if everything and survey.weighs_all:
+            local.seen_weights = scratch.known_weights(weights)
     counting = Counting(len(plan.pieces), plan.device) if request.exponents else None
     if request.unit_dims:
         _measure_units(survey, weights, local, scratch, early, counting)
@@ -187,12 +147,12 @@ def _measure_norms(
     """Norms of the gradients as wholes; of those that have units, from the norms of these."""
     plan, request, table = survey.plan, survey.request, survey.table
     counted = _counted(survey, local.present)
-    of_all = counted is local.present
+    seen = local.seen
+    if counted is not local.present:
+        seen = table.seen_apart(local.seen) if plan.shares is None else None
     bounds = survey.bounds
     if early is not None:
-        counted = early.rest(counted, range(len(counted)))
-        of_all = False
-    seen = local.seen if of_all else None
+        counted, seen = early.rest(counted, range(len(counted))), None
     for order in request.orders:
         if bounds is not None:
             norms = _as_clamped(survey, counted, order, bounds, local, scratch, seen)
@@ -291,7 +251,12 @@ def _measure_weights(survey: Survey, weights: Tensors, local: Local, scratch: Sc
     ]
     for order in request.weight_orders:
         local.weights[order] = measuring.norms(
-            counted, order, device=plan.device, tables=scratch.tables, what="weights"
+            counted,
+            order,
+            device=plan.device,
+            tables=scratch.tables,
+            what="weights",
+            seen=None if local.seen_weights is None else local.seen_weights.at(survey.weighted),
         )
 
 
@@ -310,7 +275,7 @@ def _measure_units(
     """
     plan, request, table = survey.plan, survey.request, survey.table
     gradients, weighted = table.of(local.dense(plan)), table.of(weights)
-    seen = None if local.seen is None or local.sparse else table.seen(local.seen)
+    seen = None if local.sparse else table.seen(local.seen)
     if table.uncounted or (seen is None and NoneType in set(map(type, gradients))):
         seen = None
         gradients = [None if n in table.uncounted else each for n, each in enumerate(gradients)]
@@ -359,6 +324,7 @@ def _measure_units(
                 device=plan.device,
                 tables=scratch.tables,
                 what="weights of cut units",
+                seen=table.seen(local.seen_weights, slice(table.decided, None)),
             )
 
 

@@ -60,6 +60,18 @@ class Survey:
         return frozenset(p for p, piece in enumerate(self.plan.pieces) if piece.index in bounds)
 
     @cached_property
+    def weighted(self) -> tuple[int, ...]:
+        """Positions of the pieces here whose weights are measured as a whole."""
+        wanted, pieces = self.request.weighted, self.plan.pieces
+        return tuple(p for p, piece in enumerate(pieces) if piece.index in wanted)
+
+    @cached_property
+    def weighs_all(self) -> bool:
+        """Whether the weights of all pieces here are measured, and counted."""
+        read = {*self.weighted, *self.table.positions}
+        return self.plan.shares is None and len(read) == len(self.plan.pieces)
+
+    @cached_property
     def unit_counts(self) -> Tensor:
         """float64 ``(parameters,)``: how many units each has; 1 where it is one."""
         dims = self.request.unit_dims
@@ -92,6 +104,8 @@ class Local:
             here, ``(local.size - whole.size,)``.
         deciding: the weights of the pieces that are decided here; None where the gradient is
             missing.
+        seen_weights: what a look at the weights of all pieces has found; None where one was not
+            looked at, or is unusual.
         missing: numbers in the table of the pieces that have no gradient.
         loss: float64 ``(2,)``, the sum of the losses given on this rank, and how many those are.
         exponents: float64 ``(parameters, columns)``, the elements here; None where not asked for.
@@ -116,6 +130,7 @@ class Local:
     raw_units: dict[float, Tensor] = field(default_factory=dict)
     unit_weights: dict[float, Tensor] = field(default_factory=dict)
     deciding: Sequence[Tensor | None] = ()
+    seen_weights: Look | None = None
     missing: Sequence[int] = ()
     loss: Tensor | None = None
     exponents: Tensor | None = None

@@ -97,6 +97,7 @@ class UnitTable:
     Attributes:
         positions: the local pieces that are measured per unit: first those that are decided here,
             in runs of the same policies.
+        apart: the other pieces, which are measured as a whole.
         dims: of each, those that index its units.
         shapes, trainable: of each.
         uncounted: numbers of those whose units are counted on another rank, and not decided here.
@@ -133,7 +134,9 @@ class UnitTable:
             if piece.share == 0.0 and number >= len(first)
         )
         self._pieces = len(plan.pieces)
+        self._all = tuple(self.positions)
         self._everything = self.positions == list(range(len(plan.pieces)))
+        self.apart = tuple(sorted(set(range(len(plan.pieces))).difference(self.positions)))
         self.shapes = [piece.box.extents for piece in pieces]
         counts = [
             math.prod(piece.box.extents[dim] for dim in dims)
@@ -203,11 +206,19 @@ class UnitTable:
         """Of one value for each piece of the plan, those of :attr:`positions`."""
         return values if self._everything else [values[each] for each in self.positions]
 
-    def seen(self, look: Look) -> Look | None:
-        """What a look at all gradients of the plan has found of these; None if any is missing."""
-        if len(look.tensors) < self._pieces:
-            return None
-        return look if self._everything else look.at(self.positions)
+    def seen(self, look: Look | None, numbers: slice = slice(None)) -> Look | None:
+        """What a look at tensors of all pieces of the plan has found of some of these.
+
+        None where there is no such look, or it is not one at all pieces.
+        """
+        return self._at(look, self._all[numbers])
+
+    def seen_apart(self, look: Look | None) -> Look | None:
+        """As :meth:`seen`, of the pieces that are measured as a whole."""
+        return self._at(look, self.apart)
+
+    def _at(self, look: Look | None, positions: tuple[int, ...]) -> Look | None:
+        return None if look is None or len(look.tensors) < self._pieces else look.at(positions)
 
     @cached_property
     def numbers(self) -> dict[int, int]:

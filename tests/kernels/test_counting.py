@@ -17,8 +17,9 @@ from distclip.kernels import exponents, measuring
 from distclip.kernels.exponents import Counting
 from distclip.kernels.host import blocks, compiler, kernels
 from distclip.kernels.host import threads as host_threads
-from distclip.statistics.measurement import Scratch, measure
+from distclip.statistics.measurement import measure
 from distclip.statistics.request import Request
+from distclip.statistics.scratch import Scratch
 from distclip.statistics.survey import Survey
 from tests.helpers.exponents import oracle, shown, wide
 

@@ -13,6 +13,7 @@ from distclip import GradClipper, policies
 from distclip.engine.units import CHUNK, decide
 from distclip.kernels import measuring
 from distclip.kernels.host import blocks
+from distclip.kernels.look import Kinds
 from distclip.statistics import units
 from distclip.statistics.units import Segments
 from distclip.tools.bench.timing import extra_bytes
@@ -109,3 +110,25 @@ def test_a_step_finds_all_its_tables_again(monkeypatch: pytest.MonkeyPatch) -> N
         before = len(made)
         assert clip().to_dict()["clipped_fraction"] == 1.0
         assert (len(made) > before) == (step == 0)
+
+
+def test_a_step_compares_the_kinds_of_gradients_and_of_weights_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 4))
+    policy = policies.by_name({"*.bias": policies.dreamer_agc(1e-3)}, default=policies.agc(1e-3))
+    clip = GradClipper(model, policy).clip_
+    compared: list[object] = []
+    equal = Kinds.__eq__
+
+    def counting(one: Kinds, other: object) -> bool:
+        compared.extend([one] if one is not other else [])
+        return equal(one, other)
+
+    monkeypatch.setattr(Kinds, "__eq__", counting)
+    for _ in range(5):
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        compared.clear()
+        clip()
+    assert len(compared) == 2
