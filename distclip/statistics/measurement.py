@@ -16,6 +16,7 @@ from distclip.common.exponents import COLUMNS
 from distclip.errors import DistclipError
 from distclip.kernels import measuring
 from distclip.kernels.exponents import Counting
+from distclip.kernels.look import Look
 from distclip.layouts import soundness, sparse
 from distclip.layouts.fetching import Fetched
 from distclip.layouts.piece import MisplacedError
