@@ -210,7 +210,8 @@ class Acting:
         bounds = self._bounds(number, present)
         if loss_scale is not None:
             if isinstance(bounds, np.ndarray):
-                bounds = bounds * float(loss_scale)
+                with np.errstate(over="ignore"):  # a bound of inf clamps nothing
+                    bounds = bounds * float(loss_scale)
             else:
                 bounds = [bound * loss_scale.double() for bound in bounds]
         if skip is not None:

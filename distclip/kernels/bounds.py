@@ -27,7 +27,8 @@ def all_held(
 ) -> npt.NDArray[np.float64]:
     """The bound of each of some tensors, float64, as its dtype holds it; inf for none."""
     found = torch.from_numpy(bounds)
-    for dtype in set(dtypes) - {torch.float64}:
+    # Complex numbers have no order to be clamped by: none of them has a bound.
+    for dtype in {each for each in dtypes if not each.is_complex} - {torch.float64}:
         rounded = torch.where(found > torch.finfo(dtype).max, math.inf, found.to(dtype).double())
         if len(set(dtypes)) > 1:
             of_these = torch.tensor([each is dtype for each in dtypes])

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+import distclip
 from distclip import GradClipper, NonFiniteGradientError, policies
 from distclip.kernels.powers import LEAST
 from distclip.policies import Policy
@@ -236,3 +237,11 @@ class _TimesByRow(policies.UnitPolicy):
     def unit_coefficients(self, gradient_norms: Tensor, weight_norms: Tensor) -> Tensor:
         coefficients = torch.full_like(gradient_norms, self.coefficient)
         return torch.where(torch.isnan(gradient_norms), math.nan, coefficients)
+
+
+@pytest.mark.parametrize(("order", "value"), [(1.0, 1.2e302), (2.0, 1.2e151)])
+def test_parts_whose_sum_leaves_float64_do_not_warn(order: float, value: float) -> None:
+    """numpy says so of its own sums, and a warning is an error to some."""
+    gradient = torch.full(((1 << 21) + 5,), value, dtype=torch.float64)
+    found = distclip.get_total_norm([gradient], order).item()
+    assert found == pytest.approx(value * len(gradient) ** (1.0 / order), rel=1e-9)

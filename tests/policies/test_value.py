@@ -125,3 +125,23 @@ def test_under_a_loss_scale_the_bound_keeps_all_its_digits(scale: float) -> None
     want = parameter.grad.clamp(-0.1 * scale, 0.1 * scale)
     clipper.clip_before_step(torch.tensor(scale))
     assert torch.equal(parameter.grad, want)
+
+
+def test_beside_complex_gradients_nothing_warns() -> None:
+    """A warning is an error to some, and this one would come between two changes."""
+    parameters = [nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(2, dtype=torch.complex64))]
+    parameters[0].grad = torch.tensor([5.0, -5.0, 0.5])
+    parameters[1].grad = torch.tensor([5.0 + 1.0j, 2.0j])
+    named = list(zip("ab", parameters, strict=True))
+    policy = policies.by_name({"a": policies.value(1.0)})
+    distclip.GradClipper(named, policy).clip_()
+    assert parameters[0].grad.tolist() == [1.0, -1.0, 0.5]
+    assert parameters[1].grad.tolist() == [5.0 + 1.0j, 2.0j]
+
+
+def test_a_bound_that_the_loss_scale_takes_beyond_float64_clamps_nothing() -> None:
+    parameter = nn.Parameter(torch.zeros(2))
+    parameter.grad = torch.tensor([3.0, 4.0]) * 65536.0
+    policy = policies.chain(policies.global_norm(1.0), policies.value(1e306))
+    distclip.GradClipper([parameter], policy).clip_before_step(torch.tensor(65536.0))
+    assert (parameter.grad / 65536.0).tolist() == pytest.approx([0.6, 0.8], rel=1e-5)

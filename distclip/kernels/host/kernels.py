@@ -354,7 +354,8 @@ def _of_wholes(rows: Floats, table: Table, norm_type: float) -> Floats:
     if len(rows) == len(table.counts):
         return rows
     combine = np.maximum if math.isinf(norm_type) else np.add
-    return cast(Floats, combine.reduceat(rows, table.firsts))
+    with np.errstate(over="ignore"):  # inf, from which `_rooted` knows what to do
+        return cast(Floats, combine.reduceat(rows, table.firsts))
 
 
 def _measured(chosen: Chosen, norm_type: float, records: Floats | None) -> Floats:
