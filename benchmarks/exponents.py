@@ -16,7 +16,7 @@ import torch
 
 from distclip.kernels import exponents, measuring
 from distclip.kernels.exponents import Counting
-from distclip.kernels.measuring import Tables
+from distclip.kernels.measuring import PlanTables
 
 CPU = torch.device("cpu")
 CASES = [
@@ -38,7 +38,7 @@ def seconds(act: Callable[[], object], rounds: int) -> float:
 def row(dtype: torch.dtype, count: int, size: int) -> str:
     generator = torch.Generator().manual_seed(1)
     tensors = [torch.randn(size, generator=generator).mul(1e-3).to(dtype) for _ in range(count)]
-    tables, elements = Tables(), count * size
+    tables, elements = PlanTables(), count * size
 
     def norms() -> object:
         return measuring.norms(tensors, 2.0, device=CPU, tables=tables)

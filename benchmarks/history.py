@@ -15,7 +15,7 @@ from pathlib import Path
 
 from distclip.errors import DistclipError
 from distclip.monitor.plots import BEFORE, COLOURS, STYLE, backend
-from distclip.tools.bench.record import CaseRecord, Record, ratio, read
+from distclip.tools.bench.record import CaseRecord, Record, ratio, read_record
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -42,7 +42,7 @@ def recorded() -> dict[str, Record]:
     found = {}
     for path in RESULTS.glob("*-2-ranks*.json"):
         try:
-            record = read(path)
+            record = read_record(path)
         except DistclipError:  # of an earlier format
             continue
         if record.ranks == 2:

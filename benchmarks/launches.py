@@ -46,7 +46,7 @@ class Launched:
 @contextmanager
 def nothing_launched() -> Iterator[dict[str, Launched]]:
     """The Triton path for tensors of the CPU, with kernels that do nothing."""
-    names = ("measure", "combine", "measure_rows", "scale", "scale_rows")
+    names = ("measure_chunk", "combine", "measure_rows", "scale", "scale_rows")
     kernels = {name: Launched() for name in names}
     with (
         mock.patch.object(multi_tensor, "_kernels", return_value=SimpleNamespace(**kernels)),

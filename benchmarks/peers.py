@@ -131,7 +131,9 @@ def _accelerator() -> Any:
 
     from distclip.tools.launch import accelerate_cpu
 
-    accelerate_cpu.install(cpu=True)  # Accelerate itself does not join gloo ranks that are there
+    accelerate_cpu.become_cpu_rank(
+        cpu=True
+    )  # Accelerate itself does not join gloo ranks that are there
     return Accelerator()
 
 

@@ -32,7 +32,7 @@ from distclip import monitor, policies
 from distclip.monitor import page
 from distclip.monitor.reading import read_runs
 from distclip.monitor.runs import summaries
-from distclip.monitor.tracking import FIELDS
+from distclip.monitor.tracking import TRACKED_FIELDS
 
 SPIKE, BAD = 1200, 1500
 NAME = "distclip"
@@ -92,7 +92,7 @@ def train(steps: int, sinks: list[Timed]) -> list[float]:
 def of_jsonl(path: Path) -> Values:
     """What the log has, under the names of trackers."""
     (run,) = read_runs(path)
-    columns = {FIELDS[name]: getattr(run, name) for name in FIELDS}
+    columns = {TRACKED_FIELDS[name]: getattr(run, name) for name in TRACKED_FIELDS}
     columns["nonfinite"] = run.nonfinite
     return {
         name: dict(zip(run.steps.astype(int).tolist(), map(float, column), strict=True))
@@ -149,7 +149,7 @@ def main() -> None:
             f"{differs(found, want):.1g} | {each.sink.lost} |"
         )
     runs = read_runs(folder / "clip.jsonl")
-    page.save(runs, summaries(runs), folder / "page.html")
+    page.save_page(runs, summaries(runs), folder / "page.html")
     print(f"\nstep: {1e3 * step:.1f} ms with all of it; page: {folder / 'page.html'}")
 
 

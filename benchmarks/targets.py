@@ -18,7 +18,7 @@ from pathlib import Path
 
 from distclip import policies
 from distclip.tools.bench import ways
-from distclip.tools.bench.record import CaseRecord, Record, is_ours, ratio, read
+from distclip.tools.bench.record import CaseRecord, Record, is_ours, ratio, read_record
 
 ROOT = Path(__file__).resolve().parent.parent
 AGC, DREAMER, PARAMETER = (
@@ -122,7 +122,7 @@ def _adaptive(record: Record) -> Iterator[Target]:
         for name, bound in (("agc-large", 2.4), ("agc-bf16", 3.0)):
             value = _slower(record, name, ways.READ, way)
             yield Target(f"{name}: {told}, of one read", value, bound, False)
-    value = _of_sum(record, "agc-plain-many", ways.AGC, (2, ways.OURS), (1, ways.READ_WEIGHTS))
+    value = _of_sum(record, "agc-plain-many", ways.OUR_AGC, (2, ways.OURS), (1, ways.READ_WEIGHTS))
     yield Target("agc-plain-many: row AGC, of 2 global_norm + one read of the weights",
                  value, 1.0, False)  # fmt: skip
 
@@ -205,7 +205,7 @@ def _memory(record: Record) -> Iterator[Target]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("file", type=Path, help="written by `distclip bench --output`")
-    record = read(parser.parse_args(arguments).file)
+    record = read_record(parser.parse_args(arguments).file)
     judged = targets(record)
     for target in judged:
         sign = ">=" if target.at_least else "<="

@@ -102,7 +102,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _NAMES:
-        _tested.check("torch")
+        _tested.check_version("torch")
         found = getattr(importlib.import_module(_NAMES[name]), name)
     elif not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}"):
         found = importlib.import_module(f"{__name__}.{name}")  # such as distclip.optim

@@ -17,11 +17,11 @@ from distclip.application.joint import AttachHandle
 from distclip.application.stepping import skips_by_found_inf
 from distclip.common.notebook import clipper_html
 from distclip.engine import checkpoint
-from distclip.engine.attaching import listed
+from distclip.engine.attaching import as_optimizers
 from distclip.engine.following import loading, with_followers
 from distclip.engine.ladder import Attendant, Update
 from distclip.engine.once import ClipOnce
-from distclip.engine.program import States
+from distclip.engine.program import StageStates
 from distclip.engine.session import Session
 from distclip.engine.walked import Apply
 from distclip.errors import ConfigurationError
@@ -31,7 +31,7 @@ from distclip.options import LOOKS, Every, Fixed, OnNonfinite, VerifyReplicas
 from distclip.policies import ParameterInfo, Policy
 from distclip.report import ClipReport
 
-Sink: TypeAlias = Callable[[int, ClipReport], None]
+StepSink: TypeAlias = Callable[[int, ClipReport], None]
 
 _COPIED = ("on_nonfinite", "norms", "verify_replicas", "fold", "overlap", *LOOKS)
 """Options that a deep copy has too."""
@@ -147,7 +147,7 @@ class GradClipper:
         optimizer: Optimizer | Sequence[Optimizer] | None = None,
         on_nonfinite: OnNonfinite = "error",
         process_group: ProcessGroup | None = None,
-        sinks: Sink | Sequence[Sink] = (),
+        sinks: StepSink | Sequence[StepSink] = (),
         norms: bool = True,
         verify_replicas: VerifyReplicas = "first",
         fold: bool = True,
@@ -167,10 +167,12 @@ class GradClipper:
             "ratios": ratios,
             "exponents": exponents,
         }
-        self._session = session = Session.open(target, given, process_group, listed(optimizer))
+        self._session = session = Session.open(
+            target, given, process_group, as_optimizers(optimizer)
+        )
         self._options = session.options
         self._ladder = Attendant.of(session, process_group)
-        self.sinks: tuple[Sink, ...] = (sinks,) if callable(sinks) else tuple(sinks)
+        self.sinks: tuple[StepSink, ...] = (sinks,) if callable(sinks) else tuple(sinks)
         self.last_report: ClipReport | None = None
         """The report of the last clip."""
         tensors = [parameter for _, parameter in session.named]
@@ -326,7 +328,7 @@ class GradClipper:
             ConfigurationError: the clipper is attached already, an optimizer is given twice, or
                 steps none of its parameters.
         """
-        optimizers = (*listed(optimizer), *more)
+        optimizers = (*as_optimizers(optimizer), *more)
         return self._once.attach(optimizers, self._clip_attached, self._follow, self.raise_late)
 
     def _clip_attached(
@@ -455,7 +457,7 @@ class GradClipper:
         return with_followers(self._session.dump(self._states), self.sinks)
 
     @property
-    def _states(self) -> States:
+    def _states(self) -> StageStates:
         """The policies' memory, as it is handed on."""
         return self._session.states if self._ladder is None else self._ladder.states
 
@@ -476,7 +478,7 @@ class GradClipper:
         self.prepare_state_dict(state)()
 
     def prepare_state_dict(
-        self, state: object, source: checkpoint.Source | None = None
+        self, state: object, source: checkpoint.StateSource | None = None
     ) -> Callable[[], None]:
         """As :meth:`load_state_dict`, in two: check now, load when the result is called.
 

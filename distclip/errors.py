@@ -43,9 +43,9 @@ class RankMismatchError(DistclipError, RuntimeError):
 
 
 class CollectiveError(DistclipError, RuntimeError):
-    """A collective of a clipping broke, or took longer than ``stuck_after``.
+    """A collective of a clipping failed, or took longer than ``stuck_after``.
 
-    The process group cannot be used any more: end the process. Where the collective broke, the
+    The process group cannot be used any more: end the process. Where the collective failed, the
     backend's error is the ``__cause__``. ``step`` is that of the clipping, None if it counts none;
     ``ranks`` holds the global ranks that had not come to it, as far as that could be known.
     """

@@ -22,7 +22,7 @@ from distclip.application.eager import eagerly
 from distclip.application.notices import forget_clips, note_clip, sample, warn_of_former
 from distclip.engine import calls
 from distclip.engine.calls import on_parameters, on_tensors
-from distclip.engine.given import Given, listed
+from distclip.engine.given import Given, as_tensors
 from distclip.engine.joint import joint_norm
 from distclip.engine.usual import usual_gradients, usual_norms
 from distclip.errors import ConfigurationError
@@ -189,7 +189,7 @@ def clip_grads_with_norm_(
     """
     limit = GlobalNorm(max_norm).max_norm
     if isinstance(total_norm, Tensor):
-        total_norm = layouts.whole(total_norm)
+        total_norm = layouts.whole_values(total_norm)
     norm = torch.as_tensor(total_norm, dtype=torch.float64).detach()
     if norm.numel() != 1:
         raise ConfigurationError(
@@ -234,7 +234,7 @@ def get_total_norm(
         0-dim float32, or float64 if a tensor is float64.
     """
     policy = Measure(norm_type)
-    measuring = on_tensors(listed(tensors), policy)
+    measuring = on_tensors(as_tensors(tensors), policy)
     group = _pipeline(pipeline_group, process_group)
     if group is None:
         with measuring as session:

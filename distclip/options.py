@@ -104,7 +104,7 @@ class Options:
 
     def arguments(self, **changes: object) -> dict[str, Any]:
         """Keyword arguments of :class:`distclip.GradClipper`, some of them changed."""
-        return {name: getattr(self, name) for name in NAMES} | changes
+        return {name: getattr(self, name) for name in OPTION_NAMES} | changes
 
 
 def _meant(given: object) -> str:
@@ -121,7 +121,7 @@ LOOKS = Looks._fields
 
 NOTHING_SHOWN = Looks()
 
-NAMES = tuple(each.name for each in dataclasses.fields(Options))
+OPTION_NAMES = tuple(each.name for each in dataclasses.fields(Options))
 
 
 def refuse_late(value: object, where: str) -> None:

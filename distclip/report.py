@@ -12,11 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distclip.common.exponents import Exponents, by_dtype, dtypes_of, of_row
+from distclip.common.exponents import Exponents, by_dtype, of_row, row_dtypes
 from distclip.common.notebook import report_html
-from distclip.common.rollups import Floats, grouped, joint
+from distclip.common.rollups import Floats, check_depth, grouped, joint
 from distclip.engine.walked import Walked
-from distclip.errors import ConfigurationError
 from distclip.kernels.transfer import HostCopy
 from distclip.policies.protocol import combine_norms
 
@@ -134,7 +133,7 @@ class ClipReport:
         if self._walked.exponents is None:
             return {}
         table = self._of_exponents.read().numpy()
-        rows = zip(self.names, dtypes_of(table), table, strict=True)
+        rows = zip(self.names, row_dtypes(table), table, strict=True)
         return {name: of_row(dtype, row) for name, dtype, row in rows if dtype is not None}
 
     @cached_property
@@ -246,10 +245,8 @@ class ClipReport:
             Called, it waits for the copy and gives the numbers; ``ready`` says whether a call waits
             for nothing.
         """
-        if modules is not None and (isinstance(modules, bool) or modules < 1):
-            raise ConfigurationError(
-                f"a depth of modules must be an integer >= 1, or None for none, got {modules!r}"
-            )
+        if modules is not None:
+            check_depth(modules)
         parameters = self._of_parameters if per_parameter or modules is not None else None
         return ReportFetch(
             self.names,

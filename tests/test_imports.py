@@ -184,6 +184,64 @@ def test_a_framework_is_imported_by_its_own_files_only(framework: str) -> None:
     assert importers == IMPORTERS[framework]
 
 
+LONG_FILES = {
+    "distclip/clipper.py": "the docstrings of the public class, which are its reference",
+    "distclip/kernels/host/kernels.py": "which tensors the loops take, and their calls: one table",
+    "tests/kernels/test_host.py": "the host loops, held against one reference",
+    "tests/layouts/test_odd_gradients.py": "one table of odd gradients, read by all its tests",
+}
+"""Files of more than 400 lines, each with the reason. One that is shorter again has to leave."""
+
+
+def long_functions(source: str) -> list[str]:
+    """Functions of over 60 lines without docstring, and without a comment ``# Long: reason``."""
+    lines = source.splitlines()
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            text = lines[node.lineno - 1 : node.end_lineno]
+            prose = len((ast.get_docstring(node, clean=False) or "").splitlines())
+            size = len(text) - prose
+            if (size > 60) != any(line.strip().startswith("# Long: ") for line in text):
+                found.append(f"{node.name}, {size} lines")
+    return found
+
+
+def prose_lines(source: str) -> int:
+    """Lines of all docstrings, those of attributes too."""
+    return sum(
+        (node.end_lineno or 0) - node.lineno + 1
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    )
+
+
+def test_the_public_class_is_long_by_its_docstrings() -> None:
+    text = WRITTEN["distclip/clipper.py"]
+    assert text.count("\n") - prose_lines(text) <= 400
+
+
+def test_no_file_is_long_without_a_reason() -> None:
+    assert {name for name, text in WRITTEN.items() if text.count("\n") > 400} == set(LONG_FILES)
+
+
+def test_no_function_is_long_without_a_reason() -> None:
+    """And none gives the reason that is short."""
+    found = {name: long for name, text in WRITTEN.items() if (long := long_functions(text))}
+    assert not found
+
+
+def test_a_long_function_is_seen() -> None:
+    long = "def f():\n" + "    x = 1\n" * 61
+    assert long_functions(long) == ["f, 62 lines"]
+    assert not long_functions(long.replace("    x = 1", "    # Long: a table.", 1) + "    x = 1\n")
+    assert not long_functions('def f():\n    """A."""\n' + "    x = 1\n" * 59)
+    assert long_functions("def f():\n    # Long: no longer.\n    x = 1\n")
+    assert prose_lines('class A:\n    """One\n\n    two."""\n    x = 1\n    """Three."""\n') == 4
+
+
 SHARDING = ("torch.distributed.tensor", "torch.distributed.fsdp")
 
 SHARD_BY_THEMSELVES = {

@@ -13,7 +13,7 @@ from torch import nn
 import distclip
 from distclip import ConfigurationError, GradClipper, config, policies
 from distclip.integrations.clippers import Clippers
-from distclip.options import NAMES, Options
+from distclip.options import OPTION_NAMES, Options
 
 OTHER: dict[str, Any] = {
     "policy": policies.measure(1.0),
@@ -31,19 +31,21 @@ pytestmark = pytest.mark.filterwarnings("ignore:overlap=True has no effect")
 
 
 def shown(clipper: GradClipper) -> dict[str, Any]:
-    return {name: getattr(clipper, name) for name in NAMES}
+    return {name: getattr(clipper, name) for name in OPTION_NAMES}
 
 
 def test_every_option_is_named_in_every_place_that_has_to_name_it() -> None:
-    assert set(OTHER) == set(NAMES)
+    assert set(OTHER) == set(OPTION_NAMES)
     signature = inspect.signature(GradClipper.__init__).parameters
-    assert set(signature) - {"self", "target", "optimizer", "process_group", "sinks"} == set(NAMES)
+    assert set(signature) - {"self", "target", "optimizer", "process_group", "sinks"} == set(
+        OPTION_NAMES
+    )
     defaults = Options(policies.measure())
-    for name in NAMES[1:]:
+    for name in OPTION_NAMES[1:]:
         assert signature[name].default == getattr(defaults, name) != OTHER[name], name
     keys = set(config.json_schema()["properties"])
-    assert keys - {"by_name", "by_part", "log", "imports", "$schema"} == set(NAMES)
-    for name in NAMES[1:]:
+    assert keys - {"by_name", "by_part", "log", "imports", "$schema"} == set(OPTION_NAMES)
+    for name in OPTION_NAMES[1:]:
         loaded = config.load({"policy": "measure", name: OTHER[name]})
         assert getattr(loaded, name) == OTHER[name], name
         assert config.digest(loaded) != config.digest(config.load({"policy": "measure"})), name
@@ -67,7 +69,7 @@ def test_accelerate_hands_every_option_on() -> None:
     assert measuring.policy == policies.measure()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", OPTION_NAMES)
 def test_an_option_cannot_be_changed_later(name: str) -> None:
     weight = nn.Parameter(torch.ones(2))
     clipper = GradClipper([("w", weight)], policies.global_norm(1.0))

@@ -1,12 +1,13 @@
-"""How the package is built: how many rooms, how long its files and functions are."""
+"""How the package is built: its root, its rooms, and that a name is for one thing."""
 
 from __future__ import annotations
 
 import ast
+from collections import Counter
+from collections.abc import Iterable
+from itertools import chain
 
-import pytest
-
-from tests.helpers.sources import SOURCES, WRITTEN, parsed
+from tests.helpers.sources import SOURCES, parsed
 
 ROOT_MODULES = {
     "__init__.py", "__main__.py", "_version.py", "clipper.py", "errors.py", "functional.py",
@@ -46,56 +47,58 @@ def test_a_framework_at_the_root_has_no_code_of_its_own() -> None:
     assert len(bodies.pop().splitlines()) <= 10
 
 
-LONG_FILES = {
-    "distclip/clipper.py": "the docstrings of the public class, which are its reference",
-}
-"""Files of more than 400 lines, each with the reason. One that is shorter again has to leave."""
+SHARED_NAMES = {
+    "one operation, by torch, compiled loops and Triton": {
+        "clamp_", "clamped_norms", "counts", "measures", "norm", "norms", "row_norms", "scale_",
+        "scale_units_", "segment_norms", "unit_norms", "zero_",
+    },
+    "one formula, in the library and in the oracle, which shares no code with it": {
+        "adagc", "autoclip", "group_ema", "ladder", "norm_stabilizer", "running_max",
+        "skip_spikes", "zclip",
+    },
+    "what a layout's module has, under this name": {
+        "LAYOUT", "at_once", "describe", "describe_tensor", "is_reduced", "weights_at_once",
+    },
+    "what a framework's module has, under this name": {"ClipCallback", "attach", "enable"},
+    "where a process starts": {"main"},
+}  # fmt: skip
+"""Names without an underscore that several modules define, and what makes each one thing."""
+
+SHARED_IN_A_ROOM = {"_found", "_itself", "_logger", "_rewindable", "_shape"}
+"""Private names that several files of a folder define, each with one meaning."""
 
 
-def long_functions(source: str) -> list[str]:
-    """Functions of over 60 lines without docstring, and without a comment ``# Long: reason``."""
-    lines = source.splitlines()
-    found = []
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            text = lines[node.lineno - 1 : node.end_lineno]
-            prose = len((ast.get_docstring(node, clean=False) or "").splitlines())
-            size = len(text) - prose
-            if (size > 60) != any(line.strip().startswith("# Long: ") for line in text):
-                found.append(f"{node.name}, {size} lines")
-    return found
+def defined(tree: ast.Module) -> set[str]:
+    """Names of the functions, classes and values of a module; type variables left out."""
+    found: set[str] = set()
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            found.add(node.name)
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            made = ast.unparse(node.value.func) if isinstance(node.value, ast.Call) else ""
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            named = {target.id for target in targets if isinstance(target, ast.Name)}
+            found |= set() if made == "TypeVar" else named
+    return {name for name in found if not name.startswith("__")}
 
 
-def prose_lines(source: str) -> int:
-    """Lines of all docstrings, those of attributes too."""
-    return sum(
-        (node.end_lineno or 0) - node.lineno + 1
-        for node in ast.walk(ast.parse(source))
-        if isinstance(node, ast.Expr)
-        and isinstance(node.value, ast.Constant)
-        and isinstance(node.value.value, str)
-    )
+def repeated(names: Iterable[set[str]]) -> set[str]:
+    return {name for name, times in Counter(chain.from_iterable(names)).items() if times > 1}
 
 
-@pytest.mark.parametrize("name", LONG_FILES)
-def test_a_long_file_is_so_by_its_docstrings(name: str) -> None:
-    assert WRITTEN[name].count("\n") - prose_lines(WRITTEN[name]) <= 400
+def test_a_name_is_for_one_thing() -> None:
+    """So that a search for a name finds it and nothing else."""
+    modules = {name: defined(parsed(name)) for name in SOURCES}
+    public = [{name for name in names if name[0] != "_"} for names in modules.values()]
+    assert repeated(public) == set().union(*SHARED_NAMES.values())
+    rooms: dict[str, list[set[str]]] = {}
+    for name, names in modules.items():
+        rooms.setdefault(name.rpartition("/")[0], []).append(names)
+    private = set().union(*map(repeated, rooms.values()))
+    assert {name for name in private if name[0] == "_"} == SHARED_IN_A_ROOM
 
 
-def test_no_file_is_long_without_a_reason() -> None:
-    assert {name for name, text in WRITTEN.items() if text.count("\n") > 400} == set(LONG_FILES)
-
-
-def test_no_function_is_long_without_a_reason() -> None:
-    """And none gives the reason that is short."""
-    found = {name: long for name, text in WRITTEN.items() if (long := long_functions(text))}
-    assert not found
-
-
-def test_a_long_function_is_seen() -> None:
-    long = "def f():\n" + "    x = 1\n" * 61
-    assert long_functions(long) == ["f, 62 lines"]
-    assert not long_functions(long.replace("    x = 1", "    # Long: a table.", 1) + "    x = 1\n")
-    assert not long_functions('def f():\n    """A."""\n' + "    x = 1\n" * 59)
-    assert long_functions("def f():\n    # Long: no longer.\n    x = 1\n")
-    assert prose_lines('class A:\n    """One\n\n    two."""\n    x = 1\n    """Three."""\n') == 4
+def test_a_name_for_two_things_is_seen() -> None:
+    one = 'T = TypeVar("T")\nA: int = 1\n__all__ = []\ndef f(): pass\nclass C:\n    D = 1\n'
+    assert defined(ast.parse(one)) == {"A", "f", "C"}
+    assert repeated([{"A", "f"}, {"f"}, {"B"}]) == {"f"}

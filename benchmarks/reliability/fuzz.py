@@ -36,7 +36,7 @@ from benchmarks.reliability.hostile import CANARY
 from benchmarks.reliability.rows import Row
 from distclip import config, policies
 from distclip.__main__ import main
-from distclip.config.files import read
+from distclip.config.files import read_configuration
 from distclip.errors import DistclipError
 from distclip.integrations.deepspeed_json import configured, examined
 from distclip.monitor import reading, runs, table
@@ -50,7 +50,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # ---- configurations ----------------------------------------------------------------------------
 
 VALID: list[Any] = [
-    *(dict(read(path)) for path in sorted(ROOT.glob("configs/policies/*.yaml"))),
+    *(dict(read_configuration(path)) for path in sorted(ROOT.glob("configs/policies/*.yaml"))),
     {"policy": {"name": "agc", "unit_dims": {"*.experts.*": [0, 1]}}, "imports": [CANARY]},
     {"policy": ["agc", {"name": "value", "clip_value": 1.0}], "on_nonfinite": "skip",
      "by_name": {"*.bias": None, "head.*": {"name": "global_norm", "max_norm": "inf"}},
@@ -194,7 +194,7 @@ def logs(here: Folder) -> Fuzzer:
             run = reading.read_run(path)
             reading.read_loss(path, run.group)
             screen = io.StringIO()
-            table.show(runs.summaries([run]), screen, terminal=how == 2)
+            table.show_runs(runs.summaries([run]), screen, terminal=how == 2)
             printable(_without_styles(screen.getvalue()), "the table")
         except DistclipError as error:
             return refused(error)

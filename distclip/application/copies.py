@@ -11,12 +11,7 @@ from torch.optim import Optimizer
 
 
 class FollowedCopy:
-    """Stands in for an optimizer's ``__deepcopy__``, and has something copied along with it.
-
-    Args:
-        optimizer: the one.
-        follow: called with the ``memo`` of the copying, in which the copied optimizer is.
-    """
+    """Stands in for an optimizer's ``__deepcopy__``, and has something copied along with it."""
 
     def __init__(self, optimizer: Optimizer, follow: Callable[[dict[int, Any]], None]) -> None:
         self._optimizer = weakref.ref(optimizer)

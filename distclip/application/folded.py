@@ -25,7 +25,7 @@ FOLDING = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Ada
 """Optimizers whose fused kernels divide by ``grad_scale``, and write the quotient back."""
 SHARDED = (torch.optim.Adam, torch.optim.AdamW)
 """Optimizers of ``FOLDING`` whose fused kernels do so for DTensors too."""
-DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
+FOLDABLE_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 """The kernels compute these in float32. float64 would be divided by a float32 number, which is off
 by up to 6e-8 of it, and complex ones they do not take."""
 DEVICES = frozenset(("cpu", "cuda"))
@@ -38,11 +38,7 @@ _FLOAT = torch.finfo(torch.float32)
 
 
 class Scope:
-    """The parameters that one clipper multiplies, held against those that an optimizer steps.
-
-    Args:
-        parameters: all of the clipper's.
-    """
+    """The parameters that one clipper multiplies, held against those that an optimizer steps."""
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         self._parameters = tuple(parameters)
@@ -89,7 +85,7 @@ class Scope:
             len(devices) == 1
             and not any(map(plain.has_main_gradient, self._parameters))
             and all(device.type in DEVICES for device in devices)
-            and all(parameter.dtype in DTYPES for parameter in listed)
+            and all(parameter.dtype in FOLDABLE_DTYPES for parameter in listed)
         )
 
 
@@ -169,12 +165,7 @@ class FusedStep:
 
 
 class ScalerArgument:
-    """Stands for a gradient scaler in ``optimizer.step(grad_scaler=...)``.
-
-    Args:
-        optimizer: one that :func:`takes_scaler`.
-        given: the scaler that is stepping, or None.
-    """
+    """Stands for a gradient scaler in ``optimizer.step(grad_scaler=...)``."""
 
     def __init__(self, optimizer: Optimizer, given: Any) -> None:
         devices = {p.device for group in optimizer.param_groups for p in group["params"]}

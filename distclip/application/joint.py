@@ -195,9 +195,6 @@ class GradientsSeen:
 
     A scaler that unscales them, and a fused step that multiplies them, do not count as a change for
     torch; the sum of a further backward does.
-
-    Args:
-        gradients: as they are; not kept alive.
     """
 
     def __init__(self, gradients: Sequence[Tensor | None]) -> None:

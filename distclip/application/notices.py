@@ -73,13 +73,7 @@ def sample(parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 def note_clip(chosen: Sequence[Tensor], by: str, owner: int = 0) -> None:
-    """Note that the gradients of these parameters have been clipped by hand.
-
-    Args:
-        chosen: a sample of the parameters.
-        by: how to call it in a message.
-        owner: ``id`` of the clipper.
-    """
+    """Note that the gradients of these parameters have been clipped by hand."""
     for parameter in chosen:
         gradient = parameter.grad
         if gradient is not None and not gradient.is_inference():
@@ -124,10 +118,6 @@ class Absence:
     """Says so, once, where a step finds no gradient at all.
 
     At once where something explains it; otherwise at the second such step in a row.
-
-    Args:
-        plan: the table of parameters, with this rank's pieces.
-        named: the tensors that this rank has a part of, by name.
     """
 
     def __init__(self, plan: Plan, named: Sequence[tuple[str, Tensor]]) -> None:
@@ -155,7 +145,7 @@ class Absence:
 
         Args:
             norms: ``(parameters,)``, reduced; NaN where they were not measured.
-            speaks: whether this rank is one that warns.
+            speaks: whether this rank warns for all.
         """
         self._looks -= self._looks > 0
         if self._plan.group is not None and norms.sum().item() != 0.0:

@@ -48,8 +48,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command(name="run", context_settings=run.CONTEXT)(run.run)
-app.command(name="simulate", context_settings=simulate.CONTEXT)(simulate.simulate)
-app.add_typer(config.app, name="config")
+app.command(name="simulate", context_settings=run.CONTEXT)(simulate.simulate)
+app.add_typer(config.config_app, name="config")
 app.command(name="report")(report.report)
 app.command(name="watch")(watch.watch)
 app.command(name="suggest")(suggest.suggest)

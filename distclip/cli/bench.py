@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from distclip.common.foreign import clean
+from distclip.common.foreign import in_one_line
 from distclip.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 HUNG_AFTER = 600.0
 """Seconds beyond its budget until a case counts as hung."""
-WIDTH = 120
+TABLE_WIDTH = 120
 """Characters of a table where nothing else says."""
 
 
@@ -67,23 +67,23 @@ def bench(
         plots.backend()  # before minutes of measuring are lost for the want of it
     console = Console()
     if not console.is_terminal:  # a file or a pipe has no width of its own
-        console = Console(width=WIDTH)
+        console = Console(width=TABLE_WIDTH)
     if source is None:
         record = _measured(_chosen(cases or ()), ranks, rounds, budget, console)
     else:
-        record = bench_record.read(source)
+        record = bench_record.read_record(source)
         for case in record.cases.values():
-            _show(console, case, record.ranks)
+            _show_timings(console, case, record.ranks)
         told = ", ".join(f"{key}: {value}" for key, value in record.machine.items())
-        console.print(clean(told), markup=False)
+        console.print(in_one_line(told), markup=False)
     if output is not None:
         record.write(output)
-        console.print(f"written to {clean(output)}", markup=False)
+        console.print(f"written to {in_one_line(output)}", markup=False)
     if picture is not None:
         from distclip.tools.bench import draw as bench_draw
 
-        bench_draw.save(record, picture)
-        console.print(f"drawn in {clean(picture)}", markup=False)
+        bench_draw.save_chart(record, picture)
+        console.print(f"drawn in {in_one_line(picture)}", markup=False)
 
 
 def _list() -> None:
@@ -133,12 +133,12 @@ def _measured(
             budget,
             timeout=budget + HUNG_AFTER,
         )
-        found[name] = bench_record.combine(case.title, case.peer, taken, case.ranks)
-        _show(console, found[name], ranks)
+        found[name] = bench_record.combined_ranks(case.title, case.peer, taken, case.ranks)
+        _show_timings(console, found[name], ranks)
     return bench_record.Record(bench_record.with_load(machine), ranks, found)
 
 
-def _show(console: Console, case: CaseRecord, ranks: int) -> None:
+def _show_timings(console: Console, case: CaseRecord, ranks: int) -> None:
     from rich.markup import escape
     from rich.table import Table
     from rich.text import Text
@@ -148,16 +148,18 @@ def _show(console: Console, case: CaseRecord, ranks: int) -> None:
     ranks = case.ranks or ranks
     rounds = len(next(iter(case.ways.values())).wall_ms)
     table = Table(
-        title=Text(clean(f"{case.title}, {ranks} rank{'s' if ranks > 1 else ''}, {rounds} rounds")),
-        caption=f"faster: times faster than {escape(clean(case.peer))}; extra: held at once, "
+        title=Text(
+            in_one_line(f"{case.title}, {ranks} rank{'s' if ranks > 1 else ''}, {rounds} rounds")
+        ),
+        caption=f"faster: times faster than {escape(in_one_line(case.peer))}; extra: held at once, "
         f"at most {case.allowed_bytes / 1024:.0f} KiB allowed",
     )
     table.add_column("way", overflow="fold")
     for heading in ("median, ms", "quartiles", "faster", "CPU, ms", "faster", "extra, KiB"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for row in bench_record.rows(case):
+    for row in bench_record.case_rows(case):
         table.add_row(
-            Text(clean(row.name)),
+            Text(in_one_line(row.name)),
             f"{row.median_ms:.2f}",
             f"{row.low_ms:.2f} to {row.high_ms:.2f}",
             _times(row.ratio),
@@ -167,9 +169,9 @@ def _show(console: Console, case: CaseRecord, ranks: int) -> None:
         )
     console.print(table)
     for name, number in case.numbers.items():
-        console.print(clean(f"{name}: {number:.2g}"), markup=False)
+        console.print(in_one_line(f"{name}: {number:.2g}"), markup=False)
     for name, why in sorted(case.missing.items()):  # a long reason would take a column's width
-        console.print(clean(f"{name}: {why}"), markup=False)
+        console.print(in_one_line(f"{name}: {why}"), markup=False)
 
 
 def _times(ratio: float) -> str:

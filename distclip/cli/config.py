@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from distclip.common.foreign import clean
+from distclip.common.foreign import in_one_line
 from distclip.policies import Chain, Policy, SideBySide
 
 if TYPE_CHECKING:
     from distclip.config import Examined
 
-app = typer.Typer(help="Check a configuration; show its schema.", no_args_is_help=True)
+config_app = typer.Typer(help="Check a configuration; show its schema.", no_args_is_help=True)
 
 
-@app.command()
+@config_app.command()
 def schema() -> None:
     """Print the JSON Schema of a configuration, for editors and other programs."""
     from distclip import config
@@ -27,7 +27,7 @@ def schema() -> None:
     typer.echo(json.dumps(config.json_schema(), indent=2))
 
 
-@app.command()
+@config_app.command()
 def check(
     file: Annotated[Path, typer.Argument(help="YAML or JSON.", show_default=False)],
     run_imports: Annotated[
@@ -40,10 +40,15 @@ def check(
     the file names is run without --run-imports.
     """
     from distclip import config
-    from distclip.integrations.deepspeed_json import SECTION, configured, examined, read
+    from distclip.integrations.deepspeed_json import (
+        SECTION,
+        configured,
+        examined,
+        read_deepspeed_json,
+    )
 
-    document, strict = read(file) if file.suffix == ".json" else (None, True)
-    name = clean(file)
+    document, strict = read_deepspeed_json(file) if file.suffix == ".json" else (None, True)
+    name = in_one_line(file)
     found = config.examine(file) if document is None else examined(document, name=name)
     if not strict:
         typer.echo(
@@ -68,22 +73,23 @@ def check(
             typer.echo(f"{name}: {plain}")
     if loaded.log is not None:
         log = ", ".join(
-            f"{key}: {clean(value)}"
+            f"{key}: {in_one_line(value)}"
             for key, value in loaded.log.model_dump(exclude_defaults=True).items()
         )
         typer.echo(f"log: {log}")
     if found.imports and not run_imports:
-        typer.echo(f"imports: {clean(', '.join(found.imports))} (not run; see --run-imports)")
+        typer.echo(f"imports: {in_one_line(', '.join(found.imports))} (not run; see --run-imports)")
 
 
 def _tell_of_unknown(name: str, found: Examined) -> None:
-    modules = clean(", ".join(found.imports))
+    modules = in_one_line(", ".join(found.imports))
     one = len(found.imports) == 1
     whose = f"the module {modules}" if one else f"one of the modules {modules}"
     typer.echo(
         f"{name} is valid as far as it can be checked without running code: "
-        f"{', '.join(map(repr, map(clean, found.unknown)))} can be known only to {whose} under "
-        f"imports, which {'was' if one else 'were'} not run; check the rest with --run-imports"
+        f"{', '.join(map(repr, map(in_one_line, found.unknown)))} can be known only to {whose} "
+        f"under imports, which {'was' if one else 'were'} not run; check the rest with "
+        f"--run-imports"
     )
 
 
@@ -97,8 +103,8 @@ def _lines(policy: Policy | None, indent: str) -> list[str]:
     if isinstance(policy, SideBySide):
         lines = [f"{indent}{policy.name.replace('_', ' ')}, the first match wins:"]
         for pattern, part in (*policy.mapping, ("all others", policy.default)):
-            name = pattern if pattern == "all others" else f'"{clean(pattern)}"'
+            name = pattern if pattern == "all others" else f'"{in_one_line(pattern)}"'
             first, *rest = _lines(part, indent + "    ")
             lines += [f"{indent}  {name}: {first.strip()}", *rest]
         return lines
-    return [f"{indent}{clean(repr(policy))}"]
+    return [f"{indent}{in_one_line(repr(policy))}"]

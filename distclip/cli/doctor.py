@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from distclip.common.foreign import clean, clean_lines
+from distclip.common.foreign import clean_lines, in_one_line
 
 if TYPE_CHECKING:
     from distclip.tools.doctor import Line
@@ -36,18 +36,18 @@ def doctor(
     """
     from distclip.tools import doctor as tool
 
-    lines = tool.look(launch_config, ranks)
+    lines = tool.examine_system(launch_config, ranks)
     if os.environ.get("RANK", "0") == "0":
-        _show(lines)
+        _show_findings(lines)
         if json is not None:
             json.parent.mkdir(parents=True, exist_ok=True)
-            json.write_text(tool.as_json(lines), encoding="utf-8")
-            typer.echo(f"written to {clean(json)}")
+            json.write_text(tool.findings_as_json(lines), encoding="utf-8")
+            typer.echo(f"written to {in_one_line(json)}")
     if any(line.state == "wrong" for line in lines):
         raise typer.Exit(1)
 
 
-def _show(lines: list[Line]) -> None:
+def _show_findings(lines: list[Line]) -> None:
     from rich.console import Console
 
     console = Console(highlight=False, soft_wrap=True)

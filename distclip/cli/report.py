@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from distclip.common.foreign import clean
+from distclip.common.foreign import in_one_line
 from distclip.errors import ConfigurationError
 
 
@@ -57,19 +57,19 @@ def report(
     by_file = [read_runs(path) for path in runs]
     recorded = [run for found in by_file for run in found]
     summed = summaries(recorded)
-    table.show(summed)
+    table.show_runs(summed)
     if modules is not None:
         table.show_modules(recorded, modules)
     if out is None:
         return
     if _is_page(out):
-        page.save(recorded, summed, out)
-        typer.echo(f"\npage: {clean(out)}")
+        page.save_page(recorded, summed, out)
+        typer.echo(f"\npage: {in_one_line(out)}")
         return
     pairs = zip(loss or (), by_file, strict=False)
     curves = [read_loss(path, found[-1].group) for path, found in pairs]
     plots.save(plots.draw(recorded, curves), out)
-    typer.echo(f"\npicture: {clean(out)}")
+    typer.echo(f"\npicture: {in_one_line(out)}")
 
 
 def _check_loss(loss: list[Path] | None, runs: list[Path], out: Path | None) -> None:

@@ -9,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from distclip.tools.launch.script import CONFIG_VARIABLE, Script
+from distclip.integrations.lightning_factories import CONFIG_VARIABLE
+from distclip.tools.launch.script import Script
 
 CONTEXT = {"allow_interspersed_args": False}
 """The first argument that is no option is the script; all that follows belongs to the script."""

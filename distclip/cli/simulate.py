@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from distclip.common.foreign import clean
+from distclip.common.foreign import in_one_line
 from distclip.tools.simulate.layouts import SIMULATED_LAYOUTS
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
+    from distclip.tools.simulate.running import Simulation
     from distclip.tools.simulate.shown import LayoutOutcome
 
-CONTEXT = {"allow_interspersed_args": False}
 DEFAULT = ("ddp", "fsdp2")
 
 
@@ -55,10 +57,7 @@ def simulate(
 
     The exit code is 1 if ranks or layouts do not do the same, and 0 otherwise.
     """
-    # Long: an option of the command line is a parameter, of several lines.
     from rich.console import Console
-    from rich.markup import escape
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     from distclip.tools.simulate import nodes, shown
     from distclip.tools.simulate.running import Simulation
@@ -72,23 +71,33 @@ def simulate(
     )  # fmt: skip
     if host_count > 1 and (reason := nodes.why_not()):
         console.print(f"no network namespaces here: {reason}", style="dim", markup=False)
-    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("")
-        outcomes = simulation.run(
-            chosen,
-            lambda text: progress.update(task, description=escape(clean(text))),
-            (lambda outcome: None) if console.is_terminal else _tell_ended,
-        )
-    shown.show(outcomes, tolerance, console)
+    outcomes = _run_with_progress(simulation, chosen, console)
+    shown.show_outcomes(outcomes, tolerance, console)
     if skipped := chosen[len(outcomes) :]:
         console.print(f"not run after that: {', '.join(skipped)}", style="dim")
     if json is not None:
         json.parent.mkdir(parents=True, exist_ok=True)
-        json.write_text(shown.as_json(outcomes, tolerance), encoding="utf-8")
-        typer.echo(f"written to {clean(json)}")
+        json.write_text(shown.outcomes_as_json(outcomes, tolerance), encoding="utf-8")
+        typer.echo(f"written to {in_one_line(json)}")
     if not all(outcome.sound for outcome in outcomes):
         raise typer.Exit(1)
+
+
+def _run_with_progress(
+    simulation: Simulation, chosen: list[str], console: Console
+) -> list[LayoutOutcome]:
+    """Run the layouts, with a line on a terminal that shows how far each is."""
+    from rich.markup import escape
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("")
+        return simulation.run(
+            chosen,
+            lambda text: progress.update(task, description=escape(in_one_line(text))),
+            (lambda outcome: None) if console.is_terminal else _tell_ended,
+        )
 
 
 def _tell_ended(outcome: LayoutOutcome) -> None:
@@ -96,5 +105,6 @@ def _tell_ended(outcome: LayoutOutcome) -> None:
     ending = outcome.ending
     steps = min((rank.done for rank in ending.ranks), default=0)
     typer.echo(
-        f"{clean(outcome.layout)}: {ending.how}, {steps} steps, {ending.seconds:.1f} s", err=True
+        f"{in_one_line(outcome.layout)}: {ending.how}, {steps} steps, {ending.seconds:.1f} s",
+        err=True,
     )

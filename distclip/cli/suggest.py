@@ -7,9 +7,9 @@ from typing import Annotated, Literal
 
 import typer
 
-from distclip.common.foreign import clean
+from distclip.common.foreign import in_one_line
 
-FEW = 100
+FEW_STEPS = 100
 """Steps below which a percentile of the norms says little."""
 
 
@@ -48,7 +48,7 @@ def suggest(
             f"are those of a run that was already held back; record one with policy: measure",
             err=True,
         )
-    if found.steps < FEW:
+    if found.steps < FEW_STEPS:
         typer.echo(f"distclip: {found.steps} steps are few for a percentile", err=True)
     if found.spread > 2.0:
         typer.echo(
@@ -57,7 +57,7 @@ def suggest(
             err=True,
         )
     # A comment ends with its line, so a name in it must not.
-    typer.echo(f"# {', '.join(map(clean, runs))}: {found.about}")
+    typer.echo(f"# {', '.join(map(in_one_line, runs))}: {found.about}")
     for candidate in found.candidates:
         typer.echo(f"# {candidate}")
     typer.echo(found.configuration)

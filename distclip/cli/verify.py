@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from distclip.common.foreign import clean, clean_lines
+from distclip.common.foreign import clean_lines, in_one_line
 from distclip.testing.cases import DTYPES, MATRIX_LAYOUTS
 
 if TYPE_CHECKING:
@@ -61,25 +61,25 @@ def verify(
             if done and not progress.console.is_terminal:
                 seconds = progress.tasks[0].elapsed or 0.0
                 count = f"{progress.tasks[0].completed:.0f} of {total} cells"
-                typer.echo(f"{clean(text)}: {count}, {seconds:.1f} s", err=True)
+                typer.echo(f"{in_one_line(text)}: {count}, {seconds:.1f} s", err=True)
 
-        matrix = running.run(selection, tell)
-    _show(matrix)
+        matrix = running.run_matrix(selection, tell)
+    _show_matrix(matrix)
     _write(
         matrix,
-        {json: reports.as_json, junit: reports.as_junit, markdown: reports.markdown},
+        {json: reports.matrix_as_json, junit: reports.as_junit, markdown: reports.markdown},
     )
     if matrix.count("failed"):
         raise typer.Exit(1)
 
 
-def _show(matrix: Matrix) -> None:
+def _show_matrix(matrix: Matrix) -> None:
     from rich.console import Console
 
     from distclip.tools.verify import reports
 
     console = Console()
-    console.print(reports.table(matrix))
+    console.print(reports.matrix_table(matrix))
     for line in reports.failures(matrix):
         console.print(clean_lines(line), style="red", markup=False, highlight=False)
     for line in matrix.reasons():
@@ -93,4 +93,4 @@ def _write(matrix: Matrix, outputs: dict[Path | None, Callable[[Matrix], str]]) 
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(render(matrix), encoding="utf-8")
-            typer.echo(f"written to {clean(path)}")
+            typer.echo(f"written to {in_one_line(path)}")

@@ -19,7 +19,7 @@ def watch(
     """
     from rich.console import Console
 
-    from distclip.monitor.watching import watch as show
+    from distclip.monitor.watching import watch_log as show
 
     console = Console(highlight=False, emoji=False)
     try:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-Table: TypeAlias = npt.NDArray[np.float64]
+from distclip.common.rollups import Floats
 
 RANGES = {
     "float16": (-14, 15),
@@ -94,21 +94,21 @@ class Exponents:
         }
 
 
-def of_row(dtype: str, row: Table) -> Exponents:
+def of_row(dtype: str, row: Floats) -> Exponents:
     """From one row of counts, or the sum of several."""
     whole = np.rint(row).astype(np.int64)
     zero, subnormal, nonfinite = (int(whole[column]) for column in (ZERO, SUBNORMAL, NONFINITE))
     return Exponents(dtype, zero, subnormal, nonfinite, LOWEST, whole[FIRST:])
 
 
-def dtypes_of(table: Table) -> list[str | None]:
+def row_dtypes(table: Floats) -> list[str | None]:
     """The dtype of each row; None where it counts nothing."""
     names = (*RANGES,)
     elements = table[:, : len(names)]
     return [names[row.argmax()] if row.any() else None for row in elements]
 
 
-def by_dtype(names: Sequence[str], table: Table) -> dict[str, tuple[Exponents, dict[str, float]]]:
+def by_dtype(names: Sequence[str], table: Floats) -> dict[str, tuple[Exponents, dict[str, float]]]:
     """All rows of each dtype together, and the rows nearest to underflow.
 
     Args:
@@ -120,7 +120,7 @@ def by_dtype(names: Sequence[str], table: Table) -> dict[str, tuple[Exponents, d
         name and the share, where it is not 0.
     """
     rows: dict[str, list[int]] = {}
-    for number, dtype in enumerate(dtypes_of(table)):
+    for number, dtype in enumerate(row_dtypes(table)):
         if dtype is not None:
             rows.setdefault(dtype, []).append(number)
     found = {}

@@ -2,7 +2,7 @@
 
 A path that a user names may lead to a folder, a pipe that nobody writes to, or bytes of any kind;
 a key, a name or a value in a file may hold what moves a terminal's cursor. Files are opened here
-after a look at what they are, and foreign text is shown through :func:`clean`.
+after a look at what they are, and foreign text is shown through :func:`in_one_line`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _KINDS = (
 )
 
 
-def clean(text: object, longest: int | None = None) -> str:
+def in_one_line(text: object, longest: int | None = None) -> str:
     r"""``str(text)`` on one line, with escapes such as ``\x1b`` for what is not printable.
 
     Args:
@@ -42,8 +42,8 @@ def clean(text: object, longest: int | None = None) -> str:
 
 
 def clean_lines(text: object) -> str:
-    """As :func:`clean`, for text of several lines."""
-    return "\n".join(clean(line) for line in str(text).split("\n"))
+    """As :func:`in_one_line`, for text of several lines."""
+    return "\n".join(in_one_line(line) for line in str(text).split("\n"))
 
 
 def read_text(path: str | os.PathLike[str], most: int) -> str:
@@ -106,4 +106,4 @@ def _opened(path: str | os.PathLike[str]) -> BinaryIO:
 
 
 def _unreadable(path: str | os.PathLike[str], why: object) -> ConfigurationError:
-    return ConfigurationError(f"{clean(os.fspath(path))}: cannot be read: {clean(why)}")
+    return ConfigurationError(f"{in_one_line(os.fspath(path))}: cannot be read: {in_one_line(why)}")

@@ -20,7 +20,7 @@ def namespace(name: str) -> ModuleType:
         ImportError: a package that it needs is not installed; says how to install it.
     """
     for package in ("torch", name, *BESIDES.get(name, ())):
-        tested.check(package)
+        tested.check_version(package)
     try:
         return importlib.import_module(f"distclip.integrations.{name}")
     except ModuleNotFoundError as error:

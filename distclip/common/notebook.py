@@ -10,9 +10,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from distclip.common.foreign import clean
+from distclip.common.foreign import in_one_line
 
-LISTED = 10
+LARGEST_LISTED = 10
 """Parameters in the table of the largest ones."""
 
 
@@ -30,8 +30,8 @@ def report_html(values: Mapping[str, Any]) -> str:
         rows.append(("update", "skipped"))
     if bad := values["nonfinite"]:
         more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
-        rows.append(("NaN or inf in", ", ".join(clean(name, 200) for name in bad[:5]) + more))
-    rows += [(f"norm of part {clean(p, 200)}", _number(n)) for p, n in _of(values, "parts")]
+        rows.append(("NaN or inf in", ", ".join(in_one_line(name, 200) for name in bad[:5]) + more))
+    rows += [(f"norm of part {in_one_line(p, 200)}", _number(n)) for p, n in _of(values, "parts")]
     return _table("Clipping of one step", (), rows) + _largest(dict(_of(values, "parameters")))
 
 
@@ -54,9 +54,12 @@ def _largest(parameters: Mapping[str, Mapping[str, float]]) -> str:
 
     if not parameters:
         return ""
-    names = sorted(parameters, key=size, reverse=True)[:LISTED]
+    names = sorted(parameters, key=size, reverse=True)[:LARGEST_LISTED]
     rows = [
-        (clean(name, 200), *(_number(parameters[name][key]) for key in ("norm", "coefficient")))
+        (
+            in_one_line(name, 200),
+            *(_number(parameters[name][key]) for key in ("norm", "coefficient")),
+        )
         for name in names
     ]
     table = _table("", ("parameter", "norm before", "coefficient"), rows)

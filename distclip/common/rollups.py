@@ -8,7 +8,19 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from distclip.errors import ConfigurationError
+
 Floats = npt.NDArray[np.float64]
+
+
+def check_depth(depth: int) -> None:
+    """Refuse a number of parts of names that makes no modules.
+
+    Raises:
+        ConfigurationError: ``depth < 1``.
+    """
+    if isinstance(depth, bool) or not depth >= 1:
+        raise ConfigurationError(f"a depth of modules must be an integer >= 1, got {depth!r}")
 
 
 def grouped(names: Sequence[str], depth: int) -> dict[str, list[int]]:
@@ -21,7 +33,11 @@ def grouped(names: Sequence[str], depth: int) -> dict[str, list[int]]:
     Returns:
         The common beginning, such as ``layers.0`` for a depth of 2 -> the places; in the order in
         which they begin.
+
+    Raises:
+        ConfigurationError: ``depth < 1``.
     """
+    check_depth(depth)
     groups: dict[str, list[int]] = {}
     for place, name in enumerate(names):
         groups.setdefault(".".join(name.split(".")[:depth]), []).append(place)

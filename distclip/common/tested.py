@@ -38,7 +38,7 @@ TESTED = {
 _checked: set[str] = set()
 
 
-def check(package: str) -> None:
+def check_version(package: str) -> None:
     """Refuse a version of a package that is too old, and log once that one is newer than tested.
 
     A package that is not installed, or whose version is not a version (of a fork), passes.

@@ -39,12 +39,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from distclip import policies
 from distclip.config import schema
-from distclip.config.files import read
+from distclip.config.files import read_configuration
 from distclip.config.log import LogConfig, NoiseConfig, StatesConfig
-from distclip.config.policies import build
+from distclip.config.policies import build_policy
 from distclip.config.problems import Path, Problems, key_text, said, shown
 from distclip.errors import ConfigurationError
-from distclip.options import LOOKS, NAMES, Every, OnNonfinite, Options, VerifyReplicas
+from distclip.options import LOOKS, OPTION_NAMES, Every, OnNonfinite, Options, VerifyReplicas
 from distclip.policies import Policy
 
 HYPERPARAMETER = "gradient_clip_norm"
@@ -223,7 +223,7 @@ def _read(source: object, name: str) -> tuple[Mapping[Any, Any], str]:
             f"{name}: expected the path of a YAML or JSON file, or a mapping, got a "
             f"{type(source).__name__}"
         )
-    return read(source), os.fspath(source)
+    return read_configuration(source), os.fspath(source)
 
 
 def _examined(raw: Mapping[Any, Any], source: str) -> Examined:
@@ -245,7 +245,7 @@ def _examined(raw: Mapping[Any, Any], source: str) -> Examined:
 
 
 def _config(document: _Document, policy: Policy) -> Config:
-    given = {name: getattr(document, name) for name in NAMES} | {"policy": policy}
+    given = {name: getattr(document, name) for name in OPTION_NAMES} | {"policy": policy}
     return Config(**given, log=document.log)
 
 
@@ -329,11 +329,6 @@ def _policy(
 ) -> Policy | None:
     """The policy of the whole.
 
-    Args:
-        raw: the configuration.
-        problems: where faults are noted.
-        unknown: gets the names that no policy has, which are then no fault.
-
     Returns:
         None after a fault, or where a name is unknown.
     """
@@ -347,14 +342,14 @@ def _policy(
         return None
     if spec is None and not given:
         problems.add(("policy",), "missing; write for instance {name: global_norm, max_norm: 1.0}")
-    default = None if spec is None else build(spec, ("policy",), problems, unknown)
+    default = None if spec is None else build_policy(spec, ("policy",), problems, unknown)
     make, parts = given[0] if given else (policies.by_name, None)
     if not isinstance(parts, Mapping):
         return default
     mapping = {}
     for key, each in parts.items():
         path = (make.name, key_text(key))
-        mapping[key] = None if each is None else build(each, path, problems, unknown)
+        mapping[key] = None if each is None else build_policy(each, path, problems, unknown)
         try:
             make({key: None})
         except ConfigurationError as error:

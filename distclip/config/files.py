@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 
 import yaml
 
-from distclip.common.foreign import clean, read_text
+from distclip.common.foreign import in_one_line, read_text
 from distclip.errors import ConfigurationError
 
 MOST_JSON, MOST_YAML = 2**19, 2**16
@@ -33,7 +33,7 @@ MOST_DIGITS = 309
 _EXAMPLE = "policy: {name: global_norm, max_norm: 1.0}"
 
 
-def read(path: str | os.PathLike[str]) -> Mapping[str, Any]:
+def read_configuration(path: str | os.PathLike[str]) -> Mapping[str, Any]:
     """The mapping at the top level of a configuration file.
 
     JSON where the name ends in ``.json``, or where it ends in nothing known and the text starts
@@ -44,13 +44,13 @@ def read(path: str | os.PathLike[str]) -> Mapping[str, Any]:
             something else than a mapping at the top level.
     """
     text = _text(path)
-    name = clean(os.fspath(path))
+    name = in_one_line(os.fspath(path))
     if not text.strip():
         raise ConfigurationError(f"{name}: the file is empty; write for instance {_EXAMPLE!r}")
     try:
         value = _parse_json(text) if _is_json(name, text) else _parse_yaml(text)
     except _SyntaxError as fault:
-        raise ConfigurationError(f"{name}: {clean(fault, 400)}") from None
+        raise ConfigurationError(f"{name}: {in_one_line(fault, 400)}") from None
     except RecursionError:
         raise ConfigurationError(f"{name}: nested too deeply for a configuration") from None
     if value is None:
@@ -81,7 +81,9 @@ def read_loose(path: str | os.PathLike[str]) -> Mapping[str, Any] | None:
     try:
         found = hjson.loads(_text(path), object_pairs_hook=_unique)
     except _SyntaxError as fault:
-        raise ConfigurationError(f"{clean(os.fspath(path))}: {clean(fault, 400)}") from None
+        raise ConfigurationError(
+            f"{in_one_line(os.fspath(path))}: {in_one_line(fault, 400)}"
+        ) from None
     except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
@@ -95,9 +97,9 @@ def _text(path: str | os.PathLike[str]) -> str:
     try:
         return read_text(path, MOST_JSON)
     except FileNotFoundError:
-        where = "" if os.path.isabs(path) else f" (looked in {clean(Path.cwd())})"
+        where = "" if os.path.isabs(path) else f" (looked in {in_one_line(Path.cwd())})"
         raise ConfigurationError(
-            f"{clean(os.fspath(path))}: no such configuration file{where}"
+            f"{in_one_line(os.fspath(path))}: no such configuration file{where}"
         ) from None
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch.distributed import ProcessGroup
 
 from distclip.clipper import GradClipper
-from distclip.common.foreign import clean
+from distclip.common.foreign import in_one_line
 from distclip.config import Config, LogConfig
 from distclip.errors import ConfigurationError
 from distclip.monitor import trackers
@@ -40,12 +40,6 @@ def open_log(
     Each clipper of a process has places of its own: where one writes ``clip.jsonl``, the next of
     the same configuration writes ``clip.2.jsonl``; in a run of a tracker its names begin with
     ``2/``. A place is free again when its clipper is gone, or after :func:`release_log`.
-
-    Args:
-        clipper: gets the sinks in addition to those that it has.
-        config: a checked configuration.
-        accelerator: for ``log: {accelerate: true}``.
-        process_group: as for the clipper.
 
     Raises:
         ConfigurationError: ``accelerate: true`` and no accelerator; ``noise_scale`` where gradients
@@ -79,12 +73,12 @@ def open_log(
     for place in _places(log, number):
         _taken[place] = sinks[0]
     if number > 1 and collectives.is_first():
-        names = ", ".join(map(clean, clipper.names[:3]))
+        names = ", ".join(map(in_one_line, clipper.names[:3]))
         _logger.warning(
             "the log %s belongs to another clipper of this process; that of %d parameters (%s%s) "
             "is %s",
-            clean(_shown(log, 1)), len(clipper.names), names, ", ..." * (len(clipper.names) > 3),
-            clean(_shown(log, number)),
+            in_one_line(_shown(log, 1)), len(clipper.names), names,
+            ", ..." * (len(clipper.names) > 3), in_one_line(_shown(log, number)),
         )  # fmt: skip
 
 

@@ -111,7 +111,7 @@ def arguments(policy: type[Policy]) -> dict[str, Argument]:
     return found
 
 
-def build(
+def build_policy(
     spec: object, path: Path, problems: Problems, unknown: list[str] | None = None
 ) -> Policy | None:
     """The policy that ``spec`` describes; None after a problem (or several) was noted.
@@ -198,7 +198,7 @@ def _checked(
         adapter = accepted[key].adapter
         if adapter is None:
             if value is not None or accepted[key].required:
-                given[key] = build(value, (*path, key), problems, unknown)
+                given[key] = build_policy(value, (*path, key), problems, unknown)
                 sound = sound and given[key] is not None
             continue
         try:

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from distclip.common.foreign import clean
+from distclip.common.foreign import in_one_line
 from distclip.errors import ConfigurationError
 
 Path = tuple[str | int, ...]
@@ -31,7 +31,7 @@ class Problems:
     def add(self, path: Path, message: str) -> None:
         """Add one problem to the list."""
         where = "" if self.full else render(path)
-        self._lines.append(clean(f"{where}: {message}" if where else message, 1000))
+        self._lines.append(in_one_line(f"{where}: {message}" if where else message, 1000))
 
     def add_validation(
         self,
@@ -83,7 +83,7 @@ class Problems:
 
     def raise_if_any(self, source: str) -> None:
         """Raise one ``ConfigurationError`` with all lines, naming the ``source``."""
-        source, count = clean(source), len(self._lines)
+        source, count = in_one_line(source), len(self._lines)
         if count == 1:
             raise ConfigurationError(f"{source}: {self._lines[0]}")
         if count:
@@ -97,7 +97,7 @@ def render(path: Path) -> str:
     text = ""
     for part in path:
         if isinstance(part, str):
-            part = clean(part, 80)
+            part = in_one_line(part, 80)
         if isinstance(part, int):
             text += f"[{part}]"
         elif part.isidentifier():
@@ -177,6 +177,6 @@ def key_text(key: object) -> str:
 def said(error: BaseException) -> str:
     """The message of an exception of others, on one line."""
     try:
-        return clean(error, 400)
+        return in_one_line(error, 400)
     except Exception:
         return "(its message cannot be shown)"

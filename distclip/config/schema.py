@@ -18,7 +18,7 @@ def complete(document: Schema) -> Schema:
     schema = _plain(document)
     known = registered()
     definitions = schema.setdefault("$defs", {})
-    definitions.update({name: _policy(policy) for name, policy in known.items()})
+    definitions.update({name: _policy_schema(policy) for name, policy in known.items()})
     bare = [name for name, p in known.items() if not any(a.required for a in arguments(p).values())]
     definitions["policy"] = {
         "description": "One policy: a mapping with its name and arguments, or just its name.",
@@ -57,7 +57,7 @@ def _described(schema: Schema) -> Schema:
     return {"description": schema["description"]} if "description" in schema else {}
 
 
-def _policy(policy: type[Policy]) -> Schema:
+def _policy_schema(policy: type[Policy]) -> Schema:
     properties: Schema = {"name": {"const": policy.name}}
     for argument in arguments(policy).values():
         properties[argument.name] = _argument(argument)

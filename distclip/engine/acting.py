@@ -55,7 +55,7 @@ class Acting:
         return self.units is None and self.ledger.is_idle(clamps=self._clamps())
 
     def factor(self) -> float | Tensor | None:
-        """The number, or 0-dim tensor, that everything is multiplied by; None: it is not so.
+        """The number, or 0-dim tensor, that multiplies everything; None if there is no single one.
 
         Where there are other ranks, it goes by what all of them know. Else one rank would multiply
         its copy of a gradient while the optimizer of another, which rounds otherwise, does.
@@ -144,7 +144,7 @@ class Acting:
         return self._unless_skipped(cast(Tensor, self.ledger.rounds[0].coefficients))
 
     def _unless_skipped(self, factors: Tensor) -> Tensor:
-        """On the host a skipped step does not come so far."""
+        """``factors``, or 1 where the step is skipped (on the host that has returned before)."""
         if self.program.plan.device.type == "cpu" or self.skip is self.program.no_skip:
             return factors
         return torch.where(self.skip, 1.0, factors)

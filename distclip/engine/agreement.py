@@ -20,7 +20,7 @@ from torch.distributed import ProcessGroup
 
 from distclip.errors import RankMismatchError
 from distclip.layouts import tensors
-from distclip.layouts.differences import listed, told
+from distclip.layouts.differences import quoted_names, told
 from distclip.statistics import collectives
 from distclip.statistics.packing import Measurement, Stamp
 
@@ -30,10 +30,10 @@ EVERY = 16
 WITNESSES = 2
 """Gradients by which a rank knows whether there was a backward since the last clip."""
 
-Fact: TypeAlias = str | Mapping[str, int | None]
+RankFact: TypeAlias = str | Mapping[str, int | None]
 """What a rank has, in words; or the group of each parameter."""
 
-_MENDS = {
+_DISAGREEMENT_MENDS = {
     "parameter groups": "Give the optimizer the same parameter groups, in the same order, on every "
     "rank",
     "parts by optimizer": "Give the same parameters to the same kind of optimizer, with the same "
@@ -45,11 +45,7 @@ _MENDS = {
 
 
 class LastClip:
-    """A few gradients as the last clip left them, to see whether there are new ones since.
-
-    Args:
-        parameters: of this rank.
-    """
+    """A few gradients as the last clip left them, to see whether there are new ones since."""
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         step = max(1, len(parameters) // WITNESSES)
@@ -97,7 +93,7 @@ class Agreement:
         self._talks = collectives.sends_anything(group)
         self._device = device
         self._immediate = immediate
-        self._facts: dict[str, Fact] = {}
+        self._facts: dict[str, RankFact] = {}
         self._changed = True
         self._digest = 0
         self._clips = 0
@@ -105,8 +101,8 @@ class Agreement:
         # So small that a sum of squares over all ranks is exact in float64.
         self._bits = (53 - (self._ranks - 1).bit_length()) // 2
 
-    def note(self, what: str, fact: Fact) -> None:
-        """Take down what this rank has from now on."""
+    def note(self, what: str, fact: RankFact) -> None:
+        """Replace the facts of this rank, which the next step compares."""
         if self._facts.get(what) != fact:
             self._facts[what] = fact
             self._changed = True
@@ -152,7 +148,7 @@ class Agreement:
         if not self._talks or agreed.stamp.is_everybodys(flags[1:], maximum=as_maxima):
             return
         ranks = collectives.ranks_of(self._group)
-        facts: Mapping[str, Fact] = {**self._facts, **agreed.facts}
+        facts: Mapping[str, RankFact] = {**self._facts, **agreed.facts}
         raise disagreement(dict(zip(ranks, collectives.gather(facts, self._group), strict=True)))
 
 
@@ -181,7 +177,7 @@ class Agreed(NamedTuple):
             self.agreement.judge(self, reduced)
 
 
-def disagreement(facts: Mapping[int, Mapping[str, Fact]]) -> RankMismatchError:
+def disagreement(facts: Mapping[int, Mapping[str, RankFact]]) -> RankMismatchError:
     """The error for ranks that differ, from what each of them has."""
     ranks = list(facts)
     differences, mends = [], []
@@ -190,7 +186,7 @@ def disagreement(facts: Mapping[int, Mapping[str, Fact]]) -> RankMismatchError:
         if all(value == values[0] for value in values):
             continue
         differences.append(f"{what}: {told(ranks, _in_words(values))}")
-        mends.append(_MENDS[what])
+        mends.append(_DISAGREEMENT_MENDS[what])
         if what == "loaded state":  # which says all about step and memory
             break
     return RankMismatchError(
@@ -210,7 +206,7 @@ def digest_of(states: Mapping[str, Mapping[str, Tensor]]) -> str:
     return result.hexdigest()[:16]
 
 
-def _in_words(values: Sequence[Fact]) -> list[str]:
+def _in_words(values: Sequence[RankFact]) -> list[str]:
     """Groups of parameters as far as they differ between ranks; other facts as they are."""
     if any(isinstance(value, str) for value in values):
         return [str(value) or "none" for value in values]
@@ -224,14 +220,14 @@ def _in_words(values: Sequence[Fact]) -> list[str]:
             numbers.setdefault(each.get(name), []).append(name)
         by_rank.append(
             ", ".join(
-                f"{listed(found)} in {'no group' if number is None else f'group {number}'}"
+                f"{quoted_names(found)} in {'no group' if number is None else f'group {number}'}"
                 for number, found in numbers.items()
             )
         )
     return by_rank
 
 
-def _by_name(item: tuple[str, Fact]) -> str:
+def _by_name(item: tuple[str, RankFact]) -> str:
     return item[0]
 
 

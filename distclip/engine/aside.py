@@ -11,9 +11,9 @@ from torch import Tensor
 
 @contextmanager
 def set_aside(parameters: Sequence[Tensor], buffers: Sequence[Tensor]) -> Iterator[None]:
-    """No gradients within, neither in ``.grad`` nor in ``main_grad``; after it those of before.
+    """A block that begins without gradients (``.grad``, ``main_grad``); restores them at its end.
 
-    So are the buffers: running statistics would count the batch twice.
+    Buffers are restored too: running statistics would count the batch twice.
     """
     statistics = [buffer.clone() for buffer in buffers]
     found = (getattr(parameter, "main_grad", None) for parameter in parameters)

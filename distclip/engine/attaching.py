@@ -17,7 +17,7 @@ from distclip.layouts.names import Named
 _logger = logging.getLogger("distclip")
 
 
-def listed(optimizer: Optimizer | Sequence[Optimizer] | None) -> tuple[Optimizer, ...]:
+def as_optimizers(optimizer: Optimizer | Sequence[Optimizer] | None) -> tuple[Optimizer, ...]:
     """One optimizer, several, or none."""
     if optimizer is None:
         return ()
@@ -29,7 +29,7 @@ def stepped_by(optimizer: Optimizer) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def check(optimizers: Sequence[Optimizer], named: Named) -> None:
+def check_optimizers(optimizers: Sequence[Optimizer], named: Named) -> None:
     """Refuse optimizers that cannot step these parameters, or not all of them in one clip.
 
     Raises:
@@ -64,7 +64,7 @@ def check(optimizers: Sequence[Optimizer], named: Named) -> None:
 
 
 def mention_unstepped(optimizers: Sequence[Optimizer], named: Named) -> None:
-    """A parameter that is clipped and never stepped counts in the norm of the others."""
+    """Log parameters that no optimizer steps: their gradients still count in the norm."""
     stepped = {id(p) for optimizer in optimizers for p in stepped_by(optimizer)}
     names = [n for n, p in named if p.requires_grad and id(p) not in stepped]
     if names:

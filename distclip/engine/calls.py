@@ -22,7 +22,7 @@ from torch.nn.parameter import UninitializedParameter
 from distclip.engine import handshake
 from distclip.engine.given import Fingerprint, Given
 from distclip.engine.opening import group_of, open_call
-from distclip.engine.passes import check_weights
+from distclip.engine.passes import check_needed_weights
 from distclip.engine.session import Session
 from distclip.errors import DistclipError
 from distclip.kernels.look import PLAIN, look
@@ -49,7 +49,7 @@ class Kept:
     Args:
         key: by which it is found again.
         session: of the call.
-        fingerprint: what it knows of its parameters; None where the key says all.
+        fingerprint: what is compared of its parameters; None where the key has all of it.
         holds: where the session looks for its parameters.
         places: which of the parameters that are meant belongs to each hold.
     """
@@ -99,7 +99,7 @@ class Kept:
 
 
 _kept: OrderedDict[Hashable, Kept] = OrderedDict()
-"""By what was called with which parameters. A session in use is not in here: two threads, or a call
+"""Key (call and parameters) -> session. A session in use is not in here: two threads, or a call
 within a call, never have the same."""
 
 
@@ -111,11 +111,6 @@ def forget() -> None:
 @contextlib.contextmanager
 def on_parameters(given: Given, policy: Policy, *, norms: bool = True) -> Iterator[Session]:
     """A session for the gradients of parameters, for as long as the ``with`` block.
-
-    Args:
-        given: the parameters.
-        policy: without memory.
-        norms: whether norms are wanted where the policy needs none.
 
     Raises:
         UnsupportedGradientError: a sharding that cannot be read.
@@ -136,10 +131,6 @@ def on_tensors(given: Sequence[Tensor], policy: Policy) -> Iterator[Session]:
 
     It is found again by what such tensors are (shapes, dtypes, sharding), and not by which: those
     of a call are new ones at every step.
-
-    Args:
-        given: tensors of any layout.
-        policy: without memory.
     """
     alike = _alike(given)
     key: Hashable = None if alike is None else (alike.key, policy, id(_world()))
@@ -183,7 +174,7 @@ def _opened(key: Hashable, given: Given, policy: Policy, *, norms: bool) -> Kept
     meant = [parameter for _, parameter in named]
     try:
         logical, described = describe(named)
-        check_weights(policy, described)
+        check_needed_weights(policy, described)
         session = _session(described, policy, device_of(meant), norms=norms)
     except DistclipError as error:
         _tell(error, named, policy, norms=norms)
@@ -203,7 +194,7 @@ def _opened(key: Hashable, given: Given, policy: Policy, *, norms: bool) -> Kept
 
 
 def _agree(session: Session) -> None:
-    """See to it that all ranks of the group are about to reduce the same things."""
+    """Compare the calls of all ranks of the group, unless they have agreed on this one before."""
     plan = session.plan
     if plan.group is not None:
         habits = handshake.agreements.agree(plan.group, _call(session), plan.entries)
@@ -292,4 +283,4 @@ def _fits(kept: Kept, parameters: Sequence[Tensor]) -> bool:
 
 _shape = operator.attrgetter("shape")
 _NEVER = Fingerprint((), ())
-"""Of a session that is not kept."""
+"""The key of a session that is not kept."""

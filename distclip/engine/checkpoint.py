@@ -34,6 +34,7 @@ from torch import Tensor
 
 from distclip.engine.checkpoint_form import VERSION, check_form, checksum, kind_of, policy_of
 from distclip.errors import StateError
+from distclip.layouts.differences import quoted_names
 from distclip.policies import ParameterInfo, Policy, State
 from distclip.policies.compose import Stage, stages
 from distclip.policies.protocol import memory_depends_on
@@ -55,7 +56,7 @@ class Owner:
 
 
 @dataclass(frozen=True)
-class Source:
+class StateSource:
     """Where a state is from, for the messages.
 
     Attributes:
@@ -116,7 +117,7 @@ def restore(
     owner: Owner,
     saved: object,
     states: Mapping[str, State],
-    source: Source | None = None,
+    source: StateSource | None = None,
 ) -> Restored | None:
     """A state from what :func:`dump` gave; None, with a warning, from an empty one.
 
@@ -124,13 +125,13 @@ def restore(
         owner: whose state it has to be.
         saved: a state dict; empty for a checkpoint from before distclip was in use.
         states: the present states, which say what there has to be. Left as they are.
-        source: for the messages.
+        source: named in messages.
 
     Raises:
         StateError: a memory that means something else, other parameters, or a damaged state; says
             what differs.
     """
-    source = source or Source()
+    source = source or StateSource()
     if saved is None or (isinstance(saved, Mapping) and not saved):
         warnings.warn(
             f"the checkpoint has no state of distclip (it is from before distclip was in use?): "
@@ -149,7 +150,7 @@ def restore(
         ) from error
 
 
-def check(policy: Policy | None, saved: object, source: Source) -> None:
+def check_state(policy: Policy | None, saved: object, source: StateSource) -> None:
     """Raise a StateError if a state does not fit a policy on the parameters that it was saved for.
 
     For a state whose clipper comes into being later. Without a policy only its form is looked at.
@@ -175,7 +176,7 @@ def check(policy: Policy | None, saved: object, source: Source) -> None:
 
 
 def _restore(
-    owner: Owner, saved: object, states: Mapping[str, State], source: Source
+    owner: Owner, saved: object, states: Mapping[str, State], source: StateSource
 ) -> Restored | None:
     check_form(saved)
     assert isinstance(saved, Mapping)  # or it had no such form
@@ -217,7 +218,7 @@ def _described(owner: Owner, stage: Stage) -> dict[str, Any]:
 
 
 def _compared(
-    owner: Owner, wanted: Mapping[str, Stage], saved: Mapping[str, Any], source: Source
+    owner: Owner, wanted: Mapping[str, Stage], saved: Mapping[str, Any], source: StateSource
 ) -> str:
     """What has changed since the state was saved; refuses what makes its memory another one."""
     before, described = policy_of(saved)
@@ -306,14 +307,9 @@ def _fitting(value: object, present: Tensor, where: str) -> Tensor:
 
 
 def _refuse_difference(what: str, wanted: Iterable[str], found: Iterable[str]) -> None:
-    missing = _shown(set(wanted) - set(found))
-    unexpected = _shown(set(found) - set(wanted))
+    missing = quoted_names(sorted({*wanted} - {*found}), 8)
+    unexpected = quoted_names(sorted({*found} - {*wanted}), 8)
     if missing or unexpected:
         parts = [f"missing: {missing}"] if missing else []
         parts += [f"unexpected: {unexpected}"] if unexpected else []
         raise StateError(f"this state belongs to another model; {what} {', '.join(parts)}")
-
-
-def _shown(names: set[str]) -> str:
-    some = sorted(names)
-    return ", ".join(map(repr, some[:8])) + (f" and {len(some) - 8} more" if len(some) > 8 else "")

@@ -69,7 +69,9 @@ def check_form(saved: object) -> None:
         raise StateError("the state's 'shapes' must be lists of sizes")
     _check_states(saved.get("states"))
     if type(saved.get("policy")) is not str:
-        raise StateError("the state does not say whose it is: its 'policy' must be a string")
+        raise StateError(
+            "the state has no description of its policy: its 'policy' must be a string"
+        )
     if isinstance(version, list) and (type(summed) is not str or summed != checksum(saved)):
         raise StateError(
             "the state is damaged: its values are not those that were saved (the checksum "

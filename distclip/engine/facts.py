@@ -10,7 +10,7 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from distclip.errors import RankMismatchError
-from distclip.layouts.names import clean
+from distclip.layouts.names import without_wrappers
 from distclip.layouts.piece import Entry
 from distclip.policies import ParameterInfo, Policy
 from distclip.policies.compose import Reads, reads
@@ -18,7 +18,7 @@ from distclip.statistics import collectives
 
 
 class Fact(NamedTuple):
-    """Of one parameter; the fields of :class:`distclip.policies.ParameterInfo`."""
+    """What is known of one parameter: fields of :class:`distclip.policies.ParameterInfo`."""
 
     group: int | None = None
     optimizer: tuple[str, ...] = ()
@@ -30,7 +30,7 @@ BY_PARAMETER = "use_muon"
 """An option that Moonlight's Muon, which has one group, keeps in the state of each parameter."""
 
 Facts = Mapping[str, Fact]
-"""By the name of the parameter."""
+"""Name of a parameter -> its :class:`Fact`."""
 
 
 def learn(
@@ -171,7 +171,7 @@ def _owners(
     places: dict[str, tuple[str, ...]] = {}
     for number, module in enumerate(modules):
         for path, each in module.named_modules():
-            place = clean(f"{path}.x" if path else "x").rpartition(".")[0]
+            place = without_wrappers(f"{path}.x" if path else "x").rpartition(".")[0]
             for known in (place, f"{number}.{place}" if place else str(number)):
                 # Of a wrapper and the module in it, which have one path, the inner one counts.
                 places[known] = _classes(each)

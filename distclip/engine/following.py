@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
-from distclip.common.foreign import clean
+from distclip.common.foreign import in_one_line
 from distclip.engine.checkpoint_form import VERSION, checksum
 from distclip.errors import StateError
 
@@ -54,18 +54,18 @@ def loading(state: object, sinks: Iterable[object], load: Callable[[], None]) ->
 
     def loads() -> None:
         load()
-        kept = _kept(state)
+        kept = _saved_followers(state)
         for each in sinks:
             if isinstance(each, Follower) and each.kept_as in kept:
                 try:
                     each.load_state_dict(kept[each.kept_as])
                 except StateError as error:
-                    _logger.warning("the averages begin anew: %s", clean(error, 300))
+                    _logger.warning("the averages begin anew: %s", in_one_line(error, 300))
 
     return loads
 
 
-def _kept(state: object) -> Mapping[str, Any]:
+def _saved_followers(state: object) -> Mapping[str, Any]:
     if not isinstance(state, Mapping) or not isinstance(state.get("version"), list):
         return {}
     kept = json.loads(state["policy"]).get("followers", {})

@@ -52,7 +52,7 @@ class Given(NamedTuple):
             is_set = isinstance(parameters, (set, frozenset))
             if named or (is_set and collectives.default_group(None) is not None):
                 return cls.of(naming.named_parameters(parameters))
-        found = listed(parameters)
+        found = as_tensors(parameters)
         kinds = set(map(type, found))
         if all(issubclass(kind, Tensor) for kind in kinds):
             return cls(found)
@@ -74,7 +74,7 @@ class Given(NamedTuple):
         if isinstance(target, nn.Module):
             pairs = list(target.named_parameters())
         elif isinstance(target, Iterable) and not isinstance(target, Mapping):
-            pairs = target = listed(target)  # type: ignore[arg-type]
+            pairs = target = as_tensors(target)  # type: ignore[arg-type]
         if _are_pairs(pairs):
             names, parameters = zip(*pairs, strict=True)
             if set(map(type, names)) == {str}:
@@ -105,7 +105,7 @@ def _are_pairs(items: Any) -> bool:
     return pairs and set(map(len, items)) == {2}
 
 
-def listed(given: Tensor | Iterable[Tensor]) -> list[Tensor]:
+def as_tensors(given: Tensor | Iterable[Tensor]) -> list[Tensor]:
     """One tensor, or all that an iterable gives; warns of an iterator that is used up."""
     if isinstance(given, Tensor):
         return [given]
@@ -126,10 +126,6 @@ class Fingerprint:
     Compared at every call, so without a Python loop. An ``id`` may have been given to another
     tensor since: where more than the facts that are compared may matter, so does whether they are
     the same objects.
-
-    Args:
-        parameters: as given.
-        meant: those that have the gradients: the sharded ones of those that FSDP2 has gathered.
     """
 
     def __init__(self, parameters: Sequence[Tensor], meant: Sequence[Tensor]) -> None:
@@ -143,7 +139,7 @@ class Fingerprint:
         self._sharding = self._shardings(meant)
 
     def is_of(self, parameters: Sequence[Tensor]) -> bool:
-        """Whether the fingerprint may be of these tensors: of these only, if it has references."""
+        """Whether the fingerprint may be that of these tensors; exact if it has references."""
         if self._references is None:
             return not fsdp2.is_in_use() and self._kinds == list(map(type, parameters))
         return _are_referred_to(self._references, parameters)
@@ -165,7 +161,7 @@ class Fingerprint:
         Where there are other ranks, all have to see alike whether to compile anew: not so here.
         """
         plan = program.plan
-        alone = plan.group is None and not declared.is_in_use()
+        alone = plan.group is None and not declared.any_declared()
         if not self._same or program.has_units or not alone:
             return None
         return None if any(map(_attributes, parameters)) else program.scratch.find(plan)
@@ -182,7 +178,7 @@ class Fingerprint:
         shardings = tensors.shardings_of(parameters)
         if all(map(tensors.is_sharded, parameters)):
             return shardings
-        if not declared.is_in_use() and not any(map(_attributes, parameters)):
+        if not declared.any_declared() and not any(map(_attributes, parameters)):
             return shardings  # nothing is said of any of them
         asks = [each.fingerprint for each in LAYOUTS if each.fingerprint is not None]
         return [shardings, *(list(map(ask, parameters)) for ask in asks)]

@@ -1,4 +1,4 @@
-"""What the ranks tell each other once, so that a mistake is an error and not a hang."""
+"""What the ranks compare once, when a clipper is built: a mistake is an error and not a hang."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from distclip.layouts.differences import told
 from distclip.layouts.piece import Entry
 from distclip.statistics import collectives
 
-Options = tuple[tuple[str, str], ...]
+OptionTexts = tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +30,8 @@ class Notes:
         device: type of the device of the first of them; empty where there are none.
     """
 
-    versions: Options
-    options: Options
+    versions: OptionTexts
+    options: OptionTexts
     table: tuple[Entry, ...]
     frozen: tuple[str, ...] = ()
     device: str = ""
@@ -56,7 +56,7 @@ class Notes:
 
 
 class Hail(NamedTuple):
-    """The first word of every rank: short, and sent as a plain tuple that any version can read.
+    """The first message of every rank: short, a plain tuple that any version can read.
 
     Attributes:
         version: of distclip.
@@ -149,15 +149,15 @@ class Agreements:
     @staticmethod
     def _digest(what: str, entries: Sequence[Entry]) -> tuple[bytes, str]:
         # Slices that are declared need not be of one size.
-        table = tuple((entry.dtype, _compared(entry)) for entry in entries)
-        return hashlib.sha256(repr((what, table)).encode()).digest(), _shown(table)
+        table = tuple((entry.dtype, _without_own_extent(entry)) for entry in entries)
+        return hashlib.sha256(repr((what, table)).encode()).digest(), _table_in_words(table)
 
 
 agreements = Agreements()
 """What functions without memory have compared between ranks, in this process."""
 
 
-def _compared(entry: Entry) -> tuple[int | str, ...]:
+def _without_own_extent(entry: Entry) -> tuple[int | str, ...]:
     """The shape, without the extent that is this rank's own."""
     if entry.slice is None or entry.slice.whole:
         return entry.shape
@@ -165,7 +165,7 @@ def _compared(entry: Entry) -> tuple[int | str, ...]:
     return tuple("sliced" if dim == cut else extent for dim, extent in enumerate(entry.shape))
 
 
-def _shown(table: Sequence[tuple[str, tuple[int | str, ...]]]) -> str:
+def _table_in_words(table: Sequence[tuple[str, tuple[int | str, ...]]]) -> str:
     """As much of a table of dtypes and shapes as tells it from others, in a few words."""
     digest = hashlib.sha256(repr(table).encode()).hexdigest()[:8]
     some = ", ".join(f"{dtype} {list(shape)}" for dtype, shape in table[:3])
@@ -188,8 +188,8 @@ def meet(mine: Notes, group: ProcessGroup) -> list[Notes]:
     digests = [hail.digest for hail in refuse_troubled(heard, ranks)]
     if len(set(digests)) == 1:
         return [mine] * len(ranks)
-    notes = collectives.tell(mine, digests, group)
-    compare(notes, ranks)
+    notes = collectives.gather_by_key(mine, digests, group)
+    compare_notes(notes, ranks)
     return notes
 
 
@@ -220,13 +220,13 @@ def refuse_troubled(hails: Sequence[object], ranks: Sequence[int]) -> list[Hail]
     calls = [hail.call or "a GradClipper is built" for hail in heard]
     if len({bool(hail.call) for hail in heard}) > 1:
         raise RankMismatchError(
-            f"the ranks do different things: {told(ranks, calls)}. Build the GradClipper, and call "
-            f"the functions, at the same points on every rank"
+            f"the ranks make different calls: {told(ranks, calls)}. Build the GradClipper, and "
+            f"call the functions, at the same points on every rank"
         )
     return heard
 
 
-def compare(notes: Sequence[Notes], ranks: Sequence[int]) -> None:
+def compare_notes(notes: Sequence[Notes], ranks: Sequence[int]) -> None:
     """Refuse ranks that run another version, policy or option; tables are compared elsewhere.
 
     Raises:

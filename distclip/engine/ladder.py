@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from distclip.common.foreign import clean
+from distclip.common.foreign import in_one_line
 from distclip.engine.aside import set_aside
-from distclip.engine.program import States
+from distclip.engine.program import StageStates
 from distclip.engine.session import Session
 from distclip.engine.walk import walk
 from distclip.engine.walked import Walked
@@ -41,7 +41,7 @@ _READ = ("seen", "rung", "ago", *Ladder.rungs)
 
 
 class Noted:
-    """What the caller told of one step."""
+    """What :meth:`Attendant.note` was given for one step."""
 
     def __init__(self) -> None:
         self.batches: list[Any] = []
@@ -60,7 +60,7 @@ class Update(Protocol):
         """Float64 ``(parameters,)``, 2-norms of their updates."""
 
 
-class Decision(NamedTuple):
+class Decided(NamedTuple):
     """Read from the device and logged, not acted on yet.
 
     ``what`` it is about, and what became of the step; ``first``: the step to go back to; ``norms``:
@@ -96,18 +96,18 @@ class Attendant:
         self._pending: tuple[transfer.HostCopy, int, Noted] | None = None
         """The last step, not read yet: counts before and after, its number, what is known of it."""
         self._copy: transfer.HostCopy | None = None
-        self._decision: Decision | None = None
+        self._decision: Decided | None = None
         self._made: tuple[int, Noted] | None = None
-        """The last step, and what was told of it."""
+        """The number of the last step, and what was noted for it."""
         self._update: tuple[transfer.HostCopy, int, Noted] | None = None
-        """The last update that was judged, not read yet; its step, and what was told of it."""
+        """The last update that was judged, not read yet; its step, and what was noted for it."""
         self._watched = policy.updates is None
-        """Whether updates are judged, or need not be, or their absence was told of."""
+        """Whether updates are judged, need not be, or a warning was given that they are not."""
         self._offending: list[Any] = []
 
     @classmethod
     def of(cls, session: Session, group: ProcessGroup | None) -> Attendant | None:
-        """That of a session's policy; None where that has no ladder.
+        """The attendant of a session's policy; None where that has no ladder.
 
         Raises:
             ConfigurationError: it has two.
@@ -137,15 +137,16 @@ class Attendant:
         """A clip begins; whether or not it raises, what comes now is noted of the next step."""
         self._taken, self._noted = self._noted, Noted()
 
-    def keep(self, before: States, walked: Walked, step: int, found_inf: Tensor | None) -> None:
+    def keep(
+        self, before: StageStates, walked: Walked, step: int, found_inf: Tensor | None
+    ) -> None:
         """Start copying what the ladder decided on a step. Waits for nothing.
 
         Args:
             before: the states before the step.
             walked: the step.
             step: counted from 0.
-            found_inf: of the gradient scaler, None without one. What it drops to find its scale is
-                no spike.
+            found_inf: of the gradient scaler, None without one. A step that it drops is no spike.
         """
         noted, self._taken = self._taken, Noted()
         self._mention_unwatched()
@@ -201,7 +202,7 @@ class Attendant:
                 )
 
     def forget(self) -> None:
-        """The last step is taken back, and the one that was to come is not made."""
+        """Drop what is known of the last and the next step: the run goes back before them."""
         self._pending = self._decision = self._update = None
         self._noted, self._taken = Noted(), Noted()
 
@@ -217,7 +218,7 @@ class Attendant:
         return loads
 
     @property
-    def states(self) -> States:
+    def states(self) -> StageStates:
         """The session's, where what was decided and not done yet does not count as used.
 
         A decision is acted on before the next clip, and is not part of a state: whoever goes on
@@ -255,8 +256,8 @@ class Attendant:
         what = f"made, and {what}; used: {int(used)} of {self._policy.rewinds} rewinds"
         self._offending = list(noted.batches)
         first, made = max(step - self._policy.margin, 0), "a large update, which was made"
-        self._decision = Decision(int(rung), step, first, made, [], noted)
-        self._say(noted, f"{_line(step)}: a large update (norm {norm:.4g}), {what}")
+        self._decision = Decided(int(rung), step, first, made, [], noted)
+        self._say(noted, f"{_at_step(step)}: a large update (norm {norm:.4g}), {what}")
 
     def _tell_of_gradients(self) -> None:
         if self._pending is None:
@@ -272,13 +273,13 @@ class Attendant:
             self._offending = []
         self._offending += noted.batches
         first = max(step - ago - self._policy.margin, 0)
-        self._decision = Decision(rung, step, first, "a spike, which was skipped", norms, noted)
+        self._decision = Decided(rung, step, first, "a spike, which was skipped", norms, noted)
         budgets = ", ".join(
             f"{mine} of {getattr(self._policy, key)} {key}"
             for key, mine in zip(Ladder.rungs, used, strict=True)
         )
         total = self._joint(norms)
-        self._say(noted, f"{_line(step)}: a spike (norm {total:.4g}), {_DONE[rung]}; used: "
+        self._say(noted, f"{_at_step(step)}: a spike (norm {total:.4g}), {_DONE[rung]}; used: "
                          f"{budgets}; largest: {self._largest(norms)}")  # fmt: skip
 
     def attend(self) -> None:
@@ -294,7 +295,7 @@ class Attendant:
         if self._decision is None:
             return
         found, self._decision = self._decision, None
-        what = f"{_line(found.step)}: {found.what}"
+        what = f"{_at_step(found.step)}: {found.what}"
         if found.rung == RECOMPUTE:
             self._recompute(found.step, found.norms, found.noted)
         elif found.rung == REWIND:
@@ -302,8 +303,8 @@ class Attendant:
             raise RewindRequested(
                 f"{what}, after all that this ladder's other budgets are for. Load a checkpoint "
                 f"taken at step {found.first} or before, leave out the batches "
-                f"({_shown(self._offending)}), call update() of a gradient scaler if there is one, "
-                f"and go on (distclip.errors.RewindRequested)",
+                f"({_batches(self._offending)}), call update() of a gradient scaler if there "
+                f"is one, and go on (distclip.errors.RewindRequested)",
                 found.first,
                 self._offending,
             )
@@ -311,7 +312,7 @@ class Attendant:
             self.forget()
             raise LadderExhaustedError(
                 f"{what}, and all budgets of {self._policy!r} are used. Batches of this episode: "
-                f"{_shown(self._offending)}. Lower the learning rate, look at these batches, or "
+                f"{_batches(self._offending)}. Lower the learning rate, look at these batches, or "
                 f"raise the budgets"
             )
 
@@ -321,10 +322,10 @@ class Attendant:
         if self._group is not None:
             missing = collectives.all_reduce_max(missing.double(), self._group)
         if missing.item():
-            self._say(noted, f"{_line(step)}: not computed again, since on some rank "
-                             f"note(recompute=...) has not said how")  # fmt: skip
+            self._say(noted, f"{_at_step(step)}: not computed again, since on some rank "
+                             f"note() was given no recompute")  # fmt: skip
             return
-        session, what = self._session, f"{_line(step)}: note(recompute=...)"
+        session, what = self._session, f"{_at_step(step)}: note(recompute=...)"
         try:
             parameters = [parameter for _, parameter in session.named]
             buffers = [each for module in session.watched.modules for each in module.buffers()]
@@ -356,18 +357,18 @@ class Attendant:
             )
         elif names:
             text = (
-                f"the results differ (norm {norm:.4g}), which points at hardware: {_shown(names)}"
+                f"the results differ (norm {norm:.4g}), which points at hardware: {_batches(names)}"
             )
         else:
             text = f"the results are equal (norm {norm:.4g}), which points at the data"
         self._say(
             noted,
-            f"{_line(step)}: computed again, and {text}",
+            f"{_at_step(step)}: computed again, and {text}",
             error=bool(names) and factor is None,
         )
 
     def _joint(self, norms: list[float]) -> float:
-        """As the report's ``total_norm``."""
+        """The joint norm, as the report's ``total_norm``."""
         each = torch.tensor(norms, dtype=torch.float64)
         return combine_norms(each, self._session.program.shown).item()
 
@@ -382,18 +383,18 @@ class Attendant:
     def _largest(self, norms: list[float]) -> str:
         pairs = zip(self._session.plan.names, norms, strict=True)
         worst = sorted(pairs, key=lambda pair: -pair[1] if pair[1] == pair[1] else -float("inf"))
-        return ", ".join(f"{clean(name)} {norm:.4g}" for name, norm in worst[:3])
+        return ", ".join(f"{in_one_line(name)} {norm:.4g}" for name, norm in worst[:3])
 
     def _say(self, noted: Noted, text: str, *, error: bool = False) -> None:
         if noted.batches or self._session.speaks:
-            batches = f"; batches: {_shown(noted.batches)}" if noted.batches else ""
+            batches = f"; batches: {_batches(noted.batches)}" if noted.batches else ""
             _logger.log(logging.ERROR if error else logging.WARNING, "%s%s", text, batches)
 
 
-def _line(step: int) -> str:
+def _at_step(step: int) -> str:
     return f"step {step} (counted from 0), rank {collectives.global_rank()}"
 
 
-def _shown(items: list[Any]) -> str:
+def _batches(items: list[Any]) -> str:
     more = f" and {len(items) - 16} more" if len(items) > 16 else ""
-    return ", ".join(clean(each) for each in items[:16]) + more if items else "none noted"
+    return ", ".join(in_one_line(each) for each in items[:16]) + more if items else "none noted"

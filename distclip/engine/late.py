@@ -30,7 +30,7 @@ class LateError:
         self._copy: transfer.HostCopy | None = None
         self._step = 0
         self._told = False
-        """Whether this rank has raised already for what the flags say."""
+        """Whether this rank has raised for the present flags."""
 
     def note(self, flags: Tensor, step: int) -> None:
         """Keep the flags of a step. Waits for nothing, and may be captured in a CUDA graph.

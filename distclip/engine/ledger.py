@@ -1,7 +1,7 @@
-"""The books of one pass: what the gradients are after the stages so far.
+"""The running norms and coefficients of one pass, after the stages so far.
 
-Norm algebra lives here: after a scaling by c every norm is c times what it was, so the books are
-kept without another look at the gradients.
+Norm algebra: after a scaling by c every norm is c times what it was, so they are
+updated without reading a gradient again.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Ledger:
         self.units = dict(measurement.units)
         self.ones = self._total = self._scaled = program.ones
         self._common: Tensor | None = None
-        """0-dim, a coefficient of all that is in none of the three yet."""
+        """0-dim: a coefficient of all parameters that the other fields do not contain yet."""
         summed = self.table.summed.size
         self.unit_total = self.ones.new_ones(summed) if summed else None
         self.rounds = [Round(bounds=one.survey.request.bounds)]
@@ -114,7 +114,7 @@ class Ledger:
             self.units = {p: torch.where(dropped, 0.0, units) for p, units in self.units.items()}
 
     def run(self, position: int, stage: Stage, state: State) -> State:
-        """Let one stage decide, and book its actions. Returns its new state."""
+        """Let one stage decide, and record its actions. Returns its new state."""
         policy, one = stage.policy, self.one
         if position in one.whole:
             self._run_units(position, cast(UnitPolicy, policy))
@@ -224,7 +224,7 @@ class Ledger:
             self.threshold = torch.where(torch.isnan(self.threshold), threshold, self.threshold)
 
     def _clamp(self, late: Sequence[int], bound: float | Tensor) -> None:
-        """Clamps at the head of the pass are booked and measured already; these are the others."""
+        """Record a clamp. One at the head of the pass has been recorded, and measured, before."""
         if not isinstance(bound, Tensor) or bound.dim() == 0:
             self._show(bound)
         if not late:

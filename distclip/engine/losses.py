@@ -13,11 +13,7 @@ from distclip.policies.compose import reads_loss
 
 
 class Losses:
-    """The sum of the losses that were observed since the last step, and their number.
-
-    Args:
-        policy: which may read the loss; for another one nothing is kept.
-    """
+    """The sum of the losses that were observed since the last step, and their number."""
 
     def __init__(self, policy: Policy) -> None:
         self._policy, self._read = policy, reads_loss(policy)
@@ -27,10 +23,6 @@ class Losses:
     def add(self, loss: Tensor | float, device: torch.device) -> None:
         """Take the loss of one micro-batch.
 
-        Args:
-            loss: one number.
-            device: of the statistics.
-
         Raises:
             ConfigurationError: several numbers, or a DTensor.
         """
@@ -38,7 +30,7 @@ class Losses:
             return
         if tensors.is_sharded(loss):
             raise ConfigurationError(
-                "observe: the loss is a DTensor, and to read it the ranks would have to talk; give "
+                "observe: the loss is a DTensor, which only all ranks together can read; give "
                 "loss.full_tensor()"
             )
         value = torch.as_tensor(loss).detach()

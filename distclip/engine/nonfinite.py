@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from distclip.errors import NonFiniteGradientError
+from distclip.layouts.differences import quoted_names
 from distclip.layouts.plan import Plan
 from distclip.statistics import collectives
 from distclip.statistics.packing import Measurement
@@ -16,10 +17,6 @@ from distclip.statistics.packing import Measurement
 
 def flags_of(measurement: Measurement, *, reads: bool) -> Tensor | None:
     """Bool ``(parameters,)``, which gradients have a norm that is not finite.
-
-    Args:
-        measurement: of all ranks.
-        reads: whether the host may be read, once.
 
     Returns:
         None where none has, as far as that was read.
@@ -57,11 +54,11 @@ def error_of(
     names = [entry.name for entry, bad in zip(plan.entries, flags, strict=True) if bad]
     bad = [entry.name for entry, has in zip(plan.entries, holds, strict=True) if has]
     large = [name for name in names if name not in bad]
-    causes = [f"NaN or inf in the gradient of {_listed(bad)}"] if bad else []
+    causes = [f"NaN or inf in the gradient of {quoted_names(bad, 8)}"] if bad else []
     if large:
         norms = " or ".join(f"{order:g}-norm" for order in orders)
         causes.append(
-            f"the {norms} of the gradient of {_listed(large)} is larger than float64 holds "
+            f"the {norms} of the gradient of {quoted_names(large, 8)} is larger than float64 holds "
             f"(1.8e308), though every element is finite"
         )
     return NonFiniteGradientError(f"{'; '.join(causes)}; nothing was changed{go_on}", names)
@@ -79,8 +76,3 @@ def _hold_nonfinite(plan: Plan, present: Sequence[Tensor | None]) -> Tensor:
     if plan.group is not None:
         collectives.all_reduce_sum(found, plan.group)
     return found > 0
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-    return ", ".join(repr(name) for name in names[:8]) + more

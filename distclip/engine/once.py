@@ -24,10 +24,6 @@ _attached_now: weakref.WeakSet[ClipOnce] = weakref.WeakSet()
 class ClipOnce:
     """What one clipper has clipped by hand, and the optimizers that it is attached to.
 
-    Args:
-        session: of the clipper.
-        shown: how to call the clipper in messages.
-
     Attributes:
         handle: of the newest attachment; None before the first.
     """
@@ -66,7 +62,7 @@ class ClipOnce:
                 "decision over all, or else handle.remove() the first attachment"
             )
         session = self._session
-        attaching.check(optimizers, session.named)
+        attaching.check_optimizers(optimizers, session.named)
         for name, parameter in session.named:
             refuse_stepped_in_backward(name, parameter)
         self._mention_others()

@@ -14,7 +14,7 @@ import torch
 from torch.distributed import ProcessGroup
 
 from distclip.engine import agreement, handshake
-from distclip.engine.passes import check_weights
+from distclip.engine.passes import check_needed_weights
 from distclip.engine.replicas import ReplicaCheck
 from distclip.errors import ProcessGroupError
 from distclip.layouts import declared, slices
@@ -23,7 +23,7 @@ from distclip.layouts import plan as plans
 from distclip.layouts.detect import describe
 from distclip.layouts.names import Named, Target
 from distclip.layouts.piece import Described, Entry
-from distclip.options import NAMES, Options
+from distclip.options import OPTION_NAMES, Options
 from distclip.policies.compose import reads_loss
 from distclip.statistics import collectives, waiting
 
@@ -56,7 +56,7 @@ class Opened:
 def open_together(
     target: Target, given: Mapping[str, Any], process_group: ProcessGroup | None
 ) -> Opened:
-    """The one conversation between the ranks: do all of them mean the same model and policy?
+    """Compare model, policy and options of all ranks, once, and open what they agree on.
 
     Args:
         target: as for :class:`distclip.GradClipper`.
@@ -74,7 +74,7 @@ def open_together(
         limit = options.stuck_after
         limit = waiting.limit_from_environment() if limit is None else float(limit)
         named, described = describe(naming.named_parameters(target))
-        check_weights(options.policy, described, all_of_them=options.ratios is not None)
+        check_needed_weights(options.policy, described, all_of_them=options.ratios is not None)
     except Exception as error:
         if group is not None:  # the others are waiting to hear from this rank
             handshake.tell_trouble(error, group)
@@ -190,7 +190,7 @@ def _plan(
 def _notes(options: Options, named: Named, table: tuple[Entry, ...]) -> handshake.Notes:
     return handshake.Notes(
         versions=(("torch", torch.__version__),),
-        options=tuple((name, repr(getattr(options, name))) for name in NAMES),
+        options=tuple((name, repr(getattr(options, name))) for name in OPTION_NAMES),
         table=table,
         frozen=tuple(name for name, parameter in named if not parameter.requires_grad),
         device=named[0][1].device.type if named else "",

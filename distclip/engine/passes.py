@@ -21,7 +21,7 @@ from distclip.statistics.request import Request
 from distclip.statistics.survey import Survey
 
 
-def check_weights(
+def check_needed_weights(
     policy: Policy, described: Sequence[Described], *, all_of_them: bool = False
 ) -> None:
     """Refuse weights without values to measure, where a policy reads them, or ``all_of_them``.
@@ -67,7 +67,7 @@ class Pass:
 
 @dataclass
 class _Draft:
-    """A pass while its stages are collected. Keys and members are table rows."""
+    """A pass while its stages are collected. Keys and members are rows of the plan's table."""
 
     stages: list[Stage] = field(default_factory=list)
     bounds: dict[int, float] = field(default_factory=dict)

@@ -16,7 +16,7 @@ from distclip.policies import ParameterInfo, State
 from distclip.statistics.overlap import Overlap
 from distclip.statistics.scratch import Scratch
 
-States = dict[str, State]
+StageStates = dict[str, State]
 """State of each stage that has one, by the stage's path."""
 
 

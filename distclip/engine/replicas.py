@@ -24,12 +24,12 @@ from distclip.layouts import soundness
 from distclip.layouts.piece import Box
 from distclip.layouts.plan import Plan
 from distclip.statistics import collectives
-from distclip.statistics.fingerprint import fingerprint
+from distclip.statistics.fingerprint import box_fingerprint
 from distclip.statistics.packing import Stamp
 
-KINDS = ("gradient", "weights")
+REPLICATED = ("gradient", "weights")
 
-SHOWN = 8
+DRIFTS_SHOWN = 8
 """Drifts that a message tells in full."""
 
 _LIMB = 2**32
@@ -73,7 +73,7 @@ class ReplicaCheck:
         """
         device = self.plan.device
         place = {row: number for number, row in enumerate(self.rows)}
-        sums = torch.zeros(2 * len(self.rows), len(KINDS), dtype=torch.int64, device=device)
+        sums = torch.zeros(2 * len(self.rows), len(REPLICATED), dtype=torch.int64, device=device)
         sizes = torch.zeros(2 * len(self.rows), dtype=torch.float64, device=device)
         if self.positions:
             where, prints, counts = [], [], []
@@ -83,7 +83,7 @@ class ReplicaCheck:
                 prints += [p.to(device) for p in self._fingerprints(position, present)]
                 counts.append(float(torch.Size(piece.box.extents).numel()))
             index = torch.tensor(where, device=device)
-            sums.index_add_(0, index, torch.stack(prints).view(-1, len(KINDS)))
+            sums.index_add_(0, index, torch.stack(prints).view(-1, len(REPLICATED)))
             sizes.index_add_(0, index, torch.tensor(counts, dtype=torch.float64, device=device))
         low, high = sums & (_LIMB - 1), (sums >> 32) & (_LIMB - 1)
         flag = sizes.new_full((1,), float(troubled))
@@ -130,14 +130,14 @@ class ReplicaCheck:
         # fingerprint of zeros.
         nothing = torch.zeros((), dtype=torch.int64)
         gradient, weights = (
-            nothing if tensor is None else fingerprint(tensor, shape, offsets)
+            nothing if tensor is None else box_fingerprint(tensor, shape, offsets)
             for tensor in (present[position], soundness.weight_if_any(piece))
         )
         return gradient, weights
 
     def _apart(self, summed: Tensor) -> list[tuple[int, str]]:
         """Rows and kinds whose copies do not agree."""
-        count = 2 * len(self.rows) * len(KINDS)
+        count = 2 * len(self.rows) * len(REPLICATED)
         values = summed.tolist()
         low, high = values[:count], values[count : 2 * count]
         sizes = values[2 * count : -1]
@@ -147,9 +147,9 @@ class ReplicaCheck:
             counted, others = sizes[2 * number], sizes[2 * number + 1]
             if counted == 0 or others % counted:
                 continue
-            for kind, what in enumerate(KINDS):
+            for kind, what in enumerate(REPLICATED):
                 first = totals[4 * number + kind]
-                second = totals[4 * number + len(KINDS) + kind]
+                second = totals[4 * number + len(REPLICATED) + kind]
                 if (second - int(others / counted) * first) % 2**64:
                     found.append((row, what))
         return found
@@ -166,7 +166,7 @@ class ReplicaCheck:
                 continue
             prints = self._fingerprints(position, present)
             values = (present[position], soundness.weight_if_any(piece))
-            for what, value, number in zip(KINDS, values, prints, strict=True):
+            for what, value, number in zip(REPLICATED, values, prints, strict=True):
                 if (piece.index, what) in apart:
                     norm = None if value is None else _norm(value)
                     name = self.plan.entries[piece.index].name
@@ -175,7 +175,7 @@ class ReplicaCheck:
 
 
 _Told: TypeAlias = tuple[str, str, Box, int, float | None]
-"""Name, gradient or weights, where, fingerprint, and norm (None: there is none)."""
+"""Name, "gradient" or "weights", box, fingerprint, and norm (None: there is none)."""
 
 
 def _norm(value: Tensor) -> float:
@@ -190,7 +190,7 @@ def drift_error(
     """Who differs from whom: of each piece, from the fingerprint that most of its copies have.
 
     Args:
-        apart: name and kind (``KINDS``) of the tensors that differ.
+        apart: name and kind (``REPLICATED``) of the tensors that differ.
         told: what each rank has of them.
     """
     copies: dict[tuple[str, str], dict[Box, dict[int, tuple[int, float | None]]]] = {}
@@ -210,15 +210,19 @@ def drift_error(
                 detail = f"{_has(odd[0], by_rank)}, {_has(like[0], by_rank)}"
             differ.update(odd)
         drifts.append(Drift(name, what, tuple(sorted(differ))))
-        lines.append(f"  {_line(drifts[-1])}{detail and f': {detail}'}")
-    more = [f"  and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
+        lines.append(f"  {_drift_line(drifts[-1])}{detail and f': {detail}'}")
+    more = [f"  and {len(lines) - DRIFTS_SHOWN} more"] if len(lines) > DRIFTS_SHOWN else []
     return ReplicaDriftError(
         "\n".join(
             [
                 "copies of the same tensor differ between ranks; no gradient was changed:",
-                *lines[:SHOWN],
+                *lines[:DRIFTS_SHOWN],
                 *more,
-                *(_MENDS[what] for what in KINDS if any(drift.what == what for drift in drifts)),
+                *(
+                    _DRIFT_MENDS[what]
+                    for what in REPLICATED
+                    if any(drift.what == what for drift in drifts)
+                ),
                 _ON_PURPOSE,
             ]
         ),
@@ -226,7 +230,7 @@ def drift_error(
     )
 
 
-_MENDS = {
+_DRIFT_MENDS = {
     "gradient": "Gradients that differ were not synchronised: clip after a backward outside of "
     "no_sync(), through the wrapped model, and with the same parameters in use on every rank.",
     "weights": "Weights that differ were initialised, loaded or updated apart: broadcast them "
@@ -240,7 +244,7 @@ _ON_PURPOSE = (
 )
 
 
-def _line(drift: Drift) -> str:
+def _drift_line(drift: Drift) -> str:
     if not drift.ranks:
         return f"{drift.what} of {drift.parameter!r}, between copies that are cut differently"
     listed = ", ".join(map(str, drift.ranks))

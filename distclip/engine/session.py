@@ -25,7 +25,7 @@ from distclip.engine.late import LateError
 from distclip.engine.losses import Losses
 from distclip.engine.opening import Opened, open_together
 from distclip.engine.passes import compile_passes, report_order
-from distclip.engine.program import Program, States
+from distclip.engine.program import Program, StageStates
 from distclip.engine.walk import Fold, Terms, walk
 from distclip.engine.walked import Walked
 from distclip.errors import ConfigurationError, DistclipError
@@ -83,7 +83,7 @@ class Session:
         self._limit, self._agreement = opened.limit, opened.agreement
         self._replicas = opened.replicas
         self._losses = Losses(self.policy)
-        self.states: States = {}
+        self.states: StageStates = {}
         # A state that one rank alone loads does not change what the next clip looks at: so ranks
         # send messages of one length, and hear by them that their steps differ.
         self.step, self._looks = 0, self.options.looks(0)
@@ -100,7 +100,7 @@ class Session:
         self.late = LateError(self.plan.names)
         self.early: Overlap | None = None
         if self.options.overlap:
-            self.early = Overlap(self.plan, buckets.modules_of(self.watched.modules))
+            self.early = Overlap(self.plan, buckets.ddp_modules(self.watched.modules))
             if not self.early.active:
                 mentions.warn_of_no_overlap(self.early)
         self._members: dict[str, tuple[int, ...]] = {}
@@ -225,7 +225,7 @@ class Session:
             error = f"{type(early.error).__name__}: {early.error}"
             warn(
                 f"measuring during backward (overlap=True) failed with {error}; from now on "
-                f"gradients are measured at the clip, which is as right and takes its time then",
+                f"gradients are measured at the clip, with the same result",
             )
         # The first backward may have been over when this was built.
         elif self._clips == 2 and early.active and not early.calls:
@@ -365,18 +365,20 @@ class Session:
 
     # ---- its memory -----------------------------------------------------------------------------
 
-    def resume(self, other: Session, states: States) -> None:
+    def resume(self, other: Session, states: StageStates) -> None:
         """Go on where another session of a copy of the model is, with these states."""
         self._facts = other._facts
         self.program = self._compiled()
         self.step, self._clips, self._looks = other.step, other._clips, other._looks
         self.states = states
 
-    def dump(self, states: States) -> dict[str, object]:
+    def dump(self, states: StageStates) -> dict[str, object]:
         """The session with these states, as :meth:`distclip.GradClipper.state_dict` returns it."""
         return checkpoint.dump(self._owner(), self.step, states)
 
-    def prepare(self, state: object, source: checkpoint.Source | None = None) -> Callable[[], None]:
+    def prepare(
+        self, state: object, source: checkpoint.StateSource | None = None
+    ) -> Callable[[], None]:
         """See :meth:`distclip.GradClipper.prepare_state_dict`."""
         restored = checkpoint.restore(self._owner(), state, self.states, source)
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from distclip.kernels import measuring
-from distclip.kernels.measuring import Tables
+from distclip.kernels.measuring import PlanTables
 from distclip.policies import UnitPolicy
 from distclip.statistics.measurement import piece_norms
 from distclip.statistics.survey import Local, Survey
 
-CHUNK = 8192
+UNITS_CHUNK = 8192
 """Units decided on at a time on the host: what a policy computes of them fits in the cache."""
 
 
@@ -33,7 +33,7 @@ def decide(
         weights: the same of the weights.
         result: where the coefficients go, float64 ``(units,)``; may be one of ``weights``.
     """
-    step = CHUNK if result.device.type == "cpu" else max(len(result), 1)
+    step = UNITS_CHUNK if result.device.type == "cpu" else max(len(result), 1)
     for start in range(0, len(result), step):
         part = slice(start, start + step)
         total: Tensor | None = None
@@ -48,7 +48,7 @@ def decide(
     return result
 
 
-def decide_locally(survey: Survey, local: Local, tables: Tables) -> None:
+def decide_locally(survey: Survey, local: Local, tables: PlanTables) -> None:
     """Decide on the units that lie whole on this rank, so that their outcome travels along.
 
     Weights are measured part by part, and the coefficients take the place of the gradients' norms:
@@ -99,7 +99,7 @@ def decide_locally(survey: Survey, local: Local, tables: Tables) -> None:
     local.clipped.index_add_(0, table.parameters[: table.decided], changed)
 
 
-def _weighing(survey: Survey, local: Local, tables: Tables) -> dict[float, Iterator[Tensor]]:
+def _weighing(survey: Survey, local: Local, tables: PlanTables) -> dict[float, Iterator[Tensor]]:
     """Order -> norms of the weights of the units of one part of the table after another."""
     plan, table = survey.plan, survey.table
     return {

@@ -13,7 +13,7 @@ from distclip.engine.acting import Acting
 from distclip.engine.agreement import Agreed
 from distclip.engine.ledger import Ledger
 from distclip.engine.passes import Pass
-from distclip.engine.program import Program, States
+from distclip.engine.program import Program, StageStates
 from distclip.engine.replicas import ReplicaCheck
 from distclip.engine.units import decide_locally
 from distclip.engine.walked import Walked
@@ -23,7 +23,7 @@ from distclip.layouts.fetching import Fetched
 from distclip.options import Looks
 from distclip.policies.decide import rehearse
 from distclip.statistics.alignment import align_alone, align_together, cannot_move
-from distclip.statistics.measurement import measure
+from distclip.statistics.measurement import measure_locally
 from distclip.statistics.packing import Measurement, reduce
 from distclip.statistics.survey import Local, Survey
 
@@ -69,7 +69,7 @@ class Terms(NamedTuple):
 USUAL = Terms()
 
 
-def walk(program: Program, states: States, terms: Terms = USUAL) -> Walked:
+def walk(program: Program, states: StageStates, terms: Terms = USUAL) -> Walked:
     """Measure, decide and act once over all the gradients of a plan.
 
     Args:
@@ -169,11 +169,12 @@ class _Going:
         program, terms, survey = self.program, self.terms, self.survey
         plan, scratch = program.plan, program.scratch
         overlap = program.overlap if self.first else None
-        local = measure(survey, scratch, None if overlap is None else overlap.take(), fetched)
+        early = None if overlap is None else overlap.take()
+        local = measure_locally(survey, scratch, early, fetched)
         if local.misplaced and not self.together:
             if plan.group is None:
                 align_alone(plan)
-                local = measure(survey, scratch)
+                local = measure_locally(survey, scratch)
             else:  # ranks that lack this gradient would not come along
                 local.trouble = local.trouble or cannot_move(plan)
         local.trouble = local.trouble or terms.trouble
@@ -232,7 +233,7 @@ class _Going:
         found = self.walked.nonfinite is not self.program.all_finite
         return self.walked.nonfinite if zeroes and found else None
 
-    def decide(self, states: States) -> None:
+    def decide(self, states: StageStates) -> None:
         """Ask each stage of the pass."""
         walked, measurement = self.walked, self.measurement
         self.ledger = ledger = Ledger(self.program, self.one, measurement)
@@ -265,7 +266,7 @@ class _Going:
             acting.on(local, terms.loss_scale)
 
 
-def _rehearse(program: Program, states: States) -> None:
+def _rehearse(program: Program, states: StageStates) -> None:
     """Once: no pass may act before it is known that the policies of later passes are sound."""
     if len(program.passes) > 1 and "rehearsed" not in program.scratch.habits:
         for stage in (stage for one in program.passes[1:] for stage in one.stages):

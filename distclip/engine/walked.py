@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from distclip.engine.ledger import Ledger
-from distclip.engine.program import Program, States
+from distclip.engine.program import Program, StageStates
 from distclip.kernels.transfer import to_device
 from distclip.policies.protocol import combine_norms
 
@@ -29,7 +29,7 @@ class Apply(Protocol):
         ...
 
     def factor(self) -> float | Tensor | None:
-        """The number, or 0-dim tensor, that everything is multiplied by; None: it is not so."""
+        """The number, or 0-dim tensor, that multiplies everything; None: no single one."""
         ...
 
 
@@ -49,7 +49,7 @@ class Walked:
         apply: under ``later``, what is still to be done.
     """
 
-    def __init__(self, program: Program, states: States) -> None:
+    def __init__(self, program: Program, states: StageStates) -> None:
         self.raw = program.unknown
         self.in_range = False
         self.skipped = program.no_skip
@@ -72,7 +72,7 @@ class Walked:
         """Whether a policy has a say in whether the step is skipped."""
         return any(ledger.asked for ledger in self._ledgers)
 
-    def undo(self, before: States, *, dropped: bool) -> None:
+    def undo(self, before: StageStates, *, dropped: bool) -> None:
         """Let a skipped step leave no trace in any state but that of the stage that asked for it.
 
         Args:
@@ -160,7 +160,7 @@ class Walked:
         return any(ledger.threshold is not None for ledger in self._ledgers)
 
     def __getstate__(self) -> dict[str, object]:
-        """With everything computed, and without the model and the books behind it."""
+        """With everything computed, and without the model and the ledgers it came from."""
         for name in (
             "total_norm",
             "part_norms",

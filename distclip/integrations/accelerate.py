@@ -95,10 +95,6 @@ def enable(module: ModuleType, config: Config | None) -> None:
 
     What ``distclip run`` does as soon as the script imports Accelerate. Under DeepSpeed the engine
     gets the policy instead.
-
-    Args:
-        module: ``accelerate.accelerator``.
-        config: a checked configuration; None: a DeepSpeed JSON has it.
     """
 
     def prepare(original: Callable[..., Any], accelerator: Any, *args: Any, **kwargs: Any) -> Any:
@@ -332,7 +328,7 @@ class AcceleratorAttachment(Attachment):
         return self._clip(parameters)
 
     def _announce(self, call: str) -> None:
-        caller = charge.caller()
+        caller = charge.replaced_caller()
         if caller not in self.announced and self.accelerator.is_main_process:
             _logger.warning(
                 "%s calls %s; the configured policy is applied in its place: %r",

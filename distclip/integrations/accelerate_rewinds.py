@@ -71,7 +71,7 @@ class Rewinds:
             )
         if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
             raise ConfigurationError(f"Rewinds: epochs must be a whole number >= 1, got {epochs!r}")
-        _check(accelerator, loader)
+        _check_loader(accelerator, loader)
         self._accelerator, self._loader = accelerator, loader
         self._epochs = epochs
         self.epoch = self.steps = 0
@@ -141,7 +141,7 @@ class Rewinds:
         self._rewinder.checkpoints.abandoned |= state["abandoned"]
 
 
-def _check(accelerator: Any, loader: Any) -> None:
+def _check_loader(accelerator: Any, loader: Any) -> None:
     """Refuse a loader whose batches have no fixed place."""
     if not hasattr(loader, "set_epoch") or not hasattr(loader, "end"):
         raise ConfigurationError(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from distclip.clipper import GradClipper
 from distclip.config import Config
-from distclip.engine.checkpoint import Source
+from distclip.engine.checkpoint import StateSource
 from distclip.errors import ConfigurationError
 from distclip.integrations import hooks, patches
 from distclip.integrations.checkpoints import Shelf
@@ -30,7 +30,7 @@ class Attachment(ABC):
         last_report: the newest report; None before the first step.
         loss_factor: what a loss that the framework's ``backward`` gets has to be multiplied by, so
             that the losses of one update average to that of the update.
-        announced: whose calls to clip have been told of, as ``charge.caller`` names them.
+        announced: whose calls to clip have been told of, as ``charge.replaced_caller`` names them.
 
     Raises:
         ConfigurationError: the object has a policy already.
@@ -134,4 +134,4 @@ class Attachment(ABC):
                 the next step, when the clipper is built), or a damaged one.
         """
         shelf, clippers = self.memory()
-        shelf.load_state_dict(state, clippers, Source("what load_state_dict was given"))
+        shelf.load_state_dict(state, clippers, StateSource("what load_state_dict was given"))

@@ -1,7 +1,7 @@
 """Which integration clips for an optimizer. Decided here, so that a gradient is clipped once.
 
 An integration that adopts an optimizer says so by :class:`Adopted` or :func:`take`. The integration
-of plain torch scripts asks :func:`of` and leaves such optimizers alone.
+of plain torch scripts asks :func:`charge_of` and leaves such optimizers alone.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class Adopted:
         self._handles.clear()
 
 
-def of(optimizer: Optimizer) -> Charge | None:
+def charge_of(optimizer: Optimizer) -> Charge | None:
     """What clips before the steps of ``optimizer``; None if nothing does.
 
     A GradClipper that the script itself has attached counts too, and so does an engine that makes
@@ -132,7 +132,7 @@ def is_running(package: str) -> bool:
     return False
 
 
-def caller() -> str:
+def replaced_caller() -> str:
     """Who called the function of torch or of a framework that distclip has replaced, for messages.
 
     Returns:

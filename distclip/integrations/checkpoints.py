@@ -16,7 +16,7 @@ import torch
 
 from distclip.clipper import GradClipper
 from distclip.engine import checkpoint
-from distclip.engine.checkpoint import Source
+from distclip.engine.checkpoint import StateSource
 from distclip.errors import StateError
 from distclip.policies import Policy
 
@@ -29,9 +29,6 @@ _logger = logging.getLogger("distclip")
 class Shelf:
     """The states that were loaded and have no clipper yet.
 
-    Args:
-        policy: that of all its clippers; with None a state is compared when its clipper is there.
-
     Attributes:
         rewinds: those that this process has made, which none of its clippers gets back.
     """
@@ -39,7 +36,7 @@ class Shelf:
     def __init__(self, policy: Policy | None = None) -> None:
         self._policy = policy
         self._waiting: list[dict[str, Any]] = []
-        self._source = Source()
+        self._source = StateSource()
         self.rewinds = 0
 
     @property
@@ -53,7 +50,7 @@ class Shelf:
         return {"version": 1, "clippers": states}
 
     def load_state_dict(
-        self, state: object, clippers: Iterable[GradClipper], source: Source
+        self, state: object, clippers: Iterable[GradClipper], source: StateSource
     ) -> None:
         """Hand the states over, now or when their clipper comes into being; all of them or none.
 
@@ -72,7 +69,7 @@ class Shelf:
             raise StateError(f"{source.what} is no state of distclip; to begin anew, {source.anew}")
         waiting = list(state["clippers"])
         for each in waiting:
-            checkpoint.check(self._policy, each, source)
+            checkpoint.check_state(self._policy, each, source)
         loads = [_taken(clipper, waiting, source) for clipper in clippers]
         # Everything fits.
         self._waiting, self._source = waiting, source
@@ -104,7 +101,7 @@ class Shelf:
         if not path.exists():
             self._warn_of_none(f"{folder} has no {FILE}")
             return
-        source = Source(str(path), f"remove {path}")
+        source = StateSource(str(path), f"remove {path}")
         try:
             loaded = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # of the archive, of the pickle in it, or of its tensors
@@ -137,7 +134,7 @@ class Shelf:
 
 
 def _taken(
-    clipper: GradClipper, waiting: list[dict[str, Any]], source: Source
+    clipper: GradClipper, waiting: list[dict[str, Any]], source: StateSource
 ) -> Callable[[], None]:
     """Take a clipper's state out of those that wait: what loads it, or does nothing without one.
 

@@ -26,7 +26,7 @@ from distclip.application.stepping import StepHandle
 from distclip.clipper import GradClipper
 from distclip.config import Config
 from distclip.config.logs import open_log, release_log
-from distclip.engine.checkpoint import Source
+from distclip.engine.checkpoint import StateSource
 from distclip.engine.walked import Apply
 from distclip.integrations import deepspeed_engines, hooks
 from distclip.integrations.attachment import Attachment
@@ -113,7 +113,7 @@ class EngineAttachment(Attachment):
 
     def __init__(self, engine: Any, config: Config) -> None:
         super().__init__(engine, "DeepSpeed engine", config)
-        deepspeed_engines.refuse(engine)
+        deepspeed_engines.refuse_engine(engine)
         refuse_late(config.on_nonfinite, "DeepSpeed")
         self.engine = engine
         self.outer = outer = engine.optimizer
@@ -132,7 +132,7 @@ class EngineAttachment(Attachment):
             zero.mark(parameter, extent)
         try:
             self.clipper = GradClipper(
-                deepspeed_engines.named(engine, [parameter for parameter, _ in self._extents]),
+                deepspeed_engines.pairs_of(engine, [parameter for parameter, _ in self._extents]),
                 optimizer=deepspeed_engines.groups(outer),
                 # DeepSpeed shows the norm, and judges overflows by it; the rest has no effect here.
                 **config.arguments(norms=True, overlap=False),
@@ -367,7 +367,7 @@ class EngineAttachment(Attachment):
         bound = inspect.signature(original).bind(*args, **kwargs)
         bound.apply_defaults()
         wanted = not bound.arguments.get("load_module_only")
-        source = Source(
+        source = StateSource(
             f"the state of distclip in {bound.arguments.get('load_dir')}",
             "call remove() on distclip's handle (engine._distclip), then load_checkpoint, then "
             "distclip.deepspeed.attach",

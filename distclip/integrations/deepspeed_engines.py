@@ -15,7 +15,7 @@ from distclip.layouts.names import named_parameters
 _logger = logging.getLogger("distclip.deepspeed")
 
 
-def refuse(engine: Any) -> None:
+def refuse_engine(engine: Any) -> None:
     """What is known not to work, with the reason."""
     outer = engine.optimizer
     if outer is None or not hasattr(outer, "step"):
@@ -60,7 +60,7 @@ def trained(engine: Any) -> list[Tensor]:
     return [p for p in engine.module.parameters() if p.requires_grad]
 
 
-def named(engine: Any, parameters: list[Tensor]) -> list[tuple[str, Tensor]]:
+def pairs_of(engine: Any, parameters: list[Tensor]) -> list[tuple[str, Tensor]]:
     """(name, parameter) pairs, with the names that the parameters have in the module."""
     names = {id(p): name for name, p in named_parameters(engine.module)}
     return [(names.get(id(p), f"unnamed.{place}"), p) for place, p in enumerate(parameters)]

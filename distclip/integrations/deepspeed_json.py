@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any
 
 from distclip import policies
-from distclip.common.foreign import clean
+from distclip.common.foreign import in_one_line
 from distclip.config import Config, Examined, examine, files, load
 from distclip.config.problems import shown
 from distclip.errors import ConfigurationError
@@ -23,13 +23,10 @@ _KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "zero_optimizatio
 """Some of these are in every DeepSpeed JSON."""
 
 
-def read(path: str | os.PathLike[str]) -> tuple[Mapping[str, Any] | None, bool]:
+def read_deepspeed_json(path: str | os.PathLike[str]) -> tuple[Mapping[str, Any] | None, bool]:
     """The content of a DeepSpeed JSON, as ``deepspeed.initialize`` reads it.
 
     That is by hjson: with comments, trailing commas and keys without quotes.
-
-    Args:
-        path: of a file whose name ends in ``.json``.
 
     Returns:
         The mapping, None for JSON of something else; and whether it is plain JSON, which is all
@@ -40,7 +37,7 @@ def read(path: str | os.PathLike[str]) -> tuple[Mapping[str, Any] | None, bool]:
     """
     plain = True
     try:
-        found = files.read(path)
+        found = files.read_configuration(path)
     except ConfigurationError:
         plain = False
         loose = files.read_loose(path)
@@ -49,7 +46,7 @@ def read(path: str | os.PathLike[str]) -> tuple[Mapping[str, Any] | None, bool]:
         found = loose
     theirs = any(_is_meant(key) for key in found) or not found.keys().isdisjoint((CLIPPING, *_KEYS))
     if not plain and not theirs:
-        files.read(path)  # which says what is wrong with it
+        files.read_configuration(path)  # which says what is wrong with it
     return (found if theirs else None), plain
 
 
@@ -106,7 +103,7 @@ def examined(document: Mapping[str, Any], *, name: str = _JSON) -> Examined | No
         config = _threshold(document.get(CLIPPING), name)
         found = None if config is None else Examined(config, (), ())
     if found is not None:
-        deepspeed_modes.refuse(document, name)
+        deepspeed_modes.refuse_document(document, name)
     return found
 
 
@@ -124,7 +121,7 @@ def _is_off(clipping: object) -> bool:
 def _placed(document: Mapping[str, Any], name: str) -> object:
     """The section, if there is one, from where it belongs."""
     for key, value in document.items():
-        where = clean(key, 80)
+        where = in_one_line(key, 80)
         if key != SECTION and _is_meant(key):
             raise ConfigurationError(
                 f"{name}: {where}: unknown key, which DeepSpeed passes over in silence: did you "
@@ -133,8 +130,9 @@ def _placed(document: Mapping[str, Any], name: str) -> object:
         inner = [each for each in value if _is_meant(each)] if isinstance(value, Mapping) else []
         if key != SECTION and inner:
             raise ConfigurationError(
-                f'{name}: {where}.{clean(inner[0], 80)}: the "{SECTION}" section stands inside '
-                f'"{where}", where it has no effect; move it to the top level, as "{SECTION}"'
+                f'{name}: {where}.{in_one_line(inner[0], 80)}: the "{SECTION}" section stands '
+                f'inside "{where}", where it has no effect; move it to the top level, as '
+                f'"{SECTION}"'
             )
     section: object = document.get(SECTION)
     return section
@@ -210,7 +208,7 @@ def _refuse_auto(value: Any, path: str, name: str, depth: int = 0) -> None:
         raise ConfigurationError(f"{name}: {SECTION}: nested too deeply, or in a circle")
     if value == "auto":
         raise ConfigurationError(
-            f'{name}: {clean(path, 300)}: "auto" has no value here; write a number. {_AUTO}'
+            f'{name}: {in_one_line(path, 300)}: "auto" has no value here; write a number. {_AUTO}'
         )
     if isinstance(value, (Mapping, list)):
         pairs = value.items() if isinstance(value, Mapping) else enumerate(value)

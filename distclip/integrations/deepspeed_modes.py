@@ -39,7 +39,7 @@ REASONS = {
 }
 
 
-def refuse(document: Mapping[str, Any], name: str) -> None:
+def refuse_document(document: Mapping[str, Any], name: str) -> None:
     """What is seen in a DeepSpeed JSON; for a check of the file, before there is an engine.
 
     Raises:

@@ -58,7 +58,7 @@ def install(config: Config | None) -> None:
 
 
 def _enable(name: str, config: Config | None, module: ModuleType) -> None:
-    tested.check(name)
+    tested.check_version(name)
     # Imported here, so that no integration is loaded whose framework the program does not use.
     importlib.import_module(f"distclip.integrations.{name}").enable(module, config)
 

@@ -23,7 +23,7 @@ from distclip.integrations.attachment import Attachment
 from distclip.integrations.checkpoints import Shelf
 from distclip.integrations.given import PolicyOrConfig, config_of
 from distclip.integrations.lightning_attachments import (
-    KEY,
+    CHECKPOINT_KEY,
     FabricAttachment,
     LightningAttachment,
     TrainerAttachment,
@@ -79,7 +79,7 @@ class ClipCallback:
         DistclipError: when training begins: an engine in which distclip cannot clip.
     """
 
-    state_key = KEY
+    state_key = CHECKPOINT_KEY
 
     def __new__(cls, *args: Any, **kwargs: Any) -> ClipCallback:
         """An instance that is a ``Callback`` of every Lightning package that is loaded."""
@@ -241,7 +241,10 @@ class ClipCallback:
             self._state = state
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        if KEY not in checkpoint.get("callbacks", {}) and _engine(trainer.strategy.model) is None:
+        if (
+            CHECKPOINT_KEY not in checkpoint.get("callbacks", {})
+            and _engine(trainer.strategy.model) is None
+        ):
             _logger.warning(
                 "the checkpoint has no state of distclip (it is from before it was in use?); the "
                 "policy begins anew"
@@ -276,13 +279,13 @@ class AutomaticClipCallback(ClipCallback):
     Lightning refuses two callbacks with one key, before they can see each other.
     """
 
-    state_key = f"{KEY}.automatic"
+    state_key = f"{CHECKPOINT_KEY}.automatic"
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if any(c is not self and isinstance(c, ClipCallback) for c in trainer.callbacks):
             trainer.callbacks = [c for c in trainer.callbacks if c is not self]
             return
-        self.state_key = KEY
+        self.state_key = CHECKPOINT_KEY
         super().setup(trainer, pl_module, stage)
 
 
@@ -325,12 +328,7 @@ def automatic() -> list[ClipCallback]:
 
 
 def enable(module: ModuleType, config: Config | None) -> None:
-    """Give every ``Trainer`` and ``Fabric`` of this process a callback: ``distclip run`` does.
-
-    Args:
-        module: the one that defines ``Trainer`` or ``Fabric``.
-        config: a checked configuration; None: a DeepSpeed JSON has it.
-    """
+    """Give every ``Trainer`` and ``Fabric`` of this process a callback: ``distclip run`` does."""
     _run[:] = [config]
     if module.__name__ in TRAINERS:
         replace(module.Trainer, "__init__", _init_trainer)
@@ -353,11 +351,7 @@ def _init_fabric(original: Callable[..., None], fabric: Any, *args: Any, **kwarg
 
 @functools.cache
 def _watch_fabrics(name: str) -> None:
-    """Have ``Fabric.setup`` and the like say what they have set up.
-
-    Args:
-        name: of the module that defines ``Fabric``; it is loaded.
-    """
+    """Have ``Fabric.setup`` and the like say what they have set up."""
     for method in ("setup", "setup_module", "setup_optimizers"):
         replace(sys.modules[name].Fabric, method, _setup)
 

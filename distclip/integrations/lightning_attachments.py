@@ -23,7 +23,7 @@ from distclip.clipper import GradClipper
 from distclip.config import Config
 from distclip.config.logs import release_log
 from distclip.engine.attaching import stepped_by
-from distclip.engine.checkpoint import Source
+from distclip.engine.checkpoint import StateSource
 from distclip.functional import get_total_norm
 from distclip.integrations import charge
 from distclip.integrations.accelerate_marks import Mark
@@ -38,7 +38,7 @@ from distclip.statistics import collectives
 
 _logger = logging.getLogger("distclip.lightning")
 
-KEY = "distclip"
+CHECKPOINT_KEY = "distclip"
 """Key of the policy's state in a checkpoint."""
 
 
@@ -93,7 +93,7 @@ class LightningAttachment(Attachment):
     def load_from(self, state: Any, what: str) -> None:
         """As :meth:`load_state_dict`, for a state from ``what``."""
         shelf, clippers = self.memory()
-        shelf.load_state_dict(state, clippers, Source(what))
+        shelf.load_state_dict(state, clippers, StateSource(what))
 
     def _clip(
         self,
@@ -127,7 +127,8 @@ class LightningAttachment(Attachment):
     def _clip_for_torch(self, parameters: list[Tensor]) -> Tensor:
         """In place of ``torch.nn.utils.clip_grad_norm_``, where ``distclip run`` replaces that."""
         self._announce(
-            f"{charge.caller()} calls torch.nn.utils.clip_grad_norm_ (or a function beside it)"
+            f"{charge.replaced_caller()} calls torch.nn.utils.clip_grad_norm_ "
+            f"(or a function beside it)"
         )
         return self._clip_called(fsdp2.sharded(parameters))
 
@@ -147,13 +148,7 @@ class LightningAttachment(Attachment):
 
 
 class TrainerAttachment(LightningAttachment):
-    """A policy on one ``Trainer`` while it fits.
-
-    Args:
-        trainer: with its optimizers.
-        module: the ``LightningModule``.
-        config: a checked configuration.
-    """
+    """A policy on one ``Trainer`` while it fits."""
 
     def __init__(self, trainer: Any, module: Any, config: Config) -> None:
         super().__init__(trainer, "Trainer", config)
@@ -230,12 +225,7 @@ class TrainerAttachment(LightningAttachment):
 
 
 class FabricAttachment(LightningAttachment):
-    """A policy on one ``Fabric``.
-
-    Args:
-        fabric: before or after it has set up models and optimizers.
-        config: a checked configuration.
-    """
+    """A policy on one ``Fabric``."""
 
     def __init__(self, fabric: Any, config: Config) -> None:
         super().__init__(fabric, "Fabric", config)
@@ -335,12 +325,12 @@ class FabricAttachment(LightningAttachment):
     def _save(
         self, original: Callable[..., Any], path: Any, state: dict[str, Any], *args: Any, **kw: Any
     ) -> Any:
-        return original(path, {**state, KEY: self.state_dict()}, *args, **kw)
+        return original(path, {**state, CHECKPOINT_KEY: self.state_dict()}, *args, **kw)
 
     def _load(
         self, original: Callable[..., Any], path: Any, state: Any = None, *args: Any, **kw: Any
     ) -> Any:
         remainder = original(path, state, *args, **kw)
         if state is not None:
-            self.load_from(remainder.pop(KEY, None), f"the state of distclip in {path}")
+            self.load_from(remainder.pop(CHECKPOINT_KEY, None), f"the state of distclip in {path}")
         return remainder

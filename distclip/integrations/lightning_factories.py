@@ -10,6 +10,7 @@ import os
 from typing import Any
 
 CONFIG_VARIABLE = "DISTCLIP_CONFIG"
+"""Environment variable that names the configuration of a run, for the processes of it too."""
 
 
 def callbacks() -> list[Any]:

@@ -25,7 +25,7 @@ from torch.utils.data import (
 )
 
 from distclip.errors import ConfigurationError
-from distclip.integrations.lightning_attachments import KEY
+from distclip.integrations.lightning_attachments import CHECKPOINT_KEY
 from distclip.integrations.patches import replace
 from distclip.integrations.rewinding import Checkpoints, Rewinder
 
@@ -120,12 +120,7 @@ def fit_with_rewinds(
 
 
 class LightningCheckpoints(Checkpoints):
-    """Files or folders ``*.ckpt``, as ``ModelCheckpoint`` saves them.
-
-    Args:
-        trainer: whose callbacks know where they lie.
-        folder: where they lie, if it is given.
-    """
+    """Files or folders ``*.ckpt``, as ``ModelCheckpoint`` saves them."""
 
     def __init__(self, trainer: Any, folder: str | os.PathLike[str] | None) -> None:
         super().__init__("" if folder is None else folder)
@@ -150,7 +145,7 @@ class LightningCheckpoints(Checkpoints):
     def _load(self, file: Path) -> Any:
         # As Lightning loads its own checkpoints, which hold objects of the script.
         loaded = torch.load(file, map_location="cpu", weights_only=False, mmap=True)
-        return loaded.get("callbacks", {}).get(KEY)
+        return loaded.get("callbacks", {}).get(CHECKPOINT_KEY)
 
 
 def _rewindable(trainer: Any, folder: Any) -> Any:
@@ -215,7 +210,7 @@ def _begin_epoch(trainer: Any, original: Callable[..., Any], fetcher: Any) -> No
     """Before the first batch of an epoch, or of the rest of one: go to its place in the data."""
     loop = trainer.fit_loop.epoch_loop
     loaders = trainer.fit_loop._combined_loader.flattened
-    _check(trainer, fetcher, loaders)
+    _check_trainer(trainer, fetcher, loaders)
     _count_as_saved(trainer)
     original(fetcher)
     first = loop.batch_progress.current.ready
@@ -245,7 +240,7 @@ def _make_step(
     return original(optimizer, batch_idx, kwargs)
 
 
-def _check(trainer: Any, fetcher: Any, loaders: list[Any]) -> None:
+def _check_trainer(trainer: Any, fetcher: Any, loaders: list[Any]) -> None:
     """Refuse what a training could not be repeated with, before its first step.
 
     Raises:

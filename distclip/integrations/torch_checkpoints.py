@@ -29,35 +29,31 @@ from torch.optim import Optimizer
 from distclip.application.eager import eagerly
 from distclip.clipper import GradClipper
 from distclip.engine.attaching import stepped_by
-from distclip.engine.checkpoint import Source
+from distclip.engine.checkpoint import StateSource
 from distclip.errors import NonFiniteGradientError
 from distclip.integrations import hooks
 from distclip.integrations.charge import is_running
 from distclip.integrations.checkpoints import FILE, Shelf
 from distclip.integrations.patches import replace, replace_everywhere
-from distclip.integrations.torch_functions import FSDP1
+from distclip.integrations.torch_functions import FSDP1_MODULE
 from distclip.policies import Policy
 from distclip.statistics import collectives
 
-KEY = "distclip"
+OPTIMIZER_KEY = "distclip"
 """Key in an optimizer's state dict; its value is what :class:`Shelf` gives."""
 
 DCP = "torch.distributed.checkpoint"
 
-_SOURCE = Source(
-    f"{KEY!r} in the optimizer's state dict", f"delete the key {KEY!r} from it before it is loaded"
+_SOURCE = StateSource(
+    f"{OPTIMIZER_KEY!r} in the optimizer's state dict",
+    f"delete the key {OPTIMIZER_KEY!r} from it before it is loaded",
 )
 
 _logger = logging.getLogger("distclip.torch")
 
 
 class OptimizerMemory:
-    """Saves and loads clippers with the optimizers that step their parameters.
-
-    Args:
-        known: the clippers of the script, by the ids of their parameters.
-        policy: that of all of them.
-    """
+    """Saves and loads clippers with the optimizers that step their parameters."""
 
     def __init__(self, known: Mapping[frozenset[int], GradClipper], policy: Policy) -> None:
         self._known = known
@@ -77,7 +73,7 @@ class OptimizerMemory:
         """Classes of optimizers whose own methods are replaced."""
         self._undo: list[Callable[[], object]] = []
         self._replace_in(Optimizer)
-        self._undo.append(hooks.on_import(FSDP1, self._replace_methods).remove)
+        self._undo.append(hooks.on_import(FSDP1_MODULE, self._replace_methods).remove)
         self._undo.append(hooks.on_import(DCP, self._replace_functions).remove)
 
     def meet(self, optimizer: Optimizer) -> None:
@@ -153,7 +149,7 @@ class OptimizerMemory:
             self._apart.add(optimizer)
             return state
         memory = self._memory([optimizer])
-        return {**state, KEY: memory} if memory["clippers"] else state
+        return {**state, OPTIMIZER_KEY: memory} if memory["clippers"] else state
 
     @eagerly
     def _load(
@@ -164,7 +160,7 @@ class OptimizerMemory:
         *args: Any,
         **kw: Any,
     ) -> None:
-        found = state_dict.get(KEY) if isinstance(state_dict, Mapping) else None
+        found = state_dict.get(OPTIMIZER_KEY) if isinstance(state_dict, Mapping) else None
         shelf = self._folder if is_running(DCP) else None
         if shelf is not None and shelf.empty and self._shelves.get(optimizer) is shelf:
             shelf = None  # it has taken what is there, and loads something else now
@@ -291,7 +287,11 @@ def _gather(
     state = optim.state_dict() if optim_state_dict is None else optim_state_dict
     result = original(model, optim, state, group)
     # Nothing is on the ranks that are to save nothing.
-    return {**result, KEY: state[KEY]} if result and KEY in state else result
+    return (
+        {**result, OPTIMIZER_KEY: state[OPTIMIZER_KEY]}
+        if result and OPTIMIZER_KEY in state
+        else result
+    )
 
 
 def _scatter(
@@ -304,14 +304,14 @@ def _scatter(
     group: ProcessGroup | None = None,
 ) -> dict[str, Any]:
     result = original(model, optim, optim_state_dict, is_named_optimizer, False, group)
-    found = (optim_state_dict or {}).get(KEY)
-    fsdp: Any = sys.modules[FSDP1]
+    found = (optim_state_dict or {}).get(OPTIMIZER_KEY)
+    fsdp: Any = sys.modules[FSDP1_MODULE]
     settings = fsdp.FullyShardedDataParallel.get_state_dict_type(model).optim_state_dict_config
     joint = collectives.default_group(group)
     if getattr(settings, "rank0_only", False) and joint is not None:
         found = collectives.gather(found, joint)[0]
     if found:
-        result = {**result, KEY: found}
+        result = {**result, OPTIMIZER_KEY: found}
     if load_directly:
         optim.load_state_dict(result)
     return result

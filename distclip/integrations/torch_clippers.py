@@ -23,12 +23,7 @@ from distclip.layouts.gradients import is_reduced
 
 
 class ScriptClippers(Clippers):
-    """The clippers of a plain script, which saves their states itself and gives no loss.
-
-    Args:
-        objects: the optimizers of the script.
-        config: a checked configuration.
-    """
+    """The clippers of a plain script, which saves their states itself and gives no loss."""
 
     def __init__(self, objects: TorchObjects, config: Config) -> None:
         super().__init__(objects, config)

@@ -16,7 +16,7 @@ from distclip.integrations import hooks
 from distclip.integrations.patches import replace, replace_everywhere
 from distclip.layouts import tensors
 
-FSDP1 = "torch.distributed.fsdp.fully_sharded_data_parallel"
+FSDP1_MODULE = "torch.distributed.fsdp.fully_sharded_data_parallel"
 
 
 class ByHand(Protocol):
@@ -53,7 +53,7 @@ class Functions:
         }
         originals = {getattr(utils, n): ours[n] for n in ours if hasattr(utils, n)}
         self._undo = replace_everywhere(originals)
-        self._undo.append(hooks.on_import(FSDP1, self._replace_method).remove)
+        self._undo.append(hooks.on_import(FSDP1_MODULE, self._replace_method).remove)
 
     def restore(self) -> None:
         """Put torch's own functions back."""

@@ -19,16 +19,13 @@ from torch.optim import Optimizer
 from distclip.engine.attaching import stepped_by
 from distclip.errors import ConfigurationError
 from distclip.integrations.patches import replace
-from distclip.layouts.names import Excerpt, Named, Target, clean, meant
+from distclip.layouts.names import Excerpt, Named, Target, meant, without_wrappers
 
 Made = TypeVar("Made")
 
 
 class Instances(Generic[Made]):
     """The living objects of a class, in the order in which they were made.
-
-    Args:
-        kind: the class; those of subclasses that call its ``__init__`` count too.
 
     Attributes:
         forget: no longer look for new ones.
@@ -210,7 +207,7 @@ def _chosen(
     """
     found = []
     for module in modules:
-        named = meant([(clean(name), p) for name, p in module.named_parameters()])
+        named = meant([(without_wrappers(name), p) for name, p in module.named_parameters()])
         mine = [name for name, parameter in named if id(parameter) in wanted]
         if mine:
             key = (-len(mine), len(named), type(module).__name__, tuple(mine))
@@ -241,5 +238,5 @@ def _named_by(owners: Sequence[Optimizer]) -> Named:
         names = group.get("param_names") or [
             f"group{number}.{position}" for position in range(len(group["params"]))
         ]
-        named += [(clean(n), p) for n, p in zip(names, group["params"], strict=True)]
+        named += [(without_wrappers(n), p) for n, p in zip(names, group["params"], strict=True)]
     return list({id(parameter): (name, parameter) for name, parameter in named}.values())

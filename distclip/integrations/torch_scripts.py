@@ -43,10 +43,6 @@ UNSTEPPED = 20
 def enable(module: ModuleType, config: Config | None) -> TorchScripts | None:
     """Apply ``config`` to every torch optimizer that no other integration clips for.
 
-    Args:
-        module: ``torch.optim.optimizer``.
-        config: a checked configuration; None, where a DeepSpeed JSON has it: nothing is done.
-
     Returns:
         What :meth:`TorchScripts.remove` undoes.
     """
@@ -55,9 +51,6 @@ def enable(module: ModuleType, config: Config | None) -> TorchScripts | None:
 
 class TorchScripts:
     """A policy on all optimizers of this process; :meth:`remove` undoes it.
-
-    Args:
-        config: a checked configuration.
 
     Attributes:
         last_report: the newest report; None before the first clip.
@@ -101,7 +94,7 @@ class TorchScripts:
     @eagerly
     def _meet(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
         """Before every step of every optimizer: adopt it, unless something else clips for it."""
-        if optimizer in self._adopted or charge.of(optimizer) is not None:
+        if optimizer in self._adopted or charge.charge_of(optimizer) is not None:
             return
         stepped = stepped_by(optimizer)
         ids = set(map(id, stepped))
@@ -175,7 +168,7 @@ class TorchScripts:
         given = {id(parameter): parameter for parameter in listed}
         owners = self._objects.owners(listed)
         for owner in owners:
-            other = charge.of(owner)
+            other = charge.charge_of(owner)
             if other is not None and other.name != "torch":
                 return other
         if not owners:
@@ -210,7 +203,7 @@ class TorchScripts:
             return self._measured(chosen, norm_type or 2.0, scale)
         self._mention(
             call, "%s calls %s; the configured policy is applied in its place: %r",
-            charge.caller(), call, self.config.policy,
+            charge.replaced_caller(), call, self.config.policy,
         )  # fmt: skip
         if self._has_no_gradient(chosen, call):
             return torch.zeros(())
@@ -285,7 +278,7 @@ class TorchScripts:
                 "%s calls %s again on gradients that have grown since, with no step in "
                 "between: from now on these calls only return the norm, and the policy is applied "
                 "once, when the optimizer steps",
-                charge.caller(),
+                charge.replaced_caller(),
                 call,
             )
             self._late[key] = chosen
@@ -305,7 +298,7 @@ class TorchScripts:
                 "%s has called %s %d times, and no torch optimizer that has these %d "
                 "parameters has stepped since: the calls clip, but a step that is not made by "
                 "torch.optim.Optimizer.step is not seen, and cannot be skipped",
-                charge.caller(), call, UNSTEPPED, len(key),
+                charge.replaced_caller(), call, UNSTEPPED, len(key),
             )  # fmt: skip
 
     def _has_no_gradient(self, chosen: list[Tensor], call: str) -> bool:

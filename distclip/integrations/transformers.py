@@ -313,10 +313,6 @@ def enable(module: ModuleType, config: Config | None) -> None:
     """Give every ``Trainer`` of this process a callback: what ``distclip run`` does.
 
     The policy itself is put on by the integrations of Accelerate and DeepSpeed.
-
-    Args:
-        module: ``transformers.trainer``.
-        config: not needed.
     """
     global _everywhere
     _everywhere = True

@@ -12,7 +12,7 @@ import torch
 
 
 @functools.lru_cache(maxsize=256)
-def held(bound: float, dtype: torch.dtype) -> float:
+def rounded_bound(bound: float, dtype: torch.dtype) -> float:
     """The bound as ``dtype`` rounds it; inf, which clamps nothing, beyond its largest number.
 
     Elements are clamped to just this number, so norms are measured with it.

@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distclip.kernels.bounds import all_held, held
+from distclip.kernels.bounds import all_held, rounded_bound
 from distclip.kernels.device import changes as device_changes
 from distclip.kernels.device.changes import EXACT, selected, shaped
 from distclip.kernels.host import kernels as host
-from distclip.kernels.host.kernels import Chosen, Floats, Tables
+from distclip.kernels.host.kernels import Chosen, Floats, PlanTables
 from distclip.kernels.look import Look
 
 _dtype, _is_cpu = map(operator.attrgetter, ("dtype", "is_cpu"))
@@ -38,7 +38,7 @@ def scale_(
     coefficients: Tensor,
     *,
     seen: Look | None = None,
-    tables: Tables | None = None,
+    tables: PlanTables | None = None,
     what: str = "gradients",
 ) -> None:
     """``tensors[i] *= coefficients[i]``.
@@ -77,7 +77,7 @@ def _scale_on_host(
     tensors: Sequence[Tensor],
     coefficients: Tensor,
     seen: Look | None = None,
-    tables: Tables | None = None,
+    tables: PlanTables | None = None,
     what: str = "gradients",
 ) -> None:
     chosen = host.choose(tensors, what, tables=tables, seen=seen, pairs=True)
@@ -108,7 +108,7 @@ def _left(chosen: Chosen | None, count: int) -> Sequence[int]:
 
 
 def _changed(chosen: Chosen) -> None:
-    """Tell autograd, which does not see what is written to memory."""
+    """Increase the version counters, as autograd does not see what is written to memory."""
     torch.autograd.graph.increment_version(chosen.owners)
 
 
@@ -129,7 +129,7 @@ def scale_units_(
     unit_dims: Sequence[Sequence[int]],
     counts: Sequence[int],
     *,
-    tables: Tables | None = None,
+    tables: PlanTables | None = None,
     seen: Look | None = None,
 ) -> None:
     """Multiply each unit of each local gradient by its own coefficient.
@@ -185,7 +185,7 @@ def clamp_(
     bounds: Sequence[float | Tensor] | Floats,
     *,
     seen: Look | None = None,
-    tables: Tables | None = None,
+    tables: PlanTables | None = None,
 ) -> None:
     """Clamp tensors elementwise to their bounds, rounded to their dtypes; NaN stays NaN.
 
@@ -214,12 +214,12 @@ def clamp_(
     ]
     if clamped and not any(isinstance(each, Tensor) or t.is_cpu for t, each in clamped):
         some = [tensor for tensor, _ in clamped]
-        numbers = [held(float(bound), tensor.dtype) for tensor, bound in clamped]
+        numbers = [rounded_bound(float(bound), tensor.dtype) for tensor, bound in clamped]
         torch._foreach_clamp_max_(some, numbers)
         torch._foreach_clamp_min_(some, [-number for number in numbers])
         return
     for tensor, bound in clamped:
-        given = bound if isinstance(bound, Tensor) else held(bound, tensor.dtype)
+        given = bound if isinstance(bound, Tensor) else rounded_bound(bound, tensor.dtype)
         limit = torch.as_tensor(given, dtype=tensor.dtype, device=tensor.device)
         torch.clamp(tensor, min=-limit, max=limit, out=tensor)
 

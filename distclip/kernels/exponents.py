@@ -18,13 +18,13 @@ from torch import Tensor
 from distclip.common import exponents as rows
 from distclip.kernels.device import multi_tensor
 from distclip.kernels.host import kernels as host
-from distclip.kernels.host.kernels import Chosen, Tables
+from distclip.kernels.host.kernels import Chosen, PlanTables
 from distclip.kernels.look import Look
 from distclip.kernels.plain import chunks_of
 from distclip.kernels.transfer import to_device
 
 Measured: TypeAlias = tuple[host.Floats, list[int]]
-Measure: TypeAlias = Callable[[Chosen, float, "host.Floats | None"], Measured]
+MeasureRows: TypeAlias = Callable[[Chosen, float, "host.Floats | None"], Measured]
 
 _FORMATS = {
     torch.float16: (torch.int16, 10, 5),
@@ -46,7 +46,7 @@ class Counting:
         self._rows: Tensor | None = None
         self.done: set[int] = set()
 
-    def reading(self, measure: Measure, chosen: Chosen, norm_type: float) -> Measured:
+    def reading(self, measure: MeasureRows, chosen: Chosen, norm_type: float) -> Measured:
         """``measure(chosen, norm_type)``, counting in the same reading what is not done.
 
         Args:
@@ -79,13 +79,13 @@ class Counting:
         return norms
 
     def absorb(self, other: Counting, positions: Sequence[int]) -> None:
-        """Take what was counted of some tensors alone, which have these positions here."""
+        """Take over the counts of some tensors, which have these positions here."""
         done = sorted(other.done)
         if done:
             self._put([positions[each] for each in done], other._rows_of(done))
 
     def rest(
-        self, tensors: Sequence[Tensor | None], tables: Tables | None, seen: Look | None
+        self, tensors: Sequence[Tensor | None], tables: PlanTables | None, seen: Look | None
     ) -> Tensor:
         """The rows as in :mod:`distclip.common.exponents`; those that are not done, counted now.
 

@@ -25,7 +25,7 @@ from distclip.kernels.device import norms as device_norms
 from distclip.kernels.exponents import Counting
 from distclip.kernels.host import kernels as host
 from distclip.kernels.host.kernels import Chosen, Floats
-from distclip.kernels.host.kernels import Tables as Tables
+from distclip.kernels.host.kernels import PlanTables as PlanTables
 from distclip.kernels.look import Look as Look
 from distclip.kernels.transfer import to_device
 
@@ -35,7 +35,7 @@ def norms(
     norm_type: float,
     *,
     device: torch.device,
-    tables: Tables | None = None,
+    tables: PlanTables | None = None,
     what: str = "",
     seen: Look | None = None,
     counting: Counting | None = None,
@@ -94,7 +94,7 @@ def clamped_norms(
     *,
     device: torch.device,
     raw: bool,
-    tables: Tables | None = None,
+    tables: PlanTables | None = None,
     what: str = "",
     seen: Look | None = None,
 ) -> tuple[Tensor, Tensor | None]:
@@ -156,7 +156,7 @@ def unit_norms(
     *,
     raw: bool = False,
     device: torch.device,
-    tables: Tables | None = None,
+    tables: PlanTables | None = None,
     what: str = "",
     seen: Look | None = None,
     counting: Counting | None = None,
@@ -208,7 +208,7 @@ def unit_norms_by_parts(
     parts: Sequence[slice],
     *,
     device: torch.device,
-    tables: Tables,
+    tables: PlanTables,
     what: str,
     seen: Look | None = None,
 ) -> Iterator[Tensor]:
@@ -269,7 +269,7 @@ def _unit_norms(
         result = torch.from_numpy(found).to(device)
     for positions in _others(tensors, list(done)):
         rows = [
-            plain.rows(cast(Tensor, tensors[place]), unit_dims[place], counts[place])
+            plain.unit_rows(cast(Tensor, tensors[place]), unit_dims[place], counts[place])
             for place in positions
         ]
         each: list[float | None] | None = None
@@ -288,7 +288,7 @@ def _unit_norms(
 
 
 def segment_norms(
-    values: Tensor, lengths: Tensor, counts: Sequence[int], norm_type: float, tables: Tables
+    values: Tensor, lengths: Tensor, counts: Sequence[int], norm_type: float, tables: PlanTables
 ) -> Tensor:
     """p-norms of consecutive runs of norms: of wholes, from those of their parts.
 

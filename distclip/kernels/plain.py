@@ -13,9 +13,9 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from distclip.kernels.powers import LEAST, needs_scaling, p_norm, scale_of
+from distclip.kernels.powers import LEAST_ORDER, needs_scaling, p_norm, scale_of
 
-CHUNK = 1 << 16
+REDUCE_CHUNK = 1 << 16
 """Elements of a temporary, 512 KiB in float64."""
 
 FAST_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
@@ -26,7 +26,7 @@ def is_wide(dtype: torch.dtype, norm_type: float) -> bool:
     """Whether p-th powers of ``dtype`` values, or of these over a loss scale, can leave float64."""
     return math.isfinite(norm_type) and (
         norm_type > 4.0
-        or norm_type < LEAST
+        or norm_type < LEAST_ORDER
         or (norm_type > 1.0 and dtype in (torch.float64, torch.complex128))
     )
 
@@ -66,7 +66,7 @@ def _norms_of_rows(rows: Tensor, norm_type: float, bound: float | None) -> Tenso
     if norm_type == math.inf:
         largest = (_magnitudes(rows) if rows.is_complex() else rows.abs()).amax(dim=1).double()
         return largest if bound is None else torch.clamp(largest, max=bound)
-    if rows.numel() > 2 * CHUNK and rows.shape[0] == 1:
+    if rows.numel() > 2 * REDUCE_CHUNK and rows.shape[0] == 1:
         return norm(rows, norm_type, bound).reshape(1)
     values = prepared(rows, bound, torch.float64)
     if not is_wide(rows.dtype, norm_type):
@@ -105,7 +105,7 @@ def row_norms(
         [
             _norms_of_rows(part, norm_type, bound)
             for matrix, bound in zip(matrices, limits, strict=True)
-            for part in torch.split(matrix, max(1, CHUNK // matrix.shape[1]))
+            for part in torch.split(matrix, max(1, REDUCE_CHUNK // matrix.shape[1]))
         ]
     )
 
@@ -135,7 +135,7 @@ def segment_norms(values: Tensor, lengths: Tensor, norm_type: float) -> Tensor:
     return reduced("sum", powers).pow(1.0 / norm_type) * scale
 
 
-def rows(tensor: Tensor, unit_dims: Sequence[int], count: int) -> Tensor:
+def unit_rows(tensor: Tensor, unit_dims: Sequence[int], count: int) -> Tensor:
     """The units of a tensor as rows of a matrix: a view, or a copy of transposed storage."""
     if tuple(unit_dims) == (0,):
         return tensor.reshape(count, -1)
@@ -156,11 +156,11 @@ def chunks_of(tensor: Tensor, *, whole: bool = False) -> Sequence[Tensor]:
     """
     flat = _flat_view(tensor)
     if flat is not None:
-        return (flat,) if whole or flat.numel() <= CHUNK else torch.split(flat, CHUNK)
-    step = max(1, CHUNK // max(1, tensor[0].numel()))
+        return (flat,) if whole or flat.numel() <= REDUCE_CHUNK else torch.split(flat, REDUCE_CHUNK)
+    step = max(1, REDUCE_CHUNK // max(1, tensor[0].numel()))
     found: list[Tensor] = []
     for part in torch.split(tensor, step):
-        if part.numel() > 2 * CHUNK and part.dim() > 1:
+        if part.numel() > 2 * REDUCE_CHUNK and part.dim() > 1:
             for row in part.unbind(0):
                 found.extend(chunks_of(row))
         else:

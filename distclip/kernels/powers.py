@@ -3,8 +3,9 @@
 The sum of p-th powers is not the norm's own size: for p > 1 it leaves float64 long before the norm
 does, so numbers are divided by the largest first. For p <= 1 it does not: a sum that overflows then
 belongs to a norm that does, and no power vanishes. Dividing would do harm there, as the root of the
-quotients' sum may overflow where the norm does not. Below ``LEAST`` powers of different numbers are
-hardly different in float64 any more; such a norm is the largest number, or too large to hold.
+quotients' sum may overflow where the norm does not. Below ``LEAST_ORDER`` powers of different
+numbers are hardly different in float64 any more; such a norm is the largest number, or too
+large to hold.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ import math
 import torch
 from torch import Tensor
 
-LEAST = 1e-4
+LEAST_ORDER = 1e-4
 """The smallest order whose powers are summed as they are."""
 
 
 def needs_scaling(norm_type: float) -> bool:
     """Whether p-th powers of float64 numbers are a worse range or precision than the numbers."""
-    return math.isfinite(norm_type) and (norm_type > 1.0 or norm_type < LEAST)
+    return math.isfinite(norm_type) and (norm_type > 1.0 or norm_type < LEAST_ORDER)
 
 
 def scale_of(largest: Tensor) -> Tensor:

@@ -25,12 +25,7 @@ def is_capturing(device: torch.device) -> bool:
 
 
 def to_device(numbers: Sequence[int] | npt.NDArray[np.int64], device: torch.device) -> Tensor:
-    """An int64 tensor on a device. Nothing waits, and it may be captured.
-
-    Args:
-        numbers: on the host.
-        device: any.
-    """
+    """An int64 tensor on a device. Nothing waits, and it may be captured."""
     made = torch.from_numpy(np.array(numbers, dtype=np.int64))
     if device.type != "cuda":
         return made.to(device)

@@ -37,7 +37,7 @@ class Cut(Protocol):
         ...
 
 
-Fetch: TypeAlias = Callable[[], "list[Tensor | None] | None"]
+FetchBoxes: TypeAlias = Callable[[], "list[Tensor | None] | None"]
 
 
 class Boxes:
@@ -51,7 +51,7 @@ class Boxes:
     """
 
     def __init__(
-        self, cuts: Sequence[Cut], owner: Sequence[int], numels: Sequence[int], fetch: Fetch
+        self, cuts: Sequence[Cut], owner: Sequence[int], numels: Sequence[int], fetch: FetchBoxes
     ) -> None:
         self._cuts, self._expected, self._fetch = cuts, list(numels), fetch
         self._owner = np.array(owner, np.int64)
@@ -89,7 +89,7 @@ class Boxes:
         return seen.known(whole), kinds
 
     def _of_some(self, whole: Sequence[Any]) -> tuple[Sequence[Tensor | None], Look] | None:
-        """Where some flat tensors have no gradient."""
+        """The boxes' gradients where some flat tensors have none."""
         there = [number for number, each in enumerate(whole) if each is not None]
         places = np.flatnonzero(np.isin(self._owner, there)).tolist()
         if not places or len(there) == len(whole):

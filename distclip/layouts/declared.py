@@ -234,7 +234,7 @@ def holders(entry: Entry, members: set[int]) -> int:
     return math.prod(len(members & set(ranks)) for ranks in spread) if spread else 0
 
 
-def is_in_use() -> bool:
+def any_declared() -> bool:
     """Whether any parameter of this process has been declared."""
     return bool(_declared)
 

@@ -100,12 +100,8 @@ def detect(name: str, parameter: Tensor) -> list[Described]:
     return list(next(each for each in found if each is not None))
 
 
-def kinds(entries: Iterable[Entry], here: Mapping[str, Tensor]) -> list[str]:
+def sharding_kinds(entries: Iterable[Entry], here: Mapping[str, Tensor]) -> list[str]:
     """How the parameters of a plan lie on ranks, for a message: ``["FSDP2"]``.
-
-    Args:
-        entries: of all ranks.
-        here: name -> tensor of those that this rank has a part of.
 
     Returns:
         Each kind once, in the order of the parameters; none where all are replicas.

@@ -30,7 +30,7 @@ def told(ranks: Sequence[int], values: Sequence[str]) -> str:
     return "; ".join(f"{ranked(members)}: {value}" for value, members in sides(ranks, values))
 
 
-def listed(names: Sequence[str]) -> str:
+def quoted_names(names: Sequence[str], most: int = 4) -> str:
     """The first of the names, quoted, and how many more there are."""
-    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return ", ".join(map(repr, names[:4])) + more
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(repr, names[:most])) + more

@@ -22,7 +22,7 @@ from distclip.layouts.piece import (
     Slice,
     held,
 )
-from distclip.layouts.placements import boxes, local_spans, shard_dim
+from distclip.layouts.placements import local_spans, shard_boxes, shard_dim
 
 
 def describe(name: str, parameter: DTensor, hold: Holder | None = None) -> Described:
@@ -73,7 +73,7 @@ def describe(name: str, parameter: DTensor, hold: Holder | None = None) -> Descr
             hold,
             gradients.Moving(name, hold, whole),
         )
-        for box, local, whole in boxes(spans)
+        for box, local, whole in shard_boxes(spans)
     ]
 
 
@@ -147,7 +147,7 @@ def describe_tensor(name: str, tensor: DTensor) -> Described:
             for placement in tensor.placements
         ]
         try:
-            gradients.reduced(name, tensor)
+            gradients.refuse_partial(name, tensor)
             tensor = gradients.redistributed(tensor, placements)
         except (
             UnsupportedGradientError

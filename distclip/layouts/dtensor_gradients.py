@@ -60,11 +60,10 @@ def local_part(tensor: DTensor) -> Tensor:
     return cast(Tensor, wait()) if wait is not None else local
 
 
-TENSOR = {Tensor}
 _grad, _spec, _shard = map(operator.attrgetter, ("grad", "_spec", "_local_tensor"))
 
 
-def _claimed(pieces: Sequence[Piece]) -> tuple[list[int], list[Hold]]:
+def _claim_dtensors(pieces: Sequence[Piece]) -> tuple[list[int], list[Hold]]:
     """The DTensors whose piece is all of their shard: their places and holds."""
     found = [
         (place, spread.hold)
@@ -76,18 +75,18 @@ def _claimed(pieces: Sequence[Piece]) -> tuple[list[int], list[Hold]]:
 
 def at_once(pieces: Sequence[Piece]) -> Claimed | None:
     """For :mod:`distclip.layouts.fetching`: DTensors whose piece is all of their shard."""
-    places, holds = _claimed(pieces)
+    places, holds = _claim_dtensors(pieces)
     specs = [_spec(hold()) for hold in holds]
-    return (places, partial(_gradients, Hold.of_all(holds), specs)) if holds else None
+    return (places, partial(_local_gradients, Hold.of_all(holds), specs)) if holds else None
 
 
 def weights_at_once(pieces: Sequence[Piece]) -> ClaimedWeights | None:
     """As :func:`at_once`, for the weights of DTensor parameters."""
-    places, holds = _claimed(pieces)
-    return (places, partial(_weights, Hold.of_all(holds))) if holds else None
+    places, holds = _claim_dtensors(pieces)
+    return (places, partial(_local_weights, Hold.of_all(holds))) if holds else None
 
 
-def _gradients(
+def _local_gradients(
     given: Callable[[], Sequence[Tensor]], specs: list[object]
 ) -> tuple[list[Tensor | None], None] | None:
     """All local gradients, where each lies as its parameter does."""
@@ -114,13 +113,13 @@ def _shards(gradients: Sequence[Any], specs: list[object]) -> list[Tensor | None
         shards: list[Tensor | None] = list(map(_shard, gradients))
     except AttributeError:  # a plain tensor
         return None
-    return shards if same and set(map(type, shards)) == TENSOR else None
+    return shards if same and set(map(type, shards)) == plain.TENSOR else None
 
 
-def _weights(given: Callable[[], Sequence[Tensor]]) -> list[Tensor] | None:
+def _local_weights(given: Callable[[], Sequence[Tensor]]) -> list[Tensor] | None:
     """All local weights at once; None where any of them needs a closer look."""
     shards = list(map(_shard, given()))
-    return shards if set(map(type, shards)) == TENSOR else None
+    return shards if set(map(type, shards)) == plain.TENSOR else None
 
 
 def local_gradient(name: str, hold: Holder) -> Tensor | None:
@@ -162,12 +161,12 @@ def check_movable(name: str, gradient: DTensor, parameter: DTensor) -> None:
             f"the gradient of {name!r} lives on another device mesh ({gradient.device_mesh}) than "
             f"the parameter ({parameter.device_mesh}); redistribute it before clipping"
         )
-    reduced(name, gradient)
+    refuse_partial(name, gradient)
 
 
 @dataclass(frozen=True, slots=True)
 class Moving:
-    """A DTensor parameter whose gradient may lie otherwise: a :class:`~.piece.Spread`."""
+    """A DTensor parameter whose gradient may have other placements: a :class:`~.piece.Spread`."""
 
     name: str
     hold: Holder
@@ -257,7 +256,7 @@ def replicated(tensor: DTensor) -> Tensor:
     return local_part(redistributed(tensor, [Replicate()] * tensor.device_mesh.ndim))
 
 
-def reduced(name: str, tensor: DTensor) -> None:
+def refuse_partial(name: str, tensor: DTensor) -> None:
     """Refuse ``Partial`` placements that no reduction turns into the tensor's value."""
     for placement in tensor.placements:
         if isinstance(placement, Partial) and (

@@ -14,13 +14,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from distclip.layouts.piece import Box
 
 
-def boxes(shape: Sequence[int], start: int, stop: int) -> list[tuple[Box, int]]:
+def range_boxes(shape: Sequence[int], start: int, stop: int) -> list[tuple[Box, int]]:
     """The elements ``start : stop`` of a row-major tensor, as boxes in the order of the range.
-
-    Args:
-        shape: of the logical tensor.
-        start: flat index of the first element.
-        stop: one past the last, ``0 <= start <= stop <= numel``.
 
     Returns:
         ``(box, first)`` pairs: the box is the elements ``first : first + prod(box.extents)`` of the

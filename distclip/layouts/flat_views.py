@@ -52,7 +52,7 @@ class Source:
         gradient = parameter.grad
         if gradient is None:
             return None
-        if gradient.numel() != self.numel or not is_reduced(self.hold()):
+        if gradient.numel() != self.numel or not flat_is_reduced(self.hold()):
             raise UnsupportedGradientError(
                 f"the gradient of {self.name!r} is this rank's own and not reduced yet: the last "
                 f"backward ran under FSDP1's no_sync(). Clip after a backward outside of "
@@ -62,7 +62,7 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True)
-class Cut:
+class FlatCut:
     """One box of a parameter, as a view into a flat tensor."""
 
     source: Source
@@ -73,8 +73,10 @@ class Cut:
     """Elements from one to the next along each of these dims."""
 
     @classmethod
-    def of(cls, source: Source, first: int, extents: Sequence[int], memory: Sequence[int]) -> Cut:
-        """From extents in memory order, and the dim that each of them belongs to."""
+    def of(
+        cls, source: Source, first: int, extents: Sequence[int], memory: Sequence[int]
+    ) -> FlatCut:
+        """Make one from extents in memory order, and the dim that each of them belongs to."""
         strides = [math.prod(extents[place + 1 :]) for place in range(len(extents))]
         places = sorted(range(len(memory)), key=memory.__getitem__)
         shape = tuple(extents[place] for place in places)
@@ -114,7 +116,7 @@ def at_once(pieces: Sequence[Piece]) -> Claimed | None:
     found = [
         (place, owner)
         for place, piece in enumerate(pieces)
-        if isinstance(owner := getattr(piece.gradient, "__self__", None), Cut)
+        if isinstance(owner := getattr(piece.gradient, "__self__", None), FlatCut)
     ]
     if not found:
         return None
@@ -137,10 +139,10 @@ def at_once(pieces: Sequence[Piece]) -> Claimed | None:
 
 def _is_ready(flattened: Any) -> bool:
     """Whether a ``FlatParameter`` and its gradient are both sharded."""
-    return bool(flattened.size() == flattened._sharded_size) and is_reduced(flattened)
+    return bool(flattened.size() == flattened._sharded_size) and flat_is_reduced(flattened)
 
 
-def is_reduced(flattened: Any) -> bool:
+def flat_is_reduced(flattened: Any) -> bool:
     """Whether a ``FlatParameter``'s gradient is not the one of a backward under ``no_sync()``."""
     # FSDP1 takes the mark off again when a backward ends, but for one under no_sync().
     gradient = flattened.grad

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from distclip.errors import UnsupportedGradientError
 from distclip.layouts import flat, flat_views, placements
-from distclip.layouts.flat_views import Cut, Source
-from distclip.layouts.names import clean
+from distclip.layouts.flat_views import FlatCut, Source
+from distclip.layouts.names import without_wrappers
 from distclip.layouts.piece import Box, Described, Entry, Layout, Piece, shared_ranks, weakly_held
 
 FLAT_NAME = "_flat_param"
@@ -29,7 +29,7 @@ FLAT_NAME = "_flat_param"
 
 
 def is_flattened(tensor: Tensor) -> bool:
-    """Whether FSDP1 has flattened this parameter, or made it of flattened ones."""
+    """Whether this is a ``FlatParameter``, or an original parameter that FSDP1 has flattened."""
     return bool(getattr(tensor, "_fsdp_flattened", False))
 
 
@@ -53,7 +53,7 @@ def is_reduced(parameter: Tensor) -> bool:
     if not is_flattened(parameter):
         return True
     flattened: Any = owner_of_gradient(parameter)
-    return flattened.grad is None or flat_views.is_reduced(flattened)
+    return flattened.grad is None or flat_views.flat_is_reduced(flattened)
 
 
 def describe(name: str, parameter: Tensor) -> list[Described]:
@@ -73,7 +73,7 @@ def describe(name: str, parameter: Tensor) -> list[Described]:
         return [_describe(name, handle, index)]
     prefix = name.removesuffix(FLAT_NAME) if name.endswith(FLAT_NAME) else f"{name}."
     return [
-        _describe(clean(f"{prefix}{name_within}"), handle, number)
+        _describe(without_wrappers(f"{prefix}{name_within}"), handle, number)
         for number, name_within in enumerate(handle.flat_param._fqns)
     ]
 
@@ -191,11 +191,11 @@ def _describe(name: str, handle: Any, index: int) -> Described:
         spec is not None,
     )
     first = 0 if original else max(start - part * (handle.rank if sharded else 0), 0)
-    found = flat.boxes([local[dim] for dim in memory], low, high) if low < high else []
+    found = flat.range_boxes([local[dim] for dim in memory], low, high) if low < high else []
     trainable = flattened._params[index].requires_grad if original else flattened.requires_grad
     pieces = []
     for box, place in found:
-        cut = Cut.of(source, first + place, box.extents, memory)
+        cut = FlatCut.of(source, first + place, box.extents, memory)
         pieces.append(
             Piece(
                 0,

@@ -34,7 +34,7 @@ def known_to_fsdp2(parameters: Iterable[Tensor]) -> set[int]:
     return {id(managed.sharded_param) for managed in _managed()} & wanted
 
 
-def gathered(parameters: Iterable[Tensor]) -> list[Tensor | None]:
+def unsharded_leaves(parameters: Iterable[Tensor]) -> list[Tensor | None]:
     """Of sharded parameters in order, what forward and backward compute with: autograd's leaf.
 
     Its gradient is this rank's own, not reduced yet. FSDP2 makes it at the first forward and keeps

@@ -21,17 +21,12 @@ WholeTensors = dict[str, tuple["Tensor | None", Tensor]]
 
 
 def can_gather(parameter: Tensor, shape: tuple[int, ...]) -> bool:
-    """Whether another library than distclip can put the parameter together.
-
-    Args:
-        parameter: as the optimizer steps it.
-        shape: of the logical parameter.
-    """
+    """Whether another library than distclip can put the parameter together."""
     sharded = isinstance(parameter, DTensor) or fsdp1.is_flattened(parameter)
     return sharded or tuple(parameter.shape) == tuple(shape)
 
 
-def gather(named: Mapping[str, Tensor]) -> WholeTensors:
+def gather_whole(named: Mapping[str, Tensor]) -> WholeTensors:
     """Whole gradients and weights of these parameters; a collective.
 
     Args:

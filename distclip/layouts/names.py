@@ -57,7 +57,7 @@ class Excerpt(list[tuple[str, Tensor]]):
         self.sources = tuple(map(weakref.ref, modules))
 
 
-def clean(name: str) -> str:
+def without_wrappers(name: str) -> str:
     """``name`` without the path parts that wrappers add.
 
     A parametrised ``weight`` (``torch.nn.utils.parametrize``) is called ``weight``, not
@@ -86,7 +86,7 @@ def named_parameters(target: Target) -> Named:
         ConfigurationError: the target is none of the accepted kinds, or two different parameters
             have one name.
     """
-    pairs = [(clean(name), parameter) for name, parameter in meant(_pairs(target))]
+    pairs = [(without_wrappers(name), parameter) for name, parameter in meant(_pairs(target))]
     refuse_repeated(pairs)
     return pairs
 
@@ -194,7 +194,8 @@ def is_empty_iterator(given: object, items: Sequence[object]) -> bool:
 def _of_modules(modules: Sequence[nn.Module]) -> Named:
     """Model parts keep their own names unless those clash; then the part's number goes in front."""
     parts = [
-        meant([(clean(name), p) for name, p in module.named_parameters()]) for module in modules
+        meant([(without_wrappers(name), p) for name, p in module.named_parameters()])
+        for module in modules
     ]
     owners: dict[str, int] = {}
     clash = any(
@@ -269,7 +270,7 @@ class Watched:
         if same and not any(self._empty) and not any(map(_trains, self._frozen)):
             return []
         unknown: Named = [
-            (clean(name), parameter)
+            (without_wrappers(name), parameter)
             for module in self._modules
             for name, parameter in module.named_parameters()
             if id(parameter) not in known

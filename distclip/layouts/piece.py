@@ -20,9 +20,9 @@ Holder: TypeAlias = Callable[[], Tensor]
 
 
 class Hold:
-    """Gives a parameter, until it is let go of.
+    """A reference to a parameter that can be emptied; calling it gives the parameter.
 
-    A reference that can be emptied and filled again, since a plan may outlive its model (a report
+    It can be emptied and filled again, since a plan may outlive its model (a report
     that is kept has one). Not a weak reference: while there is one to a DTensor, torch refuses to
     convert it (``model.cpu()``, ``.to()``, ``.double()`` under FSDP2 and tensor parallelism).
     """

@@ -76,7 +76,7 @@ def _merge(spans: itertools.chain[Span]) -> list[Span]:
     return merged
 
 
-def boxes(spans: Sequence[Sequence[Span]]) -> list[tuple[Box, Box, bool]]:
+def shard_boxes(spans: Sequence[Sequence[Span]]) -> list[tuple[Box, Box, bool]]:
     """Each local box as ``(in the logical tensor, in the local tensor, is it all of it)``.
 
     One box in every usual case; several where a strided sharding leaves gaps. An empty shard is an

@@ -128,7 +128,7 @@ def hold_of(piece: Piece) -> Hold | None:
     return None
 
 
-def _claimed(pieces: Sequence[Piece]) -> tuple[list[int], list[Hold]]:
+def _claim_grads(pieces: Sequence[Piece]) -> tuple[list[int], list[Hold]]:
     """The pieces of parameters whose gradient is in ``.grad``: their places and holds."""
     found = [(place, hold_of(piece)) for place, piece in enumerate(pieces)]
     places = [place for place, hold in found if hold is not None]
@@ -137,13 +137,13 @@ def _claimed(pieces: Sequence[Piece]) -> tuple[list[int], list[Hold]]:
 
 def at_once(pieces: Sequence[Piece]) -> Claimed | None:
     """For :mod:`distclip.layouts.fetching`: parameters whose gradient is in ``.grad``."""
-    places, holds = _claimed(pieces)
+    places, holds = _claim_grads(pieces)
     return (places, partial(_gradients, Hold.of_all(holds))) if holds else None
 
 
 def weights_at_once(pieces: Sequence[Piece]) -> ClaimedWeights | None:
     """As :func:`at_once`, for the weights of plain parameters."""
-    places, holds = _claimed(pieces)
+    places, holds = _claim_grads(pieces)
     return (places, partial(_weights, Hold.of_all(holds))) if holds else None
 
 

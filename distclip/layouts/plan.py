@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from distclip.errors import ProcessGroupError, RankMismatchError, UnsupportedGradientError
-from distclip.layouts.differences import listed, ranked, sides
+from distclip.layouts.differences import quoted_names, ranked, sides
 from distclip.layouts.fetching import Fetching
 from distclip.layouts.piece import Described, Entry, Hold, Piece
 
@@ -69,7 +69,7 @@ class Plan:
         return bool(self.pieces) and all(piece.spread is not None for piece in self.pieces)
 
     def release(self) -> None:
-        """Let go of the parameters: from now on nothing can be measured, and reports be read."""
+        """Drop the parameters: reports can still be read, but nothing can be measured."""
         for piece in self.pieces:
             if isinstance(piece.hold, Hold):
                 piece.hold.release()
@@ -120,7 +120,7 @@ class Plan:
 def local_plan(
     described: Sequence[Described], device: torch.device, group: ProcessGroup | None = None
 ) -> Plan:
-    """The plan where this rank's table is everybody's table."""
+    """The plan where all ranks have the same table as this one."""
     return Plan(
         tuple(entry for entry, _ in described),
         tuple(
@@ -143,7 +143,7 @@ def in_order_of(table: Sequence[Entry], described: Sequence[Described]) -> list[
     return [by_name[entry.name] for entry in table]
 
 
-class Tables:
+class DistinctTables:
     """The different tables there are, and which ranks have each.
 
     Ranks that have the same table share one object: with thousands of ranks nothing may be done
@@ -174,7 +174,7 @@ class Tables:
     def by_rank(
         self, by_view: Mapping[int, str], members: Sequence[int] | None = None
     ) -> dict[int, str]:
-        """Text by rank, from text by view: of all ranks, or of those among ``members``."""
+        """Rank -> text, from one text for each view; all ranks, or those among ``members``."""
         if members is None:
             return {rank: said for view, said in by_view.items() for rank in self.views[view][1]}
         here = [rank for rank in members if self._view_of.get(rank) in by_view]
@@ -206,7 +206,7 @@ def merged_plan(
     order: dict[str, int] = {}
     owners: dict[str, tuple[int, ...]] = {}
     merged: dict[str, Entry] = {}
-    for table, members in Tables(tables, ranks).views:
+    for table, members in DistinctTables(tables, ranks).views:
         for entry in table:
             known = merged.get(entry.name)
             if known is None:
@@ -259,7 +259,7 @@ def check_tables(tables: Sequence[Sequence[Entry]], ranks: Sequence[int], *, sta
         ProcessGroupError: a parameter that is spread over ranks outside of the group.
         UnsupportedGradientError: a copy of a parameter that no rank calls so.
     """
-    said = Tables(tables, ranks)
+    said = DistinctTables(tables, ranks)
     holders = said.holders()
     _check_group(holders, set(ranks))
     for name, by_view in holders.items():
@@ -317,7 +317,7 @@ def _check_group(holders: Mapping[str, Mapping[int, Entry]], members: set[int]) 
 
 def _refuse_apart(
     name: str,
-    said: Tables,
+    said: DistinctTables,
     by_view: Mapping[int, str],
     mend: str,
     members: Sequence[int] | None = None,
@@ -330,9 +330,9 @@ def _refuse_apart(
 
 
 def _refuse_missing(
-    said: Tables, holders: Mapping[str, Mapping[int, Entry]], ranks: Sequence[int]
+    said: DistinctTables, holders: Mapping[str, Mapping[int, Entry]], ranks: Sequence[int]
 ) -> None:
-    """Every rank has every name, but for ranks outside of the mesh that a tensor lives on."""
+    """Refuse a name that a rank lacks, unless it is outside of the mesh that the tensor is on."""
     usual = len(ranks) / 2
     extra: dict[int, list[str]] = {}
     missing: dict[int, list[str]] = {}
@@ -351,8 +351,8 @@ def _refuse_missing(
             (extra if few else missing).setdefault(rank, []).append(name)
     if not extra and not missing:
         return
-    stories = [f"{ranked(who)} lacks {listed(names)}" for names, who in _together(missing)]
-    stories += [f"only {ranked(who)} has {listed(names)}" for names, who in _together(extra)]
+    stories = [f"{ranked(who)} lacks {quoted_names(names)}" for names, who in _together(missing)]
+    stories += [f"only {ranked(who)} has {quoted_names(names)}" for names, who in _together(extra)]
     raise RankMismatchError(
         f"the ranks were given different parameters: {'; '.join(stories)}. Give every rank the "
         f"same; for pipeline stages give a list of modules, GradClipper([stage], ...)"
@@ -364,15 +364,10 @@ def _together(by_rank: Mapping[int, Sequence[str]]) -> list[tuple[tuple[str, ...
 
 
 def copied(tables: Sequence[Sequence[Entry]], ranks: Sequence[int]) -> frozenset[str]:
-    """Names of the tensors of which there is more than one copy.
-
-    Args:
-        tables: the table of each rank; ranks that have the same share one object.
-        ranks: global rank of each.
-    """
+    """Names of the tensors of which there is more than one copy."""
     found: set[str] = set()
     owners: dict[str, tuple[int, ...]] = {}
-    for table, members in Tables(tables, ranks).views:
+    for table, members in DistinctTables(tables, ranks).views:
         first = (members[0],)
         for entry in table:
             mine = first if entry.ranks is None else entry.ranks

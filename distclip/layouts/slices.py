@@ -1,4 +1,4 @@
-"""Slices of unequal size: how large each is, only the ranks together know.
+"""Slices of unequal size: a rank knows only its own, so the sizes of all are exchanged.
 
 A plain tensor that is declared a slice knows its own size, and a ``DTensor`` that is not cut as
 ``torch.chunk`` cuts (rows of an embedding, assigned to ranks by hand) the whole size too. What the

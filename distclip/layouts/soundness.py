@@ -56,7 +56,7 @@ def inspect(
         if gradient is not None:
             try:
                 gradient = _look(plan.names[piece.index], gradient, piece.box.extents)
-                gradient = sparse.values_of(gradient) if sparse.is_sparse(gradient) else gradient
+                gradient = sparse.entry_values(gradient) if sparse.is_sparse(gradient) else gradient
                 if changed:
                     _check_changeable(plan.names[piece.index], gradient)
             except DistclipError as error:
@@ -90,9 +90,6 @@ def weight_if_any(piece: Piece) -> Tensor | None:
 
 def check_weights(pieces: Iterable[tuple[str, Piece]]) -> None:
     """Refuse weights that have no values to measure, of parameters that are trained.
-
-    Args:
-        pieces: with the parameter's name, those whose weights a policy reads.
 
     Raises:
         UnsupportedGradientError: names the first.

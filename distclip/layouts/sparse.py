@@ -15,11 +15,11 @@ from distclip.layouts.piece import Piece
 
 
 def is_sparse(gradient: Tensor) -> bool:
-    """Whether it is of the kind that is taken (COO)."""
+    """Whether a gradient is sparse in COO layout, the only one that is supported."""
     return gradient.layout is torch.sparse_coo
 
 
-def values_of(gradient: Tensor) -> Tensor:
+def entry_values(gradient: Tensor) -> Tensor:
     """The values ``(entries, *dense dims)``, in the gradient's own memory.
 
     Of indices that occur more than once the entries are summed first, in the gradient itself.
@@ -30,7 +30,7 @@ def values_of(gradient: Tensor) -> Tensor:
 
 
 def dense(piece: Piece, gradient: Tensor | None) -> Tensor | None:
-    """The whole of what :func:`values_of` gave the values of, by the piece's own gradient.
+    """The whole of what :func:`entry_values` gave the values of, by the piece's own gradient.
 
     A dense gradient comes as it is. So do values of full length, which are all there are.
     """

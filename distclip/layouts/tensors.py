@@ -1,4 +1,4 @@
-"""Questions about one tensor, for who does not care in which layout it is."""
+"""Questions about one tensor, whatever its layout."""
 
 from __future__ import annotations
 
@@ -84,17 +84,13 @@ def values_here(tensor: Tensor) -> Tensor:
     return tensor.detach()
 
 
-def whole(tensor: Tensor) -> Tensor:
+def whole_values(tensor: Tensor) -> Tensor:
     """All values of a small tensor, on every rank; a collective where it is sharded."""
     return dtensor_gradients.replicated(tensor) if isinstance(tensor, DTensor) else tensor
 
 
 def as_torch_returns(norm: Tensor, parameters: Iterable[Tensor]) -> Tensor:
     """A total norm in the form in which torch's own functions return it.
-
-    Args:
-        norm: 0-dim, the same on every rank.
-        parameters: whose norm it is.
 
     Returns:
         A replicated DTensor where all parameters are DTensors of one mesh, since scripts call

@@ -2,7 +2,7 @@
 
 DeepSpeed keeps gradients and fp32 master weights in flat buffers that are cut across ranks without
 regard to rows, and each of its optimizer wrappers keeps the books in its own way (read here from
-attributes; DeepSpeed itself is not imported). All that differs is told as a :class:`Stretch`, and
+attributes; DeepSpeed itself is not imported). Each way is described by :class:`Stretch`, and
 stretches become ordinary pieces. Read on 0.16.9, 0.18.0 and 0.19.8.
 """
 
@@ -142,7 +142,7 @@ def describe(name: str, parameter: Tensor, extent: Extent) -> Described:
     pieces = []
     for stretch in extent.stretches:
         stop = stretch.start + stretch.numel
-        for box, first in flat.boxes(shape, stretch.start, stop):
+        for box, first in flat.range_boxes(shape, stretch.start, stop):
             cut = StretchBox(stretch, first, box.extents, name)
             pieces.append(Piece(0, box, 1.0, cut, cut.weight, parameter.requires_grad))
     return entry, pieces
@@ -177,7 +177,7 @@ def _stage_1_and_2(optimizer: Any) -> Iterator[tuple[Tensor, Extent]]:
     """Partitions of each group's flat buffer. ``_hp_mapping`` is wrong under round robin."""
     for i, owner in enumerate(optimizer.single_partition_of_fp32_groups):
         group = optimizer.real_dp_process_group[i]
-        rank, ranks = dist.get_rank(group), _ranks(group)
+        rank, ranks = dist.get_rank(group), _ranks_of_group(group)
         size = int(optimizer.partition_size[i])
         starts, offsets = (
             optimizer.grad_start_offset[i],
@@ -254,7 +254,7 @@ def _stage_3(optimizer: Any) -> Iterator[tuple[Tensor, Extent]]:
         for number, p in enumerate(group):
             _, offset, size = optimizer.grad_position[optimizer.get_param_id(p)]
             partition = getattr(p, "ds_process_group", None) or optimizer.dp_process_group
-            rank, ranks = dist.get_rank(partition), _ranks(partition)
+            rank, ranks = dist.get_rank(partition), _ranks_of_group(partition)
             start, numel = rank * size, max(0, min(size, p.ds_numel - rank * size))
             gradient: Callable[[], Tensor | None] = _Listed(averaged, number, numel, numel < size)
             if optimizer.offload_optimizer:
@@ -268,10 +268,10 @@ def _bf16(optimizer: Any) -> Iterator[tuple[Tensor, Extent]]:
     """One flat fp32 buffer a group, cut into equal partitions."""
     for i, group in enumerate(optimizer.bf16_groups):
         process_group = optimizer.real_dp_process_group[i]
-        rank, ranks = dist.get_rank(process_group), _ranks(process_group)
+        rank, ranks = dist.get_rank(process_group), _ranks_of_group(process_group)
         owner = optimizer.fp32_groups_flat_partition[i]
         size = optimizer.bf16_groups_flat[i].numel() // len(ranks)
-        fetch = _entry(optimizer.fp32_groups_gradient_flat_partition, i)
+        fetch = _item_fetch(optimizer.fp32_groups_gradient_flat_partition, i)
         first = 0
         for p in group:
             low, high = max(first, rank * size), min(first + p.numel(), (rank + 1) * size)
@@ -327,7 +327,7 @@ def _offloaded(owner: Tensor) -> Callable[[], Tensor | None]:
     return fetch
 
 
-def _entry(listed: Sequence[Tensor], number: int) -> Callable[[], Tensor | None]:
+def _item_fetch(listed: Sequence[Tensor], number: int) -> Callable[[], Tensor | None]:
     def fetch() -> Tensor | None:
         return listed[number]
 
@@ -344,7 +344,7 @@ def _slice(
     return sliced
 
 
-def _ranks(group: Any) -> tuple[int, ...]:
+def _ranks_of_group(group: Any) -> tuple[int, ...]:
     return tuple(dist.get_process_group_ranks(group))
 
 

@@ -9,24 +9,20 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-WAITING = 1000
+MOST_WAITING = 1000
 """Records that may wait."""
-PATIENCE = 60.0
+CLOSE_LIMIT = 60.0
 """Seconds that the end waits for them, and then for the tracker to close."""
 
 
 def within_patience(call: Callable[[], None]) -> None:
-    """Call a function of a tracker that did not answer, and wait for it no longer than that.
-
-    Args:
-        call: raises nothing.
-    """
+    """Call a function of a tracker that did not answer, and wait for it no longer than that."""
     thread = threading.Thread(target=call, name="distclip sink", daemon=True)
     try:
         thread.start()
     except RuntimeError:  # the interpreter ends; the tracker's own exit handler is left
         return
-    thread.join(PATIENCE)
+    thread.join(CLOSE_LIMIT)
 
 
 class Background:
@@ -51,7 +47,7 @@ class Background:
         Where no thread can be started, as at the end of the process, it is logged here.
         """
         if self._process != os.getpid():
-            records: Any = queue.Queue(WAITING)
+            records: Any = queue.Queue(MOST_WAITING)
             thread = threading.Thread(
                 target=self._work, args=(records,), name="distclip sink", daemon=True
             )
@@ -72,9 +68,9 @@ class Background:
         if self._process != os.getpid():
             return 0
         self._process = 0
-        until = time.monotonic() + PATIENCE
+        until = time.monotonic() + CLOSE_LIMIT
         try:
-            self._records.put(None, timeout=PATIENCE)
+            self._records.put(None, timeout=CLOSE_LIMIT)
         except queue.Full:
             return self._records.qsize() + 1  # and the one that is being logged
         self._thread.join(max(until - time.monotonic(), 0.0))

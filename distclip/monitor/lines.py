@@ -8,7 +8,7 @@ import logging
 import os
 from pathlib import Path
 
-from distclip.common.foreign import clean
+from distclip.common.foreign import in_one_line
 
 _logger = logging.getLogger("distclip.monitor")
 
@@ -46,7 +46,7 @@ class LineFile:
         if self.lost:
             _logger.warning(
                 "the log %s lacks %d records, which could not be written",
-                clean(self.path), self.lost,
+                in_one_line(self.path), self.lost,
             )  # fmt: skip
 
     # ---- the file ------------------------------------------------------------------------
@@ -99,7 +99,7 @@ class LineFile:
             self._warned = True
             _logger.warning(
                 "the log %s cannot be written (%s); training goes on, and every record tries again",
-                clean(self.path), clean(getattr(error, "strerror", None) or error, 300),
+                in_one_line(self.path), in_one_line(getattr(error, "strerror", None) or error, 300),
             )  # fmt: skip
 
     def _recover(self) -> None:
@@ -107,7 +107,7 @@ class LineFile:
             self._told = True
             _logger.warning(
                 "the log %s is written again; so far it lacks %d records",
-                clean(self.path), self.lost,
+                in_one_line(self.path), self.lost,
             )  # fmt: skip
         self._failing = False
 

@@ -27,12 +27,7 @@ _MEND = (
 
 
 class Averages:
-    """Moving averages of both terms of the noise scale, by parameter, and what is read off them.
-
-    Args:
-        names: of the parameters.
-        decay: of the moving averages, per sampled step.
-    """
+    """Moving averages of both terms of the noise scale, by parameter, and what is read off them."""
 
     def __init__(self, names: Sequence[str], decay: float) -> None:
         self._names, self._decay = names, decay
@@ -88,8 +83,6 @@ class Averages:
         Raises:
             ConfigurationError: ``depth < 1``.
         """
-        if isinstance(depth, bool) or not depth >= 1:
-            raise ConfigurationError(f"a depth of modules must be an integer >= 1, got {depth!r}")
         groups = grouped(self._names, depth)
         return {path: self._ratio(places) for path, places in groups.items()}
 
@@ -137,16 +130,10 @@ class Averages:
         self._noise, self._signal, self.samples = noise, signal, int(state["samples"])
 
 
-def check(kind: str, batch: int, micro_batches: int, every: int, decay: float, least: int) -> None:
+def check_noise_scale(
+    kind: str, batch: int, micro_batches: int, every: int, decay: float, least: int
+) -> None:
     """Refuse arguments that cannot be meant.
-
-    Args:
-        kind: name of the class.
-        batch: samples of a step.
-        micro_batches: backwards of a step.
-        every: steps from one sample to the next.
-        decay: of the moving averages.
-        least: how many micro-batches there have to be.
 
     Raises:
         ConfigurationError: names the argument.
@@ -208,7 +195,7 @@ class NoiseScale(Averages):
         decay: float = 0.95,
         process_group: ProcessGroup | None = None,
     ) -> None:
-        check("NoiseScale", batch, micro_batches, every, decay, least=2)
+        check_noise_scale("NoiseScale", batch, micro_batches, every, decay, least=2)
         from distclip.application.notices import sample  # these import torch, too
         from distclip.clipper import GradClipper  # imports torch, which a log is read without
         from distclip.layouts.tensors import version_of

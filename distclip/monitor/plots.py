@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from distclip.common.foreign import clean
+from distclip.common.foreign import in_one_line
 from distclip.errors import ConfigurationError, DistclipError
 from distclip.monitor.runs import Curve, Floats, Run
 
@@ -99,7 +99,7 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> None:
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:
         raise ConfigurationError(
-            f"{clean(path)}: the picture cannot be written: {clean(error, 300)}"
+            f"{in_one_line(path)}: the picture cannot be written: {in_one_line(error, 300)}"
         ) from None
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from distclip.common.rollups import Floats
 from distclip.errors import ConfigurationError
-from distclip.monitor.noise import Averages, check
+from distclip.monitor.noise import Averages, check_noise_scale
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -89,7 +89,7 @@ class RankNoiseScale(Averages):
         rows = {name: row for row, name in enumerate(clipper.names)}
         wrong: ConfigurationError | None = None
         try:
-            check("RankNoiseScale", batch, micro_batches, every, decay, least=1)
+            check_noise_scale("RankNoiseScale", batch, micro_batches, every, decay, least=1)
             _check(clipper, batch, micro_batches, 1 if self._group is None else self._group.size())
             self._seen = Unreduced([*clipper.here.items()], rows, self._device)
         except ConfigurationError as error:

@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 
 from distclip.common.exponents import from_log
-from distclip.common.foreign import clean, read_lines
+from distclip.common.foreign import in_one_line, read_lines
 from distclip.errors import ConfigurationError
-from distclip.monitor.runs import Counted, Curve, Floats, Parameters, Run
+from distclip.monitor.runs import Counted, Curve, Floats, ParameterSeries, Run
 from distclip.monitor.states import STATES
-from distclip.monitor.tracking import FIELDS
+from distclip.monitor.tracking import TRACKED_FIELDS
 
 PARSED = 400_000_000
 _BEFORE_PARAMETERS = b', "parameters": {'
@@ -65,7 +65,7 @@ def read_runs(path: str | os.PathLike[str]) -> list[Run]:
         found[key].add(step, record)
     if not found:
         raise _nothing(path, "total_norm")
-    label, group = clean(_label(Path(path))), clean(group_of(path))
+    label, group = in_one_line(_label(Path(path))), in_one_line(setting_of(path))
     runs = []
     for position, columns in enumerate(found.values()):
         more = f" #{position + 1}" if len(found) > 1 else ""
@@ -116,7 +116,7 @@ class _Columns:
     def add(self, step: float, record: dict[str, Any]) -> None:
         self.steps.append(step)
         for name, column in zip(_COLUMNS, self.values, strict=True):
-            value = record[name] if name in record else record.get(FIELDS[name])
+            value = record[name] if name in record else record.get(TRACKED_FIELDS[name])
             column.append(_at_least_zero(value))
         skipped = record.get("skipped", record.get("step_skipped"))
         self.skipped.append(skipped is True or skipped == 1)
@@ -126,7 +126,7 @@ class _Columns:
         self.bad.append(bad)
         if bad and (self.first_bad is None or step < self.first_bad[0]):
             names = nonfinite if isinstance(nonfinite, list) else []
-            self.first_bad = (step, tuple(clean(name, 200) for name in names[:100]))
+            self.first_bad = (step, tuple(in_one_line(name, 200) for name in names[:100]))
         state = record.get("state")
         self.states.append(_CODES.get(state, 255) if isinstance(state, str) else 255)
         exponents = record.get("exponents")
@@ -173,7 +173,7 @@ class _Columns:
             exponents=self.exponents,
         )
 
-    def _parameters(self, steps: Floats, order: Any) -> Parameters | None:
+    def _parameters(self, steps: Floats, order: Any) -> ParameterSeries | None:
         kept = np.zeros(len(steps), np.bool_)
         kept[order] = True
         rows = sorted((row for row in self.rows if kept[row[0]]), key=lambda row: steps[row[0]])
@@ -184,8 +184,8 @@ class _Columns:
         for number, (_, places, row) in enumerate(rows):
             tables[: len(row), number, places] = row
         tables[~np.isfinite(tables) | (tables < 0.0)] = np.nan
-        return Parameters(
-            [clean(name, 300) for name in self.names],
+        return ParameterSeries(
+            [in_one_line(name, 300) for name in self.names],
             steps[[row[0] for row in rows]],
             norms=tables[0],
             coefficients=tables[1],
@@ -210,7 +210,7 @@ def _parsed(line: bytes, whole: bool) -> dict[str, Any] | None:
     return record if isinstance(record, dict) else None
 
 
-def group_of(path: str | os.PathLike[str]) -> str:
+def setting_of(path: str | os.PathLike[str]) -> str:
     """What the runs of one setting with different seeds have in common.
 
     ``agc_seed1.jsonl``, ``agc-s2.jsonl`` and ``agc/seed3.jsonl`` are all of the group ``agc``. A
@@ -230,7 +230,7 @@ def _label(path: Path) -> str:
 
 def _nothing(path: str | os.PathLike[str], key: str) -> ConfigurationError:
     return ConfigurationError(
-        f"{clean(path)}: no line has the keys 'step' and {key!r}; expected JSONL such as "
+        f"{in_one_line(path)}: no line has the keys 'step' and {key!r}; expected JSONL such as "
         f'{{"step": 1, "{key}": 2.5}}'
     )
 

@@ -11,12 +11,12 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Protocol, TypeAlias
 
-from distclip.common.foreign import clean
+from distclip.common.foreign import in_one_line
 from distclip.errors import ConfigurationError
 from distclip.monitor.states import States
 
 
-class Fetch(Protocol):
+class PendingValues(Protocol):
     """Values of a report on their way to the host."""
 
     @property
@@ -147,12 +147,12 @@ class _Queue:
         self.first: int | None = None
         """The first step that the sink was called with."""
         self._states = states
-        self._waiting: tuple[int, Fetch] | None = None
+        self._waiting: tuple[int, PendingValues] | None = None
         self._ends_at_exit = self._ended = False
         self._process = os.getpid()
         """Whose the waiting record is; a fork that ends does not write it."""
 
-    def put(self, step: int, fetch: Fetch) -> None:
+    def put(self, step: int, fetch: PendingValues) -> None:
         self._waiting, self._process = (step, fetch), os.getpid()
         if fetch.ready:
             self.flush()
@@ -180,6 +180,6 @@ class _Queue:
                 self.flush()
         except Exception as error:  # the device is gone, as at the end of a process
             logging.getLogger("distclip.monitor").warning(
-                "the record of the last step was lost: %s", clean(error, 300)
+                "the record of the last step was lost: %s", in_one_line(error, 300)
             )
         self.writer.end()

@@ -14,12 +14,12 @@ import numpy as np
 import numpy.typing as npt
 
 from distclip.common.exponents import Exponents
-from distclip.common.foreign import clean
+from distclip.common.foreign import in_one_line
+from distclip.common.rollups import Floats as Floats
 from distclip.common.rollups import joint
 from distclip.monitor.states import STATES, judged, spike_score
 from distclip.monitor.thinning import sparkline
 
-Floats = npt.NDArray[np.float64]
 BINADES = 4
 """How near to underflow or overflow is near."""
 
@@ -27,7 +27,7 @@ PERCENTILES = (50, 90, 99)
 
 
 @dataclass(frozen=True)
-class Parameters:
+class ParameterSeries:
     """Norms and coefficients of each parameter, where a log has them; of every n-th step if many.
 
     Of each module, where a log has only those.
@@ -50,12 +50,8 @@ class Parameters:
     of_modules: bool = False
     order: float = 2.0
 
-    def rolled_up(self, groups: Mapping[str, list[int]]) -> Parameters:
-        """Norms, coefficients and ratios of groups of parameters.
-
-        Args:
-            groups: name of a group -> places of its parameters in ``names``.
-        """
+    def rolled_up(self, groups: Mapping[str, list[int]]) -> ParameterSeries:
+        """Norms, coefficients and ratios of groups of parameters."""
         size = len(self.steps), len(groups)
         norms, coefficients = np.empty(size, np.float32), np.empty(size, np.float32)
         ratios = None if self.ratios is None else np.empty(size, np.float32)
@@ -69,7 +65,7 @@ class Parameters:
                     ratios[:, number] = whole / _joint(each / self.ratios[:, places], self.order)
         for each in (coefficients, *(() if ratios is None else (ratios,))):
             each[np.isnan(norms)] = np.nan
-        return Parameters(
+        return ParameterSeries(
             list(groups), self.steps, norms, coefficients, ratios, of_modules=True, order=self.order
         )
 
@@ -102,7 +98,9 @@ class Counted:
         self.underflow.append(found.near_underflow(BINADES))
         self.overflow.append(found.near_overflow(BINADES))
         pairs = [*nearest.items()][:3] if isinstance(nearest, dict) else []
-        self.nearest = {clean(k, 200): v for k, v in pairs if isinstance(v, float) and 0 <= v <= 1}
+        self.nearest = {
+            in_one_line(k, 200): v for k, v in pairs if isinstance(v, float) and 0 <= v <= 1
+        }
 
     def shares(self) -> list[str]:
         """The counts of the last recorded step, in words."""
@@ -167,7 +165,7 @@ class Run:
     nonfinite: npt.NDArray[np.bool_]
     state_codes: npt.NDArray[np.uint8]
     first_bad: tuple[float, tuple[str, ...]] | None = None
-    parameters: Parameters | None = None
+    parameters: ParameterSeries | None = None
     exponents: Mapping[str, Counted] = field(default_factory=dict)
 
     @cached_property

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from distclip.common.foreign import clean
+from distclip.common.foreign import in_one_line
 from distclip.errors import ConfigurationError
 from distclip.monitor.lines import LineFile
 from distclip.monitor.recording import RecordingSink
@@ -56,7 +56,9 @@ class JsonlSink(RecordingSink):
         states: States | None = None,
     ) -> None:
         if "\0" in os.fspath(path):
-            raise ConfigurationError(f"JsonlSink: {clean(path)} is no path: it has a NUL character")
+            raise ConfigurationError(
+                f"JsonlSink: {in_one_line(path)} is no path: it has a NUL character"
+            )
         self.path = Path(path)
         super().__init__(_Lines(self.path), every, per_parameter, states)
 
@@ -94,7 +96,7 @@ def _run_of(path: Path, first: int) -> str:
     if last and first == 0:
         _logger.warning(
             "the log %s has records of an earlier run; those of this one, which starts at step 0, "
-            "have \"run\": \"%s\"", clean(path), new,
+            "have \"run\": \"%s\"", in_one_line(path), new,
         )  # fmt: skip
     return new
 
@@ -109,7 +111,7 @@ def _last_record(path: Path) -> dict[str, Any]:
             for tail in (2**16, 2**26):  # a record with 5,000 parameters has some 500 kB
                 file.seek(max(size - tail, 0))
                 for line in reversed(file.read().splitlines()):
-                    record = _parsed(line)
+                    record = _step_record(line)
                     if record:
                         return record
                 if tail >= size:
@@ -119,7 +121,7 @@ def _last_record(path: Path) -> dict[str, Any]:
     return {}
 
 
-def _parsed(line: bytes) -> dict[str, Any]:
+def _step_record(line: bytes) -> dict[str, Any]:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):

@@ -12,8 +12,8 @@ import numpy.typing as npt
 
 from distclip.errors import ConfigurationError
 
-State: TypeAlias = Literal["normal", "spike", "exploding", "vanishing", "nonfinite"]
-STATES: tuple[State, ...] = ("normal", "spike", "exploding", "vanishing", "nonfinite")
+NormState: TypeAlias = Literal["normal", "spike", "exploding", "vanishing", "nonfinite"]
+STATES: tuple[NormState, ...] = ("normal", "spike", "exploding", "vanishing", "nonfinite")
 
 MOST_LINES = 20
 """Changes of state that are logged as warnings; later ones as information."""
@@ -72,8 +72,8 @@ class States:
         self.exploding, self.vanishing = exploding, vanishing
         self.growth, self.decay = exploding / high, vanishing / low
         self.window, self.patience = window, patience
-        self.state: State = "normal"
-        self._told: State = "normal"
+        self.state: NormState = "normal"
+        self._told: NormState = "normal"
         self._recent = np.zeros(window)
         """Logarithms of the newest norms, in a ring."""
         self._counts = np.zeros(_BINS * _DECADES, np.int64)
@@ -81,7 +81,7 @@ class States:
         self._last: int | None = None
         self._limit()
 
-    def judge(self, step: int, norm: float, nonfinite: bool = False) -> State:
+    def judge(self, step: int, norm: float, nonfinite: bool = False) -> NormState:
         """The state at a step; asked again about the same one, the same answer.
 
         Args:
@@ -98,7 +98,7 @@ class States:
                 self._tell(step, norm, usual)
         return self.state
 
-    def _judged(self, norm: float, nonfinite: bool) -> State:
+    def _judged(self, norm: float, nonfinite: bool) -> NormState:
         if nonfinite or not math.isfinite(norm):
             return "nonfinite"
         spike, large = norm > self._spike, norm >= self._large
@@ -149,7 +149,7 @@ class States:
         )
 
 
-def judged(norms: npt.NDArray[Any], bad: npt.NDArray[Any]) -> list[State]:
+def judged(norms: npt.NDArray[Any], bad: npt.NDArray[Any]) -> list[NormState]:
     """The states of a recorded run whose log has none; logs nothing."""
     states = States()
     return [

@@ -16,7 +16,7 @@ from distclip.monitor.runs import Floats, Run, configuration
 CANDIDATES = (50.0, 75.0, 90.0, 95.0, 99.0)
 """Percentiles that a suggestion shows beside its own."""
 
-EPS = 1e-3
+AGC_EPS = 1e-3
 """AGC's floor of the norm of a weight."""
 
 Values = npt.NDArray[Any]
@@ -85,9 +85,9 @@ class Suggestion:
     ) -> Suggestion:
         """A ``clip_factor`` for ``agc(unit="tensor")``.
 
-        What counts is the norm of a whole gradient by that of its weight, of at least ``EPS``, for
-        each parameter and step: what that policy compares with its factor. A gradient of 0 does not
-        count.
+        What counts is the norm of a whole gradient by that of its weight, of at least ``AGC_EPS``,
+        for each parameter and step: what that policy compares with its factor. A gradient of 0 does
+        not count.
 
         Args:
             runs: as for :meth:`of_norms`, with ratios of each parameter.
@@ -144,7 +144,7 @@ def _ratios(run: Run, first_step: float) -> tuple[Values, Floats]:
     norms, ratios = kept.norms[here], kept.ratios[here]
     with np.errstate(all="ignore"):  # no ratio in a step that has some: a weight of 0
         weights = np.where(np.isnan(ratios), 0.0, norms / ratios)
-        found: Values = norms / np.maximum(weights, EPS).astype(np.float32)
+        found: Values = norms / np.maximum(weights, AGC_EPS).astype(np.float32)
     found[~(norms > 0.0)] = np.nan
     return found, kept.steps[here]
 

@@ -29,16 +29,10 @@ HEADER = (
 MODULES = ("module", "median norm", "largest", "steps clipped", "median gradient/weight")
 
 
-def show(
+def show_runs(
     summaries: Sequence[Summary], file: TextIO | None = None, *, terminal: bool | None = None
 ) -> None:
-    """Write the table, and below it the advice for each run.
-
-    Args:
-        summaries: one a run.
-        file: standard output when None.
-        terminal: draw it as for a terminal, or not; None: look at the file.
-    """
+    """Write the table, and below it the advice for each run."""
     console = Console(
         file=file, highlight=False, soft_wrap=True, emoji=False, force_terminal=terminal
     )
@@ -62,13 +56,14 @@ def show(
         console.print(f"\n{summary.name}:", markup=False)
         if summary.sparkline:
             console.print(
-                f"  norm {summary.sparkline} {_number(summary.smallest)} to "
-                f"{_number(summary.largest)}, log scale, x: NaN or inf",
+                f"  norm {summary.sparkline} {_short(summary.smallest)} to "
+                f"{_short(summary.largest)}, log scale, x: NaN or inf",
                 markup=False,
             )
         states = ", ".join(f"{name} {count}" for name, count in summary.states.items())
         console.print(
-            f"  steps by state: {states}; spike score {_number(summary.spike_score)}%", markup=False
+            f"  steps by state: {states}; spike score {_short(summary.spike_score)}%",
+            markup=False,
         )
         if summary.noise_scale is not None:
             console.print(
@@ -82,13 +77,7 @@ def show(
 
 
 def show_modules(runs: Sequence[Run], depth: int, file: TextIO | None = None) -> None:
-    """Write a table of modules for each run: norms and ratios of all their parameters together.
-
-    Args:
-        runs: those without norms of parameters are named and passed over.
-        depth: how many parts of the parameters' names make a module.
-        file: standard output when None.
-    """
+    """Write a table of modules for each run: norms and ratios of all their parameters together."""
     console = Console(file=file, highlight=False, soft_wrap=True, emoji=False)
     for run in runs:
         if run.parameters is None:
@@ -106,8 +95,8 @@ def show_modules(runs: Sequence[Run], depth: int, file: TextIO | None = None) ->
             clipped = (coefficients < 1.0).sum() / max((~np.isnan(coefficients)).sum(), 1)
             known = norms[~np.isnan(norms)]
             rows.append((
-                name, _number(median(norms)), _number(known.max() if known.size else math.nan),
-                f"{clipped:.1%}", _number(ratio),
+                name, _short(median(norms)), _short(known.max() if known.size else math.nan),
+                f"{clipped:.1%}", _short(ratio),
             ))  # fmt: skip
         for line in _columns(rows):
             console.print(line, markup=False)
@@ -117,9 +106,9 @@ def _row(summary: Summary) -> tuple[str, ...]:
     return (
         summary.name,
         str(summary.steps),
-        *(_number(summary.percentiles[p]) for p in PERCENTILES),
-        _number(summary.largest),
-        _number(summary.threshold),
+        *(_short(summary.percentiles[p]) for p in PERCENTILES),
+        _short(summary.largest),
+        _short(summary.threshold),
         f"{summary.clipped:.1%}",
         "-" if math.isnan(summary.share) else f"{summary.share:.1%}",
         str(summary.skipped),
@@ -127,7 +116,7 @@ def _row(summary: Summary) -> tuple[str, ...]:
     )
 
 
-def _number(value: float) -> str:
+def _short(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:.3g}"
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-Floats = npt.NDArray[np.float64]
+from distclip.common.rollups import Floats
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 

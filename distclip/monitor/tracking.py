@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from distclip.common.exponents import from_log
-from distclip.common.foreign import clean
+from distclip.common.foreign import in_one_line
 from distclip.errors import DistclipError
-from distclip.monitor.background import WAITING, Background, within_patience
+from distclip.monitor.background import MOST_WAITING, Background, within_patience
 from distclip.monitor.recording import RecordingSink
 from distclip.monitor.states import States
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger("distclip.monitor")
 
-FIELDS = {
+TRACKED_FIELDS = {
     "total_norm": "grad_norm",
     "clipped_norm": "grad_norm_clipped",
     "coefficient": "clip_coefficient",
@@ -45,7 +45,9 @@ def metrics(record: Mapping[str, Any]) -> dict[str, float]:
     ``nonfinite`` is a number of parameters, ``grad_weight_ratio`` that of the whole model;
     ``grad_noise_scale`` is there where a ``RankNoiseScale`` follows the clipper.
     """
-    found = {name: float(record[field]) for field, name in FIELDS.items() if field in record}
+    found = {
+        name: float(record[field]) for field, name in TRACKED_FIELDS.items() if field in record
+    }
     if math.isnan(found["clip_threshold"]):
         del found["clip_threshold"]
     found["nonfinite"] = float(len(record["nonfinite"]))
@@ -68,7 +70,7 @@ def tensors(report: ClipReport) -> dict[str, Tensor]:
     Reads no host.
     """
     return {
-        FIELDS.get(key, key): value if value.is_floating_point() else value.float()
+        TRACKED_FIELDS.get(key, key): value if value.is_floating_point() else value.float()
         for key, value in report.tensors().items()
     }
 
@@ -118,7 +120,7 @@ class _Guarded:
         if self._background is None:
             self._log(step, values)
         elif not self._background.put(step, values):
-            self._lose(f"{WAITING} records are waiting for it")
+            self._lose(f"{MOST_WAITING} records are waiting for it")
 
     def end(self) -> None:
         if self._process != os.getpid():
@@ -161,7 +163,7 @@ class _Guarded:
         if not told:
             _logger.warning(
                 "%s took no record (%s); training goes on, and later records try again",
-                self._name, clean(why, 300),
+                self._name, in_one_line(why, 300),
             )  # fmt: skip
 
 

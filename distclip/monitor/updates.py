@@ -87,8 +87,6 @@ class UpdateReport:
         Raises:
             ConfigurationError: ``depth < 1``.
         """
-        if isinstance(depth, bool) or not depth >= 1:
-            raise ConfigurationError(f"a depth of modules must be an integer >= 1, got {depth!r}")
         groups = grouped(self.names, depth)
         rows = [
             [*joint(self._table[:2, places], 2.0), self._table[2, places].sum()]
@@ -197,11 +195,11 @@ class UpdateMonitor:
             "verify_replicas": "never",
             "ratios": 1,
         }
-        optimizers = attaching.listed(optimizer)
+        optimizers = attaching.as_optimizers(optimizer)
         self._session = session = Session.open(target, given, process_group, ())
         session.expects_gradients = False
         session.program.scratch.only_measures = True
-        attaching.check(optimizers, session.named)
+        attaching.check_optimizers(optimizers, session.named)
         for each in optimizers:
             if not hasattr(each, "_optimizer_step_pre_hooks"):
                 raise ConfigurationError(

@@ -11,19 +11,19 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from distclip.common.foreign import clean
+from distclip.common.foreign import in_one_line
 from distclip.monitor.reading import read_run
 from distclip.monitor.runs import Run, Summary
 from distclip.monitor.states import STATES
 from distclip.monitor.thinning import sparkline
 
-SHOWN = 8
+STEPS_SHOWN = 8
 """How many of the newest steps the table shows."""
 
 STYLES = {"spike": "yellow", "exploding": "bold red", "vanishing": "cyan", "nonfinite": "magenta"}
 
 
-def watch(path: Path, every: float, console: Console, go_on: Callable[[], bool]) -> None:
+def watch_log(path: Path, every: float, console: Console, go_on: Callable[[], bool]) -> None:
     """Show the newest run of a log, again whenever the file has changed.
 
     Args:
@@ -42,7 +42,7 @@ def watch(path: Path, every: float, console: Console, go_on: Callable[[], bool])
         return
     with Live(console=console, refresh_per_second=4) as live:
         for run in _changes(path, every, go_on):
-            live.update(Text(f"waiting for {clean(path)}") if run is None else view(run))
+            live.update(Text(f"waiting for {in_one_line(path)}") if run is None else view(run))
 
 
 def view(run: Run) -> Group:
@@ -51,7 +51,7 @@ def view(run: Run) -> Group:
     table = Table(title=Text(f"{run.name}: {summary.steps} steps"))
     for heading in ("step", "norm", "after", "coefficient", "clipped", "state"):
         table.add_column(heading, justify="left" if heading == "state" else "right")
-    for at in range(max(0, len(run.steps) - SHOWN), len(run.steps)):
+    for at in range(max(0, len(run.steps) - STEPS_SHOWN), len(run.steps)):
         state = STATES[run.states[at]]
         skipped = ", skipped" if run.skipped[at] else ""
         table.add_row(

@@ -121,7 +121,7 @@ class LaProp(Optimizer):
             "foreach": foreach,
             "capturable": capturable,
         }
-        super().__init__(opts.groups_of(params), opts.checked("LaProp", defaults))
+        super().__init__(opts.groups_of(params), opts.checked_options("LaProp", defaults))
 
     @property
     def report(self) -> ClipReport | None:
@@ -144,7 +144,7 @@ class LaProp(Optimizer):
         opts.check_mask(mask)
         taken = [name for other in self.param_groups for name in other["param_names"]]
         named = opts.named_in_group(group["params"], taken)
-        group = opts.checked(where, {**self.defaults, **group})
+        group = opts.checked_options(where, {**self.defaults, **group})
         if group["capturable"] and self._clipping.on_nonfinite != "pass":
             raise ConfigurationError(
                 f"{where}: capturable=True with on_nonfinite={self._clipping.on_nonfinite!r}: "

@@ -25,7 +25,7 @@ _Finite = Annotated[float, checks.Limit("finite and >= 0", finite=True, minimum=
 FLAGS = ("nesterov", "maximize", "capturable")
 
 
-def checked(where: str, options: dict[str, Any]) -> dict[str, Any]:
+def checked_options(where: str, options: dict[str, Any]) -> dict[str, Any]:
     """``options`` with every value checked and as the type that is stored.
 
     Raises:

@@ -54,7 +54,7 @@ class Coefficients:
 
 
 @dataclass(slots=True)
-class Tensors:
+class LocalTensors:
     """Local parts of parameters, one after another, and what belongs to each.
 
     Averages are float32 (float64 for float64), whatever the parameters and gradients are.
@@ -88,14 +88,7 @@ def bias_correction(beta: float, step: Number) -> Number:
 def coefficients(
     group: Mapping[str, Any], rate: Number, step: Number, decays: bool
 ) -> Coefficients:
-    """Of one parameter.
-
-    Args:
-        group: its options.
-        rate: the learning rate of this update.
-        step: the number of this update, from 1.
-        decays: whether weight decay acts on it.
-    """
+    """The numbers of one update of one parameter, whose options are those of ``group``."""
     beta1, beta2 = group["betas"]
     return Coefficients(
         beta1=beta1,
@@ -129,14 +122,14 @@ def update_(
         steps: per parameter the number of this update, from 1.
         decays: per parameter whether weight decay acts on it.
     """
-    together: dict[Hashable, Tensors] = {}
+    together: dict[Hashable, LocalTensors] = {}
     numbers: dict[Hashable, Coefficients] = {}
     for four, step, decay in zip(fours, steps, decays, strict=True):
         if not four[0].numel():
             continue
         key = (four[0].device, four[0].dtype, four[1].dtype, step, decay)
         if key not in together:
-            together[key] = Tensors([], [], [], [])
+            together[key] = LocalTensors([], [], [], [])
             numbers[key] = coefficients(group, rate, step, decay)
         together[key].append(*four)
     for kind, tensors in together.items():
@@ -149,15 +142,15 @@ def update_(
                 _many(part, numbers[kind])
 
 
-def parts(tensors: Tensors, limit: int) -> Iterator[Tensors]:
+def parts(tensors: LocalTensors, limit: int) -> Iterator[LocalTensors]:
     """The elements in portions of about ``limit``; a tensor with gaps in it stays whole."""
-    portion, size = Tensors([], [], [], []), 0
+    portion, size = LocalTensors([], [], [], []), 0
     for four in tensors.fours():
         for piece in _pieces(four, limit):
             count = piece[0].numel()
             if size and size + count > limit:
                 yield portion
-                portion, size = Tensors([], [], [], []), 0
+                portion, size = LocalTensors([], [], [], []), 0
             portion.append(*piece)
             size += count
     if size:
@@ -173,7 +166,7 @@ def _pieces(four: Four, limit: int) -> Iterator[Four]:
     yield from zip(*(torch.split(tensor.view(-1), limit) for tensor in four), strict=True)
 
 
-def _many(tensors: Tensors, c: Coefficients) -> None:
+def _many(tensors: LocalTensors, c: Coefficients) -> None:
     averages, squares = tensors.averages, tensors.squares
     params = [p.to(m.dtype) for p, m in zip(tensors.params, averages, strict=True)]
     gradients = [g.to(m.dtype) for g, m in zip(tensors.gradients, averages, strict=True)]

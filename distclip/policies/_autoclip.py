@@ -72,7 +72,7 @@ class AutoClip(ScalingPolicy):
         total = statistics.total_norm(2.0)
         wanted = _history.is_sample(total)
         if self.window is None:
-            state = {"counts": _history.count(state["counts"], total, wanted)}
+            state = {"counts": _history.count_sample(state["counts"], total, wanted)}
             limit = _history.percentile_of_counts(state["counts"], self.percentile)
         else:
             norms, seen = _history.put(state["norms"], state["seen"], total, wanted)

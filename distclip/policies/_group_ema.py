@@ -26,7 +26,7 @@ from distclip.policies.registry import register
 if TYPE_CHECKING:
     from torch import Tensor
 
-EPS = 1e-12
+GROUP_EMA_EPS = 1e-12
 """Added to a norm before dividing, as the authors' code does."""
 
 
@@ -117,8 +117,8 @@ class GroupEMA(ScalingPolicy):
         late = late.clamp(0.0, 1.0)
         high = _moved(self.high_mult, self.high_late, late) * ema
         low = _moved(self.low_mult, self.low_late, late) * ema
-        down = torch.clamp(high / (n + EPS), min=self.max_down_scale)
-        up = torch.clamp(low / (n + EPS), max=self.max_up_scale)
+        down = torch.clamp(high / (n + GROUP_EMA_EPS), min=self.max_down_scale)
+        up = torch.clamp(low / (n + GROUP_EMA_EPS), max=self.max_up_scale)
         coefficients = torch.where(n < low, up, 1.0)
         # The contrary of "within", so that a NaN is handed on.
         coefficients = torch.where(known & ~(n <= high), down, coefficients)
@@ -134,7 +134,7 @@ def _moved(early: float, later: float | None, late: Tensor) -> Tensor | float:
     return early if later is None else early + (later - early) * late
 
 
-def group_of(name: str) -> str:
+def functional_group(name: str) -> str:
     """The functional group of a parameter, by its name."""
     path = name.partition("@")[0].split(".")[:-1]
     kinds = [
@@ -150,8 +150,8 @@ def _groups(names: tuple[str, ...], device: torch.device) -> tuple[Tensor, tuple
     """The number of each parameter's group, and the parameters of each group."""
     found: dict[str, list[int]] = {}
     for index, name in enumerate(names):
-        found.setdefault(group_of(name), []).append(index)
-    numbers = [list(found).index(group_of(name)) for name in names]
+        found.setdefault(functional_group(name), []).append(index)
+    numbers = [list(found).index(functional_group(name)) for name in names]
     members = tuple(torch.tensor(each, device=device) for each in found.values())
     return torch.tensor(numbers, device=device), members
 

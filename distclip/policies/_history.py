@@ -32,7 +32,7 @@ def is_sample(norm: Tensor) -> Tensor:
 # ---- the last norms --------------------------------------------------------------------------
 
 
-def filled(ring: Tensor, seen: Tensor) -> Tensor:
+def filled_places(ring: Tensor, seen: Tensor) -> Tensor:
     """Which places of a ring hold a sample, bool ``(window,)``."""
     return torch.arange(len(ring), device=ring.device) < seen
 
@@ -53,7 +53,7 @@ def put(ring: Tensor, seen: Tensor, sample: Tensor, wanted: Tensor) -> tuple[Ten
 def percentile(ring: Tensor, seen: Tensor, percent: float) -> Tensor:
     """The percentile of a ring's samples, interpolated linearly; inf where there are none."""
     count = torch.clamp(seen, max=len(ring))
-    ordered = torch.where(filled(ring, seen), ring, math.inf).sort().values
+    ordered = torch.where(filled_places(ring, seen), ring, math.inf).sort().values
     ranks, share = _ranks(count, percent)
     low, high = ordered.gather(0, ranks).unbind()
     return torch.where(count > 0, low + torch.nan_to_num(high - low) * share, math.inf)
@@ -64,7 +64,7 @@ def mean_and_deviation(ring: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
 
     0-dim float64 each.
     """
-    mask = filled(ring, seen)
+    mask = filled_places(ring, seen)
     count = mask.sum()
     samples = torch.where(mask, ring, 0.0)
     largest = samples.abs().max()
@@ -79,7 +79,7 @@ def mean_and_deviation(ring: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
 # ---- all norms -------------------------------------------------------------------------------
 
 
-def count(counts: Tensor, sample: Tensor, wanted: Tensor) -> Tensor:
+def count_sample(counts: Tensor, sample: Tensor, wanted: Tensor) -> Tensor:
     """The histogram, int64 ``(BINS,)``, with one more sample, if it is wanted.
 
     A sample beyond the outermost bins counts in the nearest one.

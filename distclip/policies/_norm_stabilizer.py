@@ -21,7 +21,7 @@ from distclip.policies.protocol import (
 )
 from distclip.policies.registry import register
 
-SMALLEST = 1e-300
+SMALLEST_NORM = 1e-300
 """Floor of a norm that is divided by; only a float64 gradient can lie below it."""
 
 
@@ -82,7 +82,7 @@ class NormStabilizer(ScalingPolicy):
         first = state["mean"] / (1.0 - self.gamma1**steps)
         second = state["root"] / (1.0 - self.gamma2**steps).sqrt()
         # What is not finite is handed on as it is: NaN by NaN, inf by 0.
-        divided = first / (second + self.eps) / torch.clamp(norms, min=SMALLEST)
+        divided = first / (second + self.eps) / torch.clamp(norms, min=SMALLEST_NORM)
         return (Scale(torch.where((norms == 0) | (steps == 0), 1.0, divided)),), state
 
 

@@ -25,7 +25,7 @@ from distclip.policies.registry import register
 if TYPE_CHECKING:
     from torch import Tensor
 
-EPS = 1e-6
+Z_SCORE_EPS = 1e-6
 """Added to the standard deviation in the z-score, as the authors' code does."""
 
 
@@ -83,7 +83,7 @@ class ZClip(ScalingPolicy):
         mean, deviation, seen = state["mean"], state["deviation"], state["seen"]
         warm = seen >= self.warmup_steps
 
-        z = (norm - mean) / (deviation + EPS)
+        z = (norm - mean) / (deviation + Z_SCORE_EPS)
         outlier = warm & (z > self.z_thresh)
         limit = torch.where(outlier, mean + (self.z_thresh**2 / z) * deviation, math.inf)
         limit = torch.where(torch.isnan(limit), mean, limit)  # a deviation of 0

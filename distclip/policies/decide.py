@@ -79,13 +79,6 @@ def rehearse(
     Policies are pure, so a decision about made-up statistics has no effect. It is for a policy that
     decides after other gradients have been changed already, or within another policy.
 
-    Args:
-        policy: any.
-        parameters: that it is responsible for.
-        state: of the policy.
-        device: of the made-up statistics.
-        norm: of each gradient.
-
     Returns:
         The actions of a scaling policy; none of another.
 

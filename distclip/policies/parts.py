@@ -46,7 +46,7 @@ def _is_module(parameter: ParameterInfo, word: str) -> bool:
     return any(word in each for each in parameter.module)
 
 
-KINDS: dict[str, Callable[[ParameterInfo], bool]] = {
+PARAMETER_KINDS: dict[str, Callable[[ParameterInfo], bool]] = {
     "matrix": lambda parameter: len(parameter.shape) == 2,
     "vector": lambda parameter: len(parameter.shape) < 2,
     "embedding": lambda parameter: (
@@ -82,7 +82,7 @@ class _Condition:
         if self.key == "name":
             return matches(parameter.name, value)
         if self.key == "kind":
-            return KINDS[value](parameter)
+            return PARAMETER_KINDS[value](parameter)
         if self.key == "optimizer":
             return any(fnmatch.fnmatchcase(each, value) for each in parameter.optimizer)
         found = dict(parameter.options).get(self.key.removeprefix(GROUP))
@@ -167,9 +167,10 @@ def _condition(words: str, text: str) -> _Condition:
         raise ConfigurationError(
             f"part {text!r}: there is no key {key!r}; the keys are {', '.join(KEYS)}"
         )
-    unknown = [value for value in values if key == "kind" and value not in KINDS]
+    unknown = [value for value in values if key == "kind" and value not in PARAMETER_KINDS]
     if unknown:
         raise ConfigurationError(
-            f"part {text!r}: there is no kind {unknown[0]!r}; the kinds are {', '.join(KINDS)}"
+            f"part {text!r}: there is no kind {unknown[0]!r}; the kinds are "
+            f"{', '.join(PARAMETER_KINDS)}"
         )
     return _Condition(key, values, denied)

@@ -2,7 +2,7 @@
 
 Under tensor parallelism autograd may leave a gradient ``Partial``: unreduced terms. Reducing it is
 a collective, and a rank on which that gradient is missing cannot know that the others wait for it.
-So the ranks tell each other first what they have.
+So the ranks first exchange what they have.
 """
 
 from __future__ import annotations
@@ -53,10 +53,6 @@ def align_together(plan: Plan, trouble: DistclipError | None = None) -> bool:
     """Redistribute what lies otherwise on any rank, on all ranks of its mesh. Collective.
 
     A gradient that is missing on a rank counts as zeros there. One that no rank has stays missing.
-
-    Args:
-        plan: the pieces.
-        trouble: why this rank cannot move any.
 
     Returns:
         Whether any was redistributed; the same on every rank.

@@ -144,20 +144,14 @@ def _average(reference: weakref.ref[DistributedDataParallel], bucket: Any) -> An
     if not getattr(module, "_divide_by_initial_world_size", True):
         raise ConfigurationError(
             "DDP's join(divide_by_initial_world_size=False) changes the divisor from step to step, "
-            "which a communication hook is not told: leave overlap=True out of the GradClipper, or "
-            "use divide_by_initial_world_size=True"
+            "which a communication hook does not get: leave overlap=True out of the GradClipper, "
+            "or use divide_by_initial_world_size=True"
         )
     return collectives.average_later(bucket.buffer(), module.process_group)
 
 
 class Bucket:
-    """One gradient bucket of DDP in one backward.
-
-    Args:
-        overlap: who asked.
-        positions: as for :func:`follow`.
-        bucket: torch's, full and not yet reduced.
-    """
+    """One gradient bucket of DDP in one backward."""
 
     def __init__(self, overlap: Overlap, positions: Mapping[int, int], bucket: Any) -> None:
         self._owner = weakref.ref(overlap)
@@ -235,7 +229,7 @@ def _at_end(callback: Callable[[], None]) -> None:
     torch.autograd.Variable._execution_engine.queue_callback(callback)
 
 
-def modules_of(modules: Sequence[nn.Module]) -> list[DistributedDataParallel]:
+def ddp_modules(modules: Sequence[nn.Module]) -> list[DistributedDataParallel]:
     """The DDP modules among these and within them."""
     found = (each for module in modules for each in module.modules())
     return list(dict.fromkeys(e for e in found if isinstance(e, DistributedDataParallel)))

@@ -17,7 +17,7 @@ from distclip.statistics.encoding import from_ordered_bits, to_ordered_bits
 
 Object = TypeVar("Object")
 
-FEW = 8
+FEW_RANKS = 8
 """Ranks up to which gloo gathers a short message in place of reducing it."""
 SHORT = 1 << 18
 """The longest such message, in bytes, those of all ranks together."""
@@ -38,12 +38,7 @@ def default_group(process_group: ProcessGroup | None) -> ProcessGroup | None:
 
 
 def check_open(group: ProcessGroup, name: str = "process_group") -> None:
-    """Raise a ProcessGroupError for a group that can no longer, or never could, be used here.
-
-    Args:
-        group: what was given.
-        name: of the argument, for the message.
-    """
+    """Raise a ProcessGroupError for a group that can no longer, or never could, be used here."""
     if group is cast(Any, dist.GroupMember.NON_GROUP_MEMBER):
         raise ProcessGroupError(
             f"{name}: this rank is not a member of the group; leave the call to its members, "
@@ -84,7 +79,7 @@ def global_rank() -> int:
 
 
 def is_first(group: ProcessGroup | None = None) -> bool:
-    """Whether this rank speaks for all of the group; for all ranks, or the launch, without one."""
+    """Whether this is the first rank of the group; without one, of all ranks or of the launch."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(group) == 0
     return os.environ.get("RANK", "0") == "0"
@@ -103,7 +98,7 @@ def device_for(group: ProcessGroup | None, preferred: torch.device) -> torch.dev
 
 
 def sends_anything(group: ProcessGroup) -> bool:
-    """Whether ranks hear of each other: not so in torch's "fake" backend, for dry runs."""
+    """Whether the backend sends anything: torch's "fake" backend, for dry runs, does not."""
     return dist.get_backend(group) != "fake"
 
 
@@ -157,7 +152,7 @@ def _everyones(values: Tensor, group: ProcessGroup) -> list[Tensor] | None:
     choose alike, whatever device the numbers of each lie on.
     """
     ranks = group.size()
-    if ranks > FEW or ranks * values.nbytes > SHORT:
+    if ranks > FEW_RANKS or ranks * values.nbytes > SHORT:
         return None
     if f"{values.device.type}:gloo" not in dist.get_backend_config(group):
         return None
@@ -175,8 +170,8 @@ def gather(value: Object, group: ProcessGroup) -> list[Object]:
     return values
 
 
-def tell(value: Object, keys: Sequence[Hashable], group: ProcessGroup) -> list[Object]:
-    """As :func:`gather`, where ranks of equal keys have equal values: one of them tells it.
+def gather_by_key(value: Object, keys: Sequence[Hashable], group: ProcessGroup) -> list[Object]:
+    """As :func:`gather`, where ranks of equal keys have equal values: one of them sends it.
 
     What travels, and what is kept, grows with the number of different values, not of ranks.
 
@@ -247,10 +242,6 @@ def average_later(buffer: Tensor, group: ProcessGroup) -> Any:
     """The future of ``buffer`` averaged over the ranks, in place.
 
     Multiplied by ``1 / ranks`` before it is reduced, as DDP does while it fills a bucket.
-
-    Args:
-        buffer: any dtype and device.
-        group: its ranks.
     """
     buffer.mul_(1.0 / dist.get_world_size(group))
     work = dist.all_reduce(buffer, group=group, async_op=True)

@@ -1,6 +1,6 @@
 """What was measured of gradients during backward, and whether they are still what was measured.
 
-A norm counts at the clip only if its gradient is untouched. Three things say so:
+A norm is used at the clip only if its gradient is unchanged, by three signs:
 
 * identity: the same local tensor, at the same address;
 * versions: torch counts in-place operations, on a DTensor and on its local tensor apart;
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from distclip.kernels import measuring
-from distclip.kernels.measuring import Tables
+from distclip.kernels.measuring import PlanTables
 from distclip.layouts.tensors import own
 from distclip.statistics.request import Request
 
@@ -57,7 +57,7 @@ class Pattern:
     dims: list[tuple[int, ...]]
     counts: list[int]
     units: Tensor
-    tables: Tables = field(default_factory=Tables)
+    tables: PlanTables = field(default_factory=PlanTables)
     _offsets: list[int] = field(default_factory=list)
     _places: Tensor | None = None
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distclip.kernels.powers import LEAST, p_norm
+from distclip.kernels.powers import LEAST_ORDER, p_norm
 
 SLOT_BITS = 896
 """Exponents per slot: leaves 2 ** 127 of room for the sum itself."""
@@ -25,7 +25,7 @@ MOST = 64.0
 
 def is_far(norm_type: float) -> bool:
     """Whether powers of this finite order cannot travel by themselves."""
-    return norm_type > MOST or norm_type < LEAST
+    return norm_type > MOST or norm_type < LEAST_ORDER
 
 
 @dataclass(frozen=True, slots=True)

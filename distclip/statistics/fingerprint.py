@@ -22,10 +22,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-COLUMNS = 256
+FINGERPRINT_COLUMNS = 256
 """Trailing dims are columns until there are so many."""
 
-CHUNK = {"cpu": 2**16}
+FINGERPRINT_CHUNK = {"cpu": 2**16}
 """Elements that are looked at together, by kind of device: bounds the memory that is taken."""
 
 CHUNK_ELSEWHERE = 2**20
@@ -34,7 +34,7 @@ _SEED = -7046029254386353131  # 2**64 / golden ratio, as a signed number
 _MIX = (-4658895280553007687, -7723592293110705685)  # of SplitMix64 (Steele et al. 2014)
 
 
-def fingerprint(tensor: Tensor, shape: Sequence[int], offsets: Sequence[int]) -> Tensor:
+def box_fingerprint(tensor: Tensor, shape: Sequence[int], offsets: Sequence[int]) -> Tensor:
     """The fingerprint of a box of a logical tensor.
 
     Args:
@@ -49,10 +49,10 @@ def fingerprint(tensor: Tensor, shape: Sequence[int], offsets: Sequence[int]) ->
     if tensor.dim() == 0:
         tensor, shape, offsets = tensor.reshape(1), (1,), (0,)
     split = len(shape) - 1
-    while split > 0 and math.prod(shape[split:]) < COLUMNS:
+    while split > 0 and math.prod(shape[split:]) < FINGERPRINT_COLUMNS:
         split -= 1
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
-    chunk = CHUNK.get(tensor.device.type, CHUNK_ELSEWHERE)
+    chunk = FINGERPRINT_CHUNK.get(tensor.device.type, CHUNK_ELSEWHERE)
     waiting = [(tensor, tuple(offsets))] if tensor.numel() else []
     while waiting:
         part, start = waiting.pop()
@@ -72,16 +72,16 @@ def _of_chunk(part: Tensor, shape: tuple[int, ...], offsets: tuple[int, ...], sp
     words = part.contiguous().unsqueeze(-1).view(word)
     each = words.shape[-1]
     extents = tuple(part.shape)
-    columns = _weights(
+    columns = _odd_weights(
         (*shape[split:], each), (*offsets[split:], 0), (*extents[split:], each), 1, part.device
     )
-    rows = _weights(shape[:split], offsets[:split], extents[:split], 2, part.device)
+    rows = _odd_weights(shape[:split], offsets[:split], extents[:split], 2, part.device)
     products = words.reshape(-1, columns.numel()).to(torch.int64).mul_(columns)
     return ((products.sum(1) + columns.sum()) * rows).sum()  # of words + 1
 
 
 @functools.lru_cache(maxsize=4)
-def _weights(
+def _odd_weights(
     shape: tuple[int, ...],
     offsets: tuple[int, ...],
     extents: tuple[int, ...],

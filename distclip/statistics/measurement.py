@@ -26,12 +26,12 @@ from distclip.statistics.scratch import Scratch
 from distclip.statistics.survey import Local, Survey
 from distclip.statistics.units import Segments
 
-Tensors: TypeAlias = Sequence[Tensor | None]
+OptionalTensors: TypeAlias = Sequence[Tensor | None]
 
 _shape = operator.attrgetter("shape")
 
 
-def measure(
+def measure_locally(
     survey: Survey,
     scratch: Scratch,
     early: Early | None = None,
@@ -51,7 +51,7 @@ def measure(
         fetched = plan.fetching() or Fetched(_fetched(plan, local), None)
     fetched = scratch.known(fetched)
     _inspect(survey, fetched, local, scratch)
-    weights: Tensors = ()
+    weights: OptionalTensors = ()
     if request.weight_orders or request.unit_dims:
         weights = _weights(survey, local)
         everything = local.seen is not None and len(local.seen.tensors) == len(plan.pieces)
@@ -106,7 +106,7 @@ def _inspect(survey: Survey, fetched: Fetched, local: Local, scratch: Scratch) -
         local.sparse = any(each is not None and sparse.is_sparse(each) for each in gradients)
 
 
-def _have_other_units(survey: Survey, gradients: Tensors) -> bool:
+def _have_other_units(survey: Survey, gradients: OptionalTensors) -> bool:
     """Whether a gradient that is measured per unit has another shape than its piece."""
     table = survey.table
     if not table.positions:
@@ -118,7 +118,7 @@ def _have_other_units(survey: Survey, gradients: Tensors) -> bool:
     return any(each is not None and each.shape != shape for each, shape in pairs)
 
 
-def _weights(survey: Survey, local: Local) -> Tensors:
+def _weights(survey: Survey, local: Local) -> OptionalTensors:
     """The local weights of every piece whose weights are measured; none where the step is lost."""
     plan, request = survey.plan, survey.request
     if local.trouble is not None:
@@ -145,7 +145,7 @@ def _measure_norms(
     early: Early | None,
     counting: Counting | None,
 ) -> None:
-    """Norms of the gradients as wholes; of those that have units, from the norms of these."""
+    """Norms of whole gradients; where units are measured, from the norms of the units."""
     plan, request, table = survey.plan, survey.request, survey.table
     counted = _counted(survey, local.present)
     seen = local.seen
@@ -184,7 +184,7 @@ def _measure_norms(
 
 def _as_clamped(
     survey: Survey,
-    counted: Tensors,
+    counted: OptionalTensors,
     order: float,
     bounds: npt.NDArray[np.float64],
     local: Local,
@@ -213,7 +213,7 @@ def _as_clamped(
     return norms
 
 
-def _counted(survey: Survey, present: Tensors) -> Tensors:
+def _counted(survey: Survey, present: OptionalTensors) -> OptionalTensors:
     """The gradients that are measured as a whole and counted by this rank; None for all others."""
     plan, request = survey.plan, survey.request
     if not request.unit_dims and plan.shares is None:
@@ -239,7 +239,9 @@ def _exponents(plan: Plan, local: Local, scratch: Scratch, counting: Counting) -
     return rows if plan.rows is None else table.index_add_(0, plan.rows, rows)
 
 
-def _measure_weights(survey: Survey, weights: Tensors, local: Local, scratch: Scratch) -> None:
+def _measure_weights(
+    survey: Survey, weights: OptionalTensors, local: Local, scratch: Scratch
+) -> None:
     """Norms of the weights as wholes."""
     plan, request = survey.plan, survey.request
     counted: list[Tensor | None] = [
@@ -263,7 +265,7 @@ def _measure_weights(survey: Survey, weights: Tensors, local: Local, scratch: Sc
 
 def _measure_units(
     survey: Survey,
-    weights: Tensors,
+    weights: OptionalTensors,
     local: Local,
     scratch: Scratch,
     early: Early | None,
@@ -303,9 +305,8 @@ def _measure_units(
         )
 
     of_units = None if counting is None else Counting(len(gradients), plan.device)
-    late = gradients
-    if early is not None:
-        late, seen = early.rest(gradients, table.positions), None
+    late = gradients if early is None else early.rest(gradients, table.positions)
+    seen = seen if early is None else None
     for order in request.unit_orders:
         local.unit_norms[order] = of_gradients(order)
         if early is not None:

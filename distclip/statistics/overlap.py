@@ -73,7 +73,7 @@ class Overlap:
         for position, piece in enumerate(plan.pieces):
             if piece.hold is not None and _is_eligible(piece, plan.device):
                 self._holds[position] = piece.hold
-                hook = _hook(weakref.ref(self), position)
+                hook = _overlap_hook(weakref.ref(self), position)
                 parameter: Any = piece.hold()
                 self._handles.append(parameter.register_post_accumulate_grad_hook(hook))
         weakref.finalize(self, _remove, self._handles).atexit = False
@@ -128,7 +128,7 @@ class Overlap:
         self._handles.clear()
 
     def expect(self, survey: Survey) -> None:
-        """Say what the first pass of the clips to come measures."""
+        """Set what the first pass of the next clips measures."""
         self.forget()
         self._patterns.clear()
         self._survey, request = survey, survey.request
@@ -197,7 +197,7 @@ class Overlap:
             self._pending = []
 
     def fail(self, error: Exception) -> None:
-        """Never mind: measure at the clip, from now on. A hook that raised would hang ranks."""
+        """Measure at the clip from now on. A hook that raised would leave other ranks waiting."""
         self.error = error
         self._drop()
 
@@ -271,7 +271,7 @@ def _are_alike(shards: Sequence[Tensor], storage: int, device: torch.device) -> 
     )
 
 
-def _hook(owner: weakref.ref[Overlap], position: int) -> Callable[[Tensor], None]:
+def _overlap_hook(owner: weakref.ref[Overlap], position: int) -> Callable[[Tensor], None]:
     def hook(parameter: Tensor) -> None:
         global _running
         overlap = owner()

@@ -177,7 +177,7 @@ class Packet:
     def _reduced(
         self, tensors: list[Tensor], reduce: Callable[[Tensor, ProcessGroup], Tensor]
     ) -> Sequence[Tensor]:
-        """Each as it is over the group, by one collective for all of them."""
+        """The tensors reduced over the group, by one collective for all of them."""
         if self._group is None or not tensors:
             return tensors
         flat = [each if each.dim() == 1 else each.reshape(-1) for each in tensors]
@@ -258,7 +258,7 @@ def reduce(
 
 
 def _kinds(local: Local) -> tuple[tuple[str, Mapping[float, Tensor]], ...]:
-    """Norms of pieces, by what they are of."""
+    """Norms of pieces, under the key of the field that they become."""
     return (
         ("norms", local.norms),
         ("raw", local.raw),
@@ -341,7 +341,7 @@ def _wide(dtypes: frozenset[str], orders: tuple[float, ...]) -> Mapping[float, b
 
 
 def _own_slot(value: Tensor, group: ProcessGroup) -> Tensor:
-    """``value`` at this rank's place among zeros: summed, that is everybody's value."""
+    """``value`` at this rank's place among zeros: the sum over ranks has the value of each."""
     slots = value.new_zeros(torch.distributed.get_world_size(group))
     slots[collectives.rank_in(group)] = value
     return slots

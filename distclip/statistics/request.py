@@ -39,12 +39,12 @@ class Request:
     exponents: bool = False
 
     def scaled(self, factor: float) -> Request:
-        """This, for gradients that are ``factor`` times too large."""
+        """The request for gradients that are ``factor`` times too large."""
         bounds = {member: bound * factor for member, bound in self.bounds.items()}
         return replace(self, bounds=bounds)
 
     def with_weights(self, order: float, parameters: int) -> Request:
-        """This, and the norms of all weights, of one order, known on all ranks."""
+        """The request with the norms of all weights, of one order, known on all ranks."""
         return replace(
             self,
             weight_orders=tuple(dict.fromkeys((*self.weight_orders, order))),
@@ -53,7 +53,7 @@ class Request:
         )
 
     def with_exponents(self) -> Request:
-        """This, and counts of binary exponents, known on all ranks."""
+        """The request with counts of binary exponents, known on all ranks."""
         return replace(self, exponents=True, reduced=True)
 
     @cached_property

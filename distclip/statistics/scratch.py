@@ -9,7 +9,7 @@ from typing import cast
 from torch import Tensor
 
 from distclip.kernels.look import Kinds, Look, look
-from distclip.kernels.measuring import Tables
+from distclip.kernels.measuring import PlanTables
 from distclip.layouts.fetching import Fetched
 from distclip.layouts.plan import Plan
 
@@ -27,7 +27,7 @@ class Scratch:
         kinds: of what kinds the gradients were when every piece had one.
     """
 
-    tables: Tables = field(default_factory=Tables)
+    tables: PlanTables = field(default_factory=PlanTables)
     habits: set[str] = field(default_factory=set)
     inspected: set[int] = field(default_factory=set)
     only_measures: bool = False

@@ -38,11 +38,11 @@ class Survey:
     def of(
         cls, plan: Plan, request: Request, deciding: Mapping[int, Hashable] | None = None
     ) -> Survey:
-        """With a table of its own; ``deciding`` as for :class:`UnitTable`."""
+        """The survey of a plan, with its unit table; ``deciding`` as for :class:`UnitTable`."""
         return cls(plan, request, UnitTable(plan, request, deciding))
 
     def asking(self, request: Request) -> Survey:
-        """This, in a step that measures more, or with other bounds."""
+        """The survey of a step that measures more, or with other bounds."""
         return self if request is self.request else replace(self, request=request)
 
     @cached_property
@@ -84,14 +84,14 @@ class Survey:
 
 @dataclass
 class Local:
-    """What this rank found in one pass, and decided before the ranks tell each other.
+    """What this rank found in one pass, and decided before the all-reduce.
 
     Attributes:
         present: the gradient of each piece of the plan; None where there is none.
         seen: what a look at those that are there has found, where nothing in it is unusual.
         sparse: whether any gradient is, so that ``present`` has its values in its place.
         misplaced: whether a gradient here has to be redistributed, by all ranks of its mesh.
-        trouble: what went wrong here; every rank has to learn of it before anybody raises.
+        trouble: the error on this rank; it is raised when all ranks know of one.
         norms: order -> float64 ``(pieces,)``, 0 where not measured or not counted.
         raw: the same without the clamping, for ``raw_orders``.
         kept: bool ``(pieces,)``, those that their clamp is known to leave as they are; None where

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from distclip.kernels.look import Look
-from distclip.kernels.measuring import Tables
+from distclip.kernels.measuring import PlanTables
 from distclip.kernels.transfer import to_device
 from distclip.layouts.piece import Piece
 from distclip.layouts.plan import Plan
@@ -40,7 +40,7 @@ class Segments:
         self.counts = list(counts)
         self.size = sum(self.counts)
         self.lengths = to_device(self.counts, device)
-        self.tables = Tables()
+        self.tables = PlanTables()
 
     @cached_property
     def owner(self) -> Tensor:
@@ -69,7 +69,7 @@ class Segments:
         return torch.tensor(found, dtype=torch.float64)
 
 
-class Part(NamedTuple):
+class UnitPart(NamedTuple):
     """Neighbouring local pieces that the same policies decide on, and at one time.
 
     Attributes:
@@ -145,7 +145,7 @@ class UnitTable:
         self.local = Segments(counts, device)
         self.decided = len(first)
         self.whole = Segments(counts[: self.decided], device) if rest else self.local
-        self.parts: list[Part] = []
+        self.parts: list[UnitPart] = []
         done = 0
         for key, members in order.items():
             self._divide(key, done, done + len(members), device)
@@ -169,7 +169,7 @@ class UnitTable:
             if units:
                 segments = Segments(counts[start:end], device)
                 numbers, span = slice(start, end), slice(begin, begin + units)
-                self.parts.append(Part(key, numbers, span, segments))
+                self.parts.append(UnitPart(key, numbers, span, segments))
             start, begin = end, begin + units
 
     def _set_summed(self, plan: Plan, request: Request) -> None:
@@ -203,7 +203,7 @@ class UnitTable:
             self.shares = shares.repeat_interleave(counts).to(plan.device)
 
     def of(self, values: Sequence[Each]) -> Sequence[Each]:
-        """Of one value for each piece of the plan, those of :attr:`positions`."""
+        """The values of :attr:`positions`, from one value for each piece of the plan."""
         return values if self._everything else [values[each] for each in self.positions]
 
     def seen(self, look: Look | None, numbers: slice = slice(None)) -> Look | None:

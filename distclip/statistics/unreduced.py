@@ -71,7 +71,7 @@ class Unreduced:
     def arm(self) -> None:
         """Watch the backwards that come, from a clean start."""
         self.disarm()
-        gathered = fsdp2.gathered(self._parameters)
+        gathered = fsdp2.unsharded_leaves(self._parameters)
         leaves = [
             other if sharded else parameter
             for parameter, other, sharded in zip(
@@ -85,7 +85,7 @@ class Unreduced:
             mesh = leaf.device_mesh.size() if isinstance(leaf, DTensor) else 1
             self._copies[row] = 1.0 / mesh  # the ranks of tensor parallelism have one in common
             register: Any = leaf.register_hook
-            self._handles.append(register(_hook(weakref.ref(self), row)))
+            self._handles.append(register(_unreduced_hook(weakref.ref(self), row)))
 
     def disarm(self) -> None:
         """Take the hooks off, and forget."""
@@ -123,7 +123,7 @@ class Unreduced:
             self.unmeasured.add(row)
 
     def fail(self, error: Exception) -> None:
-        """Never mind: a hook that raised on one rank would leave the others waiting."""
+        """Keep the error: a hook that raised on one rank would leave the others waiting."""
         self.error, self._whole = error, False
 
 
@@ -141,7 +141,7 @@ def _share(gradient: Tensor) -> float:
     return share
 
 
-def _hook(owner: weakref.ref[Unreduced], row: int) -> Callable[[Tensor], None]:
+def _unreduced_hook(owner: weakref.ref[Unreduced], row: int) -> Callable[[Tensor], None]:
     def hook(gradient: Tensor) -> None:
         if (unreduced := owner()) is None:
             return

@@ -81,7 +81,7 @@ with contextlib.suppress(ConfigurationError):  # a clipper will say so
 
 @contextlib.contextmanager
 def waiting_for(wait: Wait) -> Iterator[None]:
-    """Collectives within belong to this."""
+    """Collectives within the block belong to this :class:`Wait`."""
     global _current
     before, _current = _current, wait
     try:
@@ -136,13 +136,13 @@ def finish(work: dist.Work, group: ProcessGroup, *, on_host: bool) -> None:
 
 @contextlib.contextmanager
 def named(group: ProcessGroup) -> Iterator[None]:
-    """Say of a collective that breaks which one it was, and who is missing, as far as is known."""
+    """Add to the error of a failed collective which one it was, and which ranks are missing."""
     try:
         yield
     except RuntimeError as error:
         if isinstance(error, CollectiveError):
             raise
-        _logger.error("%s broke: %s", _current, error)
+        _logger.error("%s failed: %s", _current, error)
         raise _broken(_current, _Notes(group), error) from error
 
 
@@ -168,7 +168,7 @@ def _broken(wait: Wait, notes: _Notes, error: Exception) -> CollectiveError:
     missing = notes.missing() or ()
     who = f" (no word from {ranked(missing)})" if missing else ""
     return CollectiveError(
-        f"{wait} broke: a rank has died, left, or called another collective{who}; its own output "
+        f"{wait} failed: a rank has died, left, or called another collective{who}; its own output "
         f"says why. {type(error).__name__}: {str(error).strip().splitlines()[0]}",
         wait.step,
         missing,
@@ -222,10 +222,6 @@ def all_or_none(group: ProcessGroup | None, what: str) -> Iterator[None]:
     collective, which others could take for theirs. A rank that waits in a collective of the thing
     itself gets no word: that ends when the failed rank does, or by the limit of its process group.
 
-    Args:
-        group: the ranks that run it together; None: this one alone.
-        what: it, for the message.
-
     Raises:
         CollectiveError: it has failed on another rank.
     """
@@ -258,7 +254,7 @@ def all_or_none(group: ProcessGroup | None, what: str) -> Iterator[None]:
 
 
 def _in_time(ask: Callable[[], Any]) -> Any:
-    """What the store answers; None if it does not, or not in time."""
+    """The store's answer; None if there is none in time."""
     answers: list[Any] = []
 
     def run() -> None:

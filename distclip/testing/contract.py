@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from distclip.testing import contract_units
 from distclip.testing.contract_units import Parameter
 
-SHAPES = {"embed.weight": (11, 4), "fc.weight": (5, 4), "fc.bias": (5,), "scale": ()}
+CONTRACT_SHAPES = {"embed.weight": (11, 4), "fc.weight": (5, 4), "fc.bias": (5,), "scale": ()}
 COLLECTIVES = (
     "all_reduce", "all_gather", "broadcast", "barrier", "all_gather_object", "send", "recv",
 )  # fmt: skip
@@ -41,10 +41,10 @@ class _Statistics:
     in_range: bool = False
 
     def gradient_norms(self, norm_type: float = 2.0) -> Tensor:
-        return _asked(self.gradients, norm_type, "gradient_norms")
+        return _declared_norms(self.gradients, norm_type, "gradient_norms")
 
     def weight_norms(self, norm_type: float = 2.0) -> Tensor:
-        return _asked(self.weights, norm_type, "weight_norms")
+        return _declared_norms(self.weights, norm_type, "weight_norms")
 
     def total_norm(self, norm_type: float = 2.0) -> Tensor:
         norms = self.gradient_norms(norm_type)
@@ -56,7 +56,7 @@ class _Statistics:
         return total
 
 
-def _asked(table: Mapping[float, Tensor], order: float, what: str) -> Tensor:
+def _declared_norms(table: Mapping[float, Tensor], order: float, what: str) -> Tensor:
     if order not in table:
         raise AssertionError(f"it reads {what}({order}), which its `needs` do not declare")
     return table[order]
@@ -104,7 +104,7 @@ def check_policy(factory: Callable[[], Any], *, steps: int = 300) -> None:
         _check_description(policy, factory())
         kind = _kind(policy)
         if kind == "unit_coefficients":
-            contract_units.check(factory, _as_rank)
+            contract_units.check_unit_contract(factory, _as_rank)
         elif kind == "bound":
             _check_bound(factory)
         else:
@@ -168,7 +168,7 @@ def _check_description(policy: Any, again: Any) -> None:
 
 
 def _parameters() -> list[Parameter]:
-    return [Parameter(name, shape) for name, shape in SHAPES.items()]
+    return [Parameter(name, shape) for name, shape in CONTRACT_SHAPES.items()]
 
 
 def _norms(step: int) -> list[float]:
@@ -248,7 +248,7 @@ def _initial(policy: Any) -> dict[str, Tensor]:
         assert isinstance(value, Tensor), f"init: state[{key!r}] must be a tensor, got {value!r}"
     for key in getattr(policy, "per_parameter", ()):
         assert key in state, f"per_parameter names {key!r}, which init does not give"
-        assert state[key].shape[:1] == (len(SHAPES),), (
+        assert state[key].shape[:1] == (len(CONTRACT_SHAPES),), (
             f"state[{key!r}] must have one entry per parameter along its first dim"
         )
     return state
@@ -269,7 +269,9 @@ def _decided(policy: Any, actions: Any, statistics: _Statistics, where: str) -> 
     if _kind(policy) == "update_bound":
         assert isinstance(actions, Tensor), f"{where}: a bound must be a tensor, got {actions!r}"
         assert actions.dtype == torch.float64, f"{where}: the bound is {actions.dtype}"
-        assert actions.shape in ((), (len(SHAPES),)), f"{where}: bound of {list(actions.shape)}"
+        assert actions.shape in ((), (len(CONTRACT_SHAPES),)), (
+            f"{where}: bound of {list(actions.shape)}"
+        )
         good = bool((actions >= 0).all())
         assert good or not sound, f"{where}: finite norms gave a bound of {actions}"
         return [actions]
@@ -278,7 +280,9 @@ def _decided(policy: Any, actions: Any, statistics: _Statistics, where: str) -> 
             factors = action.coefficients
             assert isinstance(factors, Tensor), f"{where}: coefficients must be a tensor"
             assert factors.dtype == torch.float64, f"{where}: coefficients are {factors.dtype}"
-            assert factors.shape in ((), (len(SHAPES),)), f"{where}: shape {list(factors.shape)}"
+            assert factors.shape in ((), (len(CONTRACT_SHAPES),)), (
+                f"{where}: shape {list(factors.shape)}"
+            )
             good = bool(torch.isfinite(factors).all()) and bool((factors >= 0).all())
             assert good or not sound, f"{where}: finite norms gave coefficients {factors}"
             found.append(factors)
@@ -359,7 +363,7 @@ def _check_no_sync(policy: Any) -> None:
             except AssertionError:
                 raise
             except Exception as error:
-                raise AssertionError(contract_units.reads_on_host(error)) from error
+                raise AssertionError(contract_units.host_read_message(error)) from error
 
 
 def _statistics_outside(policy: Any, step: int) -> _Statistics:

@@ -35,36 +35,31 @@ class Parameter:
         return math.prod(self.shape)
 
 
-def check(factory: Callable[[], Any], as_rank: Callable[[int], Any]) -> None:
-    """Raise an AssertionError that names the rule that is broken.
-
-    Args:
-        factory: makes the policy.
-        as_rank: context manager, as a process of that rank would be.
-    """
+def check_unit_contract(factory: Callable[[], Any], as_rank: Callable[[int], Any]) -> None:
+    """Raise an AssertionError that names the rule that is broken."""
     _check_dims(factory)
     gradients, weights = _vector(UNIT_GRADIENTS), _vector(UNIT_WEIGHTS)
-    want = _asked(factory(), gradients, weights, sound=True)
+    want = _checked_coefficients(factory(), gradients, weights, sound=True)
     _check_alone(factory, gradients, weights, want)
     for rank in (0, 5):
         with as_rank(rank):
-            got = _asked(factory(), gradients, weights, sound=True)
+            got = _checked_coefficients(factory(), gradients, weights, sound=True)
         assert same(got, want), f"rank {rank} decides otherwise, or random numbers do"
     for bad in (math.nan, math.inf):  # anything but a change of the other units
         troubled = gradients.clone()
         troubled[3] = bad
-        got = _asked(factory(), troubled, weights, sound=False)
+        got = _checked_coefficients(factory(), troubled, weights, sound=False)
         others = torch.arange(len(gradients)) != 3
         assert same(got[others], want[others]), f"a unit of norm {bad} changes those of others"
-    _asked(factory(), gradients[:0], weights[:0], sound=True)
-    _check_no_sync(factory())
+    _checked_coefficients(factory(), gradients[:0], weights[:0], sound=True)
+    _check_units_no_sync(factory())
     threshold = getattr(factory(), "threshold", None)
     assert threshold is None or isinstance(threshold, (int, float)), (
         f"`threshold` must be a number or None, got {threshold!r}"
     )
 
 
-def reads_on_host(error: Exception) -> str:
+def host_read_message(error: Exception) -> str:
     """The message for an error that came up with tensors without values."""
     first = str(error).splitlines()[0] if str(error) else ""
     return (
@@ -91,7 +86,9 @@ def _check_dims(factory: Callable[[], Any]) -> None:
         assert again == [dims, dims], f"{where} are not the same whenever they are asked for"
 
 
-def _asked(policy: Any, gradients: Tensor, weights: Tensor, *, sound: bool) -> Tensor:
+def _checked_coefficients(
+    policy: Any, gradients: Tensor, weights: Tensor, *, sound: bool
+) -> Tensor:
     """The coefficients, one a unit, checked."""
     before = [gradients.clone(), weights.clone()]
     found = policy.unit_coefficients(gradients, weights)
@@ -117,20 +114,20 @@ def _check_alone(
     for stop in range(len(gradients), 0, -1):
         for start in range(stop):
             here = slice(start, stop)
-            got = _asked(policy, gradients[here], weights[here], sound=True)
+            got = _checked_coefficients(policy, gradients[here], weights[here], sound=True)
             assert same(got, want[here]), (
                 "a unit's coefficient depends on the other units (or on earlier calls), which may "
                 "lie on another rank"
             )
 
 
-def _check_no_sync(policy: Any) -> None:
+def _check_units_no_sync(policy: Any) -> None:
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fakes = [mode.from_tensor(_real(values)) for values in (UNIT_GRADIENTS, UNIT_WEIGHTS)]
         try:
             policy.unit_coefficients(*fakes)
         except Exception as error:
-            raise AssertionError(reads_on_host(error)) from error
+            raise AssertionError(host_read_message(error)) from error
 
 
 def _real(values: list[float]) -> Tensor:

@@ -17,7 +17,7 @@ from distclip.testing.norms import norm_of_norms
 Memory: TypeAlias = dict[str, Any]
 
 
-def counts(norm: float) -> bool:
+def enters_memory(norm: float) -> bool:
     """Whether a norm may enter a memory."""
     return math.isfinite(norm) and norm > 0
 
@@ -26,7 +26,7 @@ def autoclip(
     memory: Memory, norm: float, percentile: float = 10.0, window: int | None = None
 ) -> tuple[float, Memory]:
     """The threshold; inf where nothing is known. Seetharaman et al. 2020, algorithm 1."""
-    history = [*memory.get("history", []), *([norm] if counts(norm) else [])]
+    history = [*memory.get("history", []), *([norm] if enters_memory(norm) else [])]
     if window is not None:
         history = history[-window:]
     limit = float(np.percentile(history, percentile)) if history else math.inf
@@ -43,7 +43,7 @@ def zclip(
 ) -> tuple[float, Memory]:
     """The threshold; inf where the norm is no outlier. arXiv 2504.02507, algorithm 1."""
     ceiling = math.inf if max_norm is None else max_norm
-    if not counts(norm):
+    if not enters_memory(norm):
         return ceiling, memory
     if "mean" not in memory:
         buffer = [*memory.get("buffer", []), norm]
@@ -83,7 +83,7 @@ def adagc(
         limit = lambda_rel * gamma[name] if known else math.inf
         alone = math.nan if known and math.isnan(norm) else 1.0
         coefficients[name] = (limit / norm if norm > limit else alone) if warm else together
-        if not counts(norm):
+        if not enters_memory(norm):
             continue
         if not known:
             new = norm
@@ -108,7 +108,7 @@ def running_max(
     mean, seen = dict(memory.get("mean", {})), dict(memory.get("seen", {}))
     bounds = {}
     for name, value in largest.items():
-        if counts(value):
+        if enters_memory(value):
             mean[name] = theta * mean.get(name, 0.0) + (1 - theta) * value
             seen[name] = seen.get(name, 0) + 1
         bounds[name] = mean[name] / (1 - theta ** seen[name]) if name in mean else math.inf
@@ -126,7 +126,7 @@ def norm_stabilizer(
     moments, coefficients = dict(memory), {}
     for name, norm in norms.items():
         mean, square, seen = moments.get(name, (0.0, 0.0, 0))
-        if counts(norm):
+        if enters_memory(norm):
             mean = gamma1 * mean + (1 - gamma1) * norm
             square = gamma2 * square + (1 - gamma2) * norm**2
             seen += 1
@@ -173,7 +173,7 @@ def group_ema(
             elif math.isnan(norm):
                 scale = math.nan
         coefficients.update(dict.fromkeys(members, scale))
-        if counts(norm):
+        if enters_memory(norm):
             past = running.get(group, norm * scale)
             running[group] = ema_beta * past + (1 - ema_beta) * norm * scale
     return coefficients, running
@@ -205,7 +205,7 @@ def skip_spikes(
     if spike:
         norms, losses = [], []
     return False, {
-        "norms": [*norms, *([norm] if counts(norm) else [])][-window:],
+        "norms": [*norms, *([norm] if enters_memory(norm) else [])][-window:],
         "losses": [*losses, *([given_loss] if judged else [])][-window:],
         "series": 0,
     }

@@ -17,10 +17,10 @@ import numpy.typing as npt
 from distclip.testing import memory as remembered
 from distclip.testing.memory import Memory
 from distclip.testing.norms import Array, norm, norm_of_norms, wide
-from distclip.testing.parts import is_in, norm_type, reduced, side_by_side
+from distclip.testing.parts import is_in, norm_type, reduced_dims, side_by_side
 
 Stored: TypeAlias = Callable[[str, Array], Array]
-Policy: TypeAlias = "Mapping[str, Any] | Sequence[Policy] | None"
+PolicySpec: TypeAlias = "Mapping[str, Any] | Sequence[PolicySpec] | None"
 NonFinite: TypeAlias = Literal["pass", "zero", "skip", "error"]
 
 
@@ -55,7 +55,7 @@ class Expected:
 
 
 def expected(
-    policy: Policy,
+    policy: PolicySpec,
     gradients: Mapping[str, npt.ArrayLike | None],
     weights: Mapping[str, npt.ArrayLike],
     *,
@@ -146,7 +146,7 @@ class _Run:
     asked: dict[str, bool] = field(default_factory=dict)
     threshold: float = float("nan")
 
-    def apply(self, policy: Policy, names: list[str], path: str = "") -> None:
+    def apply(self, policy: PolicySpec, names: list[str], path: str = "") -> None:
         if policy is None:
             return
         if not isinstance(policy, Mapping):
@@ -265,7 +265,7 @@ def _agc(
     # Brock et al. 2021, arXiv 2102.06171, eq. 3, with the units, the order and the 1e-6 of timm.
     for name in names:
         gradient = run.present[name]
-        axes = reduced(name, gradient.ndim, unit, unit_dims or {})
+        axes = reduced_dims(name, gradient.ndim, unit, unit_dims or {})
         size = norm(gradient, float(norm_type), axes)
         most = clip_factor * np.maximum(norm(run.weights[name], float(norm_type), axes), eps)
         # Asked this way round a unit with a NaN becomes all NaN, as in timm.

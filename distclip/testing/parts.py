@@ -71,7 +71,7 @@ def _found(policy: Any) -> float | None:
     return next((order for order in found if order is not None), None)
 
 
-def reduced(
+def reduced_dims(
     name: str, ndim: int, unit: str, unit_dims: Mapping[str, Sequence[int]]
 ) -> tuple[int, ...]:
     """The dims of a parameter that a unit's norm is taken over."""

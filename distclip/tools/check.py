@@ -19,7 +19,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from distclip import clipper as clippers
@@ -28,21 +27,17 @@ from distclip.common.foreign import clean_lines
 from distclip.engine.passes import report_order
 from distclip.errors import DistclipError
 from distclip.integrations import hooks
-from distclip.layouts.gathering import WholeTensors, can_gather, gather
+from distclip.layouts.gathering import WholeTensors, can_gather, gather_whole
 from distclip.layouts.gradients import is_uneven
 from distclip.policies import ByName, Chain, Policy, SideBySide
 from distclip.report import ClipReport
 from distclip.testing import Expected, expected
 from distclip.testing.oracle import WITHOUT_MEMORY
-from distclip.tools.verify.cells import judge, together
+from distclip.tools.verify.cells import everyones, judge, together
 
 
 class StepCheck(Watcher):
-    """Checks the first steps of every GradClipper of this process.
-
-    Args:
-        steps: how many, of each GradClipper.
-    """
+    """Checks the first steps of every GradClipper of this process."""
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
@@ -67,7 +62,7 @@ class StepCheck(Watcher):
         step = self._done.get(clipper, 0)
         self._done[clipper] = step + 1
         after = gathered(clipper, loss_scale)
-        faults, exact = faults_of(clipper, report, before, after)
+        faults, exact = clipping_faults(clipper, report, before, after)
         if faults:
             shown = "\n".join(f"  {line}" for line in faults[:12])
             raise DistclipError(
@@ -110,7 +105,7 @@ def gathered(clipper: GradClipper, loss_scale: Tensor | None = None) -> WholeTen
         problem = str(error)
     here = clipper.here
     _agree(problem, {n: p.grad is not None for n, p in here.items() if not is_uneven(p)})
-    mine = gather(here)
+    mine = gather_whole(here)
     whole = _exchanged(mine, clipper)
     scale = 1.0 if loss_scale is None else float(loss_scale)
     return {
@@ -141,7 +136,7 @@ def _agree(problem: str, present: Mapping[str, bool]) -> None:
         problem: of this rank.
         present: whether there is a gradient, of each parameter that has one on all ranks or none.
     """
-    told = _told((problem, dict(present)))
+    told = everyones((problem, dict(present)))
     for text, _ in told:
         if text:
             raise DistclipError(text)
@@ -158,26 +153,18 @@ def _agree(problem: str, present: Mapping[str, bool]) -> None:
 def _exchanged(mine: WholeTensors, clipper: GradClipper) -> WholeTensors:
     """With those that only other ranks have (pipeline stages, experts)."""
     lacking = any(info.name not in mine for info in clipper.parameters)
-    if not any(_told(lacking)):
+    if not any(everyones(lacking)):
         return mine
     whole: WholeTensors = {}
-    for theirs in _told(mine):
+    for theirs in everyones(mine):
         whole = theirs | whole
     return whole
-
-
-def _told(value: Any) -> list[Any]:
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
 
 
 # ---- comparing ---------------------------------------------------------------------------------
 
 
-def faults_of(
+def clipping_faults(
     clipper: GradClipper, report: ClipReport, before: WholeTensors, after: WholeTensors
 ) -> tuple[list[str], bool]:
     """What is wrong, on every rank alike, and whether the policy is one that the reference knows.

@@ -54,20 +54,20 @@ class Line:
     text: str
 
 
-def look(launch_config: Path | None, ranks: int) -> list[Line]:
+def examine_system(launch_config: Path | None, ranks: int) -> list[Line]:
     """Everything that can be looked at from here.
 
     Args:
         launch_config: YAML of ``accelerate launch``; None for the default one.
         ranks: gloo ranks to start for the self-check. Neither is used inside a launch.
     """
-    lines = [*versions(), *machine(), *layouts()]
+    lines = [*versions(), *check_devices(), *layouts()]
     if "RANK" in os.environ:
-        return [*lines, *launch()]
+        return [*lines, *check_launch()]
     return [*lines, *launch_file(launch_config), *self_check(ranks)]
 
 
-def as_json(lines: list[Line]) -> str:
+def findings_as_json(lines: list[Line]) -> str:
     """The findings as JSON."""
     document = {
         "distclip": __version__,
@@ -84,7 +84,7 @@ def versions() -> list[Line]:
     """Versions of Python and of packages, beside what is needed, and what was tested."""
     needed = ranges()
     python = platform.python_version()
-    inside = within(python, needed["python"])
+    inside = version_within(python, needed["python"])
     lines = [
         Line("versions", "distclip", "good", __version__),
         Line("versions", "python", "good" if inside else "wrong",
@@ -103,7 +103,7 @@ def _package(name: str, needed: str) -> Line:
         return Line("versions", name, state, f"not installed{f'; {shown}' if known else ''}")
     if not known:
         return Line("versions", name, "note", f"{found}; no range of tested versions")
-    place = tested.place(name, found) if range_ else -int(not within(found, needed))
+    place = tested.place(name, found) if range_ else -int(not version_within(found, needed))
     state = "wrong" if place < 0 else "note" if place else "good"
     return Line("versions", name, state, f"{found}, {shown}")
 
@@ -121,7 +121,7 @@ def ranges() -> dict[str, str]:
     return found
 
 
-def within(version: str, wanted: str) -> bool:
+def version_within(version: str, wanted: str) -> bool:
     """Whether a version is in a range such as ``>=2.13``, pre-releases too."""
     try:
         return SpecifierSet(wanted).contains(Version(version), prereleases=True)
@@ -132,7 +132,7 @@ def within(version: str, wanted: str) -> bool:
 # ---- what there is here ------------------------------------------------------------------------
 
 
-def machine() -> list[Line]:
+def check_devices() -> list[Line]:
     """Devices and backends."""
     from distclip.tools.simulate import nodes
 
@@ -159,13 +159,13 @@ def machine() -> list[Line]:
 
 def layouts() -> list[Line]:
     """Which engines and layouts there are to clip under, and to simulate."""
-    from distclip.tools.simulate.layouts import SIMULATED_LAYOUTS, check
+    from distclip.tools.simulate.layouts import SIMULATED_LAYOUTS, check_layout
 
     plain = "DDP, FSDP1, FSDP2, HSDP, tensor parallelism of torch"
     lines = [Line("layouts", "torch", "good", plain)]
     for name in SIMULATED_LAYOUTS:
         try:
-            check(name)
+            check_layout(name)
         except DistclipError as error:
             lines.append(Line("layouts", name, "note", str(error).removeprefix("simulate: ")))
         else:
@@ -222,13 +222,13 @@ def self_check(ranks: int) -> list[Line]:
     return [Line("ranks", what, "good", text)]
 
 
-def _sum_of_ones() -> int:
-    one = torch.ones((), dtype=torch.int64)
+def _sum_of_ones(device: torch.device | int | str = "cpu") -> int:
+    one = torch.ones((), dtype=torch.int64, device=device)
     dist.all_reduce(one)
     return int(one)
 
 
-def launch() -> list[Line]:
+def check_launch() -> list[Line]:
     """Inside a launch: are these ranks one world?"""
     wanted = int(os.environ.get("WORLD_SIZE", "1"))
     by = "accelerate launch" if "ACCELERATE_MIXED_PRECISION" in os.environ else "torchrun"
@@ -237,7 +237,7 @@ def launch() -> list[Line]:
         if by == "accelerate launch":
             from distclip.tools.launch import accelerate_cpu
 
-            text = accelerate_cpu.examine()
+            text = accelerate_cpu.examine_launch()
         elif not dist.is_initialized():
             dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
         if wanted > 1:
@@ -252,9 +252,7 @@ def launch() -> list[Line]:
 
 
 def _summed(wanted: int) -> str:
-    device = torch.cuda.current_device() if dist.get_backend() == "nccl" else "cpu"
-    one = torch.ones((), dtype=torch.int64, device=device)
-    dist.all_reduce(one)
-    if int(one) != wanted:
-        raise DistclipError(f"{wanted} ranks were launched, but a sum over them gave {int(one)}")
-    return f", their sum is {int(one)}"
+    total = _sum_of_ones(torch.cuda.current_device() if dist.get_backend() == "nccl" else "cpu")
+    if total != wanted:
+        raise DistclipError(f"{wanted} ranks were launched, but a sum over them gave {total}")
+    return f", their sum is {total}"

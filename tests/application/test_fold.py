@@ -63,7 +63,7 @@ def test_a_folded_step_is_a_clipped_step(name: str, told: list[float]) -> None:
 
 def test_without_folding_there_is_a_pass_and_with_it_none() -> None:
     """The counter sees the pass where there is one."""
-    if not compiler.kinds():
+    if not compiler.compiled_kinds():
         pytest.skip("the compiled loops, which are counted, are switched off")
     counted = {}
     for fold in (True, False):

@@ -25,7 +25,7 @@ from distclip.tools.bench import ways as bench_ways
 from distclip.tools.bench.cases import CASES, GROUPS
 from distclip.tools.bench.models import SMALL, exact_norm, fsdp2
 from distclip.tools.bench.record import CaseRecord, Record, WayRecord
-from distclip.tools.bench.timing import Bench, drawn, extra_bytes, measure
+from distclip.tools.bench.timing import Bench, drawn, extra_bytes, time_ways
 from distclip.tools.bench.ways import NORM_ERROR, OURS, READ, REDUCE, TIGHT, TORCH
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -48,7 +48,7 @@ def test_a_run_is_shown_kept_and_drawn(tmp_path: Path) -> None:
     done = command("small-clipped", "fsdp1-small", "--rounds", "3", "--output", str(kept),
                    "--picture", str(picture))  # fmt: skip
     assert done.exit_code == 0, done.output
-    record = bench_record.read(kept)
+    record = bench_record.read_record(kept)
     assert set(record.cases) == {"small-clipped", "fsdp1-small"}
     assert record.ranks == 2
     assert {"date", "processor", "load before", "load after", "torch"} <= set(record.machine)
@@ -62,7 +62,7 @@ def test_a_run_is_shown_kept_and_drawn(tmp_path: Path) -> None:
 
     shown = command("--from", str(kept))
     assert shown.exit_code == 0, shown.output
-    for row in bench_record.rows(case):
+    for row in bench_record.case_rows(case):
         assert f"{row.median_ms:.2f}" in shown.output
         assert f"{row.ratio:.2f}" in shown.output
     assert "load before" in shown.output
@@ -111,7 +111,7 @@ def coefficients_seen() -> list[float]:
         seen.append(float(clipper.clip_().coefficient))
 
     ways = {OURS: clip, TORCH: bench_peers.torch_clip(made, TIGHT)}
-    measure(bench_ways.bench_of(made, ways, clipping=True), 5, 60.0)
+    time_ways(bench_ways.bench_of(made, ways, clipping=True), 5, 60.0)
     return seen
 
 
@@ -128,7 +128,7 @@ def test_all_ranks_take_the_ways_in_the_same_drawn_order() -> None:
     names = ["a", "b", "c", "d"]
     now: list[str] = []
     bench = Bench({name: lambda name=name: now.append(name) for name in names})
-    taken = measure(bench, 20, 60.0)
+    taken = time_ways(bench, 20, 60.0)
     assert now[8:88] == [name for order in taken.orders for name in order]
     assert all(sorted(order) == names for order in taken.orders)
     assert len({tuple(order) for order in taken.orders}) > 5
@@ -143,7 +143,7 @@ def test_a_budget_ends_all_ranks_after_the_same_round() -> None:
     import time
 
     slow = 0.2 if torch.distributed.get_rank() == 1 else 0.0
-    taken = measure(Bench({"a": lambda: time.sleep(slow)}), 1000, 1.0)
+    taken = time_ways(Bench({"a": lambda: time.sleep(slow)}), 1000, 1.0)
     counts: list[Any] = [None, None]
     torch.distributed.all_gather_object(counts, len(taken.wall["a"]))
     assert counts[0] == counts[1]
@@ -191,7 +191,7 @@ def test_a_peer_that_is_not_there_is_named(tmp_path: Path) -> None:
         "title", READ, 4, {"peer": "not measured"}, {READ: WayRecord([1.0], [1.0], 0)}
     )
     Record(bench_record.machine(), 1, {"small": case}).write(tmp_path / "run.json")
-    assert bench_record.read(tmp_path / "run.json").cases["small"] == case
+    assert bench_record.read_record(tmp_path / "run.json").cases["small"] == case
     shown = command("--from", str(tmp_path / "run.json"))
     assert "not measured" in shown.output
 
@@ -244,7 +244,7 @@ def test_floors_are_added_up_round_by_round(
         capsys,
         large=case_of(TORCH, OURS=3.3, READ=2.0, REDUCE=1.0),
         large_clipped=case_of(TORCH, OURS=3.3, READ_MULTIPLY=3.0),
-        agc_plain_many=case_of(READ, AGC=7.0, OURS=2.0, READ_WEIGHTS=3.0),
+        agc_plain_many=case_of(READ, OUR_AGC=7.0, OURS=2.0, READ_WEIGHTS=3.0),
     )
     assert told["large: of one read + one all-reduce"].split()[:2] == ["reached", "1.10"]
     assert told["large-clipped: of one read + one multiply"].split()[:2] == ["reached", "1.10"]
@@ -277,7 +277,7 @@ def test_threads_are_held_against_what_a_sum_gains(
 def test_a_way_is_held_against_the_fastest_peer_that_does_the_same(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    spent = {"timm's formula": 9.0, "Composer's formula": 4.0, bench_ways.AGC: 5.0, OURS: 20.0}
+    spent = {"timm's formula": 9.0, "Composer's formula": 4.0, bench_ways.OUR_AGC: 5.0, OURS: 20.0}
     ways = {name: WayRecord([ms] * 3, [1.0] * 3, 0) for name, ms in spent.items()}
     own = {name: WayRecord([ms] * 3, [1.0] * 3, 0)
            for name, ms in (("DeepSpeed's own clipping", 1.0), ("distclip agc", 2.0))}  # fmt: skip
@@ -287,7 +287,7 @@ def test_a_way_is_held_against_the_fastest_peer_that_does_the_same(
         agc_plain_small=CaseRecord("title", "timm's formula", 0, {}, ways),
         zero_1=CaseRecord("title", "DeepSpeed's own clipping", 0, {}, own),
     )
-    line = told[f"agc-plain-small: {bench_ways.AGC}, times Composer's formula"]
+    line = told[f"agc-plain-small: {bench_ways.OUR_AGC}, times Composer's formula"]
     assert line.split()[:2] == ["MISSED", "0.80"]
     assert not [what for what in told if what.startswith((f"agc-plain-small: {OURS}", "zero-1"))]
 
@@ -319,9 +319,9 @@ def test_the_norms_error_is_measured_in_float64() -> None:
 def test_rows_are_taken_round_by_round() -> None:
     ways = {"peer": WayRecord([10.0, 30.0, 20.0], [4.0, 4.0, 4.0], 0),
             "way": WayRecord([5.0, 10.0, 20.0], [1.0, 2.0, 8.0], 7)}  # fmt: skip
-    peer, way = bench_record.rows(CaseRecord("title", "peer", 0, {}, ways))
+    peer, way = bench_record.case_rows(CaseRecord("title", "peer", 0, {}, ways))
     assert (peer.ratio, way.ratio, way.cpu_ratio, way.extra_bytes) == (1.0, 2.0, 2.0, 7)
-    (alone,) = bench_record.rows(CaseRecord("title", "absent", 0, {}, {"way": ways["way"]}))
+    (alone,) = bench_record.case_rows(CaseRecord("title", "absent", 0, {}, {"way": ways["way"]}))
     assert math.isnan(alone.ratio)
 
 

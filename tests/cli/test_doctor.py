@@ -96,7 +96,7 @@ def test_within_a_launch() -> None:
 
 def _launched() -> tuple[str, str]:
     os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
-    (line,) = doctor.launch()
+    (line,) = doctor.check_launch()
     return line.state, line.text
 
 
@@ -141,7 +141,7 @@ def test_traps_of_a_launch_file(tmp_path: Path, config: dict[str, object], words
     ],
 )
 def test_ranges(version: str, wanted: str, inside: bool) -> None:
-    assert doctor.within(version, wanted) == inside
+    assert doctor.version_within(version, wanted) == inside
 
 
 @pytest.mark.parametrize(

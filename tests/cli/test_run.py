@@ -198,7 +198,7 @@ def test_cpu_without_accelerate(monkeypatch: pytest.MonkeyPatch) -> None:
     def install(*, cpu: bool) -> bool:
         raise ModuleNotFoundError("No module named 'accelerate'")
 
-    monkeypatch.setattr(accelerate_cpu, "install", install)
+    monkeypatch.setattr(accelerate_cpu, "become_cpu_rank", install)
     monkeypatch.setattr(running, "find_spec", lambda name: None)
     with pytest.raises(Exception, match=r"pip install 'distclip\[accelerate\]'"):
         running.prepare_cpu(True)

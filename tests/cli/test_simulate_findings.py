@@ -169,8 +169,10 @@ def test_what_is_right_is_sound(runs: dict[str, list[Rank]], name: str) -> None:
 
 @pytest.mark.parametrize("layout", SOUND)
 def test_layouts_agree_with_one_process(runs: dict[str, list[Rank]], layout: str) -> None:
-    assert agreement.compare(("single", runs["single"]), (layout, runs[layout]), 1e-5) is None
-    rows = agreement.rows(runs[layout])
+    assert (
+        agreement.compare_layouts(("single", runs["single"]), (layout, runs[layout]), 1e-5) is None
+    )
+    rows = agreement.step_rows(runs[layout])
     assert len(rows) == STEPS
     assert all(0 < row.coefficient < 1 for row in rows)
     # The recorder's own norm, put together of all ranks' pieces, is that of the report.
@@ -218,7 +220,7 @@ def test_branches_may_be_allowed(runs: dict[str, list[Rank]]) -> None:
 
 def test_why_layouts_differ(runs: dict[str, list[Rank]]) -> None:
     def told(name: str) -> findings.Finding:
-        difference = agreement.compare(("single", runs["single"]), (name, runs[name]), 1e-4)
+        difference = agreement.compare_layouts(("single", runs["single"]), (name, runs[name]), 1e-4)
         assert difference is not None
         return difference
 
@@ -238,7 +240,7 @@ def test_a_batch_per_process_is_told(runs: dict[str, list[Rank]], tmp_path: Path
         optimizer.step()
     reader = Reader(tmp_path, 1)
     reader.read()
-    difference = agreement.compare(("single", reader.ranks), ("ddp", runs["ddp"]), 1e-4)
+    difference = agreement.compare_layouts(("single", reader.ranks), ("ddp", runs["ddp"]), 1e-4)
     assert difference is not None
     assert "saw 12 samples on 2 rank(s), one of single 6" in difference.text
     assert "split_batches" in difference.text
@@ -247,7 +249,7 @@ def test_a_batch_per_process_is_told(runs: dict[str, list[Rank]], tmp_path: Path
 def test_further_reasons_why_layouts_differ() -> None:
     def told(mine: list[Step], theirs: list[Step]) -> str:
         found = [[Rank(number, [step]) for number, step in enumerate(e)] for e in (mine, theirs)]
-        difference = agreement.compare(("single", found[0]), ("other", found[1]), 1e-4)
+        difference = agreement.compare_layouts(("single", found[0]), ("other", found[1]), 1e-4)
         assert difference is not None
         return difference.text
 

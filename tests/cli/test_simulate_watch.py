@@ -34,12 +34,12 @@ sys.exit(max(abs(rank.wait()) for rank in ranks))
 
 @pytest.fixture
 def follow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
-    monkeypatch.setattr(watch, "GRACE", 0.3)
+    monkeypatch.setattr(watch, "LAUNCH_GRACE", 0.3)
 
     def follow(body: str, limit: float = 1.0, launcher: str = LAUNCHER) -> Ending:
         (tmp_path / "rank.py").write_text(RANK + textwrap.dedent(body))
         command = (sys.executable, "-c", launcher, str(tmp_path))
-        ending = watch.run(
+        ending = watch.follow_launch(
             Launch("test", 2, (command,), {"GLOO_SOCKET_IFNAME": ""}), tmp_path, limit
         )
         for rank in ending.ranks:
@@ -71,7 +71,7 @@ def test_who_computes_is_alive(follow) -> None:  # type: ignore[no-untyped-def]
 
 
 def test_but_not_for_ever(follow, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr(watch, "PATIENCE", 1)
+    monkeypatch.setattr(watch, "COMPUTING_LIMITS", 1)
     assert follow("while True: pass").how == "hung"
 
 

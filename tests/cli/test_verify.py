@@ -229,9 +229,9 @@ def test_names_with_a_comma_and_patterns() -> None:
 
 def test_the_worst_of_the_ranks_is_told() -> None:
     good, bad = Found("passed", "", 1.0), Found("failed", "x", 2.0)
-    assert verify_cells.merged([[good], [bad]]) == [Found("failed", "x", 2.0)]
-    assert verify_cells.merged([[bad], [good]]) == [Found("failed", "x", 2.0)]
-    assert verify_cells.merged([[good], [good._replace(seconds=3.0)]])[0].seconds == 3.0
+    assert verify_cells.merged_results([[good], [bad]]) == [Found("failed", "x", 2.0)]
+    assert verify_cells.merged_results([[bad], [good]]) == [Found("failed", "x", 2.0)]
+    assert verify_cells.merged_results([[good], [good._replace(seconds=3.0)]])[0].seconds == 3.0
 
 
 def test_loss_of_what_a_model_gives() -> None:

@@ -30,7 +30,7 @@ def test_a_line_for_each_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
                 file.write(json.dumps(new) + "\n")
 
     monkeypatch.setattr(time, "sleep", another)
-    watching.watch(path, 1.0, Console(file=out), lambda: bool(coming))
+    watching.watch_log(path, 1.0, Console(file=out), lambda: bool(coming))
     assert out.getvalue().splitlines() == [
         "step 0: norm 2 -> 1, normal",
         "step 1: norm nan -> nan, nonfinite, skipped",
@@ -44,7 +44,7 @@ def test_the_view_in_a_terminal(tmp_path: Path) -> None:
     Console(file=out, width=100).print(watching.view(run))
     text = out.getvalue()
     assert "[red]x: 100 steps" in text
-    assert text.count("│ normal") == watching.SHOWN - 1
+    assert text.count("│ normal") == watching.STEPS_SHOWN - 1
     assert "spike" in text.splitlines()[-3]
     assert "spike 1; spike score 1%" in text
 

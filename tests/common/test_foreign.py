@@ -207,15 +207,15 @@ def test_a_name_is_shown_and_does_nothing(name: str, canary: Callable[[], bool])
     assert not canary()
     run = reading.read_run(name)
     with open(os.devnull, "w") as nowhere:
-        table.show(runs.summaries([run]), nowhere, terminal=True)
+        table.show_runs(runs.summaries([run]), nowhere, terminal=True)
     pytest.importorskip("matplotlib")
     plots.draw([run]).canvas.draw()
 
 
 def test_clean() -> None:
-    assert foreign.clean("é 1") == "é 1"
-    assert foreign.clean("\x1b\n\u2028\udc80\x85") == r"\x1b\n\u2028\udc80\x85"
-    assert foreign.clean("x" * 100, 10) == "xxxxx...xxxxx"
+    assert foreign.in_one_line("é 1") == "é 1"
+    assert foreign.in_one_line("\x1b\n\u2028\udc80\x85") == r"\x1b\n\u2028\udc80\x85"
+    assert foreign.in_one_line("x" * 100, 10) == "xxxxx...xxxxx"
     assert foreign.clean_lines("a\n\tb") == "a\n" + r"\tb"
 
 

@@ -78,7 +78,7 @@ def test_the_first_rank_mentions_it(
 ) -> None:
     versions["torch"] = "99.1.2"
     monkeypatch.setenv("RANK", "1")
-    tested.check("torch")
+    tested.check_version("torch")
     assert not caplog.messages
 
 

@@ -16,8 +16,8 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 import distclip.clipper
 from distclip import DistclipError, GradClipper, RankMismatchError, policies
 from distclip.engine import handshake, opening
-from distclip.engine.handshake import Hail, Notes, common_device, compare, refuse_troubled
-from distclip.layouts.differences import listed, ranked, sides
+from distclip.engine.handshake import Hail, Notes, common_device, compare_notes, refuse_troubled
+from distclip.layouts.differences import quoted_names, ranked, sides
 from distclip.layouts.piece import Entry
 from distclip.layouts.plan import check_tables, copied
 from distclip.statistics import collectives
@@ -277,17 +277,17 @@ def test_the_smaller_side_is_to_blame() -> None:
     assert sides([4, 5, 6], "abc") == [("c", [6]), ("b", [5]), ("a", [4])]
     assert ranked([3]) == "rank 3"
     assert ranked(range(20)) == "ranks 0, 1, 2, 3, 4, 5, 6, 7 and 12 more"
-    assert listed(list("abcdef")) == "'a', 'b', 'c', 'd' and 2 more"
+    assert quoted_names(list("abcdef")) == "'a', 'b', 'c', 'd' and 2 more"
 
 
 def test_a_thousand_ranks_and_one_that_differs() -> None:
     table = tuple(Entry(f"p{i}", (4, 4), "float32", (0,), tuple(range(1000))) for i in range(5))
     notes = [Notes((("torch", "2"),), (("policy", "x"),), table) for _ in range(1000)]
-    compare(notes, range(1000))
+    compare_notes(notes, range(1000))
     check_tables([note.table for note in notes], range(1000), stages=False)
     notes[700] = Notes((("torch", "2"),), (("policy", "y"),), table[:4])
     with pytest.raises(RankMismatchError, match=r"rank 700: policy=y; ranks 0, 1, .* and 991 more"):
-        compare(notes, range(1000))
+        compare_notes(notes, range(1000))
     with pytest.raises(RankMismatchError, match="rank 700 lacks 'p4'"):
         check_tables([note.table for note in notes], range(1000), stages=False)
     check_tables([note.table for note in notes], range(1000), stages=True)

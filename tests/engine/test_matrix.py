@@ -47,7 +47,7 @@ def test_every_policy(layout: str, world_size: int) -> None:
 @pytest.mark.parametrize("layout", ["fsdp2", "hsdp", "mixed"])
 def test_every_policy_by_an_all_reduce(monkeypatch: pytest.MonkeyPatch, layout: str) -> None:
     """As with many ranks and on accelerators; a few gloo ranks gather instead."""
-    monkeypatch.setattr(collectives, "FEW", 0)
+    monkeypatch.setattr(collectives, "FEW_RANKS", 0)
     check_all(POLICIES, layout, "float32")
 
 

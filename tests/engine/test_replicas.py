@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import distclip
 from distclip import ConfigurationError, GradClipper, ReplicaDriftError, policies
-from distclip.statistics.fingerprint import fingerprint
+from distclip.statistics.fingerprint import box_fingerprint
 from tests.helpers.watching import bits, same_bits, watch
 from tests.sharded import mesh_of, shard, whole
 
@@ -25,7 +25,7 @@ SECONDS = 30
 
 
 def number(tensor: Tensor) -> int:
-    return int(fingerprint(tensor, tensor.shape, (0,) * tensor.dim()))
+    return int(box_fingerprint(tensor, tensor.shape, (0,) * tensor.dim()))
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_pieces_add_up_however_a_tensor_is_cut(shape: tuple[int, ...]) -> None:
         for part in tensor.tensor_split(3, dim):
             offsets = [0] * len(shape)
             offsets[dim], start = start, start + part.shape[dim]
-            total += int(fingerprint(part, shape, offsets))
+            total += int(box_fingerprint(part, shape, offsets))
         assert (total - number(tensor)) % 2**64 == 0
     assert number(tensor.t().contiguous().t() if len(shape) == 2 else tensor) == number(tensor)
 
@@ -322,7 +322,7 @@ def test_a_check_that_sees_nothing_is_noticed(monkeypatch: pytest.MonkeyPatch) -
     def norm(tensor: Tensor, *_: object) -> Tensor:
         return (tensor.detach().double().norm() * 1024).round().long()
 
-    monkeypatch.setattr(distclip.engine.replicas, "fingerprint", norm)
+    monkeypatch.setattr(distclip.engine.replicas, "box_fingerprint", norm)
     p = nn.Parameter(torch.ones(4))
     p.grad = torch.ones(4) * (1 if dist.get_rank() == 1 else -1)
     GradClipper([("w", p)], policies.measure()).clip_()

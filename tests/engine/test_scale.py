@@ -23,7 +23,7 @@ from benchmarks.scale import render, tracing
 from benchmarks.scale.model import Network, seconds
 from benchmarks.scale.tracing import Collective, Weight, llama
 from distclip import GradClipper, policies
-from distclip.engine.handshake import Notes, compare
+from distclip.engine.handshake import Notes, compare_notes
 from distclip.layouts import plan as plans
 from distclip.layouts.detect import describe
 from distclip.layouts.piece import Entry
@@ -143,7 +143,7 @@ def test_building_does_not_take_ranks_times_parameters() -> None:
 
 
 def stages(ranks: int, number: int, parameters: int) -> list[Notes]:
-    """Notes of pipeline stages, as :func:`distclip.statistics.collectives.tell` shares them."""
+    """Notes of pipeline stages, as :func:`.collectives.gather_by_key` shares them."""
     size = ranks // number
     notes: list[Notes] = []
     for stage in range(number):
@@ -170,7 +170,7 @@ def test_comparing_stages_does_not_take_ranks_times_parameters() -> None:
 
         def everything() -> None:
             assert notes[0].digest() != notes[-1].digest()
-            compare(notes, range(ranks))
+            compare_notes(notes, range(ranks))
             plans.check_tables(tables, range(ranks), stages=True)
             assert plans.needs_reduction(tables)
             assert plans.differ(tables)
@@ -235,7 +235,7 @@ def test_one_rank_of_each_kind_tells() -> None:
     here, size = dist.get_rank(), dist.get_world_size()
     keys = [rank % 2 for rank in range(size)]
     with watch() as seen:
-        told = collectives.tell({"kind": keys[here]}, keys, group)
+        told = collectives.gather_by_key({"kind": keys[here]}, keys, group)
     assert told == [{"kind": key} for key in keys]
     assert all(told[rank] is told[rank % 2] for rank in range(size))
     assert set(seen.collective_names) == {"broadcast_"}

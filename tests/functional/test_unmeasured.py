@@ -35,7 +35,7 @@ WANTED: dict[str, Callable[[Tensor], Tensor]] = {
 def check(call: str, gradient: Tensor, before: Tensor) -> None:
     """Bit for bit; torch multiplies in float32 where there are no loops."""
     want = WANTED[call](before)
-    if call == "clamp" or compiler.kinds():
+    if call == "clamp" or compiler.compiled_kinds():
         assert torch.equal(gradient, want)
     else:
         torch.testing.assert_close(gradient, want)
@@ -78,7 +78,7 @@ def test_later_calls_take_one_loop_and_no_walk(
             for gradient, old in zip(gradients(parameters), before, strict=True):
                 check(call, gradient, old)
             assert len(walks) - taken == (step == 0)
-            if step and compiler.kinds():
+            if step and compiler.compiled_kinds():
                 assert sum(counted.values()) == 1
 
 

@@ -56,16 +56,16 @@ def main() -> None:
                 : 2 + (kind == 2)
             ]:
                 text = ptx(
-                    _triton.measure, DTYPE=dtype, SIZE=size, BOUNDED=bounded, KIND=kind,
+                    _triton.measure_chunk, DTYPE=dtype, SIZE=size, BOUNDED=bounded, KIND=kind,
                     FRACTION=FRACTIONS[dtype] if counted else 0,
-                    LEAST=multi_tensor.LEAST[kind], **FLAT,
+                    LEAST=multi_tensor.LEAST_SUM[kind], **FLAT,
                 )  # fmt: skip
                 assert wide(text, "ld") == chunk * size // 16, ("measure", dtype, kind)
             for columns in (16, 128, 1024):
                 text = ptx(
                     _triton.measure_rows, DTYPE=dtype, VECTOR=16 // size, KIND=kind,
-                    LEAST=multi_tensor.LEAST[kind], ROWS=tables.BLOCK // columns, COLUMNS=columns,
-                    TURNS=1 if columns < 1024 else 4,
+                    LEAST=multi_tensor.LEAST_SUM[kind], ROWS=tables.BLOCK // columns,
+                    COLUMNS=columns, TURNS=1 if columns < 1024 else 4,
                 )  # fmt: skip
                 assert wide(text, "ld") > 0, ("measure_rows", dtype, kind, columns)
         for drop in (False, True):

@@ -120,7 +120,7 @@ def start(layout: str, **options: Any) -> Any:
         options["kwargs_handlers"] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    accelerate_cpu.install(cpu=True)
+    accelerate_cpu.become_cpu_rank(cpu=True)
     return Accelerator(**options)
 
 

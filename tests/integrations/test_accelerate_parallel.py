@@ -55,7 +55,7 @@ def test_sharded_and_replicated(world_size: int) -> None:
         handle = distclip.accelerate.attach(accelerator, {"policy": POLICY})
         made = make()
         model, optimizer = accelerator.prepare(made, sgd(made))
-        accelerate_cpu.verify(accelerator, model)
+        accelerate_cpu.verify_ranks(accelerator, model)
         reference_model = make()
         reference = Reference(reference_model, sgd(reference_model))
         for number in range(STEPS):
@@ -89,7 +89,7 @@ def test_a_model_that_is_tensor_parallel_when_it_is_loaded(tmp_path: Path) -> No
     )  # fmt: skip
     handle = distclip.accelerate.attach(accelerator, {"policy": POLICY})
     model, optimizer = accelerator.prepare(made, sgd(made))
-    accelerate_cpu.verify(accelerator, model)
+    accelerate_cpu.verify_ranks(accelerator, model)
     alone = pretrained("dense")
     reference = Reference(alone, sgd(alone))
     for number in range(STEPS):

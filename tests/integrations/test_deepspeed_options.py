@@ -107,7 +107,7 @@ def test_one_all_reduce_a_step_takes_the_place_of_deepspeeds(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Counted against the same engine without distclip, and without clipping at all."""
-    monkeypatch.setattr(collectives, "FEW", 0)  # DeepSpeed gathers weights
+    monkeypatch.setattr(collectives, "FEW_RANKS", 0)  # DeepSpeed gathers weights
 
     def reductions(stage: int, kind: str, options: dict[str, Any], how: str) -> list[str]:
         clipping = {"gradient_clipping": 0.0 if how == "ours" else 0.5}

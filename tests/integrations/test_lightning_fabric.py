@@ -101,7 +101,7 @@ def test_torchs_functions_become_the_policy(world_size: int) -> None:
         assert [float(norm) for norm in found] == pytest.approx(norms, rel=1e-5)
         assert [c.state_dict()["step"] for c in callback.handle.memory()[1]] == [4]
         callback.handle.remove()
-        assert charge.of(optimizer.optimizer) is None
+        assert charge.charge_of(optimizer.optimizer) is None
 
 
 @pytest.mark.ranks(1, 2)

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 import distclip
 from distclip import policies
-from distclip.layouts.names import Excerpt, clean
+from distclip.layouts.names import Excerpt, without_wrappers
 from tests.integrations.scripted import running
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -54,7 +54,9 @@ def whole(tensor: Tensor) -> Tensor:
 
 def zeroed(model: nn.Module) -> set[str]:
     """Names of the parameters whose gradient is 0."""
-    named = [(clean(name), parameter.grad) for name, parameter in model.named_parameters()]
+    named = [
+        (without_wrappers(name), parameter.grad) for name, parameter in model.named_parameters()
+    ]
     return {name for name, gradient in named if gradient is None or not whole(gradient).any()}
 
 

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from distclip import policies
 from distclip.errors import NonFiniteGradientError, StateError
-from distclip.integrations.torch_checkpoints import KEY
+from distclip.integrations.torch_checkpoints import OPTIMIZER_KEY
 from tests.helpers.logs import logged
 from tests.integrations.accelerated import Model, batch, loss_of, make, same, sgd, whole
 from tests.integrations.saving import (
@@ -49,10 +49,10 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_by_bit(world_size: int) -> N
                 checkpoint = save(layout, model, stepper)
                 step(model, stepper, range(4, STEPS))
                 wanted = whole(model)
-            assert checkpoint["optimizer"][KEY]["clippers"][0]["step"] == 4
+            assert checkpoint["optimizer"][OPTIMIZER_KEY]["clippers"][0]["step"] == 4
             with running(policy):
                 same(trained(layout, range(4, STEPS), checkpoint), wanted, 0.0)
-            del checkpoint["optimizer"][KEY]
+            del checkpoint["optimizer"][OPTIMIZER_KEY]
             with running(policy):  # without its memory the policy decides otherwise
                 other = trained(layout, range(4, STEPS), checkpoint)
             assert any(not torch.equal(other[name], wanted[name]) for name in wanted), policy
@@ -64,7 +64,7 @@ def test_checkpoints_load_with_distclip_and_without(world_size: int) -> None:
         plain, stepper = begun(layout)
         step(plain, stepper, range(2))
         before = save(layout, plain, stepper)
-        assert KEY not in before["optimizer"]
+        assert OPTIMIZER_KEY not in before["optimizer"]
         with running(ADAGC), logged("distclip.torch") as found:
             model, stepper = begun(layout)
             load(layout, model, stepper, before)
@@ -74,9 +74,9 @@ def test_checkpoints_load_with_distclip_and_without(world_size: int) -> None:
             assert [NONE in each for each in found] == [True] * (rank() == 0)
             step(model, stepper, range(2, 4))
             clipped = save(layout, model, stepper)
-        assert KEY in clipped["optimizer"]
+        assert OPTIMIZER_KEY in clipped["optimizer"]
         weights = trained(layout, range(4, 6), clipped)
-        del clipped["optimizer"][KEY]
+        del clipped["optimizer"][OPTIMIZER_KEY]
         same(weights, trained(layout, range(4, 6), clipped), 0.0)
 
 
@@ -88,7 +88,7 @@ def test_fsdp1_saves_and_loads_on_the_first_rank_alone() -> None:
         with full("fsdp1", model, rank0_only=True):
             weights = model.state_dict()
             state = FSDP.optim_state_dict(model, stepper)
-        assert (KEY in state) == (rank() == 0)
+        assert (OPTIMIZER_KEY in state) == (rank() == 0)
         at = whole(model)
         step(model, stepper, range(4, STEPS))
         wanted = whole(model)
@@ -132,7 +132,7 @@ def test_each_of_two_equal_models_gets_its_own_memory() -> None:
         for number in (1, 0):
             steppers[number].load_state_dict(states[number])
         # What waits is saved again.
-        assert steppers[1].state_dict()[KEY]["clippers"][0]["step"] == 5
+        assert steppers[1].state_dict()[OPTIMIZER_KEY]["clippers"][0]["step"] == 5
         for number in (1, 0):
             step(models[number], steppers[number], [9])
         assert [c.state_dict()["step"] for c in scripts._clippers.known.values()] == [6, 5]
@@ -168,7 +168,7 @@ def test_two_optimizers_that_are_clipped_as_one() -> None:
         same(whole(model), wanted, 0.0)
         (clipper,) = scripts._clippers.known.values()
         assert clipper.state_dict()["step"] == 5
-        assert [len(s.state_dict()[KEY]["clippers"]) for s in steppers] == [1, 1]
+        assert [len(s.state_dict()[OPTIMIZER_KEY]["clippers"]) for s in steppers] == [1, 1]
 
 
 def test_a_load_is_made_where_a_late_error_is_still_to_come() -> None:
@@ -219,7 +219,7 @@ def test_what_is_lost_is_mentioned() -> None:
         step(model, stepper, range(3))
         for _ in range(2):
             state = get_optimizer_state_dict(model, stepper)
-            assert KEY not in state
+            assert OPTIMIZER_KEY not in state
             set_optimizer_state_dict(model, stepper, state)
         assert [NONE in each for each in found] == [True]
         dcp.save({"optimizer": stepper}, checkpoint_id="memory://here")
@@ -251,7 +251,7 @@ def test_an_optimizer_whose_class_loads_by_itself() -> None:
         stepper = OwnMethods(model.parameters(), lr=0.1)
         step(model, stepper, range(4))
         state = stepper.state_dict()
-        assert len(state[KEY]["clippers"]) == state["mine"] == 1
+        assert len(state[OPTIMIZER_KEY]["clippers"]) == state["mine"] == 1
     with running(ADAGC) as scripts:
         model = make()
         stepper = OwnMethods(model.parameters(), lr=0.2)

@@ -183,12 +183,12 @@ def test_everything_is_restored(caplog: pytest.LogCaptureFixture) -> None:
         loss_of(model, batch(0)).backward()
         stepper.step()
         assert nn.utils.clip_grad_norm_ is not before[0]
-        assert charge.of(stepper) is not None
+        assert charge.charge_of(stepper) is not None
     assert [getattr(nn.utils, name) for name in names] == before
     assert made == (
         torch.optim.Optimizer.__init__, FullyShardedDataParallel.clip_grad_norm_, bound_early
     )  # fmt: skip
-    assert charge.of(stepper) is None
+    assert charge.charge_of(stepper) is None
     gradients = [p.grad.clone() for p in model.parameters()]
     stepper.step()
     assert all(map(torch.equal, gradients, [p.grad for p in model.parameters()]))

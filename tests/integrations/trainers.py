@@ -123,7 +123,7 @@ def begin_anew() -> None:
         del os.environ[name]
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    accelerate_cpu.install(cpu=True)
+    accelerate_cpu.become_cpu_rank(cpu=True)
 
 
 def layout_options(layout: str, options: dict[str, Any]) -> dict[str, Any]:

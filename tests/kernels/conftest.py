@@ -11,7 +11,7 @@ from distclip.kernels.host import compiler
 def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """With the loops and on the way without them, which must agree."""
     if not request.param:
-        monkeypatch.setattr(compiler, "kinds", frozenset)
-    elif not compiler.kinds():
+        monkeypatch.setattr(compiler, "compiled_kinds", frozenset)
+    elif not compiler.compiled_kinds():
         pytest.skip("the compiled loops are switched off")
     return bool(request.param)

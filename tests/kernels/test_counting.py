@@ -17,7 +17,7 @@ from distclip.kernels import exponents, measuring
 from distclip.kernels.exponents import Counting
 from distclip.kernels.host import blocks, compiler, kernels
 from distclip.kernels.host import threads as host_threads
-from distclip.statistics.measurement import measure
+from distclip.statistics.measurement import measure_locally
 from distclip.statistics.request import Request
 from distclip.statistics.scratch import Scratch
 from distclip.statistics.survey import Survey
@@ -135,7 +135,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     return found
 
 
-@pytest.mark.skipif(not compiler.kinds(), reason="the compiled loops are switched off")
+@pytest.mark.skipif(not compiler.compiled_kinds(), reason="the compiled loops are switched off")
 @pytest.mark.parametrize(
     ("policy", "loops"),
     [
@@ -186,6 +186,6 @@ def test_a_replica_counts_its_share() -> None:
     plan = clipper.plan
     plan = replace(plan, pieces=tuple(piece.numbered(0, 0.5) for piece in plan.pieces))
     survey = Survey.of(plan, Request((2.0,)).with_exponents())
-    found = measure(survey, Scratch()).exponents
+    found = measure_locally(survey, Scratch()).exponents
     assert found is not None
     assert torch.equal(found * 2, exponents.counts(weight.grad).unsqueeze(0))

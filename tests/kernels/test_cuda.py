@@ -30,7 +30,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 @pytest.fixture(params=["triton", "torch"], autouse=True)
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """With the kernels and without them."""
-    monkeypatch.setenv(multi_tensor.SWITCH, "1" if request.param == "triton" else "0")
+    monkeypatch.setenv(multi_tensor.TRITON_SWITCH, "1" if request.param == "triton" else "0")
     multi_tensor.is_usable.cache_clear()
     if request.param == "triton":
         assert multi_tensor.is_usable(torch.device("cuda", 0)), "the kernels do not run here"

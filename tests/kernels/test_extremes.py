@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import distclip
 from distclip import GradClipper, NonFiniteGradientError, policies
-from distclip.kernels.powers import LEAST
+from distclip.kernels.powers import LEAST_ORDER
 from distclip.policies import Policy
 from distclip.policies.protocol import combine_norms
 
@@ -110,7 +110,7 @@ def test_a_norm_that_float64_holds_is_right_and_one_that_it_does_not_is_inf(rows
                 want = true_norm(whole[name], order)
                 # Between 1e300 and 5e-324 a ratio underflows: then a norm that is nothing float64
                 # could hold may come as the largest number.
-                if not is_near(have, want) and not (order < LEAST and math.isinf(want)):
+                if not is_near(have, want) and not (order < LEAST_ORDER and math.isinf(want)):
                     wrong.append((dtype, order, whole[name].tolist(), have, want))
             want = true_norm(torch.cat(list(whole.values())), order)
             have = combine_norms(

@@ -233,7 +233,7 @@ def test_small_tensors_are_not_shared_out_between_threads(
     for count, numel, threads in ((288, 4096, 1), (2000, 1024, 1), (144, 262_144, 7), (20, 0, 1)):
         table = blocks.table_of_contiguous([blocks.Kind.FLOAT32] * count, [numel] * count)
         shares.clear()
-        host_threads.run(loop, table, table.blocks, 0)
+        host_threads.run_blocks(loop, table, table.blocks, 0)
         assert len(shares) == threads
         assert min(shares)[0] == 0
         assert max(shares)[1] == count
@@ -315,7 +315,7 @@ def test_a_nan_of_any_payload_stays_one() -> None:
 
 
 def test_tables_follow_what_changes(compiled: bool) -> None:
-    tables = kernels.Tables()
+    tables = kernels.PlanTables()
     for sizes, dtype in (
         ((3, 5), torch.float32),
         ((3, 5), torch.bfloat16),
@@ -341,7 +341,7 @@ def test_many_threads_may_measure_at_once() -> None:
 def test_ranks_that_compile_at_once_agree_to_the_bit() -> None:
     tensors = [drawn(size, seed=size) for size in SIZES]
     compiler.function.cache_clear()
-    compiler.kinds.cache_clear()
+    compiler.compiled_kinds.cache_clear()
     dist.barrier()
     norms = measuring.norms(tensors, 2.0, device=CPU)
     assert compiler.function("squares") is not None
@@ -379,7 +379,7 @@ def test_without_the_compiler_it_says_so_once(compiled: bool) -> None:
         assert said.startswith("1 ")
         assert "compiled loops for host tensors cannot be used" in said
     else:
-        assert run(WITHOUT, **{compiler.SWITCH: "0"}).split() == ["0"]
+        assert run(WITHOUT, **{compiler.COMPILED_SWITCH: "0"}).split() == ["0"]
 
 
 def test_importing_distclip_loads_no_compiler() -> None:
@@ -394,7 +394,7 @@ def test_one_odd_tensor_among_many_is_looked_at_once(
     looked: list[object] = []
     real = kernels._select
     monkeypatch.setattr(kernels, "_select", lambda *a: looked.append(a) or real(*a))
-    tables = kernels.Tables()
+    tables = kernels.PlanTables()
     wide = drawn(30, 70)
     odd = [wide[3:9, 5:60:3], drawn(7, dtype=torch.complex64), wide[:9, ::2], wide.t()[::2, 1:]]
     for number, each in enumerate([*odd, odd[1].conj()]):

@@ -15,8 +15,8 @@ def test_tables_are_remembered_while_nothing_moves() -> None:
     assert tables.flat([tensors[0][:4]]) is not tables.flat([tensors[0]])
     assert tables.flat([tensors[0].view(torch.int32)]) is not tables.flat([tensors[0]])
     square = drawn(4, 4, dtype=torch.float32)
-    assert tables.rows([square]) is tables.rows([square])
-    assert tables.rows([square]) is not tables.rows([square.view(2, 8)])
+    assert tables.row_table([square]) is tables.row_table([square])
+    assert tables.row_table([square]) is not tables.row_table([square.view(2, 8)])
 
 
 def test_matrices_of_a_kind_share_a_launch() -> None:
@@ -29,7 +29,7 @@ def test_matrices_of_a_kind_share_a_launch() -> None:
         torch.zeros(2, 16, device=DEVICE),
         torch.zeros(4, 129, device=DEVICE),
     ]
-    table = tables.rows(given)
+    table = tables.row_table(given)
     single = torch.float32
     assert [tuple(launch) for launch in table.launches] == [
         (torch.bfloat16, 0, 1, 16, 8), (single, 1, 1, 16, 1), (single, 2, 1, 16, 4),

@@ -324,7 +324,7 @@ class TestUsable:
 
     @pytest.fixture(autouse=True)
     def _anew(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-        monkeypatch.delenv(multi_tensor.SWITCH, raising=False)
+        monkeypatch.delenv(multi_tensor.TRITON_SWITCH, raising=False)
         multi_tensor.is_usable.cache_clear()
         yield
         multi_tensor.is_usable.cache_clear()
@@ -338,7 +338,7 @@ class TestUsable:
 
     def test_not_switched_off(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(multi_tensor, "_try", lambda device: None)
-        monkeypatch.setenv(multi_tensor.SWITCH, "0")
+        monkeypatch.setenv(multi_tensor.TRITON_SWITCH, "0")
         assert not multi_tensor.is_usable(self.device)
 
     def test_not_without_triton(self, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,7 +53,7 @@ def test_counting_exponents(dtype: torch.dtype) -> None:
 @pytest.mark.usefixtures("usable")
 def test_counting_takes_the_launches_of_the_norms(monkeypatch: pytest.MonkeyPatch) -> None:
     """But for what no kernel takes, and for what was not measured."""
-    monkeypatch.setattr(compiler, "kinds", frozenset)
+    monkeypatch.setattr(compiler, "compiled_kinds", frozenset)
     gaps = drawn(20, 30, dtype=torch.float32)[:, ::2]
     taken = [drawn(40, dtype=torch.float32), wide(torch.bfloat16).to(DEVICE)]
     tensors = [taken[0], gaps, wide(torch.float64).to(DEVICE), taken[1], taken[0][:0]]

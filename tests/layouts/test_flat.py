@@ -27,7 +27,7 @@ def test_boxes_are_the_range(shape: tuple[int, ...], data: st.DataObject) -> Non
     numel = math.prod(shape)
     start = data.draw(st.integers(0, numel))
     stop = data.draw(st.integers(start, numel))
-    found = flat.boxes(shape, start, stop)
+    found = flat.range_boxes(shape, start, stop)
     assert len(found) <= max(1, 2 * len(shape) - 1)
     covered: list[int] = []
     for box, first in found:
@@ -38,10 +38,10 @@ def test_boxes_are_the_range(shape: tuple[int, ...], data: st.DataObject) -> Non
 
 
 def test_a_whole_tensor_is_one_box() -> None:
-    assert flat.boxes((3, 4), 0, 12) == [(Box((0, 0), (3, 4)), 0)]
-    assert flat.boxes((3, 4), 4, 12) == [(Box((1, 0), (2, 4)), 0)]
-    assert flat.boxes((), 0, 1) == [(Box((), ()), 0)]
-    assert flat.boxes((0, 4), 0, 0) == []
+    assert flat.range_boxes((3, 4), 0, 12) == [(Box((0, 0), (3, 4)), 0)]
+    assert flat.range_boxes((3, 4), 4, 12) == [(Box((1, 0), (2, 4)), 0)]
+    assert flat.range_boxes((), 0, 1) == [(Box((), ()), 0)]
+    assert flat.range_boxes((0, 4), 0, 0) == []
 
 
 @given(SHAPES, st.lists(st.integers(-3, 700), max_size=3))

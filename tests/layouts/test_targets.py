@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import distclip
 from distclip import GradClipper, policies
-from distclip.layouts.names import clean, named_parameters
+from distclip.layouts.names import named_parameters, without_wrappers
 
 
 def parts() -> list[nn.Parameter]:
@@ -223,4 +223,4 @@ def test_parametrised_weights_are_called_weights() -> None:
     ],
 )
 def test_what_may_be_the_users_own_stays(name: str) -> None:
-    assert clean(name) == name
+    assert without_wrappers(name) == name

@@ -79,7 +79,7 @@ def test_what_it_raises_and_what_it_cannot_take_is_counted(
         "TrackerSink took no record (OSError: no route); training goes on, and later records try "
         "again"
     ]
-    monkeypatch.setattr(background, "WAITING", 4)
+    monkeypatch.setattr(background, "MOST_WAITING", 4)
     tracker = Slow()
     sink = sink_of(tracker)
     for step in range(20):
@@ -93,7 +93,7 @@ def test_what_it_raises_and_what_it_cannot_take_is_counted(
 def test_a_tracker_that_never_answers_does_not_keep_the_process(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(background, "PATIENCE", 0.2)
+    monkeypatch.setattr(background, "CLOSE_LIMIT", 0.2)
     tracker = Slow()
     sink = sink_of(tracker)
     for step in range(5):
@@ -110,7 +110,7 @@ def test_nor_does_one_that_never_closes(monkeypatch: pytest.MonkeyPatch) -> None
             assert self.go.wait(30)
             super().close()
 
-    monkeypatch.setattr(background, "PATIENCE", 0.2)
+    monkeypatch.setattr(background, "CLOSE_LIMIT", 0.2)
     tracker = Dead()
     sink = sink_of(tracker)
     sink(0, Numbers())

@@ -183,7 +183,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert "--loss" in wrong.err
     runs = read_runs(path)
     with pytest.raises(ConfigurationError, match="the page cannot be written"):
-        page.save(runs, summaries(runs), "/dev/full/x.html")
+        page.save_page(runs, summaries(runs), "/dev/full/x.html")
 
 
 def in_browser(path: Path, *options: str) -> str:
@@ -201,7 +201,7 @@ def in_browser(path: Path, *options: str) -> str:
 
 def test_in_a_browser(tmp_path: Path) -> None:
     runs = [*read_runs(long_run(tmp_path / "r.jsonl")), *read_runs(long_run(tmp_path / "s.jsonl"))]
-    page.save(runs, summaries(runs), tmp_path / "p.html")
+    page.save_page(runs, summaries(runs), tmp_path / "p.html")
     found = parsed(in_browser(tmp_path / "p.html"))
     tags: list[tuple[str, dict[str, Any]]] = found.found
     text = " ".join(found.texts.values())

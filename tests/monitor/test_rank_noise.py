@@ -26,7 +26,7 @@ from distclip.monitor import RankNoiseScale
 from distclip.monitor.page.data import page_data
 from distclip.monitor.reading import read_runs
 from distclip.monitor.runs import summaries
-from distclip.monitor.table import show
+from distclip.monitor.table import show_runs
 from distclip.monitor.tracking import metrics, tensors
 from tests.helpers.watching import watch
 from tests.sharded import mesh_of
@@ -351,7 +351,7 @@ def test_a_configuration_logs_it_and_checkpoints_keep_it(tmp_path: Path) -> None
     assert tensors(whole.last_report)["grad_noise_scale"] == pytest.approx(found[-1])
     runs = read_runs(tmp_path / "whole.jsonl")
     text = io.StringIO()
-    show(summaries(runs), text)
+    show_runs(summaries(runs), text)
     assert f"gradient noise scale {found[-1]:.3g} samples at step 6" in text.getvalue()
     drawn = page_data(runs, summaries(runs))["runs"][0]
     assert drawn["noise_scale"] == pytest.approx(found, rel=1e-4)

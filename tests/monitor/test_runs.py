@@ -14,7 +14,7 @@ from clip_records import record, write
 
 from distclip.errors import ConfigurationError
 from distclip.monitor import table
-from distclip.monitor.reading import group_of, read_loss, read_run
+from distclip.monitor.reading import read_loss, read_run, setting_of
 from distclip.monitor.runs import Summary
 
 
@@ -67,7 +67,7 @@ def test_loss(tmp_path: Path) -> None:
     ],
 )
 def test_groups(path: str, group: str) -> None:
-    assert group_of(path) == group
+    assert setting_of(path) == group
 
 
 def test_whether_a_threshold_is_a_norm_is_seen_in_the_record(tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_nothing_finite_at_all(tmp_path: Path) -> None:
     summary = Summary.of(run)
     assert math.isnan(summary.percentiles[50])
     out = io.StringIO()
-    table.show([summary], out)
+    table.show_runs([summary], out)
     assert out.getvalue().splitlines()[1].split() == [
         "a", "1", "-", "-", "-", "-", "-", "0.0%", "-", "0", "1",
     ]  # fmt: skip
@@ -132,7 +132,7 @@ def test_the_table_is_plain_columns_outside_a_terminal(tmp_path: Path) -> None:
     name = "a_rather_long_name_of_a_run_[that]_must_not_be_cut_or_wrapped_in_a_pipe" * 2
     run = read_run(write(tmp_path / f"{name}.jsonl", [record(1, 4.0), record(2, 0.5)]))
     out = io.StringIO()
-    table.show([Summary.of(run)], out)
+    table.show_runs([Summary.of(run)], out)
     header, row, *_ = out.getvalue().splitlines()
     assert len(header) == len(row)
     assert row.startswith(f"{name}      2  ")
@@ -147,7 +147,7 @@ def test_no_number_is_cut_in_a_narrow_terminal(
     records = [record(step, 1234.0) for step in range(321)]
     runs = [read_run(write(tmp_path / f"{name}.jsonl", records)) for name in "ab"]
     out = io.StringIO()
-    table.show(list(map(Summary.of, runs)), out, terminal=True)
+    table.show_runs(list(map(Summary.of, runs)), out, terminal=True)
     drawn = out.getvalue().partition("\n\n")[0]
     assert len(re.findall(r"\b321\b", drawn)) == 2
     assert drawn.count("1.23e+03") == 8  # three percentiles and the largest, of two runs
@@ -158,5 +158,5 @@ def test_the_table_is_drawn_in_a_terminal(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("COLUMNS", "140")
     run = read_run(write(tmp_path / "a.jsonl", [record(1, 4.0)]))
     out = io.StringIO()
-    table.show([Summary.of(run)], out)
+    table.show_runs([Summary.of(run)], out)
     assert "┃" in out.getvalue()

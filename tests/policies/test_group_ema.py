@@ -12,7 +12,7 @@ import torch
 
 from distclip import ConfigurationError, GradClipper, policies
 from distclip.policies import ParameterInfo, Statistics
-from distclip.policies._group_ema import group_of
+from distclip.policies._group_ema import functional_group
 
 POLICY = policies.group_ema(1.2, 0.9, 0.95, max_down_scale=0.1, max_up_scale=1.5)
 
@@ -74,7 +74,7 @@ def test_a_group_is_what_modules_of_one_kind_have_in_common() -> None:
         "scale": "",
         "own@2": "",
     }
-    assert {name: group_of(name) for name in names} == names
+    assert {name: functional_group(name) for name in names} == names
     layers = [(f"layers.{n}.{kind}.weight", torch.nn.Parameter(torch.ones(4)))
               for n in range(2) for kind in ("up", "down")]  # fmt: skip
     clipper = GradClipper(layers, policies.group_ema())

@@ -85,7 +85,7 @@ def test_what_is_read_once_is_clamped_and_measured_as_ever(
     assert int((report._walked.clipped > 0).sum()) == sum(changed)
 
 
-@pytest.mark.skipif(not compiler.kinds(), reason="the compiled loops are switched off")
+@pytest.mark.skipif(not compiler.compiled_kinds(), reason="the compiled loops are switched off")
 def test_gradients_are_read_once_and_clamped_where_that_can_change_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -63,7 +63,7 @@ def test_one_all_reduce_a_step(
     monkeypatch: pytest.MonkeyPatch, layout: str, few: int, name: str, world_size: int
 ) -> None:
     """Each policy under each layout on 2 or on 4 ranks, gathered or reduced."""
-    monkeypatch.setattr(collectives, "FEW", few)
+    monkeypatch.setattr(collectives, "FEW_RANKS", few)
     case = SHARDED.index(layout), world_size // 2, int(few == 0)
     values = whole()
     model = shard(layout, values)
@@ -102,7 +102,7 @@ def test_gathered_or_reduced_it_is_the_same(monkeypatch: pytest.MonkeyPatch) -> 
         (most, ranks - 1, "allreduce_"),
         (most + 1, 8, "allreduce_"),
     ):
-        monkeypatch.setattr(collectives, "FEW", few)
+        monkeypatch.setattr(collectives, "FEW_RANKS", few)
         mine = numbers[rank, :count].clone()
         with watch() as seen:
             largest = collectives.all_reduce_max(mine, group)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from distclip import GradClipper, policies
-from distclip.engine.units import CHUNK, decide
+from distclip.engine.units import UNITS_CHUNK, decide
 from distclip.kernels import measuring
 from distclip.kernels.host import blocks
 from distclip.kernels.look import Kinds
@@ -33,8 +33,8 @@ def test_flagged_units_of_each_tensor(tensors: int) -> None:
 
 def test_many_units_are_decided_on_as_all_at_once() -> None:
     first, second = policies.agc(0.1), policies.agc(0.02)
-    norms, weights = torch.rand(2, 3 * CHUNK + 5, dtype=torch.float64)
-    norms[[7, CHUNK]] = torch.tensor([math.nan, math.inf], dtype=torch.float64)
+    norms, weights = torch.rand(2, 3 * UNITS_CHUNK + 5, dtype=torch.float64)
+    norms[[7, UNITS_CHUNK]] = torch.tensor([math.nan, math.inf], dtype=torch.float64)
     once = first.unit_coefficients(norms, weights)
     wanted = once * second.unit_coefficients(norms * once, weights)
     kept = norms.clone()

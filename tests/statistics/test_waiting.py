@@ -86,7 +86,7 @@ def test_a_rank_that_dies_breaks_the_collective_of_a_step(fault: str) -> None:
     found = outcomes_of(fault, None, 2, 3)
     assert found.pop(2).kind == "died"
     for outcome in found.values():
-        assert "(2, (2,), 'the clipping of step 2 broke: a rank has died" in outcome.error
+        assert "(2, (2,), 'the clipping of step 2 failed: a rank has died" in outcome.error
         assert "no word from rank 2" in outcome.error
         assert "RuntimeError(" in outcome.error.partition("broke")[2]  # gloo's, as the cause
 

@@ -32,7 +32,7 @@ atexit.register(let_gloo_finish)  # torch may abort a rank that leaves too soon;
 
 arguments = sys.argv[1:]
 cpu = arguments[0] == "--cpu"
-active = accelerate_cpu.install(cpu=cpu)
+active = accelerate_cpu.become_cpu_rank(cpu=cpu)
 import accelerate
 prepare = accelerate.Accelerator.prepare
 
@@ -41,7 +41,7 @@ def checked(self, *objects, **options):
         accelerate_cpu.check_ranks(self)
     prepared = prepare(self, *objects, **options)
     if active:
-        accelerate_cpu.verify(self, *prepared)
+        accelerate_cpu.verify_ranks(self, *prepared)
     return prepared
 
 accelerate.Accelerator.prepare = checked
@@ -224,7 +224,7 @@ def test_install_does_nothing_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
     before, backend = dict(os.environ), PartialState._prepare_backend
 
-    assert accelerate_cpu.install() is False
+    assert accelerate_cpu.become_cpu_rank() is False
     assert dict(os.environ) == before
     assert PartialState._prepare_backend is backend
 
@@ -266,12 +266,12 @@ def fake_accelerator(kind: str, ranks: int, device: str = "cpu") -> Any:
 def test_verify_refuses_ranks_that_are_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(DistclipError, match=r"2 ranks were launched .* no process group"):
-        accelerate_cpu.verify(fake_accelerator("NO", 1))
+        accelerate_cpu.verify_ranks(fake_accelerator("NO", 1))
 
 
 def test_verify_refuses_another_device() -> None:
     with pytest.raises(DistclipError, match="not cpu"):
-        accelerate_cpu.verify(fake_accelerator("NO", 1, device="cuda"))
+        accelerate_cpu.verify_ranks(fake_accelerator("NO", 1, device="cuda"))
 
 
 def test_verify_refuses_a_model_that_was_not_distributed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,6 +281,6 @@ def test_verify_refuses_a_model_that_was_not_distributed(monkeypatch: pytest.Mon
     for version, fault in (("2", "plain tensors, the first 'weight'"), ("1", "no module of it")):
         monkeypatch.setenv("FSDP_VERSION", version)
         with pytest.raises(DistclipError, match=fault):
-            accelerate_cpu.verify(fake_accelerator("FSDP", 1), model)
+            accelerate_cpu.verify_ranks(fake_accelerator("FSDP", 1), model)
     with pytest.raises(DistclipError, match="Accelerate runs as MULTI_CPU"):
-        accelerate_cpu.verify(fake_accelerator("MULTI_CPU", 1), model)
+        accelerate_cpu.verify_ranks(fake_accelerator("MULTI_CPU", 1), model)

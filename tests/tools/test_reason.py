@@ -64,4 +64,4 @@ def test_a_script_that_ends_well_leaves_none(file: Path, tmp_path: Path) -> None
     script.write_text("raise SystemExit(0)")
     assert Script(str(script), []).run() == 0
     assert not file.exists()
-    assert reason.of(KeyboardInterrupt()) == "KeyboardInterrupt"
+    assert reason.reason_of(KeyboardInterrupt()) == "KeyboardInterrupt"

@@ -103,7 +103,7 @@ def _add_counts(row, bins, zeros, outside, elements, FRACTION: tl.constexpr):
 
 
 @triton.jit
-def measure(
+def measure_chunk(
     pointers,  # int64 (segments,)
     numels,  # int64 (segments,)
     firsts,  # int64 (segments + 1,), the first chunk of each
@@ -189,7 +189,7 @@ def combine(
     KIND: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The norm of one segment from its chunks."""
+    """The norm of one tensor, from the sums (or maxima) of its chunks."""
     segment = tl.program_id(0)
     first = tl.load(firsts + segment)
     last = tl.load(firsts + segment + 1)

@@ -18,7 +18,7 @@ from distclip.kernels.transfer import to_device
 LOW_PRECISION = frozenset((torch.bfloat16, torch.float16))
 EXACT = frozenset((torch.float64, torch.complex128))
 """Dtypes that are multiplied in float64; all others are in float32."""
-CHUNK = 1 << 20
+CONVERT_CHUNK = 1 << 20
 """Elements of a low-precision tensor converted at a time."""
 
 
@@ -62,7 +62,7 @@ def _by_way(tensors: Sequence[Tensor]) -> tuple[Sequence[int], Sequence[int]]:
 
 
 def _parts(tensor: Tensor) -> Sequence[Tensor]:
-    return torch.split(tensor, _rows_per_part(tensor, CHUNK)) if tensor.dim() else (tensor,)
+    return torch.split(tensor, _rows_per_part(tensor, CONVERT_CHUNK)) if tensor.dim() else (tensor,)
 
 
 def _rows_per_part(tensor: Tensor, chunk: int) -> int:

@@ -28,15 +28,15 @@ MEASURED = frozenset((torch.float32, torch.bfloat16, torch.float16))
 SCALED = MEASURED | {torch.float64}
 ORDERS = {1.0: 1, 2.0: 2, math.inf: 0}
 """Orders of norms, and what the kernels call them."""
-LEAST = {
+LEAST_SUM = {
     1: tables.BLOCK * tables.TURNS * 2.0**-102,
     2: tables.BLOCK * tables.TURNS * 2.0**-102,
     0: 0.0,
 }
 """Float32 sums of a chunk below this may have lost much to underflow."""
-FRACTIONS = {torch.float16: 10, torch.bfloat16: 7, torch.float32: 23}
+DTYPE_FRACTIONS = {torch.float16: 10, torch.bfloat16: 7, torch.float32: 23}
 """Bits of a number below those of its exponent."""
-SWITCH = "DISTCLIP_TRITON"
+TRITON_SWITCH = "DISTCLIP_TRITON"
 
 _dtype = operator.attrgetter("dtype")
 
@@ -47,7 +47,7 @@ def is_usable(device: torch.device) -> bool:
 
     ``DISTCLIP_TRITON=0`` in the environment switches them off.
     """
-    if device.type != "cuda" or os.environ.get(SWITCH) == "0":
+    if device.type != "cuda" or os.environ.get(TRITON_SWITCH) == "0":
         return False
     if importlib.util.find_spec("triton") is None:
         return False
@@ -57,7 +57,7 @@ def is_usable(device: torch.device) -> bool:
         warnings.warn(
             f"Triton is installed but its kernels do not run on {device} "
             f"({type(error).__name__}: {error}); measuring with torch's own operations, which is "
-            f"slower. {SWITCH}=0 in the environment makes this choice without a warning",
+            f"slower. {TRITON_SWITCH}=0 in the environment makes this choice without a warning",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -130,7 +130,7 @@ def norms(
     result = torch.empty(table.segments, dtype=torch.float64, device=device)
     with _on(device):
         for launch in table.launches:
-            kernels.measure[(launch.programs,)](
+            kernels.measure_chunk[(launch.programs,)](
                 table.pointers,
                 table.numels,
                 table.firsts,
@@ -142,10 +142,10 @@ def norms(
                 launch.offset,
                 DTYPE=_triton_dtype(launch.dtype),
                 SIZE=launch.dtype.itemsize,
-                FRACTION=0 if counts is None else FRACTIONS[launch.dtype],
+                FRACTION=0 if counts is None else DTYPE_FRACTIONS[launch.dtype],
                 BOUNDED=limits is not None,
                 KIND=kind,
-                LEAST=LEAST[kind],
+                LEAST=LEAST_SUM[kind],
                 BLOCK=tables.BLOCK,
                 TURNS=tables.TURNS,
                 num_warps=8,
@@ -168,7 +168,7 @@ def row_norms(matrices: Sequence[Tensor], norm_type: float) -> Tensor:
     """
     if max([matrix.size(1) for matrix in matrices]) > tables.WIDEST_ROW:
         return _row_norms_of_wide(matrices, norm_type)
-    kernels, table = _kernels(), tables.rows(matrices)
+    kernels, table = _kernels(), tables.row_table(matrices)
     device, kind = matrices[0].device, ORDERS[norm_type]
     result = torch.empty(table.rows, dtype=torch.float64, device=device)
     with _on(device):
@@ -185,7 +185,7 @@ def row_norms(matrices: Sequence[Tensor], norm_type: float) -> Tensor:
                 DTYPE=_triton_dtype(launch.dtype),
                 VECTOR=launch.vector,
                 KIND=kind,
-                LEAST=LEAST[kind],
+                LEAST=LEAST_SUM[kind],
                 ROWS=tables.BLOCK // launch.columns,
                 COLUMNS=launch.columns,
                 TURNS=1 if launch.columns < 1024 else 4,
@@ -258,7 +258,7 @@ def scale_rows_(matrices: Sequence[Tensor], coefficients: Tensor) -> None:
         matrices: contiguous, of ``SCALED`` dtypes, 2-D, none empty; of one device.
         coefficients: float64 ``(all rows,)`` there, contiguous.
     """
-    kernels, table = _kernels(), tables.rows(matrices)
+    kernels, table = _kernels(), tables.row_table(matrices)
     with _on(matrices[0].device):
         for launch in table.launches:
             kernels.scale_rows[(launch.programs,)](

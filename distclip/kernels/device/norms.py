@@ -19,7 +19,7 @@ from distclip.kernels.plain import FAST_DTYPES, is_wide
 from distclip.kernels.transfer import to_device
 
 Bounds: TypeAlias = "Sequence[float | None]"
-Way: TypeAlias = Literal["kernel", "torch", "exact"]
+NormMethod: TypeAlias = Literal["kernel", "torch", "exact"]
 
 
 def norms(
@@ -43,14 +43,14 @@ def norms(
     if kernels and counting is None and multi_tensor.measures_all(tensors, norm_type):
         return multi_tensor.norms(tensors, norm_type, bounds)
 
-    def way(number: int) -> Way:
+    def way(number: int) -> NormMethod:
         tensor = tensors[number]
         if kernels and multi_tensor.measures(tensor, norm_type):
             return "kernel"
         known = tensor.dtype in FAST_DTYPES and norm_type in multi_tensor.ORDERS
         return "torch" if known and _bound(bounds, number) is None else "exact"
 
-    def measure(numbers: Sequence[int], way: Way) -> Tensor:
+    def measure(numbers: Sequence[int], way: NormMethod) -> Tensor:
         chosen = [tensors[number] for number in numbers]
         if way == "kernel":
             if counting is not None:
@@ -80,7 +80,7 @@ def row_norms(matrices: Sequence[Tensor], norm_type: float, bounds: Bounds | Non
     if kernels and bounds is None and multi_tensor.measures_all(matrices, norm_type):
         return multi_tensor.row_norms(matrices, norm_type)
 
-    def way(number: int) -> Way:
+    def way(number: int) -> NormMethod:
         matrix = matrices[number]
         if _bound(bounds, number) is not None:
             return "exact"
@@ -89,7 +89,7 @@ def row_norms(matrices: Sequence[Tensor], norm_type: float, bounds: Bounds | Non
         takes = matrix.dtype in FAST_DTYPES and not is_wide(matrix.dtype, norm_type)
         return "torch" if takes else "exact"
 
-    def measure(numbers: Sequence[int], way: Way) -> Tensor:
+    def measure(numbers: Sequence[int], way: NormMethod) -> Tensor:
         chosen = [matrices[number] for number in numbers]
         if way == "kernel":
             return multi_tensor.row_norms(chosen, norm_type)
@@ -112,12 +112,12 @@ def _bound(bounds: Bounds | None, number: int) -> float | None:
 
 def _each(
     numbers: Iterable[int],
-    way: Callable[[int], Way],
-    measure: Callable[[Sequence[int], Way], Tensor],
+    way: Callable[[int], NormMethod],
+    measure: Callable[[Sequence[int], NormMethod], Tensor],
     counts: Sequence[int],
 ) -> Tensor:
     """Results of ``counts`` numbers each, those of one way measured together, in order."""
-    by_way: dict[Way, list[int]] = {}
+    by_way: dict[NormMethod, list[int]] = {}
     for number in numbers:
         by_way.setdefault(way(number), []).append(number)
     if len(by_way) == 1:

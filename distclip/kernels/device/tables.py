@@ -31,7 +31,7 @@ Numbers: TypeAlias = npt.NDArray[np.int64]
 Table = TypeVar("Table", bound="Flat | Rows")
 
 
-class Launch(NamedTuple):
+class KernelLaunch(NamedTuple):
     """One kernel launch: tensors of one dtype, and for rows of one class of widths.
 
     ``offset`` and ``programs``: which of the table's chunks or tiles. ``columns`` and ``vector``:
@@ -53,7 +53,7 @@ class Flat(NamedTuple):
     firsts: Tensor
     outputs: Tensor
     owners: Tensor
-    launches: tuple[Launch, ...]
+    launches: tuple[KernelLaunch, ...]
     segments: int
     chunks: int
 
@@ -67,7 +67,7 @@ class Rows(NamedTuple):
     firsts: Tensor
     outputs: Tensor
     owners: Tensor
-    launches: tuple[Launch, ...]
+    launches: tuple[KernelLaunch, ...]
     rows: int
 
 
@@ -86,7 +86,7 @@ def flat(tensors: Sequence[Tensor]) -> Flat:
     return _remembered("flat", tensors, (), _flat)
 
 
-def rows(matrices: Sequence[Tensor]) -> Rows:
+def row_table(matrices: Sequence[Tensor]) -> Rows:
     """The table of contiguous matrices of one device, each with at least one element."""
     heights = tuple([matrix.size(0) for matrix in matrices])
     return _remembered("rows", matrices, heights, _rows)
@@ -199,15 +199,15 @@ def _packed(
     ], int(firsts[-1])
 
 
-def _launches(kinds: Sequence[tuple[Any, ...]], counts: Numbers) -> tuple[Launch, ...]:
+def _launches(kinds: Sequence[tuple[Any, ...]], counts: Numbers) -> tuple[KernelLaunch, ...]:
     """One for all neighbours of a kind: a dtype, and of rows columns and vector."""
     if len(set(kinds)) == 1:
-        return (Launch(kinds[0][0], 0, int(counts.sum()), *kinds[0][1:]),)
-    launches: list[Launch] = []
+        return (KernelLaunch(kinds[0][0], 0, int(counts.sum()), *kinds[0][1:]),)
+    launches: list[KernelLaunch] = []
     offset = 0
     pairs = zip(kinds, counts.tolist(), strict=True)
     for kind, members in itertools.groupby(pairs, lambda each: each[0]):
         programs = sum(count for _, count in members)
-        launches.append(Launch(kind[0], offset, programs, *kind[1:]))
+        launches.append(KernelLaunch(kind[0], offset, programs, *kind[1:]))
         offset += programs
     return tuple(launches)

@@ -33,7 +33,7 @@ class Kind(enum.IntEnum):
     FLOAT64 = 3
 
 
-KINDS = {
+KIND_OF = {
     torch.float32: Kind.FLOAT32,
     torch.bfloat16: Kind.BFLOAT16,
     torch.float16: Kind.FLOAT16,
@@ -60,7 +60,7 @@ class Column(enum.IntEnum):
     INDEX = 6
 
 
-COLUMNS = len(Column)
+BLOCK_COLUMNS = len(Column)
 
 COUNTED, CLAMPED = "_counted", "_clamped"
 """End the names of loops that also count exponents, or measure as if clamped, too."""
@@ -69,8 +69,8 @@ RECORD = exponents.COLUMNS + 3
 
 
 @dataclass(frozen=True, eq=False)
-class Table:
-    """Blocks, but for their addresses, which change from step to step.
+class Blocks:
+    """The table of the blocks of some tensors, without addresses, which change every step.
 
     Attributes:
         blocks: ``(blocks, COLUMNS)``.
@@ -94,7 +94,7 @@ class Table:
     simple: bool
     has_float64: bool
     _shares: dict[int, list[int]] = field(default_factory=dict)
-    _parts: dict[tuple[int, int], Table] = field(default_factory=dict)
+    _parts: dict[tuple[int, int], Blocks] = field(default_factory=dict)
 
     def placed(self, addresses: Integers) -> Integers:
         """The blocks, with the addresses that the tensors have now."""
@@ -104,7 +104,7 @@ class Table:
             self.blocks[:, Column.ADDRESS] = addresses[self.owner] + self.offset
         return self.blocks
 
-    def within(self, firsts: Integers, rows: int) -> Table:
+    def within(self, firsts: Integers, rows: int) -> Blocks:
         """This table with each tensor's rows numbered from ``firsts`` on, among ``rows``."""
         if np.array_equal(firsts, self.firsts) and rows == self.rows:
             return self
@@ -112,7 +112,7 @@ class Table:
         blocks[:, Column.INDEX] += (firsts - self.firsts)[self.owner]
         return replace(self, blocks=blocks, firsts=firsts, rows=rows, _shares={}, _parts={})
 
-    def part(self, numbers: slice) -> Table:
+    def part(self, numbers: slice) -> Blocks:
         """The table of some of the tensors, one after another, whose rows are numbered from 0."""
         key = first, stop = numbers.start, numbers.stop
         known = self._parts.get(key)
@@ -121,7 +121,7 @@ class Table:
             blocks, firsts = self.blocks[begin:end].copy(), self.firsts[first:stop]
             blocks[:, Column.INDEX] -= firsts[0]
             counts = self.counts[first:stop]
-            known = self._parts[key] = Table(
+            known = self._parts[key] = Blocks(
                 blocks,
                 self.owner[begin:end] - first,
                 self.offset[begin:end],
@@ -198,7 +198,7 @@ def table_of(
     shapes: Sequence[Shape],
     *,
     units: bool = False,
-) -> Table:
+) -> Blocks:
     """The table of tensors of these kinds and shapes.
 
     Args:
@@ -216,7 +216,7 @@ def table_of_contiguous(
     kinds: Sequence[Kind],
     numels: Sequence[int] | Integers,
     counts: Sequence[int] | None = None,
-) -> Table:
+) -> Blocks:
     """The table of contiguous tensors.
 
     Args:
@@ -230,7 +230,7 @@ def table_of_contiguous(
     return _divided(kind, rows, length, length, np.ones_like(numel), units=counts is not None)
 
 
-def table_of_segments(lengths: Sequence[int]) -> Table:
+def table_of_segments(lengths: Sequence[int]) -> Blocks:
     """The table of consecutive runs of one contiguous float64 tensor."""
     table = table_of_contiguous([Kind.FLOAT64] * len(lengths), lengths)
     starts = np.cumsum([0, *lengths])[:-1] * SIZES[Kind.FLOAT64]
@@ -254,7 +254,7 @@ def _divided(
     step: Integers,
     *,
     units: bool,
-) -> Table:
+) -> Blocks:
     """Cut what is large into parts; arguments by tensor, distances in elements."""
     elements = rows * length
     by_length = (rows == 1) & (length > PART) & (not units)
@@ -271,7 +271,7 @@ def _divided(
         return values[owner]
 
     done = part * np.where(each(by_rows), each(at_once), 1)  # rows before this part
-    blocks = np.zeros((len(owner), COLUMNS), np.int64)
+    blocks = np.zeros((len(owner), BLOCK_COLUMNS), np.int64)
     blocks[:, Column.VARIANT] = each(2 * kind + np.where(step == 1, 0, STRIDED))
     whole_rows = np.where(each(by_rows), np.minimum(each(at_once), each(rows) - done), each(rows))
     blocks[:, Column.ROWS] = whole_rows
@@ -283,7 +283,7 @@ def _divided(
     by_part = np.where(
         each(by_length), part * PART * each(step * size), done * each(row_step * size)
     )
-    return Table(
+    return Blocks(
         blocks,
         owner,
         by_part,

@@ -7,14 +7,14 @@ from contextlib import contextmanager
 
 from llvmlite import ir
 
-from distclip.kernels.host.formats import INT32, INT64, POINTER, Builder, Value
+from distclip.kernels.host.formats import INT32, INT64, POINTER, Builder, IRValue
 
-WIDTH = 8
+VECTOR_WIDTH = 8
 """Numbers in a vector: 512 bits of float64, which narrower processors take in several parts."""
 
 
 @contextmanager
-def counting(b: Builder, start: Value, stop: Value, step: int) -> Iterator[Value]:
+def counting(b: Builder, start: IRValue, stop: IRValue, step: int) -> Iterator[IRValue]:
     """``for index in range(start, stop, step)``; yields the index, int64."""
     before = b.block
     head, body = b.append_basic_block("head"), b.append_basic_block("body")
@@ -31,7 +31,7 @@ def counting(b: Builder, start: Value, stop: Value, step: int) -> Iterator[Value
     b.position_at_end(after)
 
 
-def variable(b: Builder, initial: Value) -> Value:
+def variable(b: Builder, initial: IRValue) -> IRValue:
     """A place on the stack, which the compiler turns into a register."""
     with b.goto_entry_block():
         place = b.alloca(initial.type)
@@ -39,20 +39,22 @@ def variable(b: Builder, initial: Value) -> Value:
     return place
 
 
-def at(b: Builder, address: Value, index: Value, size: int) -> Value:
+def at(b: Builder, address: IRValue, index: IRValue, size: int) -> IRValue:
     """Pointer to the element ``index`` of an array of ``size`` bytes each."""
     offset = b.mul(index, ir.Constant(INT64, size))
     return b.inttoptr(b.add(address, offset), POINTER)
 
 
-def tree(b: Builder, add: Callable[[Value, Value], Value], parts: Sequence[Value]) -> Value:
+def tree(
+    b: Builder, add: Callable[[IRValue, IRValue], IRValue], parts: Sequence[IRValue]
+) -> IRValue:
     """Combine in pairs, the first with the second and so on."""
     while len(parts) > 1:
         parts = [add(parts[n], parts[n + 1]) for n in range(0, len(parts), 2)]
     return parts[0]
 
 
-def splat(b: Builder, value: Value, width: int = WIDTH) -> Value:
+def splat(b: Builder, value: IRValue, width: int = VECTOR_WIDTH) -> IRValue:
     """A vector of ``width`` times the scalar ``value``."""
     vector = ir.VectorType(value.type, width)
     one = b.insert_element(ir.Constant(vector, ir.Undefined), value, ir.Constant(INT32, 0))

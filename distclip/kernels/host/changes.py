@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 from llvmlite import ir
 
-from distclip.kernels.host.building import WIDTH, at, counting, splat
+from distclip.kernels.host.building import VECTOR_WIDTH, at, counting, splat
 from distclip.kernels.host.formats import (
     DOUBLE,
     FLOAT,
@@ -20,13 +20,13 @@ from distclip.kernels.host.formats import (
     POINTER,
     Builder,
     Format,
+    IRValue,
     Single,
-    Value,
 )
 
-Change: TypeAlias = Callable[[Builder, Value, Value], Value]
+Change: TypeAlias = Callable[[Builder, IRValue, IRValue], IRValue]
 """From the value and the row's number (a coefficient or a bound) to the new value."""
-TURN = 2 * WIDTH
+TURN = 2 * VECTOR_WIDTH
 """Numbers that are changed in one turn of a loop in float64."""
 QUICK_TURN, QUICK_WIDTH = 32, 16
 """Numbers in one turn of a loop in float32, and in one of its vectors."""
@@ -35,7 +35,7 @@ TINY, HUGE = 2.0**-126, (2.0 - 2.0**-23) * 2.0**127
 """The smallest and the largest normal number of float32."""
 
 
-def clamped(b: Builder, value: Value, bound: Value | None) -> Value:
+def clamped(b: Builder, value: IRValue, bound: IRValue | None) -> IRValue:
     """``value`` clamped to +-``bound``, a scalar or as many as there are values; NaN stays NaN."""
     if bound is None:
         return value
@@ -44,7 +44,7 @@ def clamped(b: Builder, value: Value, bound: Value | None) -> Value:
     return b.select(b.fcmp_ordered("<", upper, lower), lower, upper)
 
 
-def _multiplied(b: Builder, value: Value, factor: Value) -> Value:
+def _multiplied(b: Builder, value: IRValue, factor: IRValue) -> IRValue:
     return b.fmul(value, factor)
 
 
@@ -59,16 +59,16 @@ def change_function(module: Any, name: str, how: str, form: Format, *, strided: 
     b = ir.IRBuilder(function.append_basic_block("entry"))
     address, length, step, number = function.args
     change = CHANGES[how]
-    done: Value = ir.Constant(INT64, 0)
+    done: IRValue = ir.Constant(INT64, 0)
 
-    def changed(place: Value, memory: Any, by: Value) -> None:
+    def changed(place: IRValue, memory: Any, by: IRValue) -> None:
         bits = b.load(place, align=form.size, typ=memory)
         b.store(form.narrow(b, change(b, form.widen(b, bits), by)), place, align=form.size)
 
-    def in_vectors(start: Value, count: int) -> None:
-        for part in range(0, count, WIDTH):
+    def in_vectors(start: IRValue, count: int) -> None:
+        for part in range(0, count, VECTOR_WIDTH):
             place = at(b, address, b.add(start, ir.Constant(INT64, part)), form.size)
-            changed(place, ir.VectorType(form.bits, WIDTH), several)
+            changed(place, ir.VectorType(form.bits, VECTOR_WIDTH), several)
 
     if not strided:
         several = splat(b, number)
@@ -86,7 +86,7 @@ def change_function(module: Any, name: str, how: str, form: Format, *, strided: 
     return function
 
 
-def _multiple(b: Builder, length: Value, turn: int) -> Value:
+def _multiple(b: Builder, length: IRValue, turn: int) -> IRValue:
     """The largest multiple of ``turn`` that is at most ``length``."""
     return b.mul(b.sdiv(length, ir.Constant(INT64, turn)), ir.Constant(INT64, turn))
 
@@ -95,11 +95,11 @@ def _multiplied_quickly(
     b: Builder,
     form: Format,
     single: Single,
-    address: Value,
-    length: Value,
-    number: Value,
-    exactly: Callable[[Value, int], None],
-) -> Value:
+    address: IRValue,
+    length: IRValue,
+    number: IRValue,
+    exactly: Callable[[IRValue, int], None],
+) -> IRValue:
     """Multiply in float32 as far as that is certain; returns where it ended, 0 if not begun.
 
     ``exactly(start, count)`` multiplies in float64. A coefficient beyond the normal numbers of
@@ -134,8 +134,8 @@ def _multiplied_quickly(
 
 
 def _clamped_quickly(
-    b: Builder, form: Format, single: Single, address: Value, length: Value, number: Value
-) -> Value:
+    b: Builder, form: Format, single: Single, address: IRValue, length: IRValue, number: IRValue
+) -> IRValue:
     """Clamp in float32 as far as whole turns go; returns where they end.
 
     To the bound as the format holds it: what is clamped in float64 and rounded is the same number.
@@ -152,7 +152,7 @@ def _clamped_quickly(
     return end
 
 
-def _any(b: Builder, flags: Sequence[Value]) -> Value:
+def _any(b: Builder, flags: Sequence[IRValue]) -> IRValue:
     """Whether any flag of some vectors of flags is set."""
     some = flags[0]
     for each in flags[1:]:

@@ -16,14 +16,14 @@ from typing import Any, cast
 
 from distclip.kernels.host.blocks import Kind
 
-SWITCH = "DISTCLIP_COMPILED"
+COMPILED_SWITCH = "DISTCLIP_COMPILED"
 """``0`` in the environment: measure and scale host tensors with torch's own operations."""
 
 
 @functools.cache
-def kinds() -> frozenset[Kind]:
+def compiled_kinds() -> frozenset[Kind]:
     """The formats that the compiled loops read; empty where there are no compiled loops."""
-    if os.environ.get(SWITCH) == "0" or function("squares") is None:
+    if os.environ.get(COMPILED_SWITCH) == "0" or function("squares") is None:
         return frozenset()
     return frozenset(_kinds())
 
@@ -43,8 +43,8 @@ def function(name: str) -> Callable[[int, int, int, int], None] | None:
         warnings.warn(
             f"distclip's compiled loops for host tensors cannot be used here ({why}); gradients on "
             f"the CPU are measured with torch's own operations, which gives the same results and "
-            f"is several times slower. {SWITCH}=0 in the environment makes this choice without "
-            f"a warning",
+            f"is several times slower. {COMPILED_SWITCH}=0 in the environment makes this choice "
+            f"without a warning",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -90,4 +90,4 @@ def _compiled(name: str) -> Callable[[int, int, int, int], None]:
 
 
 _engines: list[Any] = []
-"""Own the machine code."""
+"""The engines that own the machine code: it lives as long as they do."""

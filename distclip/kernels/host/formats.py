@@ -15,7 +15,7 @@ HALF, FLOAT, DOUBLE = ir.HalfType(), ir.FloatType(), ir.DoubleType()
 POINTER = ir.PointerType()
 
 Builder: TypeAlias = Any
-Value: TypeAlias = Any
+IRValue: TypeAlias = Any
 
 
 MARGIN = 2.0**-22
@@ -35,9 +35,9 @@ class Single:
             float64.
     """
 
-    widen: Callable[[Builder, Value], Value]
-    exactly: Callable[[Builder, Value], Value]
-    narrow: Callable[[Builder, Value], tuple[Value, Value]] | None = None
+    widen: Callable[[Builder, IRValue], IRValue]
+    exactly: Callable[[Builder, IRValue], IRValue]
+    narrow: Callable[[Builder, IRValue], tuple[IRValue, IRValue]] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,19 +56,19 @@ class Format:
 
     bits: Any
     size: int
-    widen: Callable[[Builder, Value], Value]
-    narrow: Callable[[Builder, Value], Value]
+    widen: Callable[[Builder, IRValue], IRValue]
+    narrow: Callable[[Builder, IRValue], IRValue]
     single: Single | None = None
     exact_squares: bool = True
 
 
-def _like(kind: Any, value: Value) -> Any:
+def _like(kind: Any, value: IRValue) -> Any:
     """The scalar type ``kind``, or a vector of it where ``value`` is a vector."""
     is_vector = isinstance(value.type, ir.VectorType)
     return ir.VectorType(kind, value.type.count) if is_vector else kind
 
 
-def constant(kind: Any, number: float, value: Value) -> Value:
+def constant(kind: Any, number: float, value: IRValue) -> IRValue:
     """The number as a constant of scalar type ``kind``, as often as ``value`` has elements."""
     of_kind = _like(kind, value)
     if isinstance(of_kind, ir.VectorType):
@@ -76,28 +76,28 @@ def constant(kind: Any, number: float, value: Value) -> Value:
     return ir.Constant(of_kind, number)
 
 
-def _widen_float(b: Builder, bits: Value) -> Value:
+def _widen_float(b: Builder, bits: IRValue) -> IRValue:
     return b.fpext(b.bitcast(bits, _like(FLOAT, bits)), _like(DOUBLE, bits))
 
 
-def _narrow_float(b: Builder, value: Value) -> Value:
+def _narrow_float(b: Builder, value: IRValue) -> IRValue:
     return b.bitcast(b.fptrunc(value, _like(FLOAT, value)), _like(INT32, value))
 
 
-def _widen_double(b: Builder, bits: Value) -> Value:
+def _widen_double(b: Builder, bits: IRValue) -> IRValue:
     return b.bitcast(bits, _like(DOUBLE, bits))
 
 
-def _narrow_double(b: Builder, value: Value) -> Value:
+def _narrow_double(b: Builder, value: IRValue) -> IRValue:
     return b.bitcast(value, _like(INT64, value))
 
 
-def _widen_half(b: Builder, bits: Value) -> Value:
+def _widen_half(b: Builder, bits: IRValue) -> IRValue:
     half = b.bitcast(bits, _like(HALF, bits))
     return b.fpext(b.fpext(half, _like(FLOAT, bits)), _like(DOUBLE, bits))
 
 
-def _rounded(b: Builder, value: Value, digits: int, least: int, most: int) -> Value:
+def _rounded(b: Builder, value: IRValue, digits: int, least: int, most: int) -> IRValue:
     """Float64 numbers to nearest, ties to even, with so many binary digits.
 
     Exponents below ``least`` have fewer, as they are spaced like those of ``least``. Numbers beyond
@@ -115,16 +115,16 @@ def _rounded(b: Builder, value: Value, digits: int, least: int, most: int) -> Va
     return b.bitcast(b.or_(rounded, sign), value.type)
 
 
-def _narrow_half(b: Builder, value: Value) -> Value:
+def _narrow_half(b: Builder, value: IRValue) -> IRValue:
     single = b.fptrunc(_rounded(b, value, 11, -14, 15), _like(FLOAT, value))
     return b.bitcast(b.fptrunc(single, _like(HALF, value)), _like(INT16, value))
 
 
-def _single_of_half(b: Builder, bits: Value) -> Value:
+def _single_of_half(b: Builder, bits: IRValue) -> IRValue:
     return b.fpext(b.bitcast(bits, _like(HALF, bits)), _like(FLOAT, bits))
 
 
-def _half_of_single(b: Builder, value: Value) -> tuple[Value, Value]:
+def _half_of_single(b: Builder, value: IRValue) -> tuple[IRValue, IRValue]:
     ends = [
         b.bitcast(
             b.fptrunc(b.fmul(value, constant(FLOAT, factor, value)), _like(HALF, value)),
@@ -135,22 +135,22 @@ def _half_of_single(b: Builder, value: Value) -> tuple[Value, Value]:
     return ends[1], b.icmp_unsigned("!=", *ends)
 
 
-def _single_of_bfloat(b: Builder, bits: Value) -> Value:
+def _single_of_bfloat(b: Builder, bits: IRValue) -> IRValue:
     """A bfloat16 number is the upper half of the same number in float32."""
     upper = b.shl(b.zext(bits, _like(INT32, bits)), constant(INT32, 16, bits))
     return b.bitcast(upper, _like(FLOAT, bits))
 
 
-def _widen_bfloat(b: Builder, bits: Value) -> Value:
+def _widen_bfloat(b: Builder, bits: IRValue) -> IRValue:
     return b.fpext(_single_of_bfloat(b, bits), _like(DOUBLE, bits))
 
 
-def _narrow_bfloat(b: Builder, value: Value) -> Value:
+def _narrow_bfloat(b: Builder, value: IRValue) -> IRValue:
     bits = _narrow_float(b, _rounded(b, value, 8, -126, 127))
     return b.trunc(b.lshr(bits, constant(INT32, 16, bits)), _like(INT16, bits))
 
 
-def _bfloat_of_single(b: Builder, value: Value) -> tuple[Value, Value]:
+def _bfloat_of_single(b: Builder, value: IRValue) -> tuple[IRValue, IRValue]:
     bits = b.bitcast(value, _like(INT32, value))
     lower = b.and_(bits, constant(INT32, 0xFFFF, bits))
     from_tie = b.sub(lower, constant(INT32, 0x8000 - 4, bits))
@@ -159,12 +159,12 @@ def _bfloat_of_single(b: Builder, value: Value) -> tuple[Value, Value]:
     return b.trunc(b.lshr(rounded, constant(INT32, 16, bits)), _like(INT16, bits)), doubtful
 
 
-def _upper_half(b: Builder, value: Value) -> Value:
+def _upper_half(b: Builder, value: IRValue) -> IRValue:
     bits = b.bitcast(value, _like(INT32, value))
     return b.trunc(b.lshr(bits, constant(INT32, 16, bits)), _like(INT16, bits))
 
 
-def _half_exactly(b: Builder, value: Value) -> Value:
+def _half_exactly(b: Builder, value: IRValue) -> IRValue:
     return b.bitcast(b.fptrunc(value, _like(HALF, value)), _like(INT16, value))
 
 

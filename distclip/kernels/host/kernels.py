@@ -7,24 +7,24 @@ import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from distclip.common import exponents
+from distclip.common.rollups import Floats as Floats
 from distclip.kernels.host import compiler, threads
 from distclip.kernels.host.blocks import (
     CLAMPED,
     COUNTED,
-    KINDS,
+    KIND_OF,
     RECORD,
+    Blocks,
     Integers,
     Kind,
     Shape,
-    Table,
     shape_of,
     shape_of_units,
     table_of,
@@ -33,7 +33,6 @@ from distclip.kernels.host.blocks import (
 )
 from distclip.kernels.look import PLAIN, Look, look, there
 
-Floats: TypeAlias = npt.NDArray[np.float64]
 Made = TypeVar("Made")
 Each = TypeVar("Each")
 
@@ -58,7 +57,7 @@ class Chosen:
 
     tensors: Sequence[Tensor]
     positions: Sequence[int] | None
-    table: Table
+    table: Blocks
     addresses: Integers
     owners: Sequence[Tensor]
 
@@ -69,7 +68,7 @@ class Chosen:
 
 
 @dataclass
-class Tables:
+class PlanTables:
     """The tables of the tensors of one plan, kept from step to step while nothing changes."""
 
     _known: dict[str, tuple[object, Any]] = field(default_factory=dict)
@@ -90,7 +89,7 @@ def choose(
     *,
     unit_dims: Sequence[Sequence[int]] | None = None,
     counts: Sequence[int] | None = None,
-    tables: Tables | None = None,
+    tables: PlanTables | None = None,
     seen: Look | None = None,
     pairs: bool = False,
 ) -> Chosen | None:
@@ -106,10 +105,10 @@ def choose(
         seen: what a look at those that are there has found.
         pairs: whether complex numbers are two real ones each, as for 2-norms and multiplication.
     """
-    kinds = compiler.kinds()
+    kinds = compiler.compiled_kinds()
     if not kinds or not tensors:
         return None
-    tables = Tables() if tables is None else tables
+    tables = PlanTables() if tables is None else tables
     seen = look(there(tensors)) if seen is None else seen
     if seen is not None and _takes(seen, kinds, unit_dims):
         return _chosen(tensors, what, counts, tables, seen)
@@ -138,7 +137,7 @@ class _Selected:
 
     positions: Sequence[int]
     complex: Sequence[int]
-    table: Table
+    table: Blocks
 
 
 def _layouts(tensors: Sequence[Tensor | None], *more: object) -> object | None:
@@ -178,7 +177,7 @@ def _select(
         if shape is not None:
             if is_pairs:
                 are_complex.append(len(found))
-            found.append((number, KINDS[tensor.dtype], shape))
+            found.append((number, KIND_OF[tensor.dtype], shape))
     if not found:
         return None
     where, of_kinds, shapes = zip(*found, strict=True)
@@ -192,7 +191,7 @@ def _chosen(
     tensors: Sequence[Tensor | None],
     what: str,
     counts: Sequence[int] | None,
-    tables: Tables,
+    tables: PlanTables,
     seen: Look,
 ) -> Chosen:
     """All of the tensors that are there; none has gaps."""
@@ -200,8 +199,8 @@ def _chosen(
     if len(seen.tensors) < len(tensors):
         positions = [number for number, each in enumerate(tensors) if each is not None]
 
-    def make() -> Table:
-        kinds = [KINDS[dtype] for dtype in seen.dtypes]
+    def make() -> Blocks:
+        kinds = [KIND_OF[dtype] for dtype in seen.dtypes]
         if counts is None:
             return table_of_contiguous(kinds, seen.numels)
         table = table_of_contiguous(kinds, seen.numels, _at(counts, positions))
@@ -216,7 +215,7 @@ def _takes(seen: Look, kinds: frozenset[Kind], unit_dims: Sequence[Sequence[int]
     """Whether the loops take all of them, their units as rows one after another in memory."""
     return (
         seen.on_host
-        and all(KINDS.get(each) in kinds for each in seen.kinds.distinct)
+        and all(KIND_OF.get(each) in kinds for each in seen.kinds.distinct)
         and (unit_dims is None or (seen.row_major and _are_first(unit_dims)))
     )
 
@@ -247,7 +246,7 @@ def is_readable(tensor: Tensor, kinds: frozenset[Kind]) -> bool:
         type(tensor) in PLAIN
         and tensor.is_cpu
         and tensor.layout is torch.strided
-        and KINDS.get(tensor.dtype) in kinds
+        and KIND_OF.get(tensor.dtype) in kinds
     )
 
 
@@ -331,16 +330,16 @@ def unit_norms(
 
 
 def segment_norms(
-    values: Tensor, lengths: Sequence[int], norm_type: float, tables: Tables | None
+    values: Tensor, lengths: Sequence[int], norm_type: float, tables: PlanTables | None
 ) -> tuple[Floats, list[int]] | None:
     """As :func:`norms`, of consecutive runs of one contiguous float64 host tensor.
 
     Returns:
         None where there are no loops.
     """
-    if Kind.FLOAT64 not in compiler.kinds() or not measures(norm_type):
+    if Kind.FLOAT64 not in compiler.compiled_kinds() or not measures(norm_type):
         return None
-    tables = Tables() if tables is None else tables
+    tables = PlanTables() if tables is None else tables
     table = tables.remembered(
         f"{len(lengths)} segments", lengths, lambda: table_of_segments(lengths)
     )
@@ -349,7 +348,7 @@ def segment_norms(
     return _rooted(sums, norm_type, chosen)
 
 
-def _of_wholes(rows: Floats, table: Table, norm_type: float) -> Floats:
+def _of_wholes(rows: Floats, table: Blocks, norm_type: float) -> Floats:
     """A number for each tensor, from those of its rows."""
     if len(rows) == len(table.counts):
         return rows
@@ -387,7 +386,7 @@ def _run(name: str, chosen: Chosen, rows: Floats | Integers) -> None:
     if loop is None:  # `choose` chose nothing then
         raise AssertionError(f"there is no compiled loop {name!r}")
     table = chosen.table
-    threads.run(loop, table, table.placed(chosen.addresses), rows.ctypes.data)
+    threads.run_blocks(loop, table, table.placed(chosen.addresses), rows.ctypes.data)
 
 
 def _rooted(
@@ -410,7 +409,7 @@ def _rooted(
     return np.sqrt(sums, out=sums), unsure
 
 
-def _each_row(table: Table, numbers: Floats) -> Floats:
+def _each_row(table: Blocks, numbers: Floats) -> Floats:
     """A number for each row, from those of the tensors; 0 for rows of what is not in the table."""
     each = numbers if table.simple else np.repeat(numbers, table.counts)
     if len(each) == table.rows:

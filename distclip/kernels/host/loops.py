@@ -32,8 +32,8 @@ from typing import Any
 from llvmlite import ir
 
 from distclip.kernels.host import counting as exponents
-from distclip.kernels.host.blocks import CLAMPED, COLUMNS, COUNTED, RECORD, Column, Kind
-from distclip.kernels.host.building import WIDTH, at, counting, splat, tree, variable
+from distclip.kernels.host.blocks import BLOCK_COLUMNS, CLAMPED, COUNTED, RECORD, Column, Kind
+from distclip.kernels.host.building import VECTOR_WIDTH, at, counting, splat, tree, variable
 from distclip.kernels.host.changes import change_function, clamped
 from distclip.kernels.host.formats import (
     DOUBLE,
@@ -43,7 +43,7 @@ from distclip.kernels.host.formats import (
     POINTER,
     Builder,
     Format,
-    Value,
+    IRValue,
     constant,
 )
 
@@ -54,7 +54,7 @@ UNROLLED = 4
 
 
 @dataclasses.dataclass(frozen=True)
-class Measure:
+class RowReduction:
     """What is computed of a row: an accumulator per lane, and how the lanes are combined.
 
     Attributes:
@@ -66,48 +66,54 @@ class Measure:
     """
 
     accumulates: Callable[[Format], Any]
-    take: Callable[[Builder, Format, Value, Value, Value | None], Value]
-    combine: Callable[[Builder, Value, Value], Value]
-    finish: Callable[[Builder, Format, Value], Value]
+    take: Callable[[Builder, Format, IRValue, IRValue, IRValue | None], IRValue]
+    combine: Callable[[Builder, IRValue, IRValue], IRValue]
+    finish: Callable[[Builder, Format, IRValue], IRValue]
 
 
-def _add_square(b: Builder, f: Format, total: Value, bits: Value, bound: Value | None) -> Value:
+def _add_square(
+    b: Builder, f: Format, total: IRValue, bits: IRValue, bound: IRValue | None
+) -> IRValue:
     value = clamped(b, f.widen(b, bits), bound)
     flags = ("contract",) if f.exact_squares else ()
     return b.fadd(b.fmul(value, value, flags=flags), total, flags=flags)
 
 
-def _without_sign(b: Builder, f: Format, bits: Value) -> Value:
+def _without_sign(b: Builder, f: Format, bits: IRValue) -> IRValue:
     return b.and_(bits, constant(f.bits, (1 << (8 * f.size - 1)) - 1, bits))
 
 
-def _add_magnitude(b: Builder, f: Format, total: Value, bits: Value, bound: Value | None) -> Value:
+def _add_magnitude(
+    b: Builder, f: Format, total: IRValue, bits: IRValue, bound: IRValue | None
+) -> IRValue:
     value = clamped(b, f.widen(b, _without_sign(b, f, bits)), bound)
     return b.fadd(value, total)
 
 
-def _take_larger(b: Builder, f: Format, most: Value, bits: Value, bound: Value | None) -> Value:
+def _take_larger(
+    b: Builder, f: Format, most: IRValue, bits: IRValue, bound: IRValue | None
+) -> IRValue:
     """Without their sign, the bits of numbers are in the order of the numbers, NaN on top."""
     return _larger(b, most, _without_sign(b, f, bits))
 
 
-def _larger(b: Builder, first: Value, second: Value) -> Value:
+def _larger(b: Builder, first: IRValue, second: IRValue) -> IRValue:
     return b.select(b.icmp_unsigned(">", first, second), first, second)
 
 
-def _sum(b: Builder, first: Value, second: Value) -> Value:
+def _sum(b: Builder, first: IRValue, second: IRValue) -> IRValue:
     return b.fadd(first, second)
 
 
-def _root(b: Builder, f: Format, total: Value) -> Value:
+def _root(b: Builder, f: Format, total: IRValue) -> IRValue:
     return b.call(b.module.declare_intrinsic("llvm.sqrt", [DOUBLE]), [total])
 
 
 MEASURES = {
-    "squares": Measure(lambda f: DOUBLE, _add_square, _sum, lambda b, f, total: total),
-    "roots": Measure(lambda f: DOUBLE, _add_square, _sum, _root),
-    "magnitudes": Measure(lambda f: DOUBLE, _add_magnitude, _sum, lambda b, f, total: total),
-    "largest": Measure(
+    "squares": RowReduction(lambda f: DOUBLE, _add_square, _sum, lambda b, f, total: total),
+    "roots": RowReduction(lambda f: DOUBLE, _add_square, _sum, _root),
+    "magnitudes": RowReduction(lambda f: DOUBLE, _add_magnitude, _sum, lambda b, f, total: total),
+    "largest": RowReduction(
         lambda f: f.bits, _take_larger, _larger, lambda b, f, most: f.widen(b, most)
     ),
 }
@@ -116,37 +122,39 @@ MEASURES = {
 class _Accumulator:
     """One measure of the numbers that a function reads, from its first to its last."""
 
-    def __init__(self, b: Builder, measure: Measure, form: Format, bound: Value | None) -> None:
+    def __init__(
+        self, b: Builder, measure: RowReduction, form: Format, bound: IRValue | None
+    ) -> None:
         self._measure, self._form = measure, form
         self._scalar = measure.accumulates(form)
-        self._vector = ir.VectorType(self._scalar, WIDTH)
-        nothing = ir.Constant(self._vector, [0] * WIDTH)
+        self._vector = ir.VectorType(self._scalar, VECTOR_WIDTH)
+        nothing = ir.Constant(self._vector, [0] * VECTOR_WIDTH)
         self._bound, self._bounds = bound, None if bound is None else splat(b, bound)
         self._lanes = [variable(b, nothing) for _ in range(UNROLLED)]
         self._rest = variable(b, ir.Constant(self._scalar, 0))
 
-    def vector(self, b: Builder, lane: int, bits: Value) -> None:
-        """Take ``WIDTH`` numbers into a lane of their own."""
+    def vector(self, b: Builder, lane: int, bits: IRValue) -> None:
+        """Take ``VECTOR_WIDTH`` numbers into a lane of their own."""
         total = b.load(self._lanes[lane], typ=self._vector)
         taken = self._measure.take(b, self._form, total, bits, self._bounds)
         b.store(taken, self._lanes[lane])
 
-    def alone(self, b: Builder, bits: Value) -> None:
+    def alone(self, b: Builder, bits: IRValue) -> None:
         """Take one number."""
         total = b.load(self._rest, typ=self._scalar)
         b.store(self._measure.take(b, self._form, total, bits, self._bound), self._rest)
 
-    def result(self, b: Builder) -> Value:
+    def result(self, b: Builder) -> IRValue:
         """The float64 result for the row."""
         combine = functools.partial(self._measure.combine, b)
         lanes = tree(b, combine, [b.load(lane, typ=self._vector) for lane in self._lanes])
-        parts = [b.extract_element(lanes, ir.Constant(INT32, n)) for n in range(WIDTH)]
+        parts = [b.extract_element(lanes, ir.Constant(INT32, n)) for n in range(VECTOR_WIDTH)]
         total = combine(tree(b, combine, parts), b.load(self._rest, typ=self._scalar))
         return self._measure.finish(b, self._form, total)
 
 
 def _row_function(
-    module: Any, name: str, measure: Measure, kind: Kind, ending: str, *, strided: bool
+    module: Any, name: str, measure: RowReduction, kind: Kind, ending: str, *, strided: bool
 ) -> Any:
     """``double name(i64 address, i64 length, i64 step, ...)``: one row measured.
 
@@ -163,13 +171,13 @@ def _row_function(
     sums = [_Accumulator(b, measure, form, given[0] if ending == CLAMPED else None)]
     if ending == CLAMPED:
         sums.append(_Accumulator(b, measure, form, None))
-    done: Value = ir.Constant(INT64, 0)
+    done: IRValue = ir.Constant(INT64, 0)
     if not strided:
-        memory, turn = ir.VectorType(form.bits, WIDTH), WIDTH * UNROLLED
+        memory, turn = ir.VectorType(form.bits, VECTOR_WIDTH), VECTOR_WIDTH * UNROLLED
         whole = b.mul(b.sdiv(length, ir.Constant(INT64, turn)), ir.Constant(INT64, turn))
         with counting(b, done, whole, turn) as index:
             for lane in range(UNROLLED):
-                place = b.add(index, ir.Constant(INT64, lane * WIDTH))
+                place = b.add(index, ir.Constant(INT64, lane * VECTOR_WIDTH))
                 bits = b.load(at(b, address, place, form.size), align=form.size, typ=memory)
                 for each in sums:
                     each.vector(b, lane, bits)
@@ -197,11 +205,11 @@ def _row_function(
 class _Block:
     """The columns of one row of the table, read where they are asked for."""
 
-    def __init__(self, b: Builder, table: Value, number: Value) -> None:
+    def __init__(self, b: Builder, table: IRValue, number: IRValue) -> None:
         self._b = b
-        self._start = b.add(table, b.mul(number, ir.Constant(INT64, 8 * COLUMNS)))
+        self._start = b.add(table, b.mul(number, ir.Constant(INT64, 8 * BLOCK_COLUMNS)))
 
-    def __getitem__(self, column: Column) -> Value:
+    def __getitem__(self, column: Column) -> IRValue:
         place = self._b.add(self._start, ir.Constant(INT64, 8 * column))
         return self._b.load(self._b.inttoptr(place, POINTER), typ=INT64)
 
@@ -252,11 +260,11 @@ def _rows(
     b: Builder,
     block: _Block,
     row: Any,
-    values: Value,
+    values: IRValue,
     *,
     neutral: float | None = None,
-    beside: Value | None = None,
-    bins: Value | None = None,
+    beside: IRValue | None = None,
+    bins: IRValue | None = None,
 ) -> None:
     """Call ``row`` for every row of a block, with its number in ``values``, which it may replace.
 

@@ -13,14 +13,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from distclip.kernels.host.blocks import Integers, Table
+from distclip.kernels.host.blocks import Blocks, Integers
 
 WORTHWHILE = 1 << 21
 """Elements per thread below which another thread costs more than it brings: 0.1 ms to wake one."""
 
 
-def run(
-    loop: Callable[[int, int, int, int], None], table: Table, blocks: Integers, values: int
+def run_blocks(
+    loop: Callable[[int, int, int, int], None], table: Blocks, blocks: Integers, values: int
 ) -> None:
     """Run ``loop`` over all blocks, on as many threads as pay.
 

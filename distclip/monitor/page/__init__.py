@@ -5,4 +5,4 @@ this one. uPlot 1.6.32 draws the charts (MIT, ``uPlot.LICENSE``; https://github.
 """
 
 from distclip.monitor.page.writing import html as html
-from distclip.monitor.page.writing import save as save
+from distclip.monitor.page.writing import save_page as save_page

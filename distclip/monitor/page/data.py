@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from distclip.common.rollups import grouped
-from distclip.monitor.runs import Counted, Floats, Parameters, Run, Summary, median
+from distclip.monitor.runs import Counted, Floats, ParameterSeries, Run, Summary, median
 from distclip.monitor.states import STATES
 from distclip.monitor.thinning import bins, thinned
 
@@ -23,10 +23,10 @@ MARKED_STEPS = 1000
 ROWS, CELLS = 60, 200
 """Most rows and columns of the heat map of parameters by step."""
 
-LISTED = 30
+CLIPPED_LISTED = 30
 """Parameters in the table of the most clipped ones."""
 
-PERCENTILES = (50.0, 75.0, 90.0, 95.0, 99.0, 99.9)
+PAGE_PERCENTILES = (50.0, 75.0, 90.0, 95.0, 99.0, 99.9)
 
 
 def page_data(runs: Sequence[Run], summaries: Sequence[Summary]) -> dict[str, Any]:
@@ -107,7 +107,9 @@ def candidates(norms: Floats) -> list[dict[str, float]]:
             "threshold": float(f"{level:.4g}"),
             "share": float((finite > level).mean()),
         }
-        for p, level in zip(PERCENTILES, np.percentile(finite, PERCENTILES).tolist(), strict=True)
+        for p, level in zip(
+            PAGE_PERCENTILES, np.percentile(finite, PAGE_PERCENTILES).tolist(), strict=True
+        )
     ]
 
 
@@ -142,14 +144,14 @@ def _spans(run: Run) -> list[list[float]]:
     ]
 
 
-def _parameters(parameters: Parameters) -> dict[str, Any]:
+def _parameters(parameters: ParameterSeries) -> dict[str, Any]:
     clipped = parameters.coefficients < 1.0
     known = ~np.isnan(parameters.coefficients)
     share = clipped.sum(axis=0) / np.maximum(known.sum(axis=0), 1)
     lowest = _largest(-parameters.coefficients)
     largest = _largest(parameters.norms)
     ratios = np.full_like(known, np.nan, float) if parameters.ratios is None else parameters.ratios
-    order = np.lexsort((lowest, -share))[:LISTED]
+    order = np.lexsort((lowest, -share))[:CLIPPED_LISTED]
     return {
         "lines": len(parameters.steps),
         "count": len(parameters.names),
@@ -169,7 +171,7 @@ def _parameters(parameters: Parameters) -> dict[str, Any]:
     }
 
 
-def _heat(parameters: Parameters) -> dict[str, Any]:
+def _heat(parameters: ParameterSeries) -> dict[str, Any]:
     """Norms by module and step: the joint norm of a module's parameters, the largest in a cell."""
     groups = _modules(parameters.names)
     edges = bins(len(parameters.steps), CELLS)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
-from distclip.common.foreign import clean
+from distclip.common.foreign import in_one_line
 from distclip.errors import ConfigurationError
 from distclip.monitor.page.data import page_data
 from distclip.monitor.runs import Run, Summary
@@ -52,7 +52,9 @@ def html(
     return page
 
 
-def save(runs: Sequence[Run], summaries: Sequence[Summary], path: str | os.PathLike[str]) -> None:
+def save_page(
+    runs: Sequence[Run], summaries: Sequence[Summary], path: str | os.PathLike[str]
+) -> None:
     """Write the page.
 
     Raises:
@@ -64,7 +66,7 @@ def save(runs: Sequence[Run], summaries: Sequence[Summary], path: str | os.PathL
         path.write_text(html(runs, summaries), encoding="utf-8", newline="\n")
     except (OSError, ValueError) as error:
         raise ConfigurationError(
-            f"{clean(path)}: the page cannot be written: {clean(error, 300)}"
+            f"{in_one_line(path)}: the page cannot be written: {in_one_line(error, 300)}"
         ) from None
 
 

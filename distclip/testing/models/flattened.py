@@ -111,7 +111,7 @@ class Flattened(Sharded):
             absent = True
             for original, shape in SHAPES.items():
                 gradient = gradients[original]
-                here = within(numbered, original, shape)
+                here = elements_within(numbered, original, shape)
                 if gradient is not None and (bool(here.any()) or math.prod(shape) == 0):
                     found[here] = gradient.flatten()[numbered[here] - BASES[original]]
                     absent = False
@@ -122,7 +122,7 @@ class Flattened(Sharded):
         for original, shape in SHAPES.items():
             parts = []
             for name, parameter in self.parameters.items():
-                here = within(self.numbered[name], original, shape)
+                here = elements_within(self.numbered[name], original, shape)
                 if parameter.grad is None:
                     assert original in self.missing or not bool(here.any())
                 elif bool(here.any()):  # not from a unit of another dtype
@@ -134,7 +134,7 @@ class Flattened(Sharded):
                 yield original, torch.cat(parts) if parts else torch.empty(0)
 
 
-def within(numbered: Tensor, name: str, shape: tuple[int, ...]) -> Tensor:
+def elements_within(numbered: Tensor, name: str, shape: tuple[int, ...]) -> Tensor:
     """Which of these elements belong to a parameter."""
     first = BASES[name]
     return (numbered >= first) & (numbered < first + math.prod(shape))
@@ -154,6 +154,6 @@ def flatten(layout: str, values: Whole) -> Flattened:
     numbered = {name: low[name] + DIGIT * high[name] for name in parameters}
     elements = {}
     for original, shape in SHAPES.items():
-        parts = [held[within(held, original, shape)] for held in numbered.values()]
+        parts = [held[elements_within(held, original, shape)] for held in numbered.values()]
         elements[original] = torch.cat(parts) - BASES[original]
     return Flattened(parameters, elements, numbered=numbered, model=model)

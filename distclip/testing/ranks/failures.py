@@ -9,10 +9,10 @@ from typing import Any, Literal
 
 from distclip.testing.ranks.stuck import STOPPED, WAITS
 
-Kind = Literal["returned", "raised", "skipped", "xfailed", "died", "stuck"]
+ResultKind = Literal["returned", "raised", "skipped", "xfailed", "died", "stuck"]
 
 # As faulthandler prints the frames that lie below every function; "<string>" starts the zygote.
-_HARNESS = (
+_HARNESS_FILES = (
     '/distclip/testing/ranks/worker.py"',
     '/distclip/testing/ranks/zygote.py"',
     'File "<string>"',
@@ -35,7 +35,7 @@ class Outcome:
     """
 
     rank: int
-    kind: Kind
+    kind: ResultKind
     result: Any = None
     error: str = ""
     trace: str = ""
@@ -114,7 +114,7 @@ def own_frames(stacks: str) -> str:
             threads.append([])
         threads[-1].append(line)
     for lines in threads:
-        frames = [line for line in lines if not any(file in line for file in _HARNESS)]
+        frames = [line for line in lines if not any(file in line for file in _HARNESS_FILES)]
         kept += frames if len(frames) > 1 else lines
     return "\n".join(kept).strip()
 

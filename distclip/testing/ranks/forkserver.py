@@ -155,7 +155,7 @@ class ForkServer:
 
 _lock = threading.Lock()
 _server: ForkServer | None = None
-_inherited: list[ForkServer] = []  # in a fork of this process: what belongs to the parent
+_inherited_servers: list[ForkServer] = []  # in a fork of this process: what belongs to the parent
 
 
 def get() -> ForkServer:
@@ -182,7 +182,7 @@ def _forget() -> None:
     global _server, _lock
     if _server is not None:
         _server._control.close()
-        _inherited.append(_server)
+        _inherited_servers.append(_server)
     _server, _lock = None, threading.Lock()
 
 

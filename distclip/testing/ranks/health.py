@@ -40,9 +40,6 @@ def reusable(states: Sequence[GroupState]) -> bool:
     a group (one was left half done); where a group is missing on some of its members; where a
     numbered group is gone from all of them (DTensor's caches may still hold a mesh made of it);
     or where too many groups have piled up. A `send` that nobody received is not seen.
-
-    Args:
-        states: one per rank, in the order of the ranks.
     """
     if not all(state.default_alive for state in states):
         return False

@@ -1,8 +1,8 @@
 """Stores that only this machine can reach.
 
 torch's ``TCPStore`` listens on every network interface, whatever address it is given, and asks
-nobody who connects for a password. :func:`install` makes the stores of this process that are given
-a loopback address listen on that address only.
+nobody who connects for a password. :func:`listen_on_loopback` makes the stores of this process that
+are given a loopback address listen on that address only.
 ``python -m distclip.testing.ranks.loopback MODULE ARGS``
 runs a launcher so, such as ``torch.distributed.run`` or ``accelerate.commands.launch``: its own
 store is the one that its ranks meet in.
@@ -38,7 +38,7 @@ def listening(port: int = 0) -> socket.socket:
     return server
 
 
-def install() -> None:
+def listen_on_loopback() -> None:
     """From now on stores of this process that are given a loopback address listen only there."""
     import torch.distributed
 
@@ -75,7 +75,7 @@ def install() -> None:
 
 def main() -> None:
     """Run the module that the command line names, as ``python -m`` does."""
-    install()
+    listen_on_loopback()
     module, *arguments = sys.argv[1:]
     sys.argv = [module, *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -30,12 +30,11 @@ from distclip.testing.ranks import forkserver, shipping, worker
 from distclip.testing.ranks.failures import Outcome, rank_error
 from distclip.testing.ranks.forkserver import PoolError, RankProcess
 from distclip.testing.ranks.health import GroupState, reusable
-from distclip.testing.ranks.replies import read, receive, stuck
-from distclip.testing.ranks.stuck import STOPPED, limit_within
+from distclip.testing.ranks.replies import read_shared, receive, stuck
+from distclip.testing.ranks.stuck import STOPPED, STUCK_AFTER, limit_within
 
 T = TypeVar("T")
 
-STUCK_AFTER = "DISTCLIP_STUCK_AFTER"  # see distclip.statistics.waiting
 GRACE = 1.0  # seconds that the other ranks get to finish after one has failed
 JOIN_LIMIT = 90.0  # seconds for new ranks to find each other; the store gives up after 60
 
@@ -128,7 +127,7 @@ class RankPool:
         with contextlib.suppress(EOFError, OSError):
             if process.connection.poll(JOIN_LIMIT):
                 return process.connection.recv_bytes()
-        output = read(process.output)
+        output = read_shared(process.output)
         raise PoolError(
             f"rank {rank} of {self.world_size} did not join its process group:\n{output}"
         )
@@ -184,7 +183,7 @@ class RankPool:
 
 _pools: dict[int, RankPool] = {}
 _pools_lock = threading.Lock()
-_inherited: list[RankPool] = []  # in a fork of this process: pools that belong to the parent
+_inherited_pools: list[RankPool] = []  # in a fork of this process: pools that belong to the parent
 
 
 def run_on_ranks(
@@ -238,7 +237,7 @@ def _close_all() -> None:
 
 def _forget_all() -> None:
     global _pools_lock
-    _inherited.extend(_pools.values())
+    _inherited_pools.extend(_pools.values())
     _pools.clear()
     _pools_lock = threading.Lock()
 

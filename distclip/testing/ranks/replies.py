@@ -12,7 +12,7 @@ from distclip.testing.ranks import worker
 from distclip.testing.ranks.failures import Outcome, exit_text, own_frames
 from distclip.testing.ranks.forkserver import RankProcess
 from distclip.testing.ranks.health import GroupState
-from distclip.testing.ranks.stuck import culprits, is_stopped, reason
+from distclip.testing.ranks.stuck import STACK_SIGNAL, culprits, is_stopped, reason
 
 STACK_LIMIT = 2.0  # seconds to wait for the stacks of a stuck rank
 
@@ -30,9 +30,11 @@ def receive(rank: int, process: RankProcess) -> tuple[Outcome, GroupState | None
     except (EOFError, OSError):
         code = process.wait(10.0)
         text = exit_text(code) if code is not None else "hung up"
-        stacks = own_frames(read(process.stacks))
-        return Outcome(rank, "died", error=text, trace=stacks, output=read(process.output)), None
-    output = read(process.output)
+        stacks = own_frames(read_shared(process.stacks))
+        return Outcome(
+            rank, "died", error=text, trace=stacks, output=read_shared(process.output)
+        ), None
+    output = read_shared(process.output)
     if reply.kind != "returned":
         return Outcome(rank, reply.kind, error=reply.error, trace=reply.trace, output=output), None
     try:
@@ -43,19 +45,16 @@ def receive(rank: int, process: RankProcess) -> tuple[Outcome, GroupState | None
 
 
 def stuck(ranks: list[int], processes: list[RankProcess]) -> list[Outcome]:
-    """The outcomes of ranks that gave no answer in time, those that others wait for first.
-
-    Args:
-        ranks: their ranks.
-        processes: of each.
-    """
+    """The outcomes of ranks that gave no answer in time, those that others wait for first."""
     stopped = [is_stopped(process.pid) for process in processes]
     running = [p for p, stop in zip(processes, stopped, strict=True) if not stop]
     taken = dict(zip([p.pid for p in running], _stacks_of(running), strict=True))
     stacks = [taken.get(process.pid, "") for process in processes]
     reasons = [reason(p.pid, text) for p, text in zip(processes, stacks, strict=True)]
     outcomes = [
-        Outcome(rank, "stuck", error=why, trace=own_frames(text), output=read(process.output))
+        Outcome(
+            rank, "stuck", error=why, trace=own_frames(text), output=read_shared(process.output)
+        )
         for rank, process, why, text in zip(ranks, processes, reasons, stacks, strict=True)
     ]
     first = culprits(reasons)
@@ -66,7 +65,7 @@ def _stacks_of(processes: list[RankProcess]) -> list[str]:
     """The Python stacks of all threads of each process, taken without its cooperation."""
     for process in processes:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(process.pid, worker.STACK_SIGNAL)
+            os.kill(process.pid, STACK_SIGNAL)
     deadline = time.monotonic() + STACK_LIMIT
     sizes = [0] * len(processes)
     while processes and time.monotonic() < deadline:
@@ -74,10 +73,10 @@ def _stacks_of(processes: list[RankProcess]) -> list[str]:
         before, sizes = sizes, [os.fstat(process.stacks.fileno()).st_size for process in processes]
         if before == sizes and all(sizes):  # written, and no longer growing
             break
-    return [read(process.stacks) for process in processes]
+    return [read_shared(process.stacks) for process in processes]
 
 
-def read(file: IO[bytes]) -> str:
+def read_shared(file: IO[bytes]) -> str:
     """All that was written to a file that a rank shares with its caller."""
     file.seek(0)
     return file.read().decode(errors="replace")

@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import re
+import signal
 from collections.abc import Sequence
 from pathlib import Path
+
+STUCK_AFTER = "DISTCLIP_STUCK_AFTER"
+"""Environment variable with the limit, in seconds, of :mod:`distclip.statistics.waiting`."""
+
+STACK_SIGNAL = signal.SIGUSR1
+"""Has a rank write the stacks of all its threads into a file that it shares with its caller."""
 
 WAITS = "waiting in a collective for other ranks"
 STOPPED = "stopped (SIGSTOP, or a debugger)"
@@ -22,20 +29,23 @@ _FRAME = re.compile(r'^\s*File "(?P<file>[^"]+)", line \d+ in .+$')
 _HARNESS = "/distclip/testing/ranks/worker.py"
 
 
+def kernel_fields(pid: int | None) -> list[str]:
+    """What Linux says of a process, from its state on; empty if it is gone, or elsewhere.
+
+    The fields of ``/proc/PID/stat`` after the name, see proc(5): state, parent and so on.
+    """
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return []
+
+
 def is_stopped(pid: int) -> bool:
     """Whether a process gets no time until it is sent SIGCONT; False where that is not known."""
-    with contextlib.suppress(OSError, IndexError):
-        text = Path(f"/proc/{pid}/stat").read_text()
-        return text.rpartition(")")[2].split()[0] in ("T", "t")
-    return False
+    return kernel_fields(pid)[:1] in (["T"], ["t"])
 
 
 def waits(stacks: str) -> bool:
-    """Whether the thread that runs the call is in a collective, or in a backward.
-
-    Args:
-        stacks: of all threads, as faulthandler writes them, innermost frame first.
-    """
+    """Whether the thread that runs the call is in a collective, or in a backward."""
     threads: list[list[str]] = []
     for line in stacks.splitlines():
         match = _FRAME.match(line)

@@ -8,7 +8,6 @@ import faulthandler
 import os
 import pickle
 import random
-import signal
 import socket
 import sys
 import traceback
@@ -20,11 +19,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from distclip.testing.ranks.failures import Kind
+from distclip.testing.ranks.failures import ResultKind
 from distclip.testing.ranks.health import GroupState, group_state
+from distclip.testing.ranks.stuck import STACK_SIGNAL
 
 SEED = 0
-STACK_SIGNAL = signal.SIGUSR1
 CONNECT_LIMIT = datetime.timedelta(seconds=60)
 # Hangs are the caller's to notice, who has the stacks of every rank to show for it.
 COLLECTIVE_LIMIT = datetime.timedelta(minutes=30)
@@ -33,7 +32,11 @@ in_rank = False  # True in the process of a rank
 
 
 _KIT = os.path.dirname(os.path.dirname(__file__)) + os.sep
-_OUTCOMES: dict[str, Kind] = {"Skipped": "skipped", "SkipTest": "skipped", "XFailed": "xfailed"}
+_OUTCOMES: dict[str, ResultKind] = {
+    "Skipped": "skipped",
+    "SkipTest": "skipped",
+    "XFailed": "xfailed",
+}
 
 
 class CallRequest(NamedTuple):
@@ -48,7 +51,7 @@ class CallRequest(NamedTuple):
 class Reply(NamedTuple):
     """What a rank sends back for a call."""
 
-    kind: Kind
+    kind: ResultKind
     value: bytes = b""  # pickled result
     error: str = ""  # one line
     trace: str = ""
@@ -86,7 +89,7 @@ def _join(rank: int, world_size: int, connection: Connection) -> Mapping[str, st
         os.environ["GLOO_SOCKET_IFNAME"] = found.pop()
     from distclip.testing.ranks import loopback
 
-    loopback.install()
+    loopback.listen_on_loopback()
     # Rank 0 binds a free port and only then tells it: nobody can take it in between.
     port = 0 if rank == 0 else int.from_bytes(connection.recv_bytes(), "big")
     store = dist.TCPStore(  # type: ignore[attr-defined]

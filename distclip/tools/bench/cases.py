@@ -17,7 +17,7 @@ import torch
 
 from distclip.tools.bench import models, ways
 from distclip.tools.bench.models import LARGE, SMALL
-from distclip.tools.bench.timing import Bench, Taken, measure
+from distclip.tools.bench.timing import Bench, Taken, time_ways
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PLAIN_SIZES: Mapping[str, tuple[int, tuple[int, ...], str]] = {
@@ -77,10 +77,10 @@ def _plain(kind: str) -> tuple[str, Callable[[], models.Model]]:
     count, shape, dtype = PLAIN_SIZES[kind]
     what = " x ".join(f"{extent:,}" for extent in shape)
     title = f"{count:,} plain parameters of {what}, {dtype}"
-    return title, functools.partial(models.plain, count, shape, TORCH_DTYPES[dtype])
+    return title, functools.partial(models.plain_tensors, count, shape, TORCH_DTYPES[dtype])
 
 
-def _encoder(
+def _encoder_case(
     layout: str, make: Callable[..., models.Model], kind: str, **more: Any
 ) -> tuple[str, Callable[[], models.Model]]:
     """Title and maker of an encoder under a sharding."""
@@ -102,13 +102,13 @@ def _add_norms(
 def _zero(stage: int, dtype: str) -> Bench:
     from distclip.tools.bench import zero
 
-    return Bench(zero.ways(stage, dtype))
+    return Bench(zero.zero_ways(stage, dtype))
 
 
 def _fold() -> Bench:
     from distclip.tools.bench import fold
 
-    return Bench(fold.ways())
+    return Bench(fold.fold_ways())
 
 
 def _count(parameters: int) -> Bench:
@@ -116,7 +116,7 @@ def _count(parameters: int) -> Bench:
 
 
 for _kind in ENCODERS:
-    _add_norms(_kind, _encoder("FSDP2", models.fsdp2, _kind), rows=_kind in ("bf16", "fp16"))
+    _add_norms(_kind, _encoder_case("FSDP2", models.fsdp2, _kind), rows=_kind in ("bf16", "fp16"))
 _add("bf16-embedding", "FSDP2, one embedding of 32,000 x 1,024 in bf16, not clipping",
      ways.clip_norm, models.embedding, ways.LOOSE, rows=True, peer=ways.TORCH_ROWS)  # fmt: skip
 _add("gigabyte", "64 DTensors, 1 GiB of gradients, not clipping",
@@ -125,15 +125,15 @@ _add("gigabyte", "64 DTensors, 1 GiB of gradients, not clipping",
 for _kind in PLAIN_SIZES:
     _add_norms(f"plain-{_kind}", _plain(_kind))
 for _kind in ENCODERS:
-    _add_norms(f"ddp-{_kind}", _encoder("DDP", models.ddp, _kind))
+    _add_norms(f"ddp-{_kind}", _encoder_case("DDP", models.ddp, _kind))
 for _kind in ENCODERS:
-    _add_norms(f"fsdp1-{_kind}", _encoder("FSDP1", models.fsdp1, _kind), ways.FSDP1)
-_add_norms("fsdp1-views", _encoder("FSDP1 with use_orig_params", models.fsdp1, "small",
-                                   original=True), ways.FSDP1)  # fmt: skip
+    _add_norms(f"fsdp1-{_kind}", _encoder_case("FSDP1", models.fsdp1, _kind), ways.FSDP1_CLIP)
+_add_norms("fsdp1-views", _encoder_case("FSDP1 with use_orig_params", models.fsdp1, "small",
+                                   original=True), ways.FSDP1_CLIP)  # fmt: skip
 for _kind in ("small", "large", "bf16"):
-    _title, _make = _encoder("FSDP2", models.fsdp2, _kind)
+    _title, _make = _encoder_case("FSDP2", models.fsdp2, _kind)
     _add(f"agc-{_kind}", f"{_title}, adaptive policies", ways.adaptive, _make, peer=ways.READ)
-_title, _make = _encoder("FSDP1", models.fsdp1, "small")
+_title, _make = _encoder_case("FSDP1", models.fsdp1, "small")
 _add("agc-fsdp1", f"{_title}, adaptive policies", ways.adaptive, _make, peer=ways.READ)
 _TIMM = "timm's formula"
 _add("agc-encoder-clipped", f"an encoder on each rank, {_ELEMENTS[LARGE]}, clipping rows",
@@ -148,8 +148,8 @@ for _kind in PLAIN_SIZES:
 for _name, (_title, _make) in {
     "plain-small": _plain("small"),
     "plain-large": _plain("large"),
-    "fsdp2-small": _encoder("FSDP2", models.fsdp2, "small"),
-    "fsdp2-large": _encoder("FSDP2", models.fsdp2, "large"),
+    "fsdp2-small": _encoder_case("FSDP2", models.fsdp2, "small"),
+    "fsdp2-large": _encoder_case("FSDP2", models.fsdp2, "large"),
 }.items():
     for _function, _build, _peer in (
         ("value", ways.clip_value, "torch clip_grad_value_"),
@@ -187,4 +187,4 @@ GROUPS = {
 def run_case(name: str, rounds: int, budget: float) -> Taken:
     """All ways of a case, measured on this rank."""
     gc.collect()  # the models of the case before
-    return measure(CASES[name].build(), rounds, budget)
+    return time_ways(CASES[name].build(), rounds, budget)

@@ -6,20 +6,20 @@ import textwrap
 from pathlib import Path
 
 from distclip.monitor.plots import BEFORE, COLOURS, STYLE, backend
-from distclip.tools.bench.record import Record, is_ours, rows
+from distclip.tools.bench.record import Record, case_rows, is_ours
 
 LABEL, TITLE = 48, 64
 """Characters of a line beside a bar, and above a panel, that the picture has room for."""
 
 
-def save(record: Record, path: Path) -> None:
+def save_chart(record: Record, path: Path) -> None:
     """One panel a case: bars are medians, whiskers quartiles, in ms.
 
     Raises:
         DistclipError: matplotlib is not installed.
     """
     matplotlib, figure_class = backend()
-    tables = {name: rows(case) for name, case in record.cases.items()}
+    tables = {name: case_rows(case) for name, case in record.cases.items()}
     heights = [1.3 + 0.34 * len(table) for table in tables.values()]
     with matplotlib.rc_context(STYLE):
         figure = figure_class(figsize=(11.0, sum(heights)), layout="constrained")

@@ -72,7 +72,7 @@ def clipped(parameters: Sequence[Tensor], *, fold: bool) -> AdamWStep:
     return step
 
 
-def parameters_of(world: int) -> list[Tensor]:
+def fold_parameters(world: int) -> list[Tensor]:
     """Sharded by FSDP2 on several ranks, plain on one; with gradients."""
     model = nn.Module()
     for number, shape in enumerate(FOLD_SHAPES):
@@ -85,9 +85,9 @@ def parameters_of(world: int) -> list[Tensor]:
     return list(parameters)
 
 
-def ways() -> dict[str, AdamWStep]:
+def fold_ways() -> dict[str, AdamWStep]:
     """All of them; each has moments of its own, the parameters and gradients are the same."""
-    parameters = parameters_of(dist.get_world_size())
+    parameters = fold_parameters(dist.get_world_size())
     return {
         "step + one read: sum()": Reading(parameters),
         "step alone": AdamWStep(parameters),

@@ -78,7 +78,7 @@ def encoder(size: Size) -> Model:
     return with_gradients(_encoder(size, torch.float32).parameters())
 
 
-def plain(count: int, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Model:
+def plain_tensors(count: int, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Model:
     """Whole tensors of one shape, each in memory of its own, as in one process."""
     return with_gradients(nn.Parameter(torch.randn(shape, dtype=dtype)) for _ in range(count))
 

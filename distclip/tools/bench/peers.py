@@ -31,7 +31,7 @@ def titan_clip(parameters: Sequence[Tensor], max_norm: float) -> Callable[[], ob
     return torch.no_grad()(act)
 
 
-def total_norm(gradients: Sequence[Tensor]) -> Callable[[], object]:
+def torch_total_norm(gradients: Sequence[Tensor]) -> Callable[[], object]:
     """``torch.nn.utils.get_total_norm``, made whole where it is one of DTensors."""
     listed = list(gradients)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from distclip._version import __version__
-from distclip.common.foreign import clean, read_text
+from distclip.common.foreign import in_one_line, read_text
 from distclip.errors import DistclipError
 from distclip.tools.bench.timing import Taken
 
@@ -93,7 +93,7 @@ class Record:
         path.write_text(text, encoding="utf-8")
 
 
-def read(path: Path) -> Record:
+def read_record(path: Path) -> Record:
     """Read a recorded run.
 
     Raises:
@@ -103,12 +103,12 @@ def read(path: Path) -> Record:
         document = json.loads(read_text(path, MOST_BYTES))
     except (FileNotFoundError, ValueError, RecursionError) as error:
         raise DistclipError(
-            f"bench: {clean(path)} cannot be read as JSON: {clean(error, 300)}"
+            f"bench: {in_one_line(path)} cannot be read as JSON: {in_one_line(error, 300)}"
         ) from None
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise DistclipError(
-            f"bench: {clean(path)} was not written by this version of `distclip bench --output`; "
-            "measure again, or read it as the text that it is"
+            f"bench: {in_one_line(path)} was not written by this version of "
+            "`distclip bench --output`; measure again, or read it as the text that it is"
         )
     try:
         cases = {
@@ -120,12 +120,12 @@ def read(path: Path) -> Record:
         return Record(document["machine"], document["ranks"], cases)
     except (KeyError, TypeError, AttributeError) as error:
         raise DistclipError(
-            f"bench: {clean(path)} has been changed by hand, or is torn: "
-            f"{type(error).__name__}: {clean(error, 300)}"
+            f"bench: {in_one_line(path)} has been changed by hand, or is torn: "
+            f"{type(error).__name__}: {in_one_line(error, 300)}"
         ) from None
 
 
-def combine(
+def combined_ranks(
     title: str, peer: str, ranks: Sequence[Taken], own_ranks: int | None = None
 ) -> CaseRecord:
     """One case as all ranks saw it; ``own_ranks``: see :class:`CaseRecord`."""
@@ -171,7 +171,7 @@ class Row:
     extra_bytes: int
 
 
-def rows(case: CaseRecord) -> list[Row]:
+def case_rows(case: CaseRecord) -> list[Row]:
     """The rows of a case's table."""
     found = []
     for name, way in case.ways.items():

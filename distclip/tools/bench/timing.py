@@ -15,6 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from distclip.tools.launch.leaving import let_gloo_finish
+
 Ways = dict[str, Callable[[], object]]
 
 
@@ -78,7 +80,7 @@ class Taken:
     numbers: dict[str, float] = field(default_factory=dict)
 
 
-def measure(bench: Bench, rounds: int, budget: float) -> Taken:
+def time_ways(bench: Bench, rounds: int, budget: float) -> Taken:
     """Time every way in turn after a common barrier.
 
     Args:
@@ -161,15 +163,6 @@ def _silent() -> Iterator[None]:
         os.close(nowhere)
 
 
-def _let_gloo_finish() -> None:
-    """Wait until gloo's threads have let go of the tensors of the last collective.
-
-    A thread that drops the last reference to one takes the GIL for it. Where tracemalloc (CPython
-    3.11) or the profiler (torch 2.13) starts or stops meanwhile, the process crashes.
-    """
-    time.sleep(0.05)
-
-
 def extra_bytes(act: Callable[[], object]) -> int:
     """The most that is allocated at once while ``act`` runs: tensors, and what Python traces.
 
@@ -179,7 +172,10 @@ def extra_bytes(act: Callable[[], object]) -> int:
     profile = torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     )
-    _let_gloo_finish()
+    # A thread of gloo that drops the last reference to a tensor takes the GIL for it. Where
+    # tracemalloc (CPython 3.11) or the profiler (torch 2.13) starts or stops meanwhile, the process
+    # crashes.
+    let_gloo_finish()
     with _silent():
         profile.start()
     tracing = tracemalloc.is_tracing()
@@ -189,7 +185,7 @@ def extra_bytes(act: Callable[[], object]) -> int:
     start, _ = tracemalloc.get_traced_memory()
     act()
     _, peak = tracemalloc.get_traced_memory()
-    _let_gloo_finish()
+    let_gloo_finish()
     if not tracing:
         tracemalloc.stop()
     with _silent():

@@ -20,7 +20,7 @@ from distclip.tools.bench.models import (
     fsdp2,
     local_gradients,
     local_weights,
-    plain,
+    plain_tensors,
 )
 from distclip.tools.bench.timing import Bench, PreparedWay, Ways
 
@@ -29,7 +29,7 @@ LOOSE, TIGHT = 1e9, 1e-3
 AGC_FACTOR = 0.01
 """A ``clip_factor`` with which the drawn gradients are clipped."""
 TORCH = "torch clip_grad_norm_"
-FSDP1 = "FSDP1's clip_grad_norm_"
+FSDP1_CLIP = "FSDP1's clip_grad_norm_"
 READ = "one read of the gradients: sum()"
 READ_BOTH = "one read of gradients and weights: sum()"
 READ_WEIGHTS = "one read of the weights: sum()"
@@ -38,7 +38,7 @@ REDUCE = "one all-reduce of as many numbers"
 OURS = "GradClipper(global_norm)"
 PASS = 'GradClipper(global_norm, on_nonfinite="pass")'
 DROP_IN = "distclip clip_grad_norm_"
-AGC = "GradClipper(agc)"
+OUR_AGC = "GradClipper(agc)"
 AGC_DROP_IN = "distclip clip_grad_agc_"
 TORCH_ROWS = "torch vector_norm(dtype=float32)"
 FOLD_PEER = "step + one read: sum()"
@@ -123,7 +123,7 @@ def clip_norm(build: Callable[[], Model], threshold: float, *, rows: bool = Fals
     ways: Ways = {}
     optional = {}
     if model.fsdp1 is not None:  # what Accelerate calls as well
-        ways[FSDP1] = peers.fsdp1_clip(model.fsdp1, threshold)
+        ways[FSDP1_CLIP] = peers.fsdp1_clip(model.fsdp1, threshold)
     else:
         ways[TORCH] = peers.torch_clip(listed, threshold)
         ways["torchtitan's algorithm"] = peers.titan_clip(listed, threshold)
@@ -175,7 +175,7 @@ def adaptive_plain(build: Callable[[], Model], factor: float) -> Bench:
     ways: Ways = {
         "timm's formula": peers.agc_where(listed, factor),
         "Composer's formula": peers.agc_coefficient(listed, factor),
-        AGC: GradClipper(model.target, policies.agc(factor)).clip_,
+        OUR_AGC: GradClipper(model.target, policies.agc(factor)).clip_,
         AGC_DROP_IN: lambda: distclip.clip_grad_agc_(listed, factor),
         READ_WEIGHTS: reading(local_weights(listed)),
     }
@@ -201,7 +201,7 @@ def total_norm(build: Callable[[], Model]) -> Bench:
     listed = build().parameters
     gradients: list[Tensor] = [p.grad for p in listed if p.grad is not None]
     ways = {
-        "torch get_total_norm": peers.total_norm(gradients),
+        "torch get_total_norm": peers.torch_total_norm(gradients),
         "distclip get_total_norm": lambda: distclip.get_total_norm(gradients),
     }
     return bench_of(listed, ways, clipping=False)
@@ -221,7 +221,7 @@ def each_norm(build: Callable[[], Model]) -> Bench:
 
 def threaded(count: int, shape: tuple[int, ...], dtype: torch.dtype) -> Bench:
     """On one and on two threads, not clipping: what distclip gains, and what ``sum()`` gains."""
-    model = plain(count, shape, dtype)
+    model = plain_tensors(count, shape, dtype)
     listed = model.parameters
     gradients = local_gradients(listed)
     acts: dict[str, Callable[[], object]] = {

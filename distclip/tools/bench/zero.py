@@ -60,7 +60,7 @@ class EngineStep:
         self.engine.step()
 
 
-def ways(stage: int, dtype: str) -> Ways:
+def zero_ways(stage: int, dtype: str) -> Ways:
     """One model and optimizer: both clip with a threshold that always clips; and no clipping."""
     ours = EngineStep(stage, dtype, 0.0)
     integration.attach(ours.engine, policies.global_norm(TIGHT))

@@ -12,9 +12,9 @@ It acts only when asked, by one of
 * ``use_cpu: true`` in the YAML of ``accelerate launch`` (or ``ACCELERATE_USE_CPU=true``), which
   Accelerate itself does not pass on to the ranks of a multi-process launch.
 
-Call order in a rank: :func:`install` and :func:`watch` before the user's script. The second has
-every ``Accelerator.prepare`` end with :func:`verify`, or, where the mode was not asked for, begin
-with :func:`check_ranks`.
+Call order in a rank: :func:`become_cpu_rank` and :func:`watch_accelerators` before the user's
+script. The second has every ``Accelerator.prepare`` end with :func:`verify_ranks`, or, where the
+mode was not asked for, begin with :func:`check_ranks`.
 """
 
 from __future__ import annotations
@@ -29,14 +29,21 @@ from distclip.errors import DistclipError
 from distclip.integrations import hooks
 from distclip.integrations.patches import replace
 from distclip.tools.launch.accelerate_cpu_asked import (
-    SWITCH,
+    CPU_SWITCH,
+    asked_launch,
     flag,
     is_launched_rank,
-    launch,
     requested,
 )
 
-__all__ = ["check_ranks", "examine", "install", "requested", "verify", "watch"]
+__all__ = [
+    "check_ranks",
+    "examine_launch",
+    "become_cpu_rank",
+    "requested",
+    "verify_ranks",
+    "watch_accelerators",
+]
 
 _logger = logging.getLogger(__name__)
 
@@ -45,7 +52,7 @@ _logger = logging.getLogger(__name__)
 _GPU_ONLY = ("FSDP_CPU_RAM_EFFICIENT_LOADING", "FSDP_SYNC_MODULE_STATES")
 
 
-def install(*, cpu: bool = False) -> bool:
+def become_cpu_rank(*, cpu: bool = False) -> bool:
     """Make this process a CPU rank, if that was asked for; returns whether it was.
 
     To be called before an ``Accelerator`` or a ``PartialState`` exists. Hides CUDA devices from
@@ -61,32 +68,28 @@ def install(*, cpu: bool = False) -> bool:
             ``PartialState._prepare_backend``.
     """
     if cpu:
-        os.environ[SWITCH] = "1"
+        os.environ[CPU_SWITCH] = "1"
     if not requested(os.environ):
         return False
-    os.environ[SWITCH] = "1"
+    os.environ[CPU_SWITCH] = "1"
     _set_environment(os.environ)
     _patch_backend()
     return True
 
 
-def watch() -> None:
+def watch_accelerators() -> None:
     """Check the ranks of every ``Accelerator`` of this process, once it prepares something.
 
     Raises:
-        DistclipError: from ``prepare``: what :func:`verify` and :func:`check_ranks` raise.
+        DistclipError: from ``prepare``: what :func:`verify_ranks` and :func:`check_ranks` raise.
     """
     hooks.on_import("accelerate.accelerator", _watch)
-    if SWITCH in os.environ and requested():
+    if CPU_SWITCH in os.environ and requested():
         hooks.on_import("deepspeed.ops", without_compiler)
 
 
 def without_compiler(module: ModuleType) -> None:
-    """Leave DeepSpeed's shared-memory collectives away, which each rank would compile for 40 s.
-
-    Args:
-        module: ``deepspeed.ops``.
-    """
+    """Leave DeepSpeed's shared-memory collectives away, which each rank would compile for 40 s."""
     module.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
@@ -98,14 +101,14 @@ def _watch(module: ModuleType) -> None:
         prepared = original(accelerator, *args, **kwargs)
         models = original.__name__ != "prepare_optimizer" and not kwargs.get("evaluation_mode")
         if on_cpu and models:
-            verify(accelerator, *(prepared if isinstance(prepared, tuple) else (prepared,)))
+            verify_ranks(accelerator, *(prepared if isinstance(prepared, tuple) else (prepared,)))
         return prepared
 
     for name in ("prepare", "prepare_model", "prepare_optimizer"):
         replace(module.Accelerator, name, prepare)
 
 
-def verify(accelerator: Any, *prepared: Any) -> None:
+def verify_ranks(accelerator: Any, *prepared: Any) -> None:
     """Refuse to go on unless the ranks, and the distribution of the models, are really there.
 
     Call it on every rank after ``Accelerator.prepare``. Issues no collective; every rank comes to
@@ -156,7 +159,7 @@ def check_ranks(accelerator: Any) -> None:
     _check_spawned(accelerator)
 
 
-def examine() -> str:
+def examine_launch() -> str:
     """Whether this launch gives Accelerate real ranks, found by building an ``Accelerator``.
 
     For ``distclip doctor``; call it on every rank of the launch.
@@ -167,12 +170,12 @@ def examine() -> str:
     Raises:
         DistclipError: ranks that each believe to be alone, with the mend.
     """
-    asked = install()
+    asked = become_cpu_rank()
     from accelerate import Accelerator
 
     accelerator = Accelerator()
     if asked:
-        verify(accelerator)
+        verify_ranks(accelerator)
     else:
         check_ranks(accelerator)
     kind = accelerator.distributed_type.value
@@ -297,7 +300,7 @@ def _check_spawned(accelerator: Any) -> None:
     """A MULTI_CPU launch without MPI starts a single process, whatever num_processes says."""
     if accelerator.num_processes > 1 or not is_launched_rank(os.environ):
         return
-    launched = launch()
+    launched = asked_launch()
     if launched is None or launched.num_processes <= 1 or _world_size(os.environ) > 1:
         return
     where = f" in {launched.config_file}" if launched.config_file else ""

@@ -8,12 +8,12 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from distclip.common.foreign import clean
+from distclip.common.foreign import in_one_line
 from distclip.errors import ConfigurationError
 
 _logger = logging.getLogger(__name__)
 
-SWITCH = "DISTCLIP_CPU"
+CPU_SWITCH = "DISTCLIP_CPU"
 _TRUE = frozenset({"1", "true", "yes", "on", "y", "t"})
 _FALSE = frozenset({"", "0", "false", "no", "off", "n", "f"})
 
@@ -34,11 +34,11 @@ def requested(environ: Mapping[str, str] | None = None) -> bool:
         ConfigurationError: ``DISTCLIP_CPU`` is neither a yes nor a no.
     """
     environ = os.environ if environ is None else environ
-    if SWITCH in environ:
-        return flag(environ, SWITCH)
+    if CPU_SWITCH in environ:
+        return flag(environ, CPU_SWITCH)
     if environ.get("ACCELERATE_USE_CPU", "").strip().lower() in _TRUE:
         return True
-    launched = launch() if is_launched_rank(environ) else None
+    launched = asked_launch() if is_launched_rank(environ) else None
     return launched is not None and launched.use_cpu
 
 
@@ -69,7 +69,7 @@ def is_launched_rank(environ: Mapping[str, str]) -> bool:
 
 
 @functools.lru_cache(maxsize=1)
-def launch() -> AskedLaunch | None:
+def asked_launch() -> AskedLaunch | None:
     """Read the launch that started this process; None when it cannot be known.
 
     ``use_cpu`` of the YAML reaches no environment variable of the ranks (only Accelerate's
@@ -136,7 +136,7 @@ def faults_of_config(path: str | None = None, *, devices: int = 0) -> list[str]:
         ranks = int(getattr(config, "num_processes", 1) or 1)
     except Exception as error:  # whatever a file may hold
         raise ConfigurationError(
-            f"{clean(path)}: Accelerate cannot read it: {clean(error, 300)}"
+            f"{in_one_line(path)}: Accelerate cannot read it: {in_one_line(error, 300)}"
         ) from None
     on_cpu = bool(getattr(config, "use_cpu", False))
     if ranks > 1 and kind in ("MULTI_CPU", "NO"):

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distclip.clipper import GradClipper
-from distclip.common.foreign import clean
+from distclip.common.foreign import in_one_line
 from distclip.config import Config, logs
 from distclip.layouts import detect
 from distclip.monitor.sinks import JsonlSink
@@ -50,10 +50,6 @@ class Followed:
     """Counts what a clipper does; a sink. Never waits for the device before the end.
 
     It outlives the clipper, and keeps neither that nor its model alive.
-
-    Args:
-        clipper: the clipper.
-        number: from 1; a second one says which one it is.
     """
 
     def __init__(self, clipper: GradClipper, number: int) -> None:
@@ -76,7 +72,7 @@ class Followed:
                 _say(self._about)
         self.steps += 1
         if (clipper := self._clipper()) is not None:
-            self._logs = [clean(s.path) for s in clipper.sinks if isinstance(s, JsonlSink)]
+            self._logs = [in_one_line(s.path) for s in clipper.sinks if isinstance(s, JsonlSink)]
         norm = report.total_norm.double()
         norm = torch.where(torch.isfinite(norm), norm, 0.0)
         clipped = (report.clipped_fraction > 0).double()
@@ -104,12 +100,7 @@ class Followed:
 
 
 def describe(clipper: GradClipper, *, names: bool = False) -> str:
-    """A clipper in one line: ``agc(0.01) on 29 parameters, FSDP2 over 2 ranks, float32``.
-
-    Args:
-        clipper: the clipper.
-        names: with the names of the first parameters.
-    """
+    """A clipper in one line: ``agc(0.01) on 29 parameters, FSDP2 over 2 ranks, float32``."""
     dtypes = sorted(entry.dtype for entry in clipper.plan.entries)
     kinds = "/".join(dict.fromkeys(dtypes))
     count = len(clipper.names)
@@ -126,7 +117,7 @@ def _layout(clipper: GradClipper) -> str:
     group = clipper.plan.group
     if group is not None:
         ranks = dist.get_world_size(group)
-    found = detect.kinds(clipper.plan.entries, clipper.here)
+    found = detect.sharding_kinds(clipper.plan.entries, clipper.here)
     if not found and ranks == 1:
         return "one process"
     found = found or ["DDP"]
@@ -134,7 +125,7 @@ def _layout(clipper: GradClipper) -> str:
 
 
 def _some(names: tuple[str, ...]) -> str:
-    shown = ", ".join(clean(name) for name in names[:2])
+    shown = ", ".join(in_one_line(name) for name in names[:2])
     return f"{shown}, ..." if len(names) > 2 else shown
 
 

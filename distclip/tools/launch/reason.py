@@ -12,7 +12,7 @@ import json
 import os
 import time
 
-from distclip.common.foreign import clean
+from distclip.common.foreign import in_one_line
 
 ERROR_FILE_VARIABLE = "TORCHELASTIC_ERROR_FILE"
 LONGEST_REASON = 1000
@@ -26,14 +26,14 @@ def leave(reason: str) -> None:
         return
     # The form that torch's own `record` writes, without a traceback: that is shown instead.
     extra = {"timestamp": str(int(time.time()))}
-    record = {"message": {"message": clean(reason, LONGEST_REASON), "extraInfo": extra}}
+    record = {"message": {"message": in_one_line(reason, LONGEST_REASON), "extraInfo": extra}}
     with contextlib.suppress(OSError):  # the launcher then shows what it would without
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         with open(path, "w", encoding="utf-8") as file:
             json.dump(record, file)
 
 
-def of(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
     """An exception in one line, as the last line of its traceback has it."""
     text = str(error).strip()
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -13,10 +13,11 @@ from distclip import clipper
 from distclip import config as configuration
 from distclip.errors import ConfigurationError, DistclipError
 from distclip.integrations import hooks
+from distclip.integrations.lightning_factories import CONFIG_VARIABLE
 from distclip.tools.launch import accelerate_cpu
 from distclip.tools.launch.leaving import let_gloo_finish
 from distclip.tools.launch.narration import Narration
-from distclip.tools.launch.script import CONFIG_VARIABLE, Script
+from distclip.tools.launch.script import Script
 
 if TYPE_CHECKING:
     from distclip.tools.check import StepCheck
@@ -59,7 +60,7 @@ def prepare(
         os.environ[CONFIG_VARIABLE] = str(path.absolute())
     prepare_cpu(cpu)
     hooks.install(loaded)
-    accelerate_cpu.watch()
+    accelerate_cpu.watch_accelerators()
     checking = None if check_steps is None else _check(check_steps)
 
     def start() -> None:
@@ -105,9 +106,9 @@ def prepare_cpu(cpu: bool) -> None:
     if cpu:  # ranks of this machine: a store of theirs is nobody else's
         from distclip.testing.ranks import loopback
 
-        loopback.install()
+        loopback.listen_on_loopback()
     try:
-        accelerate_cpu.install(cpu=cpu)
+        accelerate_cpu.become_cpu_rank(cpu=cpu)
     except ImportError as error:
         if find_spec("deepspeed") is not None:  # needs no Accelerate to have its ranks
             return

@@ -12,12 +12,9 @@ from collections.abc import Sequence
 from types import CodeType, ModuleType, TracebackType
 from typing import Any
 
-from distclip.common.foreign import clean
+from distclip.common.foreign import in_one_line
 from distclip.errors import ConfigurationError
 from distclip.tools.launch import reason
-
-CONFIG_VARIABLE = "DISTCLIP_CONFIG"
-"""Environment variable that names the configuration of a run, for the processes of it too."""
 
 
 class Script:
@@ -42,12 +39,13 @@ class Script:
         """
         if not self.module and not os.path.exists(self.target):
             raise ConfigurationError(
-                f"no script {clean(self.target, 300)!r} in {clean(os.getcwd())}"
+                f"no script {in_one_line(self.target, 300)!r} in {in_one_line(os.getcwd())}"
                 f"{'' if self.target.endswith('.py') else '; for a module use -m'}"
             )
         if not self.module and not os.path.isdir(self.target) and not os.path.isfile(self.target):
             raise ConfigurationError(
-                f"{clean(self.target)} is neither a file nor a folder; write the script to a file"
+                f"{in_one_line(self.target)} is neither a file nor a folder; "
+                f"write the script to a file"
             )
 
     def prepare(self) -> None:
@@ -70,7 +68,7 @@ class Script:
             return exit_.code
         except BaseException as error:
             own = _own(error.__traceback__)
-            reason.leave(reason.of(error))
+            reason.leave(reason.reason_of(error))
             if self.module and isinstance(error, ImportError) and own is None:
                 print(f"distclip run: {error}", file=sys.stderr)  # as python -m words it
                 return 1

@@ -28,7 +28,7 @@ class StepRow:
     coefficient: float
 
 
-def rows(ranks: Sequence[Rank]) -> list[StepRow]:
+def step_rows(ranks: Sequence[Rank]) -> list[StepRow]:
     """The steps that all ranks have begun."""
     return [_row(steps) for steps in zip(*(rank.completed for rank in ranks), strict=False)]
 
@@ -55,18 +55,12 @@ def agree(one: float, other: float, tolerance: float) -> bool:
     return one == other or abs(one - other) <= tolerance * max(abs(one), abs(other))
 
 
-def compare(
+def compare_layouts(
     reference: tuple[str, Sequence[Rank]], other: tuple[str, Sequence[Rank]], tolerance: float
 ) -> Finding | None:
-    """The first step at which a layout is not as the reference, and why, as far as can be told.
-
-    Args:
-        reference: its name and ranks.
-        other: the same of the layout.
-        tolerance: relative.
-    """
+    """The first step at which a layout is not as the reference, and why, as far as can be told."""
     (name, ranks), (layout, others) = reference, other
-    mine, theirs = rows(ranks), rows(others)
+    mine, theirs = step_rows(ranks), step_rows(others)
     for number, (want, have) in enumerate(zip(mine, theirs, strict=False)):
         apart = [
             f"{quantity} {getattr(have, quantity):.7g} and not {getattr(want, quantity):.7g}"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from distclip.engine import replicas
+from distclip.layouts.differences import quoted_names
 from distclip.layouts.piece import Box as PlanBox
 from distclip.tools.simulate import stuck
 from distclip.tools.simulate.records import Rank, ShardBox, Step, Sums, names
@@ -15,6 +17,8 @@ from distclip.tools.simulate.watch import Ending
 
 NAMED_IN_FULL = 6
 """Names, or samples, that are told in full."""
+
+_listed = functools.partial(quoted_names, most=NAMED_IN_FULL)
 
 
 @dataclass
@@ -39,12 +43,7 @@ class Finding:
 
 
 def find(ending: Ending, *, branches: bool = True) -> list[Finding]:
-    """Everything that is wrong in a launch, a crash or a hang first, then by step.
-
-    Args:
-        ending: of the launch.
-        branches: whether ranks that run different operations are a fault.
-    """
+    """Everything that is wrong in a launch, a crash or a hang first, then by step."""
     ranks = ending.ranks
     looks: list[Callable[[Sequence[Rank]], Finding | None]] = [
         _alone, _modules, _operations, _missing_gradients, _drifted, _data, _steps, _unseen,
@@ -102,7 +101,8 @@ def _hung(ending: Ending) -> Finding:
     story = stuck.story(ranks, ending.stacks)
     text = f"hung; {names(who)} {why}" if who else f"hung; {why}"
     stacks = [
-        f"---- rank {rank} ----\n{stuck.own_frames(text)}" for rank, text in ending.stacks.items()
+        f"---- rank {rank} ----\n{stuck.without_machinery(stack)}"
+        for rank, stack in ending.stacks.items()
     ]
     step = min(rank.done for rank in ranks)
     return Finding("hung", "\n".join([text, *story]), step, tuple(who), "\n".join(stacks))
@@ -115,7 +115,7 @@ def _not_started(ending: Ending) -> Finding:
 
 
 def _last(ending: Ending, rank: int) -> str:
-    stacks = stuck.own_frames(ending.stacks.get(rank, ""))
+    stacks = stuck.without_machinery(ending.stacks.get(rank, ""))
     return (stacks + _tail(ending.ranks[rank].output)).rstrip()
 
 
@@ -138,11 +138,6 @@ def _odd(values: Sequence[object]) -> tuple[list[int], int]:
     usual = next(v for v in map(repr, values) if votes[v] == max(votes.values()))
     odd = [rank for rank, value in enumerate(values) if repr(value) != usual]
     return odd, next(rank for rank, value in enumerate(values) if repr(value) == usual)
-
-
-def _listed(found: Sequence[str]) -> str:
-    more = f" and {len(found) - NAMED_IN_FULL} more" if len(found) > NAMED_IN_FULL else ""
-    return ", ".join(map(repr, found[:NAMED_IN_FULL])) + more
 
 
 def _alone(ranks: Sequence[Rank]) -> Finding | None:
@@ -242,14 +237,14 @@ def _apart(steps: Sequence[Step]) -> list[tuple[str, str]]:
 
 
 def _kinds(held: Sequence[Sums]) -> dict[str, list[int | None]]:
-    gradient, weights = replicas.KINDS
+    gradient, weights = replicas.REPLICATED
     return {gradient: [s.gradient for s in held], weights: [s.weights for s in held]}
 
 
 def _copies(
     step: Step, apart: Sequence[tuple[str, str]]
 ) -> list[tuple[str, str, PlanBox, int, float | None]]:
-    gradient, weights = replicas.KINDS
+    gradient, weights = replicas.REPLICATED
     told: list[tuple[str, str, PlanBox, int, float | None]] = []
     for box, sums in step.pieces.items():
         where = PlanBox(box.offsets, box.extents)

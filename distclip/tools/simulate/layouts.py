@@ -59,7 +59,7 @@ def uses_accelerate(layout: str) -> bool:
     return layout not in ("single", "torchrun")
 
 
-def check(layout: str) -> None:
+def check_layout(layout: str) -> None:
     """Refuse a layout, or a number of ranks, that cannot be launched.
 
     Raises:

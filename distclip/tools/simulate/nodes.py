@@ -21,7 +21,7 @@ from collections.abc import Sequence
 INTERFACE, BRIDGE, NETWORK = "node", "bridge", "10.231.7"
 PROGRAMS = ("unshare", "nsenter", "ip", "sh")
 CONTAINER = ("unshare", "--user", "--map-root-user", "--net")
-WAITING = 'read go; exec "$@"'
+WAIT_FOR_GO = 'read go; exec "$@"'
 
 
 def why_not() -> str:
@@ -43,7 +43,7 @@ def why_not() -> str:
     return "" if tried.returncode == 0 else (tried.stderr.strip() or "refused by the system")
 
 
-def filled(command: Sequence[str], node: int | None) -> list[str]:
+def with_addresses(command: Sequence[str], node: int | None) -> list[str]:
     """A command with this node's addresses; None: on the loopback interface."""
     values = {
         "{address}": "127.0.0.1" if node is None else address(node),
@@ -65,7 +65,7 @@ def address(node: int) -> str:
 def enclosed(commands: Sequence[Sequence[str]], logs: Sequence[str]) -> list[str]:
     """The command that starts all of these, each in its namespace, and waits for them."""
     pairs = enumerate(zip(commands, logs, strict=True))
-    nodes = [[filled(command, node), log] for node, (command, log) in pairs]
+    nodes = [[with_addresses(command, node), log] for node, (command, log) in pairs]
     return [*CONTAINER, sys.executable, os.path.abspath(__file__), json.dumps(nodes)]
 
 
@@ -77,7 +77,7 @@ def main(nodes: Sequence[tuple[list[str], str]]) -> int:
     for node, (command, log) in enumerate(nodes):
         with open(log, "ab") as file:
             process = subprocess.Popen(
-                ["unshare", "--net", "sh", "-c", WAITING, "sh", *command],
+                ["unshare", "--net", "sh", "-c", WAIT_FOR_GO, "sh", *command],
                 stdin=subprocess.PIPE,
                 stdout=file,
                 stderr=file,

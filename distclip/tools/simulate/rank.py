@@ -19,14 +19,16 @@ from typing import Any
 
 from distclip import config as configuration
 from distclip.integrations import hooks
+from distclip.integrations.lightning_factories import CONFIG_VARIABLE
 from distclip.integrations.patches import replace
 from distclip.testing.ranks import loopback
+from distclip.testing.ranks.stuck import STACK_SIGNAL
 from distclip.testing.ranks.zygote import die_with_parent
 from distclip.tools.launch import accelerate_cpu
 from distclip.tools.launch.leaving import let_gloo_finish
-from distclip.tools.launch.script import CONFIG_VARIABLE, Script
+from distclip.tools.launch.script import Script
 from distclip.tools.simulate.recorder import Journal, Recorder
-from distclip.tools.simulate.task import STACK_SIGNAL, TASK, Task, journal_of, output_of, stacks_of
+from distclip.tools.simulate.task import TASK, Task, journal_of, output_of, stacks_of
 
 LAST_WAIT = 20.0
 """Seconds that a rank which has taken all its steps waits for the others to take theirs."""
@@ -37,7 +39,7 @@ def main() -> None:
     task = Task.load(os.environ[TASK])
     folder, rank = Path(task.folder), int(os.environ.get("RANK", "0"))
     die_with_parent()
-    loopback.install()
+    loopback.listen_on_loopback()
     with open(output_of(folder, rank), "ab", buffering=0) as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
@@ -75,7 +77,7 @@ def _prepare(task: Task, recorder: Recorder) -> None:
         os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)
         hooks.on_import("accelerate.accelerator", _with_batch_size)
     if task.accelerate:
-        accelerate_cpu.install(cpu=True)
+        accelerate_cpu.become_cpu_rank(cpu=True)
     if task.config is not None:
         loaded = configuration.load(task.config)
         os.environ[CONFIG_VARIABLE] = task.config
@@ -84,7 +86,7 @@ def _prepare(task: Task, recorder: Recorder) -> None:
             loaded = dataclasses.replace(loaded, log=log)
         hooks.install(loaded)
     if task.accelerate:
-        accelerate_cpu.watch()
+        accelerate_cpu.watch_accelerators()
 
 
 def _with_batch_size(module: Any) -> None:

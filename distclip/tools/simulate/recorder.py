@@ -42,24 +42,20 @@ from distclip.clipper import GradClipper, Watcher
 from distclip.errors import DistclipError
 from distclip.integrations.patches import replace
 from distclip.layouts.detect import detect
-from distclip.layouts.names import clean, named_parameters
+from distclip.layouts.names import named_parameters, without_wrappers
 from distclip.layouts.piece import Entry, MisplacedError, Piece
 from distclip.report import ClipReport
-from distclip.statistics.fingerprint import fingerprint
+from distclip.statistics.fingerprint import box_fingerprint
 
 MOST_SAMPLES = 4096
 """Of one batch that are told apart."""
 
-MOST_NODES = 50_000
+MOST_GRAPH_NODES = 50_000
 """Of a graph that are counted."""
 
 
 class Journal:
-    """Lines of JSON, each written through at once.
-
-    Args:
-        path: a new file.
-    """
+    """Lines of JSON, each written through at once."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - until exit
@@ -114,11 +110,7 @@ class Recorder(Watcher):
             self._undo.pop()()
 
     def watch_engine(self, module: Any) -> None:
-        """Take losses and steps from DeepSpeed's engine, which splits a step into several.
-
-        Args:
-            module: ``deepspeed.runtime.engine``.
-        """
+        """Take losses and steps from DeepSpeed's engine, which splits a step into several."""
         self._replace(module.DeepSpeedEngine, "backward", self._engine_backward)
         self._replace(module.DeepSpeedEngine, "step", self._engine_step)
 
@@ -157,7 +149,7 @@ class Recorder(Watcher):
             return
         self._models.add(module)
         for name, part in module.named_modules():
-            if name := clean(name):
+            if name := without_wrappers(name):
                 self._module_names[part] = name
 
     def _tell_forward(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
@@ -238,7 +230,7 @@ class Recorder(Watcher):
         told, unseen = [], list(known.unseen)
         for entry, piece in known.pieces:
             try:
-                told.append(_told(entry, piece))
+                told.append(_piece_record(entry, piece))
             except (DistclipError, MisplacedError) as error:
                 unseen.append(str(error))
         return told, unseen
@@ -292,7 +284,7 @@ class _Known(NamedTuple):
     unseen: list[str]
 
 
-def _told(entry: Entry, piece: Piece) -> list[Any]:
+def _piece_record(entry: Entry, piece: Piece) -> list[Any]:
     """Name, offsets, extents; fingerprint and sum of squares of gradient (None: none), weights."""
     box = piece.box
     values: list[Any] = []
@@ -302,7 +294,7 @@ def _told(entry: Entry, piece: Piece) -> list[Any]:
         else:
             tensor = tensor.to_dense() if tensor.is_sparse else tensor
             norm = torch.linalg.vector_norm(tensor, dtype=torch.float64)
-            values += [int(fingerprint(tensor, entry.shape, box.offsets)), float(norm) ** 2]
+            values += [int(box_fingerprint(tensor, entry.shape, box.offsets)), float(norm) ** 2]
     return [entry.name, list(box.offsets), list(box.extents), *values]
 
 
@@ -338,7 +330,7 @@ def operations(loss: Tensor) -> Counter[str]:
     """How often each operation occurs in the graph of a loss."""
     waiting, seen = [loss.grad_fn], {loss.grad_fn}
     counts: Counter[str] = Counter()
-    while waiting and len(seen) < MOST_NODES:
+    while waiting and len(seen) < MOST_GRAPH_NODES:
         node = waiting.pop()
         if node is None:
             continue

@@ -156,12 +156,7 @@ class Rank:
 
 
 class Reader:
-    """Follows the journals of a launch.
-
-    Args:
-        folder: of the launch.
-        world: how many ranks there are to be.
-    """
+    """Follows the journals of a launch."""
 
     def __init__(self, folder: Path, world: int) -> None:
         self.folder = folder

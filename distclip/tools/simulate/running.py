@@ -68,7 +68,7 @@ class Simulation:
             ConfigurationError: something that cannot be run, before anything is.
         """
         for name in chosen:
-            layouts.check(name)
+            layouts.check_layout(name)
         if self.ranks % self.nodes:
             raise ConfigurationError(
                 f"simulate: {self.ranks} ranks cannot be spread over {self.nodes} nodes"
@@ -92,7 +92,7 @@ class Simulation:
     def _ended(
         self, launch: layouts.Launch, folder: Path, tell: Callable[[str], None]
     ) -> LayoutOutcome:
-        ending = watch.run(
+        ending = watch.follow_launch(
             launch, folder, self.timeout, lambda text: tell(f"{launch.layout}: {text}")
         )
         found = findings.find(ending, branches=not self.branches)
@@ -135,7 +135,7 @@ def _log_of(config: Path, program: Script) -> str | None:
 def _compare(outcomes: Sequence[LayoutOutcome], tolerance: float) -> None:
     first, *rest = outcomes
     for outcome in rest:
-        found = agreement.compare(
+        found = agreement.compare_layouts(
             (first.layout, first.ending.ranks), (outcome.layout, outcome.ending.ranks), tolerance
         )
         if found is not None and outcome.ending.how == "ended":

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from distclip._version import __version__
 from distclip.common.foreign import clean_lines
-from distclip.tools.simulate.agreement import QUANTITIES, StepRow, agree, rows
+from distclip.tools.simulate.agreement import QUANTITIES, StepRow, agree, step_rows
 from distclip.tools.simulate.findings import Finding
 from distclip.tools.simulate.watch import Ending
 
@@ -34,7 +34,7 @@ class LayoutOutcome:
     rows: list[StepRow] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.rows = rows(self.ending.ranks)
+        self.rows = step_rows(self.ending.ranks)
 
     @property
     def sound(self) -> bool:
@@ -42,7 +42,7 @@ class LayoutOutcome:
         return not any(finding.fault for finding in self.findings)
 
 
-def table(outcomes: Sequence[LayoutOutcome], tolerance: float) -> Table:
+def outcomes_table(outcomes: Sequence[LayoutOutcome], tolerance: float) -> Table:
     """A line for each step of each layout; a star where a number is not that of the first."""
     several = len(outcomes) > 1
     title = f"* not that of {outcomes[0].layout} to {tolerance:g}" if several else None
@@ -89,10 +89,10 @@ def _cells(
     return cells
 
 
-def show(outcomes: Sequence[LayoutOutcome], tolerance: float, console: Console) -> None:
+def show_outcomes(outcomes: Sequence[LayoutOutcome], tolerance: float, console: Console) -> None:
     """Print the whole result for a reader."""
     if any(outcome.rows for outcome in outcomes):
-        console.print(table(outcomes, tolerance))
+        console.print(outcomes_table(outcomes, tolerance))
     for outcome in outcomes:
         for finding in outcome.findings:
             style = "red" if finding.fault else "yellow"
@@ -119,7 +119,7 @@ def _summary(outcome: LayoutOutcome) -> str:
     )
 
 
-def as_json(outcomes: Sequence[LayoutOutcome], tolerance: float) -> str:
+def outcomes_as_json(outcomes: Sequence[LayoutOutcome], tolerance: float) -> str:
     """Everything, for other programs; null for what is not known or not finite."""
     layouts = [
         {
@@ -131,7 +131,7 @@ def as_json(outcomes: Sequence[LayoutOutcome], tolerance: float) -> str:
             "isolated_nodes": outcome.ending.isolated,
             "seconds": round(outcome.ending.seconds, 2),
             "steps": [_finite(dataclasses.asdict(row)) for row in outcome.rows],
-            "findings": [_told(finding) for finding in outcome.findings],
+            "findings": [_finding_record(finding) for finding in outcome.findings],
         }
         for outcome in outcomes
     ]
@@ -146,7 +146,7 @@ def as_json(outcomes: Sequence[LayoutOutcome], tolerance: float) -> str:
     return json.dumps(document, indent=1, allow_nan=False) + "\n"
 
 
-def _told(finding: Finding) -> dict[str, Any]:
+def _finding_record(finding: Finding) -> dict[str, Any]:
     return dataclasses.asdict(finding)
 
 

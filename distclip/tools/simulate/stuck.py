@@ -53,7 +53,7 @@ def main_thread(stacks: str) -> list[Frame]:
     return []
 
 
-def own_frames(stacks: str) -> str:
+def without_machinery(stacks: str) -> str:
     """The stacks without the frames of this machinery."""
     lines = stacks.strip().splitlines()
     left_out = (*_HARNESS, "Extension modules: ")

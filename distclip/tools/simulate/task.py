@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import signal
 from dataclasses import dataclass
 from pathlib import Path
 
 TASK = "DISTCLIP_SIMULATE"
 """Names the file with the task of a rank."""
-
-STACK_SIGNAL = signal.SIGUSR1
 
 
 @dataclass(frozen=True)

@@ -12,20 +12,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from distclip.testing.ranks.stuck import is_stopped, limit_within
+from distclip.testing.ranks.stuck import (
+    STACK_SIGNAL,
+    STUCK_AFTER,
+    is_stopped,
+    kernel_fields,
+    limit_within,
+)
 from distclip.tools.simulate import nodes
 from distclip.tools.simulate.layouts import Launch, inherited
 from distclip.tools.simulate.records import Rank, Reader
-from distclip.tools.simulate.task import STACK_SIGNAL, stacks_of
+from distclip.tools.simulate.task import stacks_of
 
-STUCK_AFTER = "DISTCLIP_STUCK_AFTER"
-"""Environment variable with the limit, in seconds, of :mod:`distclip.statistics.waiting`."""
-
-GRACE = 2.0
+LAUNCH_GRACE = 2.0
 """Seconds that the other ranks get to say something after one has failed."""
 
-STACK_LIMIT = 3.0
-START_LIMIT = 180.0
+LAUNCH_STACK_LIMIT = 3.0
+LAUNCH_START_LIMIT = 180.0
 """Seconds until ranks that have not started count as lost."""
 
 END_LIMIT = 30.0
@@ -34,12 +37,12 @@ END_LIMIT = 30.0
 LAST_LIMIT = 5.0
 """Seconds that a killed process gets to be gone."""
 
-POLL = 0.1
+LAUNCH_POLL = 0.1
 
 MOST_GAP = 0.5
 """Seconds between two looks that count."""
 
-PATIENCE = 10
+COMPUTING_LIMITS = 10
 """Limits that ranks which compute get, though nothing is heard of them."""
 
 BUSY = 0.02
@@ -72,7 +75,7 @@ class Ending:
     isolated: bool | None = None
 
 
-def run(
+def follow_launch(
     launch: Launch,
     folder: Path,
     limit: float,
@@ -128,7 +131,7 @@ def _start(
         environment["GLOO_SOCKET_IFNAME"] = interface
     else:
         del environment["GLOO_SOCKET_IFNAME"]
-    commands = [nodes.filled(command, None) for command in launch.commands]
+    commands = [nodes.with_addresses(command, None) for command in launch.commands]
     if isolated:
         commands, logs = [nodes.enclosed(launch.commands, logs)], logs[:1]
     agents = []
@@ -178,22 +181,22 @@ def _follow(
             return "ended"
         if failed is None and (_some_failed(ranks) or _agents_failed(agents)):
             failed = now
-        if failed is not None and now - failed > GRACE:
+        if failed is not None and now - failed > LAUNCH_GRACE:
             return "failed" if any(rank.pid for rank in ranks) else "not started"
-        if any(rank.pid is None for rank in ranks) and now - started > max(limit, START_LIMIT):
+        if any(rank.pid is None for rank in ranks) and now - started > max(
+            limit, LAUNCH_START_LIMIT
+        ):
             return "not started"
-        quiet = now - max(moved, busy) > limit or now - moved > PATIENCE * limit
+        quiet = now - max(moved, busy) > limit or now - moved > COMPUTING_LIMITS * limit
         if quiet and all(rank.pid for rank in ranks):
             return "hung"
-        time.sleep(POLL)
+        time.sleep(LAUNCH_POLL)
 
 
 def _seconds(rank: Rank) -> float:
     """Processor time that a rank has taken; 0 where that cannot be known."""
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        fields = Path(f"/proc/{rank.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    return 0.0
+    spent = map(int, kernel_fields(rank.pid)[11:13])
+    return sum(spent) / os.sysconf("SC_CLK_TCK")
 
 
 def _some_failed(ranks: list[Rank]) -> bool:
@@ -218,9 +221,8 @@ def _runs(rank: Rank) -> bool:
     """Whether the process of a rank is there and no zombie."""
     if rank.pid is None:
         return False
-    with contextlib.suppress(OSError):
-        text = Path(f"/proc/{rank.pid}/stat").read_text()
-        return text.rpartition(")")[2].split()[0] not in ("Z", "X")
+    if fields := kernel_fields(rank.pid):
+        return fields[0] not in ("Z", "X")
     if os.path.isdir("/proc/self"):
         return False
     try:
@@ -239,10 +241,10 @@ def _stacks(reader: Reader, folder: Path) -> dict[int, str]:
         with contextlib.suppress(ProcessLookupError):
             os.kill(rank.pid, STACK_SIGNAL)
     asked = [rank for rank in asked if not rank.stopped]
-    deadline = time.monotonic() + STACK_LIMIT
+    deadline = time.monotonic() + LAUNCH_STACK_LIMIT
     sizes: list[int] = [0] * len(asked)
     while asked and time.monotonic() < deadline:
-        time.sleep(POLL)
+        time.sleep(LAUNCH_POLL)
         before, sizes = sizes, [stacks_of(folder, r.number).stat().st_size for r in asked]
         if before == sizes and all(sizes):
             break
@@ -262,7 +264,7 @@ def _stop(reader: Reader, agents: list[subprocess.Popen[bytes]]) -> None:
                 os.kill(rank.pid, signal.SIGKILL)
     deadline = time.monotonic() + LAST_LIMIT
     while any(map(_runs, reader.ranks)) and time.monotonic() < deadline:
-        time.sleep(POLL / 10)
+        time.sleep(LAUNCH_POLL / 10)
     for number in (signal.SIGTERM, signal.SIGKILL):
         for agent in agents:
             if agent.poll() is None:

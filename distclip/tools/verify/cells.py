@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -72,14 +72,7 @@ def build(configuration: Any) -> Policy:
 
 
 def run_group(layout: str, dtype: str, labels: Sequence[str], seed: int = 0) -> list[Found]:
-    """Every listed policy on the built-in model; to be called on every rank.
-
-    Args:
-        layout: one of ``LAYOUTS``.
-        dtype: one of ``DTYPES``.
-        labels: keys of ``POLICIES``.
-        seed: of weights and gradients.
-    """
+    """Every listed policy on the built-in model; to be called on every rank."""
     results = []
     for label in labels:
         start = time.perf_counter()
@@ -128,15 +121,15 @@ def faults_of(
     return judge(policy, report, want, parts(), exact=exact, roundings=roundings)
 
 
-def plain(policy: Policy | None) -> Iterator[Policy]:
+def plain_policies(policy: Policy | None) -> Iterator[Policy]:
     """The policies that a composition is made of; the policy itself where it is none."""
     if isinstance(policy, Chain):
         for part in policy.policies:
-            yield from plain(part)
+            yield from plain_policies(part)
     elif isinstance(policy, SideBySide):
         for _, choice in policy.mapping:
-            yield from plain(choice)
-        yield from plain(policy.default)
+            yield from plain_policies(choice)
+        yield from plain_policies(policy.default)
     elif policy is not None:
         yield policy
 
@@ -187,7 +180,7 @@ def judge(
         except AssertionError as fault:
             faults.append(str(fault))
     coefficient = report.coefficient.item()
-    parts_of_policy = list(plain(policy))
+    parts_of_policy = list(plain_policies(policy))
     if sum(isinstance(part, UnitPolicy) for part in parts_of_policy) > 1:
         # The report's coefficient is a lower bound then; see ClipReport.
         if coefficient > want.coefficient * (1 + 2e-6):
@@ -208,23 +201,28 @@ def _bits(report: ClipReport) -> bytes:
 
 def together(faults: Sequence[str], bits: bytes = b"") -> list[str]:
     """All ranks' faults with their ranks, on every rank; and whether all have the same ``bits``."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    told = everyones((list(faults), bits))
+    if len(told) == 1:
         return list(faults)
-    told: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(told, (list(faults), bits))
     lines = [f"rank {rank}: {fault}" for rank, (some, _) in enumerate(told) for fault in some]
     if any(other != told[0][1] for _, other in told):
         lines.append("coefficients differ between ranks")
     return lines
 
 
-def merged(by_rank: Sequence[Sequence[Found]]) -> list[Found]:
+def everyones(value: Any) -> list[Any]:
+    """The value of each rank, by rank; that of this process where there is one."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def merged_results(by_rank: Sequence[Sequence[Found]]) -> list[Found]:
     """One result a cell from those of all ranks, which say the same but for the time."""
     results = []
     for founds in zip(*by_rank, strict=True):
         worst = next((found for found in founds if found.status != "passed"), founds[0])
         results.append(worst._replace(seconds=max(found.seconds for found in founds)))
     return results
-
-
-Results = Mapping[Cell, Found]

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from distclip.clipper import GradClipper
 from distclip.errors import ConfigurationError, DistclipError
-from distclip.layouts.names import clean
+from distclip.layouts.names import without_wrappers
 from distclip.testing import expected
 from distclip.testing.cases import POLICIES, ROUNDINGS
 from distclip.tools.verify.cells import Found, build, judge, together
@@ -62,7 +62,7 @@ def load_target(spec: str, option: str) -> Callable[[], Any]:
     return found  # type: ignore[no-any-return]
 
 
-def run_group(
+def run_group_on_model(
     layout: str, dtype: str, labels: Sequence[str], model: str, batch: str
 ) -> list[Found]:
     """Every listed policy on the user's model; to be called on every rank.
@@ -80,7 +80,7 @@ def run_group(
     data = _cast(load_target(batch, "--batch")(), kind)
     alone = _made(model, kind)
     _backward(alone, data)
-    truth = {clean(n): p.grad for n, p in alone.named_parameters()}
+    truth = {without_wrappers(n): p.grad for n, p in alone.named_parameters()}
     try:
         module = _wrapped(_made(model, kind), layout, unused=_unused(alone))
         GradClipper(module, build({"name": "measure"}))
@@ -214,8 +214,10 @@ def _copies(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor | No
     weights: dict[str, Tensor] = {}
     gradients: dict[str, Tensor | None] = {}
     for name, parameter in module.named_parameters():
-        weights[clean(name)] = _full(parameter.detach())
-        gradients[clean(name)] = None if parameter.grad is None else _full(parameter.grad)
+        weights[without_wrappers(name)] = _full(parameter.detach())
+        gradients[without_wrappers(name)] = (
+            None if parameter.grad is None else _full(parameter.grad)
+        )
     return weights, gradients
 
 

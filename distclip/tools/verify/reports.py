@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from distclip._version import __version__
-from distclip.common.foreign import clean
+from distclip.common.foreign import in_one_line
 from distclip.tools.verify.cells import Cell, Found
 
 
@@ -89,9 +89,9 @@ class Matrix:
         ] + self.left_out
 
 
-def table(matrix: Matrix) -> Table:
+def matrix_table(matrix: Matrix) -> Table:
     """The matrix as a table for the terminal."""
-    result = Table(title=escape(f"{clean(matrix.model)} against the float64 oracle"))
+    result = Table(title=escape(f"{in_one_line(matrix.model)} against the float64 oracle"))
     result.add_column("policy")
     for layout in matrix.layouts:
         result.add_column(layout, justify="center")
@@ -139,7 +139,7 @@ def markdown(matrix: Matrix) -> str:
     return "\n".join(lines) + "\n"
 
 
-def as_json(matrix: Matrix) -> str:
+def matrix_as_json(matrix: Matrix) -> str:
     """Every cell, for other programs."""
     cells = [
         {**asdict(cell), **found._asdict(), "seconds": round(found.seconds, 4)}

@@ -63,7 +63,9 @@ class Selection:
         if self.model is None or self.batch is None:
             seed = DTYPES.index(dtype)
             return functools.partial(cells.run_group, layout, dtype, seed=seed)
-        return functools.partial(model.run_group, layout, dtype, model=self.model, batch=self.batch)
+        return functools.partial(
+            model.run_group_on_model, layout, dtype, model=self.model, batch=self.batch
+        )
 
 
 def select(
@@ -106,7 +108,7 @@ def select(
     return Selection(**chosen, ranks=counts, model=user_model, batch=batch, left_out=left_out)
 
 
-def run(selection: Selection, tell: Callable[[str, int], None]) -> Matrix:
+def run_matrix(selection: Selection, tell: Callable[[str, int], None]) -> Matrix:
     """Run everything that was selected.
 
     Args:
@@ -133,7 +135,7 @@ def run(selection: Selection, tell: Callable[[str, int], None]) -> Matrix:
 def _group(call: Runner, world: int, labels: Sequence[str]) -> list[Found]:
     """The cells of one layout and dtype; one by one where a rank fell out of step."""
     try:
-        return cells.merged(run_on_ranks(call, world, labels, timeout=LAYOUT_LIMIT))
+        return cells.merged_results(run_on_ranks(call, world, labels, timeout=LAYOUT_LIMIT))
     except RankError as error:
         if len(labels) == 1:
             return [Found("failed", str(error))]
@@ -141,7 +143,7 @@ def _group(call: Runner, world: int, labels: Sequence[str]) -> list[Found]:
     for label in labels:
         try:
             found = run_on_ranks(call, world, [label], timeout=LAYOUT_LIMIT / 4)
-            results += cells.merged(found)
+            results += cells.merged_results(found)
         except RankError as error:
             results.append(Found("failed", str(error)))
     return results
