@@ -18,7 +18,7 @@ from distclip.application.stepping import skips_by_found_inf
 from distclip.common.notebook import clipper_html
 from distclip.engine import checkpoint
 from distclip.engine.attaching import as_optimizers
-from distclip.engine.following import loading, with_followers
+from distclip.engine.following import checked_sinks, loading, with_followers
 from distclip.engine.ladder import Attendant, Update
 from distclip.engine.once import ClipOnce
 from distclip.engine.program import StageStates
@@ -172,7 +172,7 @@ class GradClipper:
         )
         self._options = session.options
         self._ladder = Attendant.of(session, process_group)
-        self.sinks: tuple[StepSink, ...] = (sinks,) if callable(sinks) else tuple(sinks)
+        self.sinks: tuple[StepSink, ...] = checked_sinks(sinks)
         self.last_report: ClipReport | None = None
         """The report of the last clip."""
         tensors = [parameter for _, parameter in session.named]

@@ -67,10 +67,12 @@ class Options:
     exponents: Every = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.policy, Policy):
+        given: object = self.policy
+        if not isinstance(given, Policy):
+            model = hasattr(given, "named_parameters")  # whose repr would be pages long
             raise ConfigurationError(
-                f"policy must be a policy such as policies.global_norm(1.0), got {self.policy!r}"
-                f"{_meant(self.policy)}"
+                f"policy must be a policy such as policies.global_norm(1.0), got "
+                f"{type(given).__name__ if model else repr(given)}{_meant(given)}"
             )
         check_on_nonfinite(self.on_nonfinite)
         every = self.verify_replicas
@@ -109,6 +111,8 @@ class Options:
 
 def _meant(given: object) -> str:
     """What was probably meant by something that is no policy."""
+    if hasattr(given, "named_parameters"):
+        return "; the model comes first, GradClipper(model, policy)"
     if isinstance(given, (Mapping, os.PathLike)) or str(given).endswith((".yaml", ".yml", ".json")):
         return "; a configuration goes to distclip.from_config(configuration, model)"
     name = given if isinstance(given, str) else getattr(given, "name", None)

@@ -10,6 +10,8 @@ from typing import Any, ParamSpec, TypeVar
 
 from distclip.errors import DistclipError
 
+_REASON = "distclip clips eagerly: compile without fullgraph=True, or clip outside what is compiled"
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -33,6 +35,7 @@ def eagerly(function: Callable[P, R]) -> Callable[P, R]:
             raise
 
     entry._torchdynamo_disable = True  # type: ignore[attr-defined]
+    entry._torchdynamo_disable_msg = _REASON  # type: ignore[attr-defined]
     return entry
 
 

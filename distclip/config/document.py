@@ -50,6 +50,9 @@ from distclip.policies import Policy
 HYPERPARAMETER = "gradient_clip_norm"
 """The key of a hyperparameter file that is read as ``global_norm``."""
 
+_THRESHOLDS = ("max_norm", "max_grad_norm", "gradient_clip_val", "gradient_clipping", "clip_grad")
+"""Keys under which other libraries have a threshold."""
+
 
 @dataclass(frozen=True)
 class Config(Options):
@@ -316,7 +319,11 @@ def _document(raw: Mapping[Any, Any], problems: Problems) -> _Document | None:
     for key in raw:
         if key not in own:
             takes = [name for name in known if name != "$schema"]
-            problems.add_unknown((key_text(key),), raw[key], takes, "a configuration")
+            if key in _THRESHOLDS:
+                write = f"policy: {{name: global_norm, max_norm: {shown(raw[key])}}}"
+                problems.add((key,), f"unknown key; a threshold belongs to a policy: {write}")
+            else:
+                problems.add_unknown((key_text(key),), raw[key], takes, "a configuration")
     try:
         return _Document.model_validate(own)
     except ValidationError as error:

@@ -46,6 +46,12 @@ def _integral(value: object) -> object:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+_COMPOSITIONS = {
+    "chain": "a list is a chain, policy: [agc, {name: global_norm, max_norm: 1.0}]",
+    "by_name": "by_name is a key beside policy",
+    "by_part": "by_part is a key beside policy",
+}
+
 _Number = Annotated[
     float,
     BeforeValidator(_infinity),
@@ -168,10 +174,11 @@ def _named(
         return None
     if not isinstance(name, str) or name not in known:
         hint = "" if problems.full else did_you_mean(key_text(name), known)
+        there_are = f"there are {', '.join(sorted(known))}"
         problems.add(
             (*path, "name"),
             f"no policy is called {shown(name)}{hint}{' ' if hint else '; '}"
-            f"there are {', '.join(known)}",
+            f"{_COMPOSITIONS.get(key_text(name), there_are)}",
         )
         return None
     return known[name]

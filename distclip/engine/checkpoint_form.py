@@ -54,8 +54,8 @@ def check_form(saved: object) -> None:
     if type(number) is not int or number != VERSION:
         shown = number if type(number) is int else f"of type {kind_of(number)}"
         raise StateError(
-            f"the state has version {shown}, and this distclip reads version {VERSION}; is it from "
-            f"GradClipper.state_dict() of another distclip?"
+            f"expected a state of version {VERSION} from GradClipper.state_dict(), and its version "
+            f"is {shown}"
         )
     step = saved.get("step")
     if type(step) is not int or step < 0:

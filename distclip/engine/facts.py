@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from distclip.errors import RankMismatchError
+from distclip.errors import ConfigurationError, RankMismatchError
 from distclip.layouts.names import without_wrappers
 from distclip.layouts.piece import Entry
 from distclip.policies import ParameterInfo, Policy
@@ -84,6 +84,8 @@ def facts_of(
     wanted: Reads,
 ) -> dict[str, Fact]:
     """What is known on this rank; arguments as for :func:`learn`."""
+    if other := next((each for each in optimizers if not hasattr(each, "param_groups")), None):
+        raise ConfigurationError(f"optimizer: expected an optimizer, got a {type(other).__name__}")
     stepped: dict[int, Fact] = {}
     listed = [(each, group) for each in optimizers for group in each.param_groups]
     for number, (optimizer, group) in enumerate(listed):

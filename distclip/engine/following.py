@@ -13,7 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from distclip.common.foreign import in_one_line
 from distclip.engine.checkpoint_form import VERSION, checksum
-from distclip.errors import StateError
+from distclip.errors import ConfigurationError, StateError
 
 _logger = logging.getLogger("distclip")
 
@@ -33,6 +33,23 @@ class Follower(Protocol):
 
     def load_state_dict(self, state: Any) -> None:
         """Raises a StateError for one that does not fit, and changes nothing then."""
+
+
+def checked_sinks(sinks: object) -> tuple[Any, ...]:
+    """One sink, or several, as a tuple.
+
+    Raises:
+        ConfigurationError: one of them cannot be called.
+    """
+    several = isinstance(sinks, Iterable) and not callable(sinks) and not isinstance(sinks, str)
+    given = tuple(sinks) if several else (sinks,)  # type: ignore[arg-type]
+    for each in given:
+        if not callable(each):
+            raise ConfigurationError(
+                f"sinks: expected callables sink(step, report), such as "
+                f"monitor.JsonlSink('clip.jsonl'), got {each!r}"
+            )
+    return given
 
 
 def with_followers(state: dict[str, object], sinks: Iterable[object]) -> dict[str, object]:

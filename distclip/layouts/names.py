@@ -211,9 +211,12 @@ def _of_modules(modules: Sequence[nn.Module]) -> Named:
 
 
 def _not_a_target(item: object) -> ConfigurationError:
+    mend = ""
+    if hasattr(item, "param_groups"):
+        mend = "; give the model here, and the optimizer to GradClipper(model, policy).attach"
     return ConfigurationError(
         f"expected a module, a list of modules, parameters or (name, parameter) pairs, got "
-        f"{type(item).__module__}.{type(item).__qualname__}"
+        f"{type(item).__module__}.{type(item).__qualname__}{mend}"
     )
 
 

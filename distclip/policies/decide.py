@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -33,9 +33,15 @@ def actions_of(
     Raises:
         ConfigurationError: it returns something that is no action of a scaling policy.
     """
-    actions, state = policy.update(statistics, state)
-    returned: Sequence[object] = actions
-    for action in returned:
+    returned: Any = policy.update(statistics, state)
+    pair = isinstance(returned, (tuple, list)) and len(returned) == 2
+    if not pair or not isinstance(returned[0], Sequence):
+        raise ConfigurationError(
+            f"{policy!r}: update must return (actions, state), such as "
+            f"([policies.Scale(coefficients)], state), got {returned!r}; no gradient was changed"
+        )
+    actions, state = returned
+    for action in actions:
         if not isinstance(action, (Scale, Skip)):
             mend = (
                 "derive a policy that clamps from policies.ClampingPolicy, with `bound` or "
@@ -46,6 +52,11 @@ def actions_of(
             raise ConfigurationError(
                 f"{policy!r}: update returned {action!r}, which a scaling policy cannot do, and no "
                 f"gradient was changed; {mend}"
+            )
+        if isinstance(action, Scale) and not isinstance(action.coefficients, Tensor):
+            raise ConfigurationError(
+                f"{policy!r}: update returned Scale({action.coefficients!r}); coefficients must be "
+                f"a float64 tensor, 0-dim or one for each parameter; no gradient was changed"
             )
     return actions, state
 

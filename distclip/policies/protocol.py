@@ -123,15 +123,25 @@ class Statistics:
 
     def gradient_norms(self, norm_type: float = 2.0) -> Tensor:
         """p-norm of each gradient; ``norm_type`` must be among the policy's ``needs``."""
-        return self.gradients[norm_type]
+        return _declared(self.gradients, norm_type, "gradient")
 
     def weight_norms(self, norm_type: float = 2.0) -> Tensor:
         """p-norm of each weight; ``norm_type`` must be among the policy's ``needs``."""
-        return self.weights[norm_type]
+        return _declared(self.weights, norm_type, "weight")
 
     def total_norm(self, norm_type: float = 2.0) -> Tensor:
         """p-norm of all the gradients together, 0-dim float64."""
-        return combine_norms(self.gradients[norm_type], norm_type, in_range=self.in_range)
+        norms = self.gradient_norms(norm_type)
+        return combine_norms(norms, norm_type, in_range=self.in_range)
+
+
+def _declared(norms: Mapping[float, Tensor], norm_type: float, what: str) -> Tensor:
+    if norm_type not in norms:
+        raise ConfigurationError(
+            f"{what} norms of order {norm_type} are not among the policy's needs; declare them: "
+            f"needs = property(lambda self: policies.Needs.of({what}s=[{norm_type}]))"
+        )
+    return norms[norm_type]
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,9 +18,13 @@ def register(policy: PolicyType) -> PolicyType:
     The same class defined anew (a notebook cell run again, a reloaded module) takes its own place.
 
     Raises:
-        ConfigurationError: the name is taken by another class.
+        ConfigurationError: it has no name, or that of another class.
     """
-    name = policy.name
+    name = getattr(policy, "name", None)
+    if not isinstance(name, str) or not name:
+        raise ConfigurationError(
+            f"{policy.__name__} has no name; give the class one: name: ClassVar[str] = 'my_policy'"
+        )
     known = _registered.get(name, policy)
     if (known.__module__, known.__qualname__) != (policy.__module__, policy.__qualname__):
         raise ConfigurationError(

@@ -18,6 +18,11 @@ from tests.config.writing import Write, fault
     ("raw", "expected"),
     [
         ({"polcy": "agc"}, ["polcy: unknown key (value 'agc'), did you mean 'policy'?"]),
+        (
+            {"max_norm": 2.0},
+            ["max_norm: unknown key; a threshold belongs", "norm: 2.0}"],
+        ),
+        ({"policy": {"name": "chain"}}, ["no policy is called 'chain'", "a list is a chain"]),
         ({}, ["policy: missing"]),
         ({"policy": None}, ["policy: missing"]),
         ({"by_name": {}}, ["policy: missing"]),

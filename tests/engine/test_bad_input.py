@@ -97,6 +97,15 @@ def test_arguments_of_the_clipper() -> None:
     model = nn.Linear(2, 2)
     refused(lambda: GradClipper(model, 1.0), ConfigurationError, "policies.global_norm", "1.0")  # type: ignore[arg-type]
     refused(lambda: GradClipper(model, policies.GlobalNorm), ConfigurationError)  # type: ignore[arg-type]
+    measure: Any = policies.measure()
+    refused(lambda: GradClipper(measure, model), ConfigurationError, "got Linear; the model comes")  # type: ignore[arg-type]
+    refused(lambda: GradClipper(model, measure, optimizer="adam"), ConfigurationError, "got a str")  # type: ignore[arg-type]
+    for sinks in ("clip.jsonl", ["clip.jsonl"], 3, [print, None]):
+        refused(
+            lambda sinks=sinks: GradClipper(model, measure, sinks=sinks),
+            ConfigurationError,
+            "sinks: expected callables sink(step, report)",
+        )
     for mode in ("skp", None, True):
         refused(
             lambda mode=mode: GradClipper(model, policies.measure(), on_nonfinite=mode),
@@ -111,7 +120,9 @@ def test_arguments_of_the_clipper() -> None:
 def test_targets_that_are_none() -> None:
     model = nn.Linear(2, 2)
     measure = policies.measure()
-    groups = SGD(model.parameters(), lr=0.1).param_groups
+    optimizer: Any = SGD(model.parameters(), lr=0.1)
+    groups = optimizer.param_groups
+    refused(lambda: GradClipper(optimizer, measure), ConfigurationError, "SGD; give the model here")
     refused(lambda: GradClipper(groups, measure), ConfigurationError, "parameter groups")  # type: ignore[arg-type]
     for target in (3, None, [3], [model, plain(2)], [("w", 1)]):
         refused(lambda target=target: GradClipper(target, measure), ConfigurationError, "expected")

@@ -51,6 +51,12 @@ ENTRIES: dict[str, Callable[[nn.Parameter], Callable[[], Any]]] = {
 }
 
 
+def test_a_full_graph_is_refused_with_the_mend() -> None:
+    run = torch.compile(ENTRIES["clip_grad_norm_"](parameter()), backend="eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="compile without fullgraph=True"):
+        run()
+
+
 @pytest.mark.parametrize("name", ENTRIES)
 def test_entry_points(name: str) -> None:
     plain, compiled = parameter(), parameter()

@@ -211,6 +211,25 @@ class Clamps(policies.ScalingPolicy):
         return [policies.Clamp(0.1), Scale(0.5 * ONE)], state
 
 
+@dataclass(frozen=True)
+class Undeclared(policies.ScalingPolicy):
+    name: ClassVar[str] = "undeclared"
+
+    def update(self, statistics: Any, state: Any) -> Any:
+        return [Scale(statistics.gradient_norms(3.0))], state
+
+
+@dataclass(frozen=True)
+class Returns(policies.ScalingPolicy):
+    """Returns what it is given."""
+
+    what: Any = None
+    name: ClassVar[str] = "returns"
+
+    def update(self, statistics: Any, state: Any) -> Any:
+        return self.what
+
+
 class Shaped(RunningMax):
     def update_bound(self, statistics: Any, state: Any) -> Any:
         return torch.ones(7, dtype=torch.float64), state
@@ -221,6 +240,10 @@ class Shaped(RunningMax):
     ("policy", "message"),
     [
         (Clamps(), r"returned Clamp\(bound=0.1\).*policies.ClampingPolicy"),
+        (Undeclared(), r"order 3.0 are not among the policy's needs.*gradients=\[3.0\]"),
+        (Returns(ONE), r"update must return \(actions, state\)"),
+        (Returns((Scale(ONE), {})), r"update must return \(actions, state\)"),
+        (Returns(([Scale(0.5)], {})), r"Scale\(0.5\); coefficients must be a float64 tensor"),  # type: ignore[arg-type]
         (Shaped(), r"a 0-dim tensor, or one of shape \[\d+\].*got shape \[7\]"),
     ],
 )
@@ -345,3 +368,11 @@ def test_a_bound_that_is_none_clamps_nothing(bound: float) -> None:
     weight.grad = torch.tensor([-2.0, 0.5, 3.0])
     GradClipper([("w", weight)], Fixed()).clip_()
     assert weight.grad.tolist() == [-2.0, 0.5, 3.0]
+
+
+def test_a_class_without_a_name_is_not_registered() -> None:
+    class Nameless(policies.ScalingPolicy):
+        """Lacks ``name``."""
+
+    with pytest.raises(ConfigurationError, match=r"Nameless has no name.*ClassVar\[str\]"):
+        policies.register(Nameless)
