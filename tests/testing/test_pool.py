@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 import distclip
 from distclip.testing import RankError, RankPool, run_on_ranks
+from distclip.testing.ranks import forkserver
 from distclip.testing.ranks.pool import shared_pool
 
 WORLDS = [1, 2, 3, 4]
@@ -219,12 +220,20 @@ def test_a_rank_that_died_idle_is_replaced():
         assert len(pool.run(summed)) == 2
 
 
-def test_all_is_replaced_when_what_ranks_are_forked_from_has_died():
+def loaded(names):
+    return [name for name in names if name in sys.modules]
+
+
+def test_all_is_replaced_when_what_ranks_are_forked_from_has_died(monkeypatch):
+    """The new one takes from its caller's imports what the caller has by then, and can be had."""
+    followed = {"os": "wave", "sys": "no_such_module", "no_caller_has_it": "sched"}
+    monkeypatch.setattr(forkserver, "FOLLOWED", {**forkserver.FOLLOWED, **followed})
     with RankPool(2) as pool:
         (zygote,) = set(pool.run(os.getppid))
         os.kill(zygote, signal.SIGKILL)
         wait_until(lambda: not any(map(alive, (zygote, *pool.pids))))
         assert set(pool.run(os.getppid)) != {zygote}
+        assert pool.run(loaded, [*followed.values()]) == [["wave"]] * 2
 
 
 def test_exit_in_a_rank_is_an_exception():

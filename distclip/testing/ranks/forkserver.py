@@ -28,13 +28,21 @@ PRELOAD = (
     "torch.distributed.tensor",
     "distclip.testing.ranks.worker",
 )
+FOLLOWED = {
+    "pytest": "pytest",
+    "accelerate": "accelerate",
+    "transformers.trainer": "transformers.trainer",
+    "lightning": "lightning.pytorch",
+    "deepspeed": "deepspeed.runtime.zero.muon.muon_optimizer",  # of every engine; brings Inductor
+}
+"""What the ranks get ready-made where their caller has imported it, and by which module."""
 START_LIMIT = 180.0  # seconds; importing torch from a cold disk is slow
 
 _BOOT = """
 import sys
 sys.path[:] = {path!r}
 from distclip.testing.ranks import zygote
-zygote.main({fd}, {preload!r})
+zygote.main({fd}, {preload!r}, {followed!r})
 """
 
 
@@ -80,8 +88,8 @@ class ForkServer:
         self._lock = threading.Lock()
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115
         self._control, theirs = socket.socketpair()
-        preload = PRELOAD + (("pytest",) if "pytest" in sys.modules else ())
-        boot = _BOOT.format(path=sys.path, fd=theirs.fileno(), preload=preload)
+        followed = [module for name, module in FOLLOWED.items() if name in sys.modules]
+        boot = _BOOT.format(path=sys.path, fd=theirs.fileno(), preload=PRELOAD, followed=followed)
         # One thread each: several ranks share few cores, and a pool of threads is not forkable.
         threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
         with theirs:

@@ -31,14 +31,23 @@ DESCRIPTORS = 4  # connection, exit status, output, stacks
 _PR_SET_PDEATHSIG = 1
 
 
-def main(control_fd: int, preload: Sequence[str]) -> NoReturn:
-    """Import, report, then fork a rank for every request until the caller is gone."""
+def main(control_fd: int, preload: Sequence[str], followed: Sequence[str]) -> NoReturn:
+    """Import, report, then fork a rank for every request until the caller is gone.
+
+    Args:
+        control_fd: the caller's socket.
+        preload: modules that must be there.
+        followed: modules that are left to the ranks where they cannot be imported.
+    """
     control = socket.socket(fileno=control_fd)
     for name in preload:
         importlib.import_module(name)
+    for name in followed:
+        with contextlib.suppress(Exception):
+            importlib.import_module(name)
     from distclip.testing.ranks import rewriting
 
-    if "pytest" in preload:
+    if "pytest" in followed:
         rewriting.loader()
     gc.collect()
     gc.freeze()  # a collection in a rank would otherwise copy every shared page
