@@ -163,6 +163,16 @@ def _silent() -> Iterator[None]:
         os.close(nowhere)
 
 
+def _let_gloo_finish() -> None:
+    """Wait until gloo's threads have let go of the tensors of the last collective.
+
+    A thread that drops the last reference to one takes the GIL for it. Where tracemalloc (CPython
+    3.11) or the profiler (torch 2.13) starts or stops meanwhile, the process crashes.
+    """
+    time.sleep(0.05)
+    let_gloo_finish()  # on a busy machine they may not have run yet
+
+
 def extra_bytes(act: Callable[[], object]) -> int:
     """The most that is allocated at once while ``act`` runs: tensors, and what Python traces.
 
@@ -172,10 +182,7 @@ def extra_bytes(act: Callable[[], object]) -> int:
     profile = torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     )
-    # A thread of gloo that drops the last reference to a tensor takes the GIL for it. Where
-    # tracemalloc (CPython 3.11) or the profiler (torch 2.13) starts or stops meanwhile, the process
-    # crashes.
-    let_gloo_finish()
+    _let_gloo_finish()
     with _silent():
         profile.start()
     tracing = tracemalloc.is_tracing()
@@ -185,7 +192,7 @@ def extra_bytes(act: Callable[[], object]) -> int:
     start, _ = tracemalloc.get_traced_memory()
     act()
     _, peak = tracemalloc.get_traced_memory()
-    let_gloo_finish()
+    _let_gloo_finish()
     if not tracing:
         tracemalloc.stop()
     with _silent():
