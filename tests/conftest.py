@@ -1,4 +1,6 @@
+import gc
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +18,12 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+def pytest_collection_finish() -> None:
+    """What the imports made stays: no collection of garbage has to look through it again."""
+    gc.collect()
+    gc.freeze()
+
+
 def of_this_process() -> dict[str, Any]:
     """What ``distclip run`` and the integrations change in the process that they run in."""
     return {
@@ -31,3 +39,11 @@ def nothing_stays() -> Iterator[None]:
     before = of_this_process()
     yield
     assert of_this_process() == before
+
+
+@pytest.fixture
+def process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing that a script does to this process stays."""
+    monkeypatch.setattr(sys, "argv", list(sys.argv))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])

@@ -7,6 +7,7 @@ which framework, is read off the source here.
 from __future__ import annotations
 
 import ast
+import functools
 import shutil
 import subprocess
 import sys
@@ -124,6 +125,11 @@ def imported(tree: ast.AST) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
+@functools.cache
+def imported_packages(name: str) -> set[str]:
+    return {full.split(".")[0] for full in imported(parsed(name))}
+
+
 def used_of_distributed(tree: ast.AST) -> Iterator[str]:
     """What a file takes from ``torch.distributed``, imported by name or as an attribute."""
     prefix = "torch.distributed."
@@ -176,11 +182,7 @@ def test_policies_know_no_ranks(name: str) -> None:
 
 @pytest.mark.parametrize("framework", IMPORTERS)
 def test_a_framework_is_imported_by_its_own_files_only(framework: str) -> None:
-    importers = {
-        name
-        for name in SOURCES
-        if any(full.split(".")[0] == framework for full in imported(parsed(name)))
-    }
+    importers = {name for name in SOURCES if framework in imported_packages(name)}
     assert importers == IMPORTERS[framework]
 
 

@@ -6,7 +6,6 @@ import functools
 import json
 import os
 import subprocess
-import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -218,13 +217,6 @@ def test_only_the_main_rank_warns(
     hooks.mark_active("accelerate")
     running.warn_if_idle()
     assert capsys.readouterr().err == ""
-
-
-@pytest.fixture
-def process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", list(sys.argv))
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
 
 
 @pytest.mark.usefixtures("process")

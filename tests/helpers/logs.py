@@ -1,10 +1,13 @@
-"""What is logged on this rank, where pytest's own ``caplog`` is not."""
+"""What is logged: on a rank, where pytest's own ``caplog`` is not, and as JSON lines."""
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -19,3 +22,8 @@ def logged(name: str = "distclip") -> Iterator[list[str]]:
         yield found
     finally:
         logger.removeHandler(handler)
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a file of JSON lines."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "distclip"
@@ -18,5 +19,6 @@ WRITTEN = {
 """Path within the repository -> text."""
 
 
+@functools.cache
 def parsed(name: str) -> ast.Module:
     return ast.parse(SOURCES[name].read_text(encoding="utf-8"), filename=name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,6 @@ from distclip.common.exponents import of_row
 from distclip.kernels import exponents, measuring
 from distclip.kernels.exponents import Counting
 from distclip.kernels.host import blocks, compiler, kernels
-from distclip.kernels.host import threads as host_threads
 from distclip.statistics.measurement import measure_locally
 from distclip.statistics.request import Request
 from distclip.statistics.scratch import Scratch
@@ -80,14 +79,6 @@ def test_tensors_of_all_kinds_in_one_call(order: float | None) -> None:
         for t in tensors
     ]  # fmt: skip
     assert counted(tensors, order) == want
-
-
-@pytest.fixture
-def threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(host_threads, "WORTHWHILE", 1 << 18)
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.usefixtures("threads")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -25,15 +24,6 @@ CPU = torch.device("cpu")
 
 
 pytestmark = pytest.mark.usefixtures("compiled")
-
-
-@pytest.fixture
-def threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Whatever a test sets, the next one finds what was there. A quarter million is worthwhile."""
-    monkeypatch.setattr(host_threads, "WORTHWHILE", 1 << 18)
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def drawn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:

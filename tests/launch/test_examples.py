@@ -17,6 +17,7 @@ import torch.distributed as dist
 import yaml
 from torch import nn
 
+from tests.helpers.logs import lines
 from tests.helpers.processes import ROOT, python, well
 
 pytest.importorskip("gymnasium")
@@ -76,10 +77,6 @@ def policy_file(folder: Path, max_norm: float | None) -> Path:
 def compare(got: nn.Module, want: nn.Module) -> None:
     for (name, p), q in zip(got.named_parameters(), want.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6, msg=lambda text, n=name: n + text)
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.mark.ranks(1, 2)

@@ -1,9 +1,7 @@
-"""A report of a clip to give to a sink, and the lines that the sink has written."""
+"""A report of a clip to give to a sink."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 
@@ -18,7 +16,3 @@ class Report:
         self.reads += 1
         shown: dict[str, Any] = {"total_norm": self.norm, "skipped": False, "nonfinite": []}
         return {**shown, "parameters": {"w": {"norm": self.norm}}} if per_parameter else shown
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]

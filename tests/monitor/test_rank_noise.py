@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from reported import lines
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -28,6 +27,7 @@ from distclip.monitor.reading import read_runs
 from distclip.monitor.runs import summaries
 from distclip.monitor.table import show_runs
 from distclip.monitor.tracking import metrics, tensors
+from tests.helpers.logs import lines
 from tests.helpers.watching import watch
 from tests.sharded import mesh_of
 

@@ -16,7 +16,8 @@ import torch.distributed as dist
 import distclip
 from distclip.errors import ConfigurationError
 from distclip.monitor import JsonlSink
-from tests.monitor.reported import Report, lines
+from tests.helpers.logs import lines
+from tests.monitor.reported import Report
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,8 @@ import torch
 import distclip
 from distclip.errors import ConfigurationError
 from distclip.monitor import JsonlSink
-from tests.monitor.reported import Report, lines
+from tests.helpers.logs import lines
+from tests.monitor.reported import Report
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,13 +11,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from distclip.tools.launch import reason
 from distclip.tools.launch.script import Script
 
-
-@pytest.fixture(autouse=True)
-def process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing that a script does to this process stays."""
-    monkeypatch.setattr(sys, "argv", list(sys.argv))
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
+pytestmark = pytest.mark.usefixtures("process")
 
 
 @pytest.fixture
