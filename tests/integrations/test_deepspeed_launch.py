@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.logs import lines
 from tests.helpers.processes import ROOT, run, well
 
 pytest.importorskip("deepspeed")
@@ -25,10 +26,6 @@ def free_port() -> int:
         held.bind(("127.0.0.1", 0))
         port: int = held.getsockname()[1]
         return port
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def launched(
@@ -75,7 +72,7 @@ def test_the_deepspeed_launcher_with_zero_2(tmp_path: Path) -> None:
 def test_torchrun_with_zero_3(tmp_path: Path) -> None:
     """The script of the launcher above, under torchrun and in the stage that cuts the weights."""
     command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"),
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
         *("-m", "distclip", "run", "--cpu", str(ROOT / "launch" / "train_deepspeed.py")),
         *("--deepspeed_config", str(tmp_path / "ds.json")),
     ]

@@ -147,7 +147,7 @@ def alone(workshop: Workshop) -> dict[str, Any]:
     ("config", "ranks", "kind", "model"),
     [
         ("ddp_cpu", 2, "MULTI_CPU", "DistributedDataParallel"),
-        ("fsdp2_cpu", 3, "FSDP", "FSDPSequential"),  # FSDP1: test_accelerate_launch.py
+        ("fsdp2_cpu", 2, "FSDP", "FSDPSequential"),  # FSDP1: test_accelerate_launch.py
     ],
 )
 def test_config_file_alone_gives_real_ranks(
