@@ -22,7 +22,6 @@ ORDERS = [1.0, 2.0, math.inf]
 SIZES = [0, 1, 3, 7, 8, 31, 32, 33, 64, 65, 1000, 4096, 70001]
 CPU = torch.device("cpu")
 
-
 pytestmark = pytest.mark.usefixtures("compiled")
 
 
