@@ -36,16 +36,25 @@ def decide(
     step = UNITS_CHUNK if result.device.type == "cpu" else max(len(result), 1)
     for start in range(0, len(result), step):
         part = slice(start, start + step)
-        total: Tensor | None = None
-        for policy in policies:
-            order = policy.norm_type
-            # After a scaling by c a norm of any order is c times what it was.
-            running = norms[order][part] if total is None else norms[order][part] * total
-            factors = policy.unit_coefficients(running, weights[order][part])
-            total = factors if total is None else total * factors
-        if total is not None:
-            result[part] = total
+        result[part] = _decided(policies, norms, weights, part)
     return result
+
+
+def _decided(
+    policies: Sequence[UnitPolicy],
+    norms: Mapping[float, Tensor],
+    weights: Mapping[float, Tensor],
+    part: slice,
+) -> Tensor | float:
+    """:func:`decide`, on some of the units."""
+    total: Tensor | None = None
+    for policy in policies:
+        order = policy.norm_type
+        # After a scaling by c a norm of any order is c times what it was.
+        running = norms[order][part] if total is None else norms[order][part] * total
+        factors = policy.unit_coefficients(running, weights[order][part])
+        total = factors if total is None else total * factors
+    return 1.0 if total is None else total
 
 
 def decide_locally(survey: Survey, local: Local, tables: PlanTables) -> None:
@@ -70,7 +79,7 @@ def decide_locally(survey: Survey, local: Local, tables: PlanTables) -> None:
         return
     whole = table.whole.size
     norms = {order: units[:whole] for order, units in local.unit_norms.items()}
-    changed = torch.zeros(table.decided, dtype=torch.float64, device=plan.device)
+    changed = local.clipped.new_zeros(table.decided)
     weighing = _weighing(survey, local, tables)
     missing = [number for number in local.missing if number < table.decided]
     on_host = plan.device.type == "cpu"
@@ -94,6 +103,8 @@ def decide_locally(survey: Survey, local: Local, tables: PlanTables) -> None:
                 each.index_copy_(0, positions, after)
         units[orders[0]].copy_(total)
         del weights, total  # before the next part is measured
+    if local.coefficients is None:
+        return
     if plan.shares is not None:
         changed = changed * plan.shares[table.index[: table.decided]]
     local.clipped.index_add_(0, table.parameters[: table.decided], changed)
