@@ -196,7 +196,7 @@ def clamp_(
         tables: what is remembered of them from step to step.
     """
     if all(map(_is_cpu, tensors)) if seen is None else seen.on_host:
-        limits = np.fromiter(map(float, bounds), np.float64, len(bounds))
+        limits = bounds if isinstance(bounds, np.ndarray) else np.array(list(map(float, bounds)))
         limits = all_held(limits, list(map(_dtype, tensors)) if seen is None else seen.dtypes)
         chosen = host.choose(tensors, "gradients", tables=tables, seen=seen)
         for number in _left(chosen, len(tensors)):
