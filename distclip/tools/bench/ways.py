@@ -187,11 +187,13 @@ def adaptive_plain(build: Callable[[], Model], factor: float) -> Bench:
 def clip_value(build: Callable[[], Model]) -> Bench:
     """Clamping every element."""
     model = build()
-    listed = model.parameters
+    listed, policy = model.parameters, policies.value(TIGHT)
+    bare = GradClipper(model.target, policy, norms=False, on_nonfinite="pass")
     ways: Ways = {
         "torch clip_grad_value_": lambda: torch.nn.utils.clip_grad_value_(listed, TIGHT),
         "distclip clip_grad_value_": lambda: distclip.clip_grad_value_(listed, TIGHT),
-        "GradClipper(value)": GradClipper(model.target, policies.value(TIGHT)).clip_,
+        "GradClipper(value)": GradClipper(model.target, policy).clip_,
+        'GradClipper(value, norms=False, on_nonfinite="pass")': bare.clip_,
     }
     return bench_of(listed, ways, clipping=True)
 
