@@ -21,8 +21,10 @@ from torch import Tensor
 from distclip.kernels.bounds import all_held, rounded_bound
 from distclip.kernels.device import changes as device_changes
 from distclip.kernels.device.changes import EXACT, selected, shaped
+from distclip.kernels.host import choosing
 from distclip.kernels.host import kernels as host
-from distclip.kernels.host.kernels import Chosen, Floats, PlanTables
+from distclip.kernels.host.choosing import Chosen, PlanTables
+from distclip.kernels.host.kernels import Floats
 from distclip.kernels.look import Look
 
 _dtype, _is_cpu = map(operator.attrgetter, ("dtype", "is_cpu"))
@@ -80,7 +82,7 @@ def _scale_on_host(
     tables: PlanTables | None = None,
     what: str = "gradients",
 ) -> None:
-    chosen = host.choose(tensors, what, tables=tables, seen=seen, pairs=True)
+    chosen = choosing.choose(tensors, what, tables=tables, seen=seen, pairs=True)
     factors = coefficients.double().cpu().numpy()
     for number in _left(chosen, len(tensors)):
         if factors[number] != 1.0 and tensors[number].numel():
@@ -145,7 +147,7 @@ def scale_units_(
     """
     left: Sequence[int] = range(len(tensors))
     if all(map(_is_cpu, tensors)) if seen is None else seen.on_host:
-        chosen = host.choose(
+        chosen = choosing.choose(
             tensors,
             "scaled units",
             unit_dims=unit_dims,
@@ -198,7 +200,7 @@ def clamp_(
     if all(map(_is_cpu, tensors)) if seen is None else seen.on_host:
         limits = bounds if isinstance(bounds, np.ndarray) else np.array(list(map(float, bounds)))
         limits = all_held(limits, list(map(_dtype, tensors)) if seen is None else seen.dtypes)
-        chosen = host.choose(tensors, "gradients", tables=tables, seen=seen)
+        chosen = choosing.choose(tensors, "gradients", tables=tables, seen=seen)
         for number in _left(chosen, len(tensors)):
             if math.isfinite(limits[number]):
                 tensors[number].clamp_(-float(limits[number]), float(limits[number]))

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from distclip.common import exponents as rows
 from distclip.kernels.device import multi_tensor
+from distclip.kernels.host import choosing
 from distclip.kernels.host import kernels as host
-from distclip.kernels.host.kernels import Chosen, PlanTables
+from distclip.kernels.host.choosing import Chosen, PlanTables
 from distclip.kernels.look import Look
 from distclip.kernels.plain import chunks_of
 from distclip.kernels.transfer import to_device
@@ -103,7 +104,7 @@ class Counting:
             left = [None if n in self.done else each for n, each in enumerate(tensors)]
             seen = None
         if any(each is not None for each in left):
-            chosen = host.choose(left, "exponents", tables=tables, seen=seen, pairs=True)
+            chosen = choosing.choose(left, "exponents", tables=tables, seen=seen, pairs=True)
             if chosen is not None:
                 self.reading(host.norms, chosen, 2.0)
         by_device: dict[torch.device, list[int]] = {}

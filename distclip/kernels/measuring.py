@@ -23,9 +23,11 @@ from distclip.kernels import plain
 from distclip.kernels.bounds import all_held
 from distclip.kernels.device import norms as device_norms
 from distclip.kernels.exponents import Counting
+from distclip.kernels.host import choosing
 from distclip.kernels.host import kernels as host
-from distclip.kernels.host.kernels import Chosen, Floats
-from distclip.kernels.host.kernels import PlanTables as PlanTables
+from distclip.kernels.host.choosing import Chosen
+from distclip.kernels.host.choosing import PlanTables as PlanTables
+from distclip.kernels.host.kernels import Floats
 from distclip.kernels.look import Look as Look
 from distclip.kernels.transfer import to_device
 
@@ -57,7 +59,7 @@ def norms(
     chosen = None
     if host.measures(norm_type):
         pairs = norm_type == 2.0
-        chosen = host.choose(tensors, what, tables=tables, seen=seen, pairs=pairs)
+        chosen = choosing.choose(tensors, what, tables=tables, seen=seen, pairs=pairs)
     values = None
     if chosen is not None:
         if counting is not None:
@@ -117,7 +119,7 @@ def clamped_norms(
     limits = _held(tensors, bounds, seen)
     chosen = None
     if host.measures(norm_type):
-        chosen = host.choose(tensors, what, tables=tables, seen=seen)
+        chosen = choosing.choose(tensors, what, tables=tables, seen=seen)
     done: Sequence[int] = ()
     both = [torch.zeros(len(tensors), dtype=torch.float64, device=device) for _ in (0, 1)]
     if chosen is not None:
@@ -186,7 +188,7 @@ def unit_norms(
         limits = np.full_like(bounds, math.inf) if raw else _held(tensors, bounds, seen)
     chosen = None
     if host.measures(norm_type):
-        chosen = host.choose(
+        chosen = choosing.choose(
             tensors,
             what,
             unit_dims=unit_dims,
@@ -218,7 +220,7 @@ def unit_norms_by_parts(
     """
     chosen = None
     if host.measures(norm_type):
-        chosen = host.choose(
+        chosen = choosing.choose(
             tensors,
             what,
             unit_dims=unit_dims,

@@ -8,12 +8,13 @@ the statistics' device; nothing here may read a value on the host.
 from __future__ import annotations
 
 import abc
+import contextlib
 import fnmatch
 import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, cast
 
 from distclip.errors import ConfigurationError
 from distclip.policies import checks
@@ -55,17 +56,15 @@ def matches(name: str, pattern: str) -> bool:
     Of ranks that hold different experts under one name, that of rank r is called ``name@r``; a
     pattern matches it with or without the place.
     """
-    return fnmatch.fnmatchcase(name, pattern) or (
-        "@" in name and fnmatch.fnmatchcase(name.rpartition("@")[0], pattern)
-    )
+    without_place = name.rpartition("@")[0] or name
+    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(without_place, pattern)
 
 
 @dataclass(frozen=True, slots=True)
 class Needs:
     """The statistics that a policy reads, by norm order ``p`` (``math.inf`` for the maximum).
 
-    ``groups``: whether it reads ``ParameterInfo.group``.
-    ``loss``: whether it reads the loss, which the training loop gives by ``observe(loss)``.
+    ``groups``, ``loss``: whether it reads ``ParameterInfo.group``, and the loss of ``observe``.
     """
 
     gradient_norms: frozenset[float] = frozenset()
@@ -80,9 +79,7 @@ class Needs:
 
 
 def combine_norms(norms: Tensor, norm_type: float, *, in_range: bool = False) -> Tensor:
-    """The p-norm of a whole from the p-norms of its disjoint parts.
-
-    Nothing overflows or underflows on the way.
+    """The p-norm of a whole from those of its disjoint parts, without overflow or underflow.
 
     Args:
         norms: float64, shape ``(parts,)``.
@@ -97,8 +94,7 @@ def combine_norms(norms: Tensor, norm_type: float, *, in_range: bool = False) ->
     if math.isinf(norm_type):
         return norms.max()
     if in_range:
-        whole: Tensor = torch.linalg.vector_norm(norms, norm_type)
-        return whole
+        return cast("Tensor", torch.linalg.vector_norm(norms, norm_type))
     from distclip.kernels.powers import p_norm  # which imports torch
 
     return p_norm(norms, norm_type)
@@ -110,9 +106,8 @@ class Statistics:
 
     All tensors are float64 of shape ``(len(parameters),)``, in the order of ``parameters``. A
     parameter without a gradient has norm 0. ``loss`` is 0-dim float64, the mean over the ranks that
-    gave one, NaN where none did; None for a policy that does not need it.
-
-    ``in_range``: powers of the gradients' norms neither leave float64's range nor vanish in it.
+    gave one, NaN where none did; None for a policy that does not need it. ``in_range``: powers of
+    the gradients' norms neither leave float64's range nor vanish in it.
     """
 
     parameters: Sequence[ParameterInfo]
@@ -131,17 +126,16 @@ class Statistics:
 
     def total_norm(self, norm_type: float = 2.0) -> Tensor:
         """p-norm of all the gradients together, 0-dim float64."""
-        norms = self.gradient_norms(norm_type)
-        return combine_norms(norms, norm_type, in_range=self.in_range)
+        return combine_norms(self.gradient_norms(norm_type), norm_type, in_range=self.in_range)
 
 
 def _declared(norms: Mapping[float, Tensor], norm_type: float, what: str) -> Tensor:
-    if norm_type not in norms:
-        raise ConfigurationError(
-            f"{what} norms of order {norm_type} are not among the policy's needs; declare them: "
-            f"needs = property(lambda self: policies.Needs.of({what}s=[{norm_type}]))"
-        )
-    return norms[norm_type]
+    if norm_type in norms:
+        return norms[norm_type]
+    raise ConfigurationError(
+        f"{what} norms of order {norm_type} are not among the policy's needs; declare them: "
+        f"needs = property(lambda self: policies.Needs.of({what}s=[{norm_type}]))"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,7 +264,7 @@ def memory_depends_on(policy: Policy, field: str) -> bool:
         if "memory_fields" in vars(each):
             return field not in getattr(each, "__dataclass_fields__", {})
         if _members(each) & {"init", "update", "update_bound", "needs"}:
-            return True
+            break
     return True
 
 
@@ -293,10 +287,9 @@ def _defines(cls: type, member: str) -> bool:
 
 def _members(cls: type) -> set[str]:
     """Names that a class body defines or annotates (a field without a default is no attribute)."""
-    try:
+    with contextlib.suppress(NameError):  # an annotation that cannot be resolved yet (Python 3.14)
         return {*vars(cls), *inspect.get_annotations(cls)}
-    except NameError:  # an annotation that cannot be resolved yet (Python 3.14)
-        return {*vars(cls)}
+    return {*vars(cls)}
 
 
 class ScalingPolicy(Policy):

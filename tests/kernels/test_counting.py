@@ -15,7 +15,7 @@ from distclip import GradClipper, policies
 from distclip.common.exponents import of_row
 from distclip.kernels import exponents, measuring
 from distclip.kernels.exponents import Counting
-from distclip.kernels.host import blocks, compiler, kernels
+from distclip.kernels.host import blocks, choosing, compiler, kernels
 from distclip.statistics.measurement import measure_locally
 from distclip.statistics.request import Request
 from distclip.statistics.scratch import Scratch
@@ -118,7 +118,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     found: list[tuple[str, int]] = []
     run = kernels._run
 
-    def watched(name: str, chosen: kernels.Chosen, *arguments: Any) -> None:
+    def watched(name: str, chosen: choosing.Chosen, *arguments: Any) -> None:
         found.append((name, chosen.table.elements))
         run(name, chosen, *arguments)
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distclip.kernels import changing, measuring
-from distclip.kernels.host import blocks, compiler, kernels
+from distclip.kernels.host import blocks, choosing, compiler, kernels
 from distclip.kernels.host import threads as host_threads
 from tests.helpers.processes import python, well
 
@@ -66,7 +66,7 @@ def test_norms(dtype: torch.dtype, order: float, bound: float | None) -> None:
     assert found.dtype is torch.float64
     np.testing.assert_allclose(found.numpy(), clamped, rtol=4e-12, atol=0.0)
     assert beside is not None
-    assert torch.equal(beside, raw) or not kernels.compiler.kinds()
+    assert torch.equal(beside, raw) or not compiler.kinds()
     np.testing.assert_allclose(beside.numpy(), raw.numpy(), rtol=4e-12, atol=0.0)
     # What no element of exceeds its bound is measured alike, to the last bit.
     largest = [0.0 if t is None else float(t.abs().max()) if t.numel() else 0.0 for t in tensors]
@@ -110,9 +110,9 @@ def test_complex_numbers_are_pairs(dtype: torch.dtype, compiled: bool) -> None:
         each.mul_(1.0 + 2.0j)
     conjugate = drawn(6, dtype=dtype).conj()
     values = [each.to(torch.complex128).abs() for each in (*tensors, conjugate)]
-    assert (kernels.choose(tensors, pairs=True) is not None) == compiled
+    assert (choosing.choose(tensors, pairs=True) is not None) == compiled
     if compiled:
-        assert kernels.choose(tensors, pairs=True).positions is None  # type: ignore[union-attr]
+        assert choosing.choose(tensors, pairs=True).positions is None  # type: ignore[union-attr]
     for order in ORDERS:
         found = measuring.norms([*tensors, conjugate], order, device=CPU)
         wanted = [reference(each, order) for each in values]
@@ -133,7 +133,7 @@ def test_complex_numbers_are_pairs(dtype: torch.dtype, compiled: bool) -> None:
 
 def test_units_with_channels_last(compiled: bool) -> None:
     tensor = drawn(6, 5, 4, 3).contiguous(memory_format=torch.channels_last)
-    chosen = kernels.choose([tensor], unit_dims=[(0,)], counts=[6])
+    chosen = choosing.choose([tensor], unit_dims=[(0,)], counts=[6])
     assert (chosen is not None) == compiled
     found = measuring.unit_norms([tensor], [(0,)], [6], 2.0, device=CPU)
     np.testing.assert_allclose(found.numpy(), [reference(row, 2.0) for row in tensor], rtol=1e-12)
@@ -304,7 +304,7 @@ def test_a_nan_of_any_payload_stays_one() -> None:
 
 
 def test_tables_follow_what_changes(compiled: bool) -> None:
-    tables = kernels.PlanTables()
+    tables = choosing.PlanTables()
     for sizes, dtype in (
         ((3, 5), torch.float32),
         ((3, 5), torch.bfloat16),
@@ -381,9 +381,9 @@ def test_one_odd_tensor_among_many_is_looked_at_once(
 ) -> None:
     """Its layout is found out anew where it changes, and whatever moves is found again."""
     looked: list[object] = []
-    real = kernels._select
-    monkeypatch.setattr(kernels, "_select", lambda *a: looked.append(a) or real(*a))
-    tables = kernels.PlanTables()
+    real = choosing._select
+    monkeypatch.setattr(choosing, "_select", lambda *a: looked.append(a) or real(*a))
+    tables = choosing.PlanTables()
     wide = drawn(30, 70)
     odd = [wide[3:9, 5:60:3], drawn(7, dtype=torch.complex64), wide[:9, ::2], wide.t()[::2, 1:]]
     for number, each in enumerate([*odd, odd[1].conj()]):

@@ -12,7 +12,7 @@ from torch import nn
 
 import distclip
 from distclip import policies
-from distclip.kernels.host import compiler, kernels
+from distclip.kernels.host import choosing, compiler, kernels
 from tests.policies.golden import assert_golden, clip, parameters
 
 RTOL = 1e-6
@@ -100,7 +100,7 @@ def test_gradients_are_read_once_and_clamped_where_that_can_change_them(
         ran.append(name)
         run(name, *arguments)
 
-    def clamping(chosen: kernels.Chosen, bounds: Any) -> None:
+    def clamping(chosen: choosing.Chosen, bounds: Any) -> None:
         clamped.append(bounds.tolist())
         clamp_(chosen, bounds)
 
