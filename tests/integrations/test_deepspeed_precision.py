@@ -98,8 +98,9 @@ class Multiplications(TorchDispatchMode):
         scale_ = changing.scale_
 
         def counted(tensors: Any, *args: Any) -> None:
-            self.count += len(tensors)
+            before = self.count
             scale_(tensors, *args)
+            self.count = before + len(tensors)  # also where that is made of operations of torch
 
         monkeypatch.setattr(changing, "scale_", counted)
 
