@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distclip.kernels import changing, measuring
-from distclip.kernels.host import blocks, choosing, compiler, kernels
+from distclip.kernels.host import blocks, choosing, compiler
 from distclip.kernels.host import threads as host_threads
 from tests.helpers.processes import python, well
 
