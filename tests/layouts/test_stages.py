@@ -290,12 +290,13 @@ def test_what_is_no_optimizer_is_refused() -> None:
 def test_the_first_of_a_group_without_rank_0_mentions_a_pattern(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    group = dist.new_group([1, 2], use_local_synchronization=True) if dist.get_rank() else None
+    # By all ranks: one that only its members make cannot be made again on these ranks (torch 2.13).
+    made = dist.new_group([1, 2])
+    group = made if dist.get_rank() else None
     told: list[str] = []
     monkeypatch.setattr(logging.getLogger("distclip"), "warning", lambda *given: told.append("x"))
     if group is not None:
         stage = nn.ParameterDict({f"own{dist.get_rank()}": nn.Parameter(torch.ones(3))})
         policy = policies.by_name({"head.*": None}, default=policies.global_norm(1.0))
         GradClipper([stage], policy, process_group=group)
-        dist.destroy_process_group(group)
     assert len(told) == (dist.get_rank() == 1)
