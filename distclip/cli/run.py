@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from distclip.integrations.lightning_factories import CONFIG_VARIABLE
+from distclip.common.environment import CONFIG_VARIABLE
 from distclip.tools.launch.script import Script
 
 CONTEXT = {"allow_interspersed_args": False}

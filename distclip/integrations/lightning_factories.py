@@ -9,8 +9,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-CONFIG_VARIABLE = "DISTCLIP_CONFIG"
-"""Environment variable that names the configuration of a run, for the processes of it too."""
+from distclip.common.environment import CONFIG_VARIABLE
 
 
 def callbacks() -> list[Any]:

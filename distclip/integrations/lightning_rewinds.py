@@ -26,6 +26,7 @@ from torch.utils.data import (
 
 from distclip.errors import ConfigurationError
 from distclip.integrations.lightning_attachments import CHECKPOINT_KEY
+from distclip.integrations.lightning_callback import ClipCallback
 from distclip.integrations.patches import replace
 from distclip.integrations.rewinding import Checkpoints, Rewinder
 
@@ -154,8 +155,6 @@ def _rewindable(trainer: Any, folder: Any) -> Any:
     Raises:
         ConfigurationError: there is none, or the Trainer cannot.
     """
-    from distclip.integrations.lightning import ClipCallback
-
     callbacks = [each for each in trainer.callbacks if isinstance(each, ClipCallback)]
     kinds = {kind.__name__ for kind in type(trainer.strategy).__mro__}
     launcher = {kind.__name__ for kind in type(trainer.strategy.launcher).__mro__}

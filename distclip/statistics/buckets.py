@@ -17,7 +17,7 @@ import functools
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -28,13 +28,47 @@ from distclip.statistics import collectives
 from distclip.statistics.early import batch_of
 
 if TYPE_CHECKING:
-    from distclip.statistics.overlap import Overlap
+    from distclip.statistics.early import Batch, Pattern
+    from distclip.statistics.request import Request
 
 CommHook = Callable[[Any, Any], Any]
 
 _measuring = threading.Lock()
 """gloo ends reductions on threads of its own, several at a time."""
 _relays: weakref.WeakKeyDictionary[nn.Module, Relay] = weakref.WeakKeyDictionary()
+
+
+class Measurer(Protocol):
+    """Whoever measures buckets; an ``Overlap``.
+
+    Attributes:
+        calls: how many gradients or buckets came.
+        error: why it measures no more.
+        device: where norms go.
+        wanted: positions of the pieces that are measured early.
+        expects_buckets: whether buckets are to be measured in this backward.
+    """
+
+    calls: int
+    error: Exception | None
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def wanted(self) -> frozenset[int]: ...
+
+    @property
+    def expects_buckets(self) -> bool: ...
+
+    def asked_of(self, positions: tuple[int, ...]) -> tuple[Pattern, Request]:
+        """What is to be measured of the pieces at these positions."""
+
+    def keep(self, batch: Batch) -> None:
+        """Remember what was measured."""
+
+    def fail(self, error: Exception) -> None:
+        """Measure no more."""
 
 
 def refusal(module: DistributedDataParallel) -> str | None:
@@ -57,7 +91,7 @@ def refusal(module: DistributedDataParallel) -> str | None:
     return None
 
 
-def follow(module: DistributedDataParallel, owner: Overlap, positions: Mapping[int, int]) -> None:
+def follow(module: DistributedDataParallel, owner: Measurer, positions: Mapping[int, int]) -> None:
     """Measure the buckets of a module for ``owner``, which is held weakly, from now on.
 
     Args:
@@ -75,7 +109,7 @@ class Relay:
     """The communication hook of one module: the reduction, and who follows it."""
 
     def __init__(self, module: DistributedDataParallel) -> None:
-        self.owners: list[tuple[weakref.ref[Overlap], Mapping[int, int]]] = []
+        self.owners: list[tuple[weakref.ref[Measurer], Mapping[int, int]]] = []
         self.reduce: Callable[[Any], Any] = functools.partial(_average, weakref.ref(module))
 
         def hook(state: object, bucket: Any) -> Any:
@@ -153,7 +187,7 @@ def _average(reference: weakref.ref[DistributedDataParallel], bucket: Any) -> An
 class Bucket:
     """One gradient bucket of DDP in one backward."""
 
-    def __init__(self, overlap: Overlap, positions: Mapping[int, int], bucket: Any) -> None:
+    def __init__(self, overlap: Measurer, positions: Mapping[int, int], bucket: Any) -> None:
         self._owner = weakref.ref(overlap)
         self._buffer: Tensor = bucket.buffer()
         chosen = [
@@ -187,7 +221,7 @@ class Bucket:
                 overlap.fail(error)
         return tensor
 
-    def _measured(self, overlap: Overlap, tensor: Tensor) -> Any:
+    def _measured(self, overlap: Measurer, tensor: Tensor) -> Any:
         buffer = self._buffer
         fits = tensor.dtype is buffer.dtype and tensor.numel() == buffer.numel()
         if not fits or not tensor.is_contiguous() or tensor.device != overlap.device:

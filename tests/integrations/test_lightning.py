@@ -271,7 +271,7 @@ def test_what_cannot_be_meant_is_reported_before_training(tmp_path: Path) -> Non
 def test_without_a_change_to_the_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import lightning.pytorch.trainer.trainer as module
 
-    from distclip.integrations import lightning as integration
+    from distclip.integrations import lightning_callback as integration
     from distclip.integrations.lightning_factories import callbacks
     from tests.integrations.lightnings import whole
 

@@ -11,7 +11,8 @@ import torch
 from distclip import ConfigurationError, GradClipper, policies
 from distclip.config import load
 from distclip.testing import expected
-from distclip.testing.models.sharded import shard, whole
+from distclip.testing.models.sharded import whole
+from distclip.testing.models.sharding import shard
 
 GATE = policies.norm_gate("lm_head.*", 2.0)
 

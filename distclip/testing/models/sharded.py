@@ -7,7 +7,7 @@ torch itself, in the same way as the parameters.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -128,40 +128,6 @@ def numbers(shape: tuple[int, ...]) -> Tensor:
     return torch.arange(math.prod(shape)).view(shape)
 
 
-MAKERS: dict[str, Callable[[Whole], Sharded]] = {}
-"""Layouts that are made by a function of their own, such as those of an engine."""
-
-
-def shard(layout: str, values: Whole) -> Sharded:
-    """Shard a whole model over all ranks, in one of ``LAYOUTS``."""
-    if layout.startswith("fsdp1"):
-        from distclip.testing.models.flattened import flatten
-
-        return flatten(layout, values)
-    if layout == "experts":
-        from distclip.testing.models.experts import experts
-
-        return experts(values)
-    if layout in MAKERS:
-        return MAKERS[layout](values)
-    meshes: dict[str, Tensor] = {}
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    if layout == "plain":
-        meshes = {name: numbers(shape) for name, shape in SHAPES.items()}
-    elif layout in ("fsdp2", "hsdp", "fsdp2_tp"):
-        meshes = fully_sharded(layout, world)
-    else:
-        for index, (name, shape) in enumerate(SHAPES.items()):
-            mesh, placements = _placed(layout, world, index, shape)
-            if mesh is None:
-                meshes[name] = numbers(shape)
-            else:
-                meshes[name] = distribute_tensor(
-                    numbers(shape), mesh, placements, src_data_rank=None
-                )
-    return cut(meshes, values)
-
-
 def cut(references: Mapping[str, Tensor], values: Whole) -> Sharded:
     """The parameters of ``values``, each sharded as the element numbers of the same name are."""
     parameters: dict[str, Tensor] = {}
@@ -185,9 +151,10 @@ def mesh_of(shape: tuple[int, ...], names: tuple[str, ...]) -> DeviceMesh:
     return _meshes[key]
 
 
-def _placed(
+def placement_of(
     layout: str, world: int, index: int, shape: tuple[int, ...]
 ) -> tuple[DeviceMesh | None, list[Placement]]:
+    """Where the parameter of this index lies in a layout of DTensors; no mesh: a plain tensor."""
     line = mesh_of((world,), ("x",))
     last = max(0, len(shape) - 1)
     rows: Placement = Shard(0) if shape else Replicate()

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 from distclip import clipper
 from distclip import config as configuration
+from distclip.common.environment import CONFIG_VARIABLE
 from distclip.errors import ConfigurationError, DistclipError
 from distclip.integrations import hooks
-from distclip.integrations.lightning_factories import CONFIG_VARIABLE
 from distclip.tools.launch import accelerate_cpu
 from distclip.tools.launch.leaving import let_gloo_finish
 from distclip.tools.launch.narration import Narration

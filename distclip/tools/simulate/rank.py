@@ -18,8 +18,8 @@ from types import TracebackType
 from typing import Any
 
 from distclip import config as configuration
+from distclip.common.environment import CONFIG_VARIABLE
 from distclip.integrations import hooks
-from distclip.integrations.lightning_factories import CONFIG_VARIABLE
 from distclip.integrations.patches import replace
 from distclip.testing.ranks import loopback
 from distclip.testing.ranks.stuck import STACK_SIGNAL

@@ -25,7 +25,8 @@ from distclip.policies import Chain, ClampingPolicy, Policy, SideBySide, UnitPol
 from distclip.report import ClipReport
 from distclip.testing import Expected, assert_rounded, expected
 from distclip.testing.cases import POLICIES, ROUNDINGS
-from distclip.testing.models.sharded import shard, whole
+from distclip.testing.models.sharded import whole
+from distclip.testing.models.sharding import shard
 
 
 @dataclass(frozen=True)
