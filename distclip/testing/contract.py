@@ -236,9 +236,14 @@ def _run(
 
 def _ask(policy: Any, statistics: _Statistics, state: Mapping[str, Tensor]) -> Any:
     """What it decides, and its new state."""
-    if _kind(policy) == "update":
-        return policy.update(statistics, state)
-    return policy.update_bound(statistics, state)
+    kind = _kind(policy)
+    decide = policy.update if kind == "update" else policy.update_bound
+    returned = decide(statistics, state)
+    is_pair = isinstance(returned, (tuple, list)) and len(returned) == 2
+    assert is_pair, (
+        f"{kind} must return two things, what it decides and the state, got {returned!r}"
+    )
+    return returned
 
 
 def _initial(policy: Any) -> dict[str, Tensor]:

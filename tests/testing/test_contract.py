@@ -87,6 +87,11 @@ class Reads(Base):
         return [Scale(torch.ones(()).double() * (0.5 if large else 1.0))], state
 
 
+class Alone(Base):
+    def update(self, statistics: Any, state: Any) -> Any:
+        return statistics.total_norm()
+
+
 class Lists(Base):
     def update(self, statistics: Any, state: Any) -> Any:
         return [Scale(torch.ones(()).double() * len(statistics.gradient_norms().tolist()))], state
@@ -171,6 +176,7 @@ class Addressed(Base):
         (InPlace, "changed its state or statistics in place"),
         (Poisoned, r"step 7: NaN or inf entered its state\['mean'\]"),
         (Reads, "reads a value on the host"),
+        (Alone, "update must return two things, what it decides and the state, got tensor"),
         (Lists, "reads a value on the host"),
         (Masks, "reads a value on the host"),
         (Random, "not pure"),
