@@ -10,7 +10,7 @@ import pytest
 from distclip.statistics import collectives
 from distclip.testing.cases import MATRIX_LAYOUTS, POLICIES, ROUNDINGS
 from distclip.tools.verify.cells import build, faults_of
-from tests.helpers.shares import WHOLE, in_turn, share
+from tests.helpers.shares import WHOLE, share
 
 __all__ = ["MATRIX_LAYOUTS", "POLICIES", "ROUNDINGS", "build", "check"]
 
@@ -39,18 +39,16 @@ KINDS = ["bfloat16", "float16", "mixed"]
 @pytest.mark.ranks(1, 2, 3, 4)
 @pytest.mark.parametrize("layout", MATRIX_LAYOUTS)
 def test_every_policy(layout: str, world_size: int) -> None:
-    """Under each layout on a number of ranks, and on each number under three of the layouts."""
-    check_all(share(POLICIES, NUMBERS[layout], world_size, of=4), layout, "float32")
+    """Under each layout on two numbers of ranks, and on each number under half of the layouts."""
+    check_all(share(POLICIES, NUMBERS[layout], world_size, of=2), layout, "float32")
 
 
 @pytest.mark.ranks(2, 4)
 @pytest.mark.parametrize("layout", ["fsdp2", "hsdp", "mixed"])
-def test_every_policy_by_an_all_reduce(
-    monkeypatch: pytest.MonkeyPatch, layout: str, world_size: int
-) -> None:
+def test_every_policy_by_an_all_reduce(monkeypatch: pytest.MonkeyPatch, layout: str) -> None:
     """As with many ranks and on accelerators; a few gloo ranks gather instead."""
     monkeypatch.setattr(collectives, "FEW_RANKS", 0)
-    check_all(share(POLICIES, NUMBERS[layout], world_size // 2, of=2), layout, "float32")
+    check_all(POLICIES, layout, "float32")
 
 
 @pytest.mark.ranks(2)  # one rank: `distclip verify`, nightly, and the goldens of each policy
@@ -64,7 +62,7 @@ def test_every_dtype(layout: str, kind: str) -> None:
 @pytest.mark.ranks(4)
 @pytest.mark.parametrize("layout", MATRIX_LAYOUTS)
 def test_all_dtypes_together_on_four_ranks(layout: str) -> None:
-    check_all(share(POLICIES, NUMBERS[layout], of=6), layout, "mixed", seed=1)
+    check_all(share(POLICIES, NUMBERS[layout], of=3), layout, "mixed", seed=1)
 
 
 def test_the_cases_together_meet_every_policy(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,12 +70,8 @@ def test_the_cases_together_meet_every_policy(monkeypatch: pytest.MonkeyPatch) -
     for number in range(len(MATRIX_LAYOUTS)):
         kinds = [share(POLICIES, number, kind, of=3) for kind in range(3)]
         assert sorted(itertools.chain(*kinds)) == sorted(POLICIES)
-        ranks = [share(POLICIES, number, size, of=4) for size in (1, 2, 3, 4)]
-        assert sorted(itertools.chain(*ranks)) == sorted(POLICIES)
-    for size in (1, 2, 3, 4):
-        layouts = [share(POLICIES, number, size, of=4) for number in NUMBERS.values()]
-        assert sorted(itertools.chain(*layouts)) == sorted([*POLICIES] * 3)
-    assert [in_turn("ab", number) for number in range(3)] == [["a"], ["b"], ["a"]]
+        for low in (1, 2, 3):
+            ranks = [share(POLICIES, number, low + more, of=2) for more in range(2)]
+            assert sorted(itertools.chain(*ranks)) == sorted(POLICIES)
     monkeypatch.setenv(WHOLE, "1")
     assert share(POLICIES, 1, 2, of=3) == POLICIES
-    assert in_turn("ab", 1) == ["a", "b"]

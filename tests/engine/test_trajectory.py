@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import io
-import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,6 @@ from distclip import GradClipper, StateError
 from distclip.policies import AutoClip
 from distclip.testing import Expected, assert_rounded, expected, run_on_ranks
 from tests.engine.test_matrix import build
-from tests.helpers.shares import in_turn
 from tests.sharded import Whole, shard, whole
 
 STEPS = 200
@@ -167,8 +165,8 @@ def test_each_policy_follows_the_oracle() -> None:
 
 @pytest.mark.ranks(2, 3, 4, timeout=180)
 def test_the_same_trajectory_under_every_sharding(world_size: int) -> None:
-    for number, layout in enumerate(LAYOUTS[world_size]):
-        for label in in_turn(TOGETHER, number, world_size):
+    for layout in LAYOUTS[world_size]:
+        for label in TOGETHER:
             check(label, layout, whole())
 
 
@@ -253,8 +251,7 @@ def test_four_ranks_stop_and_any_number_goes_on_with_the_same_decisions() -> Non
         assert sum(min(step[2:]) < 1 for step in steps) > 50, label
     same, _ = run_on_ranks(run, 4, "fsdp2", 100, STEPS, saved, timeout=180)[0]
     assert {k: bits(v) for k, v in same.items()} == {k: bits(v) for k, v in rest.items()}
-    others = [[(2, "tp"), (1, "plain")], [(2, "fsdp2"), (4, "fsdp1")]]
-    for ranks, layout in itertools.chain(*in_turn(others)):
+    for ranks, layout in [(2, "fsdp2"), (2, "tp"), (4, "fsdp1"), (1, "plain")]:
         other, _ = run_on_ranks(run, ranks, layout, 100, STEPS, saved, timeout=180)[0]
         assert_same_decisions(other, rest)
     # This can fail: without what was remembered the decisions are others.

@@ -1,18 +1,14 @@
-"""A part of the policies for each case, so that together the cases meet all of them.
-
-Where the whole is the pairs of three things, each two of them still meet: what goes wrong with a
-policy on a layout, or on a number of ranks, is found; what needs all three, at night.
-"""
+"""A part of the policies for each case, so that together the cases meet all of them."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import pytest
 
-K, T = TypeVar("K"), TypeVar("T")
+K = TypeVar("K")
 
 WHOLE = "DISTCLIP_TEST_WHOLE"
 """Set in the environment: every case meets every policy, which takes minutes more (nightly)."""
@@ -32,12 +28,6 @@ def share(policies: Mapping[K, Any], *numbers: int, of: int) -> dict[K, Any]:
     step = 1 if os.environ.get(WHOLE) else of
     first = sum(numbers) % step
     return {k: v for i, (k, v) in enumerate(policies.items()) if i % step == first}
-
-
-def in_turn(values: Sequence[T], *numbers: int) -> list[T]:
-    """One of the values, another in the next case; all of them where the whole is asked for."""
-    places = share(dict.fromkeys(range(len(values))), *numbers, of=len(values))
-    return [values[place] for place in places]
 
 
 at_night = pytest.mark.skipif(
