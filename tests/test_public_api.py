@@ -153,7 +153,7 @@ SIGNATURES = {
     "GradClipper": "(target: Target, policy: Policy, *, "
     "optimizer: Optimizer | Sequence[Optimizer] | None = None, "
     "on_nonfinite: OnNonfinite = error, process_group: ProcessGroup | None = None, "
-    "sinks: Sink | Sequence[Sink] = (), norms: bool = True, "
+    "sinks: StepSink | Sequence[StepSink] = (), norms: bool = True, "
     "verify_replicas: VerifyReplicas = first, fold: bool = True, overlap: bool = False, "
     "stuck_after: float | None = None, ratios: Every = None, exponents: Every = None) -> None",
     "GradClipper.clip_": "(self, loss: Tensor | float | None = None) -> ClipReport",
@@ -223,7 +223,7 @@ SIGNATURES = {
     "testing.run_on_ranks": "(function: Callable[..., T], world_size: int, *args: Any, "
     "timeout: float = 60.0, **kwargs: Any) -> list[T]",
     "testing.on_rank": "(make: Callable[..., Any], *arguments: Any) -> Any",
-    "testing.expected": "(policy: Policy, gradients: Mapping[str, npt.ArrayLike | None], "
+    "testing.expected": "(policy: PolicySpec, gradients: Mapping[str, npt.ArrayLike | None], "
     "weights: Mapping[str, npt.ArrayLike], *, groups: Mapping[str, int] | None = None, "
     "on_nonfinite: NonFinite = pass, memory: dict[str, Memory] | None = None, "
     "loss: float | None = None, stored: Stored | None = None) -> Expected",

@@ -75,9 +75,24 @@ def _are_usual(seen: Look) -> bool:
 
 
 def _are_weights(plan: Plan, seen: Look) -> bool:
-    """Whether a gradient, of all pieces, lies where its weights were when they were looked at."""
+    """Whether a gradient, of all pieces, lies where its weights do.
+
+    Compared with where they were when they were looked at; where they are now is asked for those
+    of which that is so.
+    """
     known = plan.weights_at
-    return len(known) == len(seen.addresses) and bool(np.count_nonzero(known == seen.addresses))
+    if len(known) != len(seen.addresses):
+        return False
+    for place in np.flatnonzero(known == seen.addresses).tolist():
+        known[place] = _address(weight_if_any(plan.pieces[place]))
+        if known[place] == seen.addresses[place]:
+            return True
+    return False
+
+
+def _address(weight: Tensor | None) -> int:
+    """Where weights lie; -1, where no gradient does, for none or for empty ones."""
+    return -1 if weight is None else weight.data_ptr() or -1
 
 
 def weight_if_any(piece: Piece) -> Tensor | None:
@@ -175,7 +190,7 @@ def _shared(plan: Plan, present: Sequence[Tensor | None]) -> DistclipError | Non
         ):  # in buffers of ZeRO's own
             continue
         weight = weight_if_any(piece)
-        plan.weights_at[place] = (0 if weight is None else weight.data_ptr()) or -1
+        plan.weights_at[place] = _address(weight)
         for what, tensor in (("gradient", gradient), ("weights", weight)):
             if tensor is not None and tensor.data_ptr() and _span(tensor) == tensor.numel():
                 name = f"the {what} of {plan.names[piece.index]!r}"

@@ -205,6 +205,20 @@ def test_parameters_of_one_id_are_told_apart(call: str, monkeypatch: pytest.Monk
                     assert outcome(call, look_alikes()[name]()) == wanted[name], (one, other)
 
 
+def test_a_gradient_may_lie_where_the_weights_of_an_earlier_call_were(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(calls, "id", lambda each: 0, raising=False)
+    memory = torch.zeros(16)
+    for _ in range(2):
+        distclip.clip_grad_norm_([trained(memory.view(4, 4), torch.ones(4, 4))], 1.0)
+    later = trained(torch.ones(2, 8), memory.view(2, 8).fill_(3.0))
+    assert distclip.clip_grad_norm_([later], 1.0).item() == 12.0
+    later.grad = later.data  # which is found all the same
+    with pytest.raises(distclip.UnsupportedGradientError):
+        distclip.clip_grad_norm_([later], 1.0)
+
+
 def test_a_session_in_use_is_nobody_elses() -> None:
     """A call in the middle of another with the same parameters, as a second thread makes it."""
     parameters = [trained(torch.ones(3), torch.full((3,), 2.0))]

@@ -79,7 +79,7 @@ def test_a_step_calls_the_six_functions_in_this_order(monkeypatch: pytest.Monkey
 
     note(GradClipper, "clip_", "GradClipper.clip_")
     note(session, "walk", "walk")
-    note(walk, "measure", "measure")
+    note(walk, "measure_locally", "measure_locally")
     note(walk, "reduce", "reduce")
     note(ledger.Ledger, "run", "Ledger.run")
     note(changing, "scale_", "scale_")

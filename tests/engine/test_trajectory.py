@@ -310,7 +310,7 @@ def test_a_state_of_something_else_is_refused_by_what_differs() -> None:
         clipper_for(ADAGC, {"a": (2,), "c": (3,)}).load_state_dict(state)
     with pytest.raises(StateError, match=r"'b' has shape \[4\].* where it has \[3\]"):
         clipper_for(ADAGC, {"a": (2,), "b": (4,)}).load_state_dict(state)
-    with pytest.raises(StateError, match="version 7"):
+    with pytest.raises(StateError, match="its version is 7"):
         clipper.load_state_dict({**state, "version": 7})
     with pytest.raises(StateError, match="'step' must be an integer"):
         clipper.load_state_dict({**state, "step": True})

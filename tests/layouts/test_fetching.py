@@ -71,7 +71,7 @@ def test_kinds_of_the_step_before_are_taken_over_where_they_are_the_same() -> No
     assert other.known(first.kinds).kinds is other.kinds
     assert other.kinds.sizes.tolist() == [12, 16]
     assert other.kinds.distinct == {torch.float32}
-    assert first.at([1]).kinds == Kinds([torch.float16], np.array([4]), True)
+    assert first.at((1,)).kinds == Kinds([torch.float16], np.array([4]), True)
 
 
 def test_a_main_gradient_stands_for_one_that_is_missing() -> None:
