@@ -186,17 +186,10 @@ def unit_norms(
     limits = None
     if bounds is not None:
         limits = np.full_like(bounds, math.inf) if raw else _held(tensors, bounds, seen)
+    pairs = norm_type == 2.0 and bounds is None
     chosen = None
     if host.measures(norm_type):
-        chosen = choosing.choose(
-            tensors,
-            what,
-            unit_dims=unit_dims,
-            counts=counts,
-            tables=tables,
-            seen=seen,
-            pairs=norm_type == 2.0 and bounds is None,
-        )
+        chosen = choosing.choose(tensors, what, unit_dims, counts, tables, seen, pairs=pairs)
     return _unit_norms(
         tensors, unit_dims, counts, norm_type, bounds, limits, device, chosen, counting
     )
@@ -218,17 +211,9 @@ def unit_norms_by_parts(
 
     All other arguments are as there.
     """
-    chosen = None
+    chosen, pairs = None, norm_type == 2.0
     if host.measures(norm_type):
-        chosen = choosing.choose(
-            tensors,
-            what,
-            unit_dims=unit_dims,
-            counts=counts,
-            tables=tables,
-            seen=seen,
-            pairs=norm_type == 2.0,
-        )
+        chosen = choosing.choose(tensors, what, unit_dims, counts, tables, seen, pairs=pairs)
     for part in parts:
         some, dims, several = tensors[part], unit_dims[part], counts[part]
         if chosen is not None and chosen.positions is None:

@@ -75,11 +75,11 @@ class PlanTables:
 def choose(
     tensors: Sequence[Tensor | None],
     what: str = "",
-    *,
     unit_dims: Sequence[Sequence[int]] | None = None,
     counts: Sequence[int] | None = None,
     tables: PlanTables | None = None,
     seen: Look | None = None,
+    *,
     pairs: bool = False,
 ) -> Chosen | None:
     """Select the tensors that the compiled loops take; None where there are none.
