@@ -84,8 +84,10 @@ def facts_of(
     wanted: Reads,
 ) -> dict[str, Fact]:
     """What is known on this rank; arguments as for :func:`learn`."""
-    if other := next((each for each in optimizers if not hasattr(each, "param_groups")), None):
-        raise ConfigurationError(f"optimizer: expected an optimizer, got a {type(other).__name__}")
+    for each in optimizers:
+        if not hasattr(each, "param_groups"):
+            kind = type(each).__name__
+            raise ConfigurationError(f"optimizer: expected an optimizer, got a {kind}")
     stepped: dict[int, Fact] = {}
     listed = [(each, group) for each in optimizers for group in each.param_groups]
     for number, (optimizer, group) in enumerate(listed):

@@ -54,12 +54,6 @@ class Survey:
         return np.array([bounds.get(piece.index, math.inf) for piece in self.plan.pieces])
 
     @cached_property
-    def clamped(self) -> frozenset[int]:
-        """Positions of the pieces here that are measured as if clamped."""
-        bounds = self.request.bounds
-        return frozenset(p for p, piece in enumerate(self.plan.pieces) if piece.index in bounds)
-
-    @cached_property
     def weighted(self) -> tuple[int, ...]:
         """Positions of the pieces here whose weights are measured as a whole."""
         wanted, pieces = self.request.weighted, self.plan.pieces

@@ -100,6 +100,8 @@ def test_arguments_of_the_clipper() -> None:
     measure: Any = policies.measure()
     refused(lambda: GradClipper(measure, model), ConfigurationError, "got Linear; the model comes")  # type: ignore[arg-type]
     refused(lambda: GradClipper(model, measure, optimizer="adam"), ConfigurationError, "got a str")  # type: ignore[arg-type]
+    nothing: Any = [None]
+    refused(lambda: GradClipper(model, measure, optimizer=nothing), ConfigurationError, "NoneType")
     for sinks in ("clip.jsonl", ["clip.jsonl"], 3, [print, None]):
         refused(
             lambda sinks=sinks: GradClipper(model, measure, sinks=sinks),
