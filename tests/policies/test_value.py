@@ -145,3 +145,20 @@ def test_a_bound_that_the_loss_scale_takes_beyond_float64_clamps_nothing() -> No
     policy = policies.chain(policies.global_norm(1.0), policies.value(1e306))
     distclip.GradClipper([parameter], policy).clip_before_step(torch.tensor(65536.0))
     assert (parameter.grad / 65536.0).tolist() == pytest.approx([0.6, 0.8], rel=1e-5)
+
+
+@pytest.mark.parametrize("bound", [0.5, 100.0])
+def test_before_a_policy_of_units_the_report_has_the_norms_as_they_came(bound: float) -> None:
+    """Of what is measured per row too; and where nothing is clamped, nothing counts as clipped."""
+    weights = torch.randn(37, 21, generator=torch.Generator().manual_seed(0))
+    parameter = nn.Parameter(torch.ones_like(weights))
+    policy = policies.chain(policies.value(bound), policies.agc(1e6))
+    clipper = distclip.GradClipper([("w", parameter)], policy)
+    parameter.grad = weights.clone()
+    report = clipper.clip_()
+    want = weights.double().norm().item()
+    assert report.parameter_norms["w"] == pytest.approx(want, rel=1e-12)
+    clamped = weights.clamp(-bound, bound)
+    assert torch.equal(parameter.grad, clamped)
+    assert report.clipped_norm.item() == pytest.approx(clamped.double().norm().item(), rel=1e-6)
+    assert report.clipped_fraction.item() == float(bound < 1.0)
