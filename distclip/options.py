@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import (
     Annotated,
@@ -26,7 +24,7 @@ from annotated_types import Ge
 
 from distclip.errors import ConfigurationError
 from distclip.policies import Policy
-from distclip.policies.registry import registered
+from distclip.policies.sound import check_sound
 
 OnNonfinite: TypeAlias = Literal["error", "error_late", "skip", "zero", "pass"]
 VerifyReplicas: TypeAlias = Literal["first", "never"] | Annotated[int, Ge(1)]
@@ -67,13 +65,7 @@ class Options:
     exponents: Every = None
 
     def __post_init__(self) -> None:
-        given: object = self.policy
-        if not isinstance(given, Policy):
-            model = hasattr(given, "named_parameters")  # whose repr would be pages long
-            raise ConfigurationError(
-                f"policy must be a policy such as policies.global_norm(1.0), got "
-                f"{type(given).__name__ if model else repr(given)}{_meant(given)}"
-            )
+        check_sound("policy", self.policy)
         check_on_nonfinite(self.on_nonfinite)
         every = self.verify_replicas
         if every not in ("first", "never") and (type(every) is not int or every < 1):
@@ -107,17 +99,6 @@ class Options:
     def arguments(self, **changes: object) -> dict[str, Any]:
         """Keyword arguments of :class:`distclip.GradClipper`, some of them changed."""
         return {name: getattr(self, name) for name in OPTION_NAMES} | changes
-
-
-def _meant(given: object) -> str:
-    """What was probably meant by something that is no policy."""
-    if hasattr(given, "named_parameters"):
-        return "; the model comes first, GradClipper(model, policy)"
-    if isinstance(given, (Mapping, os.PathLike)) or str(given).endswith((".yaml", ".yml", ".json")):
-        return "; a configuration goes to distclip.from_config(configuration, model)"
-    name = given if isinstance(given, str) else getattr(given, "name", None)
-    near = difflib.get_close_matches(str(name), registered(), n=1)
-    return f"; write policies.{near[0]}(...)" if near else ""
 
 
 LOOKS = Looks._fields

@@ -36,6 +36,7 @@ from distclip.layouts.fetching import Fetched
 from distclip.layouts.names import Target
 from distclip.policies import Policy
 from distclip.policies.compose import parts_of, reads, stages
+from distclip.policies.sound import first_state
 from distclip.statistics import buckets, collectives, waiting
 from distclip.statistics.overlap import Overlap
 
@@ -352,9 +353,8 @@ class Session:
         )
         for stage in stages(self.policy, parameters):
             if stage.members and self._members.get(stage.path) != stage.members:
-                state = stage.policy.init([parameters[member] for member in stage.members])
-                device = self.plan.device
-                self.states[stage.path] = {key: value.to(device) for key, value in state.items()}
+                theirs = [parameters[member] for member in stage.members]
+                self.states[stage.path] = first_state(stage.policy, theirs, self.plan.device)
                 self._members[stage.path] = stage.members
         parts = parts_of(self.policy, parameters)
         if self._agreement is not None:

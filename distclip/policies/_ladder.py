@@ -22,6 +22,7 @@ from distclip.policies.protocol import (
     Statistics,
 )
 from distclip.policies.registry import register
+from distclip.policies.sound import check_sound, first_state
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -183,6 +184,7 @@ def _check(field: str, policy: Policy) -> None:
             f"ladder: {field} must be one policy that skips, such as policies.skip_spikes(), "
             f"got {policy!r}; put others behind the ladder, by policies.chain(ladder, ...)"
         )
+    check_sound(f"ladder: {field}", policy)
     if policy.per_parameter:
         raise ConfigurationError(
             f"ladder: {policy!r} remembers something of each parameter, which is not supported "
@@ -194,8 +196,8 @@ def _initial(field: str, policy: Policy, parameters: Sequence[ParameterInfo]) ->
     """The state of a policy within the ladder; refused where even a huge norm is no spike to it."""
     from distclip.policies.decide import rehearse  # which imports torch
 
-    state = policy.init(parameters)
-    actions = rehearse(policy, parameters, state, torch.device("cpu"), norm=1e300)
+    state = first_state(policy, parameters, torch.device("cpu"))
+    actions, _ = rehearse(policy, parameters, state, torch.device("cpu"), norm=1e300)
     if not any(isinstance(each, Skip) for each in actions):
         raise ConfigurationError(
             f"ladder: {field} is {policy!r}, which never skips, so the ladder would do nothing; "

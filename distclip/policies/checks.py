@@ -125,6 +125,22 @@ def checked(where: str, key: str, value: Any, hint: Any) -> Any:
     return int(found) if any(limit.whole for limit in limits) else found
 
 
+def name_of(policy: Any) -> str:
+    """The name of a policy, or of a class of policies.
+
+    Raises:
+        ConfigurationError: it has none, or one that is no text.
+    """
+    name = getattr(policy, "name", None)
+    if isinstance(name, str) and name:
+        return name
+    kind = policy if isinstance(policy, type) else type(policy)
+    raise ConfigurationError(
+        f"{kind.__qualname__}: `name` {'is missing' if name is None else f'is {name!r}'}; give the "
+        f"class one: name: ClassVar[str] = 'my_policy' (without ClassVar it is an argument)"
+    )
+
+
 def check_fields(where: str, policy: object, known: dict[str, Any] | None) -> None:
     """Check the fields of a dataclass that have limits, and store them as numbers.
 

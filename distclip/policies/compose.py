@@ -20,6 +20,7 @@ from distclip.policies.protocol import (
     Statistics,
     matches,
 )
+from distclip.policies.sound import check_sound, check_units
 
 
 class Composite(Policy):
@@ -45,7 +46,7 @@ class Chain(Composite):
         if not policies:
             raise ConfigurationError("chain: give at least one policy")
         for policy in policies:
-            _check_policy("chain", policy)
+            check_sound("chain: each argument", policy)
         object.__setattr__(self, "policies", policies)
 
 
@@ -61,9 +62,9 @@ class SideBySide(Composite):
     def __init__(self, mapping: Mapping[str, Policy | None], default: Policy | None = None) -> None:
         for key, policy in mapping.items():
             if policy is not None:
-                _check_policy(f"{self.name}[{key!r}]", policy)
+                check_sound(f"{self.name}[{key!r}]", policy)
         if default is not None:
-            _check_policy(f"{self.name} default", default)
+            check_sound(f"{self.name} default", default)
         object.__setattr__(self, "mapping", tuple(mapping.items()))
         object.__setattr__(self, "default", default)
 
@@ -165,13 +166,6 @@ class _Undecided(ScalingPolicy):
             f"{self.policy.name} tells parameters apart by the optimizers that step them, and none "
             f"is known; use clipper.attach(muon, adamw), or give GradClipper(..., optimizer=[muon, "
             f"adamw]) the optimizers of this model"
-        )
-
-
-def _check_policy(where: str, policy: object) -> None:
-    if not isinstance(policy, Policy):
-        raise ConfigurationError(
-            f"{where}: expected a policy such as policies.global_norm(1.0), got {policy!r}"
         )
 
 
@@ -331,6 +325,7 @@ def _stages(
                 label = policy.label(key) if key is None else f"[{policy.label(key)}]"
                 yield from _stages(choice, parameters, shares[key], _join(path, label))
     else:
+        check_units(policy, (parameters[member] for member in members))
         yield Stage(path, policy, members)
 
 

@@ -84,20 +84,20 @@ def rehearse(
     state: State,
     device: torch.device,
     norm: float = 1.0,
-) -> Sequence[Action]:
-    """Look at what a policy returns before anything depends on it; its new state is dropped.
+) -> tuple[Sequence[Action], State]:
+    """Look at what a policy returns before anything depends on it.
 
     Policies are pure, so a decision about made-up statistics has no effect. It is for a policy that
     decides after other gradients have been changed already, or within another policy.
 
     Returns:
-        The actions of a scaling policy; none of another.
+        The actions of a scaling policy, none of another; and the new state.
 
     Raises:
         ConfigurationError: as :func:`actions_of` and :func:`bound_of`.
     """
     if isinstance(policy, UnitPolicy) or (isinstance(policy, ClampingPolicy) and not policy.moving):
-        return ()
+        return (), state
     ones = torch.ones(len(parameters), dtype=torch.float64, device=device)
     statistics = Statistics(
         parameters,
@@ -106,6 +106,5 @@ def rehearse(
         loss=ones.new_ones(()) if policy.needs.loss else None,
     )
     if isinstance(policy, ClampingPolicy):
-        bound_of(policy, statistics, state)
-        return ()
-    return actions_of(cast(ScalingPolicy, policy), statistics, state)[0]
+        return (), bound_of(policy, statistics, state)[1]
+    return actions_of(cast(ScalingPolicy, policy), statistics, state)

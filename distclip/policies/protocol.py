@@ -162,10 +162,9 @@ Action: TypeAlias = Scale | Skip
 
 @dataclass(frozen=True, slots=True)
 class Clamp:
-    """No action: a policy that clamps is a :class:`ClampingPolicy`, and returns its bound.
+    """No action: it is refused. A policy that clamps is a :class:`ClampingPolicy`.
 
-    A scaling policy that returns one is refused, since a chain has to know its clamps, and with
-    them its passes, before the first step.
+    A chain has to know its clamps, and with them its passes, before the first step.
     """
 
     bound: float
@@ -182,8 +181,7 @@ class Policy(abc.ABC):
     A class that derives from ``Policy`` itself and defines ``update`` is a scaling policy.
     Subclasses are frozen dataclasses: the fields are the configuration, checked in
     ``__post_init__`` and printed by ``repr`` (ranks compare the ``repr``). Fields whose type hints
-    have a :class:`Limit` are checked without further ado. A class that defines a
-    member of another kind is refused when it is made.
+    have a :class:`Limit` are checked. A class with a member of another kind is refused.
     """
 
     name: ClassVar[str]
@@ -204,16 +202,14 @@ class Policy(abc.ABC):
     be as finite as ever."""
 
     _kind: ClassVar[str] = "a scaling policy"
-    _refused: ClassVar[Mapping[str, str]] = {
+    _refused: ClassVar[Mapping[str, str]] = {  # member that is not for this kind -> the kind
         "bound": "ClampingPolicy",
         "update_bound": "ClampingPolicy",
         "unit_dims": "UnitPolicy",
         "unit_coefficients": "UnitPolicy",
     }
-    """Members that a class of this kind may not define -> the kind that may."""
 
-    _limited: ClassVar[dict[str, Any] | None] = None
-    """What ``checks.limited`` said when the class was made."""
+    _limited: ClassVar[dict[str, Any] | None] = None  # checks.limited of the class
 
     def __post_init__(self) -> None:
         """Check the fields whose type hints have a limit, and store them as numbers.
@@ -221,7 +217,12 @@ class Policy(abc.ABC):
         Raises:
             ConfigurationError: names the field, its value and the limit.
         """
-        checks.check_fields(self.name, self, self._limited)
+        checks.check_fields(checks.name_of(self), self, self._limited)
+
+    def __repr__(self) -> str:  # without an address, in a class that is no dataclass too
+        return (
+            f"{type(self).__qualname__}({', '.join(f'{k}={v!r}' for k, v in vars(self).items())})"
+        )
 
     @property
     def needs(self) -> Needs:
@@ -362,8 +363,7 @@ class ClampingPolicy(Policy):
 class UnitPolicy(Policy):
     """A policy without memory that decides for each unit by that unit's norms alone.
 
-    Being elementwise in units is what lets every rank decide for the rows that it holds, before
-    any communication.
+    So every rank decides for the rows that it holds, before any communication.
     """
 
     _kind = "a per-unit policy"

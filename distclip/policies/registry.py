@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TypeVar
 
 from distclip.errors import ConfigurationError
+from distclip.policies.checks import name_of
 from distclip.policies.protocol import Policy
 
 PolicyType = TypeVar("PolicyType", bound=type[Policy])
@@ -20,11 +21,7 @@ def register(policy: PolicyType) -> PolicyType:
     Raises:
         ConfigurationError: it has no name, or that of another class.
     """
-    name = getattr(policy, "name", None)
-    if not isinstance(name, str) or not name:
-        raise ConfigurationError(
-            f"{policy.__name__} has no name; give the class one: name: ClassVar[str] = 'my_policy'"
-        )
+    name = name_of(policy)
     known = _registered.get(name, policy)
     if (known.__module__, known.__qualname__) != (policy.__module__, policy.__qualname__):
         raise ConfigurationError(

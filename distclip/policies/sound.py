@@ -1,0 +1,196 @@
+"""Whether a policy has what its kind asks for, found out before the first step.
+
+A policy may be anybody's. Its members are looked at where it is given to a clipper or to another
+policy; its methods are tried once, with norms of 1, when its parameters are known. Policies are
+pure, so that this has no effect.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Real
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from distclip.errors import ConfigurationError
+from distclip.policies import checks, protocol
+from distclip.policies.protocol import ParameterInfo, Policy, State
+from distclip.policies.registry import registered
+
+if TYPE_CHECKING:
+    import torch
+
+Found = TypeVar("Found")
+
+_STATE = "a state with the keys, shapes and dtypes of what `init` returns"
+_FORMS = {
+    "norm_type": "a number > 0 (math.inf: the largest element), as a field or a property",
+    "threshold": "a number or None, as a field or a property",
+    "needs": "a property that returns policies.Needs with orders > 0, such as "
+    "policies.Needs.of(gradients=[2.0])",
+    "per_parameter": "a set of keys of the state, such as frozenset({'mean'})",
+    "memory_fields": "None, or a set of fields of the class, such as frozenset({'decay'})",
+    "counts_nonfinite": "True or False",
+    "init": "a method (parameters) that returns a dict of tensors, with one entry per parameter "
+    "along the first dim of those that per_parameter names",
+    "update": "a method (statistics, state) that returns (actions, state): a list of "
+    "policies.Scale (coefficients: a tensor, 0-dim or one for each parameter; threshold: a number, "
+    f"a 0-dim tensor or None) and policies.Skip (flag: a 0-dim bool tensor), and {_STATE}",
+    "update_bound": "a method (statistics, state) that returns (bound, state): a tensor, 0-dim or "
+    f"with a bound for each parameter, and {_STATE}",
+    "unit_dims": "a method (parameter) that returns a tuple of different dims of the parameter, "
+    "all >= 0; () for one unit",
+    "unit_coefficients": "a method (gradient_norms, weight_norms) that returns a tensor of their "
+    "shape",
+}
+"""Member -> what it has to be."""
+
+
+def check_sound(where: str, policy: object) -> None:
+    """Refuse what is no policy, and a policy with a member that is of no use.
+
+    Raises:
+        ConfigurationError: names ``where``, or the class and the member, and what it has to be.
+    """
+    if not isinstance(policy, Policy):
+        model = hasattr(policy, "named_parameters")  # whose repr would be pages long
+        raise ConfigurationError(
+            f"{where} must be a policy such as policies.global_norm(1.0), got "
+            f"{type(policy).__name__ if model else repr(policy)}{_meant(policy)}"
+        )
+    checks.name_of(policy)
+    fields = getattr(policy, "__dataclass_fields__", {})
+    _look(policy, "per_parameter", _is_set)
+    _look(policy, "memory_fields", lambda x: x is None or (_is_set(x) and x <= {*fields}))
+    _look(policy, "counts_nonfinite", lambda x: isinstance(x, bool))
+    if isinstance(policy, protocol.UnitPolicy):
+        _look(policy, "norm_type", _is_order)
+        _look(policy, "threshold", lambda x: x is None or isinstance(x, Real))
+    _look(policy, "needs", lambda x: all(map(_is_order, (*x.gradient_norms, *x.weight_norms))))
+
+
+def check_units(policy: Policy, parameters: Iterable[ParameterInfo]) -> None:
+    """Refuse a per-unit policy that names dims which a parameter does not have.
+
+    Raises:
+        ConfigurationError: as :func:`check_sound`.
+    """
+    if isinstance(policy, protocol.UnitPolicy) and not _is_ours(policy):
+        for each in parameters:
+            dims: Any = _tried(policy, "unit_dims", policy.unit_dims, each)
+            there = set(map(str, range(len(each.shape))))
+            if not isinstance(dims, tuple) or len(there.intersection(map(str, dims))) < len(dims):
+                found = f"returned {dims!r} for {each.name!r} of shape {list(each.shape)}"
+                raise _wrong(policy, "unit_dims", found)
+
+
+def first_state(policy: Policy, parameters: Sequence[ParameterInfo], device: torch.device) -> State:
+    """The state of a policy before the first step, on the device.
+
+    The methods of a policy that is not built in are tried with it.
+
+    Raises:
+        ConfigurationError: as :func:`check_sound`.
+    """
+    found: Any = _tried(policy, "init", policy.init, parameters)
+    forms, count = _forms(found), len(parameters)
+    if forms is None or any(
+        key not in forms or forms[key][0][:1] != (count,) for key in policy.per_parameter
+    ):
+        raise _wrong(policy, "init", f"returned {found!r} for {count} parameters")
+    state: State = {key: value.to(device) for key, value in found.items()}
+    if not _is_ours(policy):
+        _try_methods(policy, parameters, state, device)
+    return state
+
+
+def _try_methods(
+    policy: Policy, parameters: Sequence[ParameterInfo], state: State, device: torch.device
+) -> None:
+    import torch
+
+    from distclip.policies.decide import rehearse  # which imports torch
+
+    if not isinstance(policy, protocol.UnitPolicy):
+        member = "update_bound" if isinstance(policy, protocol.ClampingPolicy) else "update"
+        actions, new = _tried(policy, member, rehearse, policy, parameters, dict(state), device)
+        if _forms(new) != _forms(state):
+            raise _wrong(policy, member, f"returned the state {new!r}, and was given {state!r}")
+        for action in actions:
+            if not _acts(action, len(parameters)):
+                raise _wrong(policy, member, f"returned {action!r}")
+        return
+    ones = torch.ones(2, dtype=torch.float64, device=device)
+    found: Any = _tried(policy, "unit_coefficients", policy.unit_coefficients, ones, ones)
+    if getattr(found, "shape", None) != ones.shape:
+        raise _wrong(policy, "unit_coefficients", f"returned {found!r} for norms {ones!r}")
+
+
+def _look(policy: Policy, member: str, fits: Callable[[Any], bool]) -> None:
+    value = _tried(policy, member, getattr, policy, member)
+    try:
+        fine = fits(value)
+    except (TypeError, AttributeError):  # another type
+        fine = False
+    if not fine:
+        raise _wrong(policy, member, f"is {value!r}")
+
+
+def _tried(policy: Policy, member: str, call: Callable[..., Found], *given: Any) -> Found:
+    try:
+        return call(*given)
+    except ConfigurationError:
+        raise
+    except Exception as error:
+        found = f"raised {type(error).__name__}: {error}, before the first step"
+        raise _wrong(policy, member, found) from error
+
+
+def _wrong(policy: Policy, member: str, found: str) -> ConfigurationError:
+    short = " ".join(found.split())[:300]
+    return ConfigurationError(
+        f"{type(policy).__qualname__}: `{member}` {short}; it has to be {_FORMS[member]}"
+    )
+
+
+def _is_ours(policy: Policy) -> bool:
+    return type(policy).__module__.startswith("distclip.")
+
+
+def _is_set(value: object) -> bool:
+    return isinstance(value, (set, frozenset))
+
+
+def _is_order(value: Any) -> bool:
+    return isinstance(value, Real) and float(value) > 0
+
+
+def _forms(state: Any) -> dict[str, tuple[Any, Any]] | None:
+    """Key -> shape and dtype; None where it is no dict of tensors."""
+    try:
+        return {key: (value.shape, value.dtype) for key, value in state.items()}
+    except AttributeError:
+        return None
+
+
+def _acts(action: Any, count: int) -> bool:
+    """Whether a step has a use for an action."""
+    if isinstance(action, protocol.Skip):
+        return str(getattr(action.flag, "dtype", "")) == "torch.bool" and action.flag.shape == ()
+    limit = action.threshold
+    return action.coefficients.shape in ((), (count,)) and (
+        limit is None or isinstance(limit, Real) or getattr(limit, "shape", None) == ()
+    )
+
+
+def _meant(given: object) -> str:
+    """What was probably meant by something that is no policy."""
+    if isinstance(given, type) and issubclass(given, Policy):
+        return f"; make one of the class: {given.__name__}(...)"
+    if hasattr(given, "named_parameters"):
+        return "; the model comes first, GradClipper(model, policy)"
+    if isinstance(given, (Mapping, os.PathLike)) or str(given).endswith((".yaml", ".yml", ".json")):
+        return "; a configuration goes to distclip.from_config(configuration, model)"
+    near = difflib.get_close_matches(str(given), registered(), n=1)
+    return f"; write policies.{near[0]}(...)" if near else ""
