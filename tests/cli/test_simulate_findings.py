@@ -56,6 +56,15 @@ def recorded(folder: Path, rank: int, steps: int | None = None) -> Iterator[None
     journal.close()
 
 
+@contextlib.contextmanager
+def recorded_alone(folder: Path, steps: int | None = None) -> Iterator[Rank]:
+    """The rank of a single process; what it wrote is read at the end."""
+    reader = Reader(folder, 1)
+    with recorded(folder, 0, steps):
+        yield reader.ranks[0]
+    reader.read()
+
+
 def wrapped(layout: str) -> nn.Module:
     torch.manual_seed(0)
     model = Model()
@@ -179,7 +188,7 @@ def test_layouts_agree_with_one_process(runs: dict[str, list[Rank]], layout: str
     for row, steps in zip(
         rows, zip(*(r.completed for r in runs[layout]), strict=True), strict=True
     ):
-        squares = findings.gradient_squares(steps)
+        squares = findings.whole_squares(steps)
         assert sum(squares.values()) ** 0.5 == pytest.approx(row.norm, rel=1e-6)
         assert set(squares) >= {"first.weight", "last.bias"}
 
@@ -233,14 +242,12 @@ def test_why_layouts_differ(runs: dict[str, list[Rank]]) -> None:
 
 
 def test_a_batch_per_process_is_told(runs: dict[str, list[Rank]], tmp_path: Path) -> None:
-    with recorded(tmp_path, 0):
+    with recorded_alone(tmp_path) as rank:
         model = wrapped("none")
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         model(torch.randn(6, 5)).square().mean().backward()
         optimizer.step()
-    reader = Reader(tmp_path, 1)
-    reader.read()
-    difference = agreement.compare_layouts(("single", reader.ranks), ("ddp", runs["ddp"]), 1e-4)
+    difference = agreement.compare_layouts(("single", [rank]), ("ddp", runs["ddp"]), 1e-4)
     assert difference is not None
     assert "saw 12 samples on 2 rank(s), one of single 6" in difference.text
     assert "split_batches" in difference.text
@@ -265,19 +272,17 @@ def test_further_reasons_why_layouts_differ() -> None:
 
 
 def test_enough_steps(tmp_path: Path) -> None:
-    with recorded(tmp_path, 0, steps=2):
+    with recorded_alone(tmp_path, steps=2) as rank:
         model = wrapped("none")
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         for _ in range(5):
             model(torch.randn(2, 5)).square().mean().backward()
             optimizer.step()
-    reader = Reader(tmp_path, 1)
-    reader.read()
-    assert reader.ranks[0].done == 2
+    assert rank.done == 2
 
 
 def test_checkpointing_and_evaluation_are_no_further_data(tmp_path: Path) -> None:
-    with recorded(tmp_path, 0):
+    with recorded_alone(tmp_path) as rank:
         model = wrapped("none")
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         x = torch.randn(4, 5)
@@ -289,15 +294,13 @@ def test_checkpointing_and_evaluation_are_no_further_data(tmp_path: Path) -> Non
         model.eval()(torch.randn(9, 5))
         model.train()(x).sum().backward()
         optimizer.step()
-    reader = Reader(tmp_path, 1)
-    reader.read()
-    (step,) = reader.ranks[0].steps
+    (step,) = rank.steps
     assert (step.samples, step.sizes) == (samples([x]), [4])
     assert len(step.losses) == 2
 
 
 def test_gradients_that_cannot_be_read_are_told(tmp_path: Path) -> None:
-    with recorded(tmp_path, 0):
+    with recorded_alone(tmp_path) as rank:
         model = nn.ModuleDict({"table": nn.Embedding(9, 5, sparse=True), "last": nn.Linear(5, 1)})
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         marked: Any = model["last"].bias
@@ -305,12 +308,10 @@ def test_gradients_that_cannot_be_read_are_told(tmp_path: Path) -> None:
         for _ in range(2):
             model["last"](model["table"](torch.arange(4))).sum().backward()
             optimizer.step()
-    reader = Reader(tmp_path, 1)
-    reader.read()
-    (remark,) = found(reader.ranks)
+    (remark,) = found([rank])
     assert (remark.kind, remark.fault) == ("unseen", False)
     assert "parameter 'bias'" in remark.text
-    assert len(reader.ranks[0].steps[1].pieces) == 2
+    assert len(rank.steps[1].pieces) == 2
 
 
 # ---- hangs, from stacks ------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from distclip.testing.ranks.stuck import STOPPED, WAITS
+from distclip.testing.ranks.stuck import STOPPED, WAITS, names
 
 ResultKind = Literal["returned", "raised", "skipped", "xfailed", "died", "stuck"]
 
@@ -71,24 +71,24 @@ def rank_error(outcomes: Mapping[int, Outcome], first: int, timeout: float) -> R
         silent = {rank: each.error for rank, each in outcomes.items() if each.kind == "stuck"}
         waiting = [rank for rank, why in silent.items() if why == WAITS]
         blame = [rank for rank in silent if rank not in waiting] or list(silent)
-        headline = f"no answer within {timeout:g} s from {_names(blame)} of {world}"
+        headline = f"no answer within {timeout:g} s from {names(blame)} of {world}"
         if blamed.error == STOPPED:
             blame = [rank for rank, why in silent.items() if why == STOPPED]
-            headline = f"{_names(blame)} of {world} {STOPPED}"
+            headline = f"{names(blame)} of {world} {STOPPED}"
         if len(blame) < len(silent):
-            headline += f"; {_names(waiting)}: {WAITS}"
+            headline += f"; {names(waiting)}: {WAITS}"
     elif blamed.kind in ("skipped", "xfailed"):
         headline = f"rank {first} of {world} {_deed(blamed)}, but not every rank did the same"
     else:
         alike = [rank for rank, outcome in outcomes.items() if _deed(outcome) == _deed(blamed)]
-        headline = f"{_names(alike)} of {world} {_deed(blamed)}"
+        headline = f"{names(alike)} of {world} {_deed(blamed)}"
     order = [first, *(rank for rank in outcomes if rank != first)]
     told: dict[tuple[str, str, str], list[int]] = {}  # ranks with the same story share one section
     for rank in order:
         told.setdefault(_story(outcomes[rank]), []).append(rank)
     sections = [headline]
     for (deed, trace, output), ranks in told.items():
-        sections.append(f"---- {_names(sorted(ranks))}: {deed} ----")
+        sections.append(f"---- {names(sorted(ranks))}: {deed} ----")
         sections += [text.rstrip("\n") for text in (trace, output) if text]
     return RankError("\n".join(sections), outcomes)
 
@@ -134,7 +134,3 @@ def _story(outcome: Outcome) -> tuple[str, str, str]:
     output = f"output:\n{outcome.output}" if outcome.output else ""
     trace = outcome.trace if outcome.kind not in ("skipped", "xfailed") else ""
     return _deed(outcome), trace, output
-
-
-def _names(ranks: list[int]) -> str:
-    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"

@@ -21,6 +21,15 @@ HOSTS = {"127.0.0.1": "127.0.0.1", "localhost": "127.0.0.1"}
 """Host names that mean this machine -> the address to listen on."""
 
 
+def interface_name() -> str:
+    """Name of the loopback interface; empty where it is not known.
+
+    Without a name gloo resolves the host's name, which need not lead anywhere.
+    """
+    found = {name for _, name in socket.if_nameindex()} & {"lo", "lo0"}
+    return found.pop() if found else ""
+
+
 def listening(port: int = 0) -> socket.socket:
     """A socket that listens on the loopback interface; port 0: a free one.
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import pickle
-import time
 from typing import IO
 
 from distclip.testing.ranks import worker
 from distclip.testing.ranks.failures import Outcome, exit_text, own_frames
 from distclip.testing.ranks.forkserver import RankProcess
 from distclip.testing.ranks.health import GroupState
-from distclip.testing.ranks.stuck import STACK_SIGNAL, culprits, is_stopped, reason
+from distclip.testing.ranks.stuck import ask_for_stacks, culprits, is_stopped, reason
 
 STACK_LIMIT = 2.0  # seconds to wait for the stacks of a stuck rank
 
@@ -46,10 +43,10 @@ def receive(rank: int, process: RankProcess) -> tuple[Outcome, GroupState | None
 
 def stuck(ranks: list[int], processes: list[RankProcess]) -> list[Outcome]:
     """The outcomes of ranks that gave no answer in time, those that others wait for first."""
-    stopped = [is_stopped(process.pid) for process in processes]
-    running = [p for p, stop in zip(processes, stopped, strict=True) if not stop]
-    taken = dict(zip([p.pid for p in running], _stacks_of(running), strict=True))
-    stacks = [taken.get(process.pid, "") for process in processes]
+    running = [process for process in processes if not is_stopped(process.pid)]
+    ask_for_stacks({process.pid: process.stacks.fileno() for process in running}, STACK_LIMIT)
+    # Empty before the call, and so where nobody wrote into it.
+    stacks = [read_shared(process.stacks) for process in processes]
     reasons = [reason(p.pid, text) for p, text in zip(processes, stacks, strict=True)]
     outcomes = [
         Outcome(
@@ -59,21 +56,6 @@ def stuck(ranks: list[int], processes: list[RankProcess]) -> list[Outcome]:
     ]
     first = culprits(reasons)
     return [outcomes[n] for n in first] + [o for n, o in enumerate(outcomes) if n not in first]
-
-
-def _stacks_of(processes: list[RankProcess]) -> list[str]:
-    """The Python stacks of all threads of each process, taken without its cooperation."""
-    for process in processes:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(process.pid, STACK_SIGNAL)
-    deadline = time.monotonic() + STACK_LIMIT
-    sizes = [0] * len(processes)
-    while processes and time.monotonic() < deadline:
-        time.sleep(0.05)
-        before, sizes = sizes, [os.fstat(process.stacks.fileno()).st_size for process in processes]
-        if before == sizes and all(sizes):  # written, and no longer growing
-            break
-    return [read_shared(process.stacks) for process in processes]
 
 
 def read_shared(file: IO[bytes]) -> str:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import signal
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 STUCK_AFTER = "DISTCLIP_STUCK_AFTER"
 """Environment variable with the limit, in seconds, of :mod:`distclip.statistics.waiting`."""
@@ -25,8 +28,49 @@ WAITING_PLACES = (
 )
 """Parts of the names of files in which a rank waits for others."""
 
-_FRAME = re.compile(r'^\s*File "(?P<file>[^"]+)", line \d+ in .+$')
+_FRAME = re.compile(r'^\s*File "(?P<file>[^"]+)", line (?P<line>\d+) in (?P<function>.+)$')
 _HARNESS = "/distclip/testing/ranks/worker.py"
+
+
+class Frame(NamedTuple):
+    """One frame of a stack, as faulthandler writes it."""
+
+    file: str
+    line: int
+    function: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line} in {self.function}"
+
+
+def frames_by_thread(stacks: str) -> list[list[Frame]]:
+    """The frames of each thread in a dump of faulthandler, innermost first."""
+    threads: list[list[Frame]] = [[]]
+    for line in stacks.splitlines():
+        if match := _FRAME.match(line):
+            threads[-1].append(Frame(match["file"], int(match["line"]), match["function"]))
+        elif threads[-1]:
+            threads.append([])
+    return [frames for frames in threads if frames]
+
+
+def ask_for_stacks(files: Mapping[int, int | Path], limit: float) -> None:
+    """Have processes write the stacks of all their threads, without their cooperation, and wait.
+
+    Args:
+        files: process -> where it writes them, as ``os.stat`` takes a file.
+        limit: seconds to wait at most.
+    """
+    for pid in files:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, STACK_SIGNAL)
+    deadline = time.monotonic() + limit
+    sizes = [0] * len(files)
+    while files and time.monotonic() < deadline:
+        time.sleep(0.05)
+        before, sizes = sizes, [os.stat(file).st_size for file in files.values()]
+        if before == sizes and all(sizes):  # written, and no longer growing
+            break
 
 
 def kernel_fields(pid: int | None) -> list[str]:
@@ -46,16 +90,9 @@ def is_stopped(pid: int) -> bool:
 
 def waits(stacks: str) -> bool:
     """Whether the thread that runs the call is in a collective, or in a backward."""
-    threads: list[list[str]] = []
-    for line in stacks.splitlines():
-        match = _FRAME.match(line)
-        if match is None:
-            threads.append([])
-        elif threads:
-            threads[-1].append(match["file"])
-    for files in threads:
-        if any(file.endswith(_HARNESS) for file in files):
-            return any(part in files[0] for part in WAITING_PLACES)
+    for frames in frames_by_thread(stacks):
+        if any(frame.file.endswith(_HARNESS) for frame in frames):
+            return any(part in frames[0].file for part in WAITING_PLACES)
     return False
 
 
@@ -75,3 +112,8 @@ def culprits(reasons: Sequence[str]) -> list[int]:
     """Positions of those that the others wait for; all of them where that cannot be told."""
     found = [position for position, reason in enumerate(reasons) if reason != WAITS]
     return found or list(range(len(reasons)))
+
+
+def names(ranks: Sequence[int]) -> str:
+    """``rank 1``, ``ranks 0, 2``."""
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"

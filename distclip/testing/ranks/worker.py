@@ -8,7 +8,6 @@ import faulthandler
 import os
 import pickle
 import random
-import socket
 import sys
 import traceback
 from collections.abc import Mapping
@@ -83,12 +82,10 @@ def main(rank: int, world_size: int, connection_fd: int, stacks_fd: int) -> None
 def _join(rank: int, world_size: int, connection: Connection) -> Mapping[str, str]:
     """Connect to the peers over loopback; returns this rank's environment variables."""
     torch.set_num_threads(1)
-    # Without a name gloo resolves the host name, which need not lead anywhere.
-    names = {name for _, name in socket.if_nameindex()}
-    if found := names & {"lo", "lo0"}:
-        os.environ["GLOO_SOCKET_IFNAME"] = found.pop()
     from distclip.testing.ranks import loopback
 
+    if name := loopback.interface_name():
+        os.environ["GLOO_SOCKET_IFNAME"] = name
     loopback.listen_on_loopback()
     # Rank 0 binds a free port and only then tells it: nobody can take it in between.
     port = 0 if rank == 0 else int.from_bytes(connection.recv_bytes(), "big")

@@ -7,8 +7,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from distclip.tools.simulate.findings import Finding, gradient_squares, weight_squares
-from distclip.tools.simulate.records import Rank, Step, names
+from distclip.testing.ranks.stuck import names
+from distclip.tools.simulate.findings import Finding, whole_squares
+from distclip.tools.simulate.records import Rank, Step
 
 QUANTITIES = ("loss", "norm", "coefficient")
 
@@ -43,7 +44,7 @@ def _row(steps: Sequence[Step]) -> StepRow:
     elif steps[0].norm is not None:
         norm = steps[0].norm
     else:
-        squares = gradient_squares(steps)
+        squares = whole_squares(steps)
         norm = math.sqrt(sum(squares.values())) if squares else math.nan
     return StepRow(loss, norm, coefficient)
 
@@ -160,7 +161,7 @@ def _other_data(
 
 
 def _weights(name: str, here: Sequence[Step], layout: str, there: Sequence[Step]) -> list[str]:
-    mine, theirs = weight_squares(here), weight_squares(there)
+    mine, theirs = (whole_squares(steps, "weight_squares") for steps in (here, there))
     for key in mine:
         if key in theirs and not agree(mine[key], theirs[key], 1e-6):
             return [
@@ -172,7 +173,7 @@ def _weights(name: str, here: Sequence[Step], layout: str, there: Sequence[Step]
 
 
 def _gradients(name: str, here: Sequence[Step], layout: str, there: Sequence[Step]) -> list[str]:
-    mine, theirs = gradient_squares(here), gradient_squares(there)
+    mine, theirs = whole_squares(here), whole_squares(there)
     if not mine or not theirs:
         return []
     if lacking := [key for key in mine if key not in theirs and mine[key]]:

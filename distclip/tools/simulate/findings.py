@@ -7,12 +7,14 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from distclip.engine import replicas
 from distclip.layouts.differences import quoted_names
 from distclip.layouts.piece import Box as PlanBox
+from distclip.testing.ranks.stuck import names
 from distclip.tools.simulate import stuck
-from distclip.tools.simulate.records import Rank, ShardBox, Step, Sums, names
+from distclip.tools.simulate.records import Rank, ShardBox, Step, Sums
 from distclip.tools.simulate.watch import Ending
 
 NAMED_IN_FULL = 6
@@ -349,21 +351,17 @@ def _unseen(ranks: Sequence[Rank]) -> Finding | None:
     return None
 
 
-def gradient_squares(steps: Sequence[Step]) -> Mapping[str, float]:
-    """Name -> sum of squares of its whole gradient: each piece once, whoever holds copies."""
-    return _squares(steps, lambda sums: sums.squares)
+def whole_squares(
+    steps: Sequence[Step], field: Literal["squares", "weight_squares"] = "squares"
+) -> Mapping[str, float]:
+    """Name -> sum of squares of its whole gradient, or of its weights.
 
-
-def weight_squares(steps: Sequence[Step]) -> Mapping[str, float]:
-    """Name -> sum of squares of its whole weights."""
-    return _squares(steps, lambda sums: sums.weight_squares)
-
-
-def _squares(steps: Sequence[Step], value: Callable[[Sums], float | None]) -> Mapping[str, float]:
+    Each piece counts once, whoever holds copies.
+    """
     whole: dict[ShardBox, float] = {}
     for step in steps:
         for box, sums in step.pieces.items():
-            if (found := value(sums)) is not None:
+            if (found := getattr(sums, field)) is not None:
                 whole.setdefault(box, found)
     result: dict[str, float] = {}
     for box, found in whole.items():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -183,10 +182,9 @@ class Reader:
     def read_output(self) -> None:
         """Read what the ranks printed."""
         for rank in self.ranks:
-            path = output_of(self.folder, rank.number)
-            rank.output = path.read_text(errors="replace") if path.exists() else ""
+            rank.output = written(output_of(self.folder, rank.number))
 
 
-def names(ranks: Sequence[int]) -> str:
-    """``rank 1``, ``ranks 0, 2``."""
-    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+def written(path: Path) -> str:
+    """What has been written to a file; nothing if there is none."""
+    return path.read_text(errors="replace") if path.exists() else ""

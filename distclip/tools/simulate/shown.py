@@ -8,7 +8,6 @@ import math
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -131,7 +130,7 @@ def outcomes_as_json(outcomes: Sequence[LayoutOutcome], tolerance: float) -> str
             "isolated_nodes": outcome.ending.isolated,
             "seconds": round(outcome.ending.seconds, 2),
             "steps": [_finite(dataclasses.asdict(row)) for row in outcome.rows],
-            "findings": [_finding_record(finding) for finding in outcome.findings],
+            "findings": [dataclasses.asdict(finding) for finding in outcome.findings],
         }
         for outcome in outcomes
     ]
@@ -144,10 +143,6 @@ def outcomes_as_json(outcomes: Sequence[LayoutOutcome], tolerance: float) -> str
         "layouts": layouts,
     }
     return json.dumps(document, indent=1, allow_nan=False) + "\n"
-
-
-def _finding_record(finding: Finding) -> dict[str, Any]:
-    return dataclasses.asdict(finding)
 
 
 def _finite(row: dict[str, float]) -> dict[str, float | None]:

@@ -2,52 +2,32 @@
 
 from __future__ import annotations
 
-import re
 import sysconfig
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
-from distclip.testing.ranks.stuck import STOPPED, WAITING_PLACES
-from distclip.tools.simulate.records import Rank, names
+from distclip.testing.ranks.stuck import (
+    STOPPED,
+    WAITING_PLACES,
+    Frame,
+    frames_by_thread,
+    names,
+)
+from distclip.tools.simulate.records import Rank
 
-_FRAME = re.compile(r'^\s*File "(?P<file>[^"]+)", line (?P<line>\d+) in (?P<function>.+)$')
 _HARNESS = ("/tools/launch/script.py", "/tools/simulate/rank.py", "/tools/simulate/recorder.py",
     "/tools/simulate/__main__.py", "<frozen runpy>")  # fmt: skip
 _LIBRARY = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib")})
 
 
-class Frame(NamedTuple):
-    """One stack frame of a stuck rank."""
-
-    file: str
-    line: int
-    function: str
-
-    @property
-    def is_users(self) -> bool:
-        """Whether it is no frame of a library."""
-        return not (
-            "-packages/" in self.file
-            or self.file.startswith((*_LIBRARY, "<frozen"))
-            or any(part in self.file for part in _HARNESS)
-            or "/distclip/" in self.file
-            or "/torch/" in self.file
-        )
-
-    def __str__(self) -> str:
-        return f"{self.file}:{self.line} in {self.function}"
+def is_users(file: str) -> bool:
+    """Whether a frame in this file is none of a library."""
+    libraries = ("-packages/", "/distclip/", "/torch/", *_HARNESS)
+    return not (file.startswith((*_LIBRARY, "<frozen")) or any(part in file for part in libraries))
 
 
 def main_thread(stacks: str) -> list[Frame]:
     """The frames of the thread that runs the script, innermost first, down to the script's own."""
-    threads: list[list[Frame]] = [[]]
-    for line in stacks.splitlines():
-        match = _FRAME.match(line)
-        if match:
-            threads[-1].append(Frame(match["file"], int(match["line"]), match["function"]))
-        elif "Thread" in line or "thread" in line:
-            threads.append([])
-    for frames in threads:
+    for frames in frames_by_thread(stacks):
         if any(frame.file.endswith("/tools/simulate/rank.py") for frame in frames):
             return [f for f in frames if not any(part in f.file for part in _HARNESS)]
     return []
@@ -64,7 +44,7 @@ def where(stacks: str) -> str:
     """The user's line a rank is in, and what that called."""
     frames = main_thread(stacks)
     for depth, frame in enumerate(frames):
-        if frame.is_users:
+        if is_users(frame.file):
             called = f", in {frames[depth - 1].function}" if depth else ""
             return f"{frame}{called}"
     return str(frames[0]) if frames else "unknown place"
@@ -73,7 +53,7 @@ def where(stacks: str) -> str:
 def talks(stacks: str) -> bool:
     """Whether it is in a collective, or in a backward that may wait in one."""
     for frame in main_thread(stacks):
-        if frame.is_users:
+        if is_users(frame.file):
             return False
         if any(part in frame.file for part in WAITING_PLACES):
             return True

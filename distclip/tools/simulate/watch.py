@@ -10,18 +10,19 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Literal
 
+from distclip.testing.ranks.loopback import interface_name
 from distclip.testing.ranks.stuck import (
-    STACK_SIGNAL,
     STUCK_AFTER,
+    ask_for_stacks,
     is_stopped,
     kernel_fields,
     limit_within,
 )
 from distclip.tools.simulate import nodes
 from distclip.tools.simulate.layouts import Launch, inherited
-from distclip.tools.simulate.records import Rank, Reader
+from distclip.tools.simulate.records import Rank, Reader, written
 from distclip.tools.simulate.task import stacks_of
 
 LAUNCH_GRACE = 2.0
@@ -80,8 +81,6 @@ def follow_launch(
     folder: Path,
     limit: float,
     progress: Callable[[str], object] = lambda text: None,
-    *,
-    isolate: bool = True,
 ) -> Ending:
     """Start it, follow it, and leave nothing behind.
 
@@ -91,12 +90,11 @@ def follow_launch(
         limit: seconds in which no rank says or computes anything until it counts as hung; ten
             times as long if one only computes.
         progress: told how far the ranks are.
-        isolate: give each of several nodes a network namespace, if the system allows.
     """
     start = time.monotonic()
     reader = Reader(folder, launch.world)
     logs = [str(folder / f"node{node}.log") for node in range(len(launch.commands))]
-    isolated = isolate and len(launch.commands) > 1 and not nodes.why_not()
+    isolated = len(launch.commands) > 1 and not nodes.why_not()
     agents: list[subprocess.Popen[bytes]] = []
     try:
         agents += _start(launch, logs, isolated, limit)
@@ -111,10 +109,10 @@ def follow_launch(
     return Ending(
         how,
         reader.ranks,
-        stacks | {rank: text for rank in died if (text := _read(stacks_of(folder, rank)))},
+        stacks | {rank: text for rank in died if (text := written(stacks_of(folder, rank)))},
         [rank for rank in died if not reader.ranks[rank].error],
         time.monotonic() - start,
-        "".join(_read(Path(log)) for log in logs),
+        "".join(written(Path(log)) for log in logs),
         isolated if len(launch.commands) > 1 else None,
     )
 
@@ -122,7 +120,7 @@ def follow_launch(
 def _start(
     launch: Launch, logs: list[str], isolated: bool, limit: float
 ) -> list[subprocess.Popen[bytes]]:
-    interface = nodes.INTERFACE if isolated else _loopback()
+    interface = nodes.INTERFACE if isolated else interface_name()
     environment = inherited() | launch.environment
     # Before the launch counts as hung, so that the ranks that wait can say for whom.
     wanted = os.environ.get(STUCK_AFTER)
@@ -150,13 +148,6 @@ def _start(
     return agents
 
 
-def _loopback() -> str:
-    import socket
-
-    found = {name for _, name in socket.if_nameindex()} & {"lo", "lo0"}
-    return found.pop() if found else ""
-
-
 def _follow(
     reader: Reader,
     agents: list[subprocess.Popen[bytes]],
@@ -179,7 +170,9 @@ def _follow(
         ranks = reader.ranks
         if all(rank.code == 0 for rank in ranks):
             return "ended"
-        if failed is None and (_some_failed(ranks) or _agents_failed(agents)):
+        if failed is None and (
+            _some_failed(ranks) or any(agent.poll() is not None for agent in agents)
+        ):
             failed = now
         if failed is not None and now - failed > LAUNCH_GRACE:
             return "failed" if any(rank.pid for rank in ranks) else "not started"
@@ -206,10 +199,6 @@ def _some_failed(ranks: list[Rank]) -> bool:
     )
 
 
-def _agents_failed(agents: list[subprocess.Popen[bytes]]) -> bool:
-    return any(agent.poll() is not None for agent in agents)
-
-
 def _progress(ranks: list[Rank]) -> str:
     if not all(rank.pid for rank in ranks):
         return f"starting, {sum(rank.pid is not None for rank in ranks)} of {len(ranks)} ranks"
@@ -234,21 +223,14 @@ def _runs(rank: Rank) -> bool:
 
 def _stacks(reader: Reader, folder: Path) -> dict[int, str]:
     """The stacks of all threads of the ranks that still run, taken without their cooperation."""
-    asked = [rank for rank in reader.ranks if rank.code is None and not rank.error and _runs(rank)]
-    for rank in asked:
-        assert rank.pid is not None
-        rank.stopped = is_stopped(rank.pid)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(rank.pid, STACK_SIGNAL)
-    asked = [rank for rank in asked if not rank.stopped]
-    deadline = time.monotonic() + LAUNCH_STACK_LIMIT
-    sizes: list[int] = [0] * len(asked)
-    while asked and time.monotonic() < deadline:
-        time.sleep(LAUNCH_POLL)
-        before, sizes = sizes, [stacks_of(folder, r.number).stat().st_size for r in asked]
-        if before == sizes and all(sizes):
-            break
-    return {rank.number: _read(stacks_of(folder, rank.number)) for rank in asked}
+    files: dict[int, Path] = {}
+    for rank in reader.ranks:
+        if rank.pid and rank.code is None and not rank.error and _runs(rank):
+            rank.stopped = is_stopped(rank.pid)
+            if not rank.stopped:
+                files[rank.pid] = stacks_of(folder, rank.number)
+    ask_for_stacks(files, LAUNCH_STACK_LIMIT)
+    return {r.number: written(files[r.pid]) for r in reader.ranks if r.pid in files}
 
 
 def _stop(reader: Reader, agents: list[subprocess.Popen[bytes]]) -> None:
@@ -273,7 +255,3 @@ def _stop(reader: Reader, agents: list[subprocess.Popen[bytes]]) -> None:
         for agent in agents:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 agent.wait(2.0)
-
-
-def _read(file: Path | IO[Any]) -> str:
-    return file.read_text(errors="replace") if isinstance(file, Path) and file.exists() else ""
