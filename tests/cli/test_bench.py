@@ -6,6 +6,7 @@ import functools
 import json
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -203,45 +204,45 @@ def case_of(peer: str, extra: int = 0, **ways: float) -> CaseRecord:
     return CaseRecord("title", peer, 0, {}, found)
 
 
-def judged(
-    path: Path, capsys: pytest.CaptureFixture[str], **cases: CaseRecord
-) -> tuple[int, dict[str, str]]:
-    """Exit code of the judgement of a record, and what is printed of each target."""
-    Record({}, 2, {name.replace("_", "-"): case for name, case in cases.items()}).write(path)
-    code = targets.main([str(path)])
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[-1].endswith(" not measured")
-    return code, {line.split(maxsplit=4)[-1]: line for line in lines[:-1]}
+Judge = Callable[..., tuple[int, dict[str, str]]]
 
 
-def test_targets_are_judged(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(targets, "_lines", lambda: 0)
+@pytest.fixture
+def judged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Judge:
+    """Exit code of the judgement of a record of these cases, and what is printed of each target."""
     path = tmp_path / "run.json"
+
+    def judge(**cases: CaseRecord) -> tuple[int, dict[str, str]]:
+        Record({}, 2, {name.replace("_", "-"): case for name, case in cases.items()}).write(path)
+        code = targets.main([str(path)])
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[-1].endswith(" not measured")
+        return code, {line.split(maxsplit=4)[-1]: line for line in lines[:-1]}
+
+    return judge
+
+
+def test_targets_are_judged(judged: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(targets, "_lines", lambda: 0)
     ours = {OURS: WayRecord([1.0] * 3, [1.0] * 3, 2**20)}
     good = CaseRecord("small", TORCH, 0, {}, {TORCH: WayRecord([8.0, 10.0, 12.0], [1.0] * 3, 0),
                                               **ours})  # fmt: skip
-    code, told = judged(path, capsys, small=good)
+    code, told = judged(small=good)
     assert code == 0
     assert told["small: times torch"].startswith("reached          10.00 >= 6")
     assert told[f"small: {OURS}, times {TORCH}"].startswith("reached          10.00 >= 1")
     assert sum(not line.startswith("not measured") for line in told.values()) == 4
 
     slow = case_of(TORCH, 2**20 + 1, TORCH=2.0, OURS=2.5)
-    code, told = judged(path, capsys, small=slow)
+    code, told = judged(small=slow)
     assert code == 1
     assert [line.split()[0] for what, line in told.items() if what.startswith("small:")] == [
         "MISSED", "MISSED", "MISSED",
     ]  # fmt: skip
 
 
-def test_floors_are_added_up_round_by_round(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_floors_are_added_up_round_by_round(judged: Judge) -> None:
     _, told = judged(
-        tmp_path / "run.json",
-        capsys,
         large=case_of(TORCH, OURS=3.3, READ=2.0, REDUCE=1.0),
         large_clipped=case_of(TORCH, OURS=3.3, READ_MULTIPLY=3.0),
         agc_plain_many=case_of(READ, OUR_AGC=7.0, OURS=2.0, READ_WEIGHTS=3.0),
@@ -252,9 +253,7 @@ def test_floors_are_added_up_round_by_round(
     assert of_two.split()[:2] == ["reached", "1.00"]
 
 
-def test_threads_are_held_against_what_a_sum_gains(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_threads_are_held_against_what_a_sum_gains(judged: Judge) -> None:
     def case(ours: float) -> CaseRecord:
         spent = {(READ, 1): 4.0, (READ, 2): 2.0, (OURS, 1): 4.0, (OURS, 2): ours,
                  (TORCH, 1): 8.0, (TORCH, 2): 3.0}  # fmt: skip
@@ -264,8 +263,7 @@ def test_threads_are_held_against_what_a_sum_gains(
         }
         return CaseRecord("title", bench_ways.on_threads(READ, 1), 0, {}, ways, ranks=1)
 
-    _, told = judged(tmp_path / "run.json", capsys, threads_large=case(2.5),
-                     threads_small=case(4.0))  # fmt: skip
+    _, told = judged(threads_large=case(2.5), threads_small=case(4.0))
     large = told["threads-large: GradClipper, gain of two threads, of that of sum()"]
     assert large.split()[:2] == ["MISSED", "0.80"]
     small = told["threads-small: GradClipper, gain of two threads"]
@@ -274,16 +272,12 @@ def test_threads_are_held_against_what_a_sum_gains(
     assert told[two].split()[:2] == ["reached", "1.20"]
 
 
-def test_a_way_is_held_against_the_fastest_peer_that_does_the_same(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_way_is_held_against_the_fastest_peer_that_does_the_same(judged: Judge) -> None:
     spent = {"timm's formula": 9.0, "Composer's formula": 4.0, bench_ways.OUR_AGC: 5.0, OURS: 20.0}
     ways = {name: WayRecord([ms] * 3, [1.0] * 3, 0) for name, ms in spent.items()}
     own = {name: WayRecord([ms] * 3, [1.0] * 3, 0)
            for name, ms in (("DeepSpeed's own clipping", 1.0), ("distclip agc", 2.0))}  # fmt: skip
     _, told = judged(
-        tmp_path / "run.json",
-        capsys,
         agc_plain_small=CaseRecord("title", "timm's formula", 0, {}, ways),
         zero_1=CaseRecord("title", "DeepSpeed's own clipping", 0, {}, own),
     )
@@ -292,17 +286,15 @@ def test_a_way_is_held_against_the_fastest_peer_that_does_the_same(
     assert not [what for what in told if what.startswith((f"agc-plain-small: {OURS}", "zero-1"))]
 
 
-def test_the_norms_error_is_judged_where_gradients_are_fp32(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_norms_error_is_judged_where_gradients_are_fp32(judged: Judge) -> None:
     def case(error: float) -> CaseRecord:
         ways = {OURS: WayRecord([1.0], [1.0], 0)}
         return CaseRecord("title", TORCH, 0, {}, ways, numbers={NORM_ERROR: error})
 
     what = "fp32 gradients: relative error of the norm"
-    _, told = judged(tmp_path / "run.json", capsys, small=case(1e-10), plain_bf16=case(1e-3))
+    _, told = judged(small=case(1e-10), plain_bf16=case(1e-3))
     assert told[what].split()[:2] == ["reached", "1e-10"]
-    _, told = judged(tmp_path / "run.json", capsys, small=case(1e-10), large=case(1e-8))
+    _, told = judged(small=case(1e-10), large=case(1e-8))
     assert told[what].split()[:2] == ["MISSED", "1e-08"]
 
 

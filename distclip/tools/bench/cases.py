@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from distclip.tools.bench import models, ways
+from distclip.tools.bench import fold, models, ways
 from distclip.tools.bench.models import LARGE, SMALL
 from distclip.tools.bench.timing import Bench, Taken, time_ways
 
@@ -105,12 +105,6 @@ def _zero(stage: int, dtype: str) -> Bench:
     return Bench(zero.zero_ways(stage, dtype))
 
 
-def _fold() -> Bench:
-    from distclip.tools.bench import fold
-
-    return Bench(fold.fold_ways())
-
-
 def _count(parameters: int) -> Bench:
     return ways.count(models.dtensors(parameters, (64,)))
 
@@ -166,8 +160,8 @@ for _kind in PLAIN_SIZES:
          _shape, TORCH_DTYPES[_dtype], peer=ways.on_threads(ways.READ, 1), ranks=1)  # fmt: skip
 _add("policies", f"FSDP2, {_ELEMENTS[SMALL]}, each policy, clipping", ways.every_policy,
      peer="global_norm")  # fmt: skip
-_add("fold", "fused AdamW, 82 parameters, 33.6 M elements: optimizer.step(), clipping", _fold,
-     peer=ways.FOLD_PEER)  # fmt: skip
+_add("fold", "fused AdamW, 82 parameters, 33.6 M elements: optimizer.step(), clipping",
+     fold.fold_bench, peer=ways.FOLD_PEER)  # fmt: skip
 for _stage, _dtype in ((0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (2, "bf16"),
                        (3, "bf16")):  # fmt: skip  # DeepSpeed has no fp16 on CPUs without it
     _add(f"zero-{_stage}" + ("" if _dtype == "fp32" else f"-{_dtype}"),

@@ -40,7 +40,7 @@ class Model:
 
 def fsdp2(size: Size, dtype: torch.dtype = torch.float32) -> Model:
     """An encoder sharded by FSDP2, each layer by itself."""
-    blocks = _encoder(size, dtype)
+    blocks = encoder_layers(size, dtype)
     for block in blocks:
         fully_shard(block)
         _backward(block, size[1], dtype)
@@ -50,7 +50,7 @@ def fsdp2(size: Size, dtype: torch.dtype = torch.float32) -> Model:
 
 def ddp(size: Size, dtype: torch.dtype = torch.float32) -> Model:
     """The encoder of :func:`fsdp2` under DistributedDataParallel."""
-    model = DistributedDataParallel(_encoder(size, dtype))
+    model = DistributedDataParallel(encoder_layers(size, dtype))
     _backward(model, size[1], dtype)
     return Model(model, list(model.parameters()))
 
@@ -64,7 +64,7 @@ def fsdp1(size: Size, dtype: torch.dtype = torch.float32, *, original: bool = Fa
         original: ``use_orig_params``: the module shows views into the flat parameters.
     """
     model = FullyShardedDataParallel(
-        _encoder(size, dtype),
+        encoder_layers(size, dtype),
         auto_wrap_policy=ModuleWrapPolicy({nn.TransformerEncoderLayer}),
         device_id=torch.device("cpu"),
         use_orig_params=original,
@@ -75,7 +75,7 @@ def fsdp1(size: Size, dtype: torch.dtype = torch.float32, *, original: bool = Fa
 
 def encoder(size: Size) -> Model:
     """The encoder of :func:`fsdp2`, whole on each rank, with gradients that are drawn."""
-    return with_gradients(_encoder(size, torch.float32).parameters())
+    return with_gradients(encoder_layers(size, torch.float32).parameters())
 
 
 def plain_tensors(count: int, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Model:
@@ -115,7 +115,8 @@ def dtensors(count: int, shape: tuple[int, ...]) -> Model:
     return Model(parameters, parameters)
 
 
-def _encoder(size: Size, dtype: torch.dtype) -> nn.Sequential:
+def encoder_layers(size: Size, dtype: torch.dtype) -> nn.Sequential:
+    """The layers of an encoder, with the same weights on every rank."""
     layers, width = size
     torch.manual_seed(0)
     return nn.Sequential(

@@ -6,10 +6,10 @@ from typing import Any
 
 import deepspeed
 import torch
-from torch import nn
 
 from distclip import policies
 from distclip.integrations import deepspeed as integration
+from distclip.tools.bench.models import encoder_layers
 from distclip.tools.bench.timing import Ways
 from distclip.tools.bench.ways import AGC_FACTOR, TIGHT
 
@@ -27,13 +27,7 @@ class EngineStep:
     def __init__(self, stage: int, dtype: str, clipping: float) -> None:
         # Would be compiled in the first collective.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        torch.manual_seed(0)
-        model = nn.Sequential(
-            *(
-                nn.TransformerEncoderLayer(WIDTH, 4, 4 * WIDTH, dropout=0.0, batch_first=True)
-                for _ in range(LAYERS)
-            )
-        )
+        model = encoder_layers((LAYERS, WIDTH), torch.float32)
         self.engine: Any = deepspeed.initialize(
             model=model,
             # As cheap a step as there is, so that clipping shows.
