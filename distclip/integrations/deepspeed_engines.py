@@ -40,7 +40,7 @@ def refuse_engine(engine: Any) -> None:
         # Of stage 3 the wrapper has the same class with it and without.
         REASONS["zenflow"]: getattr(engine, "zenflow", False),
         REASONS["super_offload"]: "SuperOffload" in type(outer).__name__,
-        REASONS["autotp"]: _autotp_size(engine) > 1,
+        REASONS["autotp"]: engine.autotp_size() > 1,
         REASONS["autoep"]: getattr(expert, "enabled", False),
         "tensor parallelism (mpu) was not run with distclip": getattr(engine, "mpu", None)
         is not None,
@@ -48,11 +48,6 @@ def refuse_engine(engine: Any) -> None:
     for reason, holds in reasons.items():
         if holds:
             raise DistclipError(f"distclip cannot clip for this DeepSpeed engine: {reason}")
-
-
-def _autotp_size(engine: Any) -> int:
-    size = getattr(engine, "autotp_size", None)  # since 0.16
-    return int(size()) if size is not None else 1
 
 
 def trained(engine: Any) -> list[Tensor]:

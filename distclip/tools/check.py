@@ -15,7 +15,7 @@ import math
 import os
 import sys
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ from distclip.layouts.gathering import WholeTensors, can_gather, gather_whole
 from distclip.layouts.gradients import is_uneven
 from distclip.policies import ByName, Chain, Policy, SideBySide
 from distclip.report import ClipReport
-from distclip.testing import Expected, expected
+from distclip.testing import expected
 from distclip.testing.oracle import WITHOUT_MEMORY
 from distclip.tools.verify.cells import everyones, judge, together
 
@@ -189,13 +189,8 @@ def clipping_faults(
     kinds = {g.dtype for g, _ in before.values() if g is not None}
     roundings = 3 if isinstance(clipper.policy, (Chain, SideBySide)) else 1
     exact = kinds <= {torch.float32, torch.float64}
-    parts = _parts(after, want)
+    parts = ((name, gradient, want.gradients[name]) for name, (gradient, _) in after.items())
     return judge(clipper.policy, report, want, parts, exact=exact, roundings=roundings), True
-
-
-def _parts(after: WholeTensors, want: Expected) -> Iterator[Any]:
-    for name, (gradient, _) in after.items():
-        yield name, gradient, want.gradients[name]
 
 
 def _measured(report: ClipReport) -> bool:

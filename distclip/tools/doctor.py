@@ -25,14 +25,8 @@ from distclip.errors import DistclipError
 Verdict = Literal["good", "note", "wrong"]
 
 CHECKED_PACKAGES = (
-    "torch",
-    "numpy",
-    "pydantic",
-    "accelerate",
-    "deepspeed",
-    "transformers",
-    "lightning",
-)
+    "torch", "numpy", "pydantic", "accelerate", "deepspeed", "transformers", "lightning",
+)  # fmt: skip
 NEEDED = ("torch", "numpy", "pydantic")
 LAUNCH_LIMIT = 120.0
 

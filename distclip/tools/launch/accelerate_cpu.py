@@ -36,15 +36,6 @@ from distclip.tools.launch.accelerate_cpu_asked import (
     requested,
 )
 
-__all__ = [
-    "check_ranks",
-    "examine_launch",
-    "become_cpu_rank",
-    "requested",
-    "verify_ranks",
-    "watch_accelerators",
-]
-
 _logger = logging.getLogger(__name__)
 
 # What FSDP cannot do with parameters on CPU. Both settings only say how the *initial* weights
@@ -245,12 +236,8 @@ def _patch_backend() -> None:
 
 def _accept_parallelism() -> None:
     """Have a ``ParallelismConfig`` (tensor parallelism) accept CPU ranks as it does GPUs."""
+    from accelerate.parallelism_config import ParallelismConfig
     from accelerate.utils import DistributedType
-
-    try:
-        from accelerate.parallelism_config import ParallelismConfig
-    except ImportError:  # Accelerate below 1.10
-        return
 
     def validate(original: Any, self: Any, accelerator: Any) -> None:
         if accelerator.distributed_type != DistributedType.MULTI_CPU or self.total_size == 1:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -82,7 +82,8 @@ def run_group_on_model(
     _backward(alone, data)
     truth = {without_wrappers(n): p.grad for n, p in alone.named_parameters()}
     try:
-        module = _wrapped(_made(model, kind), layout, unused=_unused(alone))
+        unused = any(p.requires_grad and p.grad is None for p in alone.parameters())
+        module = _wrapped(_made(model, kind), layout, unused=unused)
         GradClipper(module, build({"name": "measure"}))
     except (DistclipError, ValueError, TypeError, NotImplementedError) as error:
         return [Found("not run", f"{type(error).__name__}: {error}")] * len(labels)
@@ -121,13 +122,8 @@ def _faults(
     policy = build(configuration)
     report = GradClipper(module, policy).clip_()
     clipped = _gathered(module)[1]
-
-    def parts() -> Iterator[Any]:
-        for name, gradient in clipped.items():
-            yield name, gradient, want.gradients[name]
-
-    roundings = ROUNDINGS.get(label, 1)
-    return judge(policy, report, want, parts(), exact=exact, roundings=roundings)
+    parts = ((name, gradient, want.gradients[name]) for name, gradient in clipped.items())
+    return judge(policy, report, want, parts, exact=exact, roundings=ROUNDINGS.get(label, 1))
 
 
 def _made(model: str, dtype: torch.dtype) -> nn.Module:
@@ -138,10 +134,6 @@ def _made(model: str, dtype: torch.dtype) -> nn.Module:
             f"verify: --model {model} gave a {type(module).__name__}, not a torch.nn.Module"
         )
     return module.to(dtype)
-
-
-def _unused(module: nn.Module) -> bool:
-    return any(p.requires_grad and p.grad is None for p in module.parameters())
 
 
 def _wrapped(module: nn.Module, layout: str, *, unused: bool) -> nn.Module:
@@ -211,14 +203,9 @@ def _gathered(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor | 
 
 
 def _copies(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor | None]]:
-    weights: dict[str, Tensor] = {}
-    gradients: dict[str, Tensor | None] = {}
-    for name, parameter in module.named_parameters():
-        weights[without_wrappers(name)] = _full(parameter.detach())
-        gradients[without_wrappers(name)] = (
-            None if parameter.grad is None else _full(parameter.grad)
-        )
-    return weights, gradients
+    named = [(without_wrappers(name), p) for name, p in module.named_parameters()]
+    weights = {name: _full(p.detach()) for name, p in named}
+    return weights, {name: None if p.grad is None else _full(p.grad) for name, p in named}
 
 
 def _full(tensor: Tensor) -> Tensor:

@@ -102,16 +102,11 @@ def matrix_table(matrix: Matrix) -> Table:
     return result
 
 
-def _values(matrix: Matrix) -> tuple[str, str]:
-    dtypes = dict.fromkeys(cell.dtype for cell in matrix.results)
-    ranks = sorted({cell.ranks for cell in matrix.results})
-    return ", ".join(dtypes), ", ".join(map(str, ranks))
-
-
 def markdown(matrix: Matrix) -> str:
     """A page with the table."""
     versions = matrix.versions
-    dtypes, ranks = _values(matrix)
+    dtypes = ", ".join(dict.fromkeys(cell.dtype for cell in matrix.results))
+    ranks = ", ".join(map(str, sorted({cell.ranks for cell in matrix.results})))
     lines = [
         "# What was verified",
         "",
