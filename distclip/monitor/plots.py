@@ -18,6 +18,7 @@ import numpy as np
 from distclip.common.foreign import in_one_line
 from distclip.errors import ConfigurationError, DistclipError
 from distclip.monitor.runs import Curve, Floats, Run
+from distclip.monitor.thinning import running_mean
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -212,7 +213,7 @@ def _marks(axes: Axes, runs: Sequence[Run]) -> None:
 
 def _share(axes: Axes, runs: Sequence[Run], colours: dict[str, str]) -> None:
     for group, members in _grouped(runs):
-        curves = _curves_of(members, lambda run: _smooth(100 * run.clipped_fraction))
+        curves = _curves_of(members, lambda run: running_mean(100 * run.clipped_fraction, 50))
         _curves(axes, curves, colours[group], group)
     axes.set_title("Clipped share of the parameters")
     axes.set_ylabel("running mean, %")
@@ -255,16 +256,6 @@ def _mean(curves: Sequence[Curve]) -> tuple[Floats, Floats]:
     total = np.where(known, values, 0.0).sum(axis=0)
     count = known.sum(axis=0)
     return steps, np.where(count > 0, total / np.maximum(count, 1), np.nan)
-
-
-def _smooth(values: Floats) -> Floats:
-    """Running mean over a fiftieth of the run; shorter windows at both ends."""
-    width = max(1, len(values) // 50)
-    known = np.isfinite(values)
-    kernel = np.ones(width)
-    total = np.convolve(np.where(known, values, 0.0), kernel, mode="same")
-    count = np.convolve(known.astype(float), kernel, mode="same")
-    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
 def _grouped(items: Sequence[Any]) -> list[tuple[str, list[Any]]]:

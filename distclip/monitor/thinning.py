@@ -38,6 +38,21 @@ def thinned(steps: Floats, columns: Sequence[Floats], most: int) -> tuple[Floats
     return x, thin
 
 
+def running_mean(values: Floats, part: int) -> Floats:
+    """Mean over the ``part``-th part of the run around each point, shorter at both ends.
+
+    Of the values that are finite; NaN where none is.
+    """
+    width = max(1, len(values) // part)
+    known = np.isfinite(values)
+    total = np.concatenate(([0.0], np.cumsum(np.where(known, values, 0.0))))
+    count = np.concatenate(([0], np.cumsum(known)))
+    here = np.arange(len(values))
+    low, high = np.maximum(here - width // 2, 0), np.minimum(here + (width + 1) // 2, len(values))
+    seen = count[high] - count[low]
+    return np.where(seen > 0, (total[high] - total[low]) / np.maximum(seen, 1), np.nan)
+
+
 def sparkline(values: Floats, width: int = 60) -> str:
     """Largest value of each of ``width`` bins, in eighths of a log scale; ``x`` for NaN and inf."""
     edges = bins(len(values), width)

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from distclip.common.rollups import grouped
 from distclip.monitor.runs import Counted, Floats, ParameterSeries, Run, Summary, median
 from distclip.monitor.states import STATES
-from distclip.monitor.thinning import bins, thinned
+from distclip.monitor.thinning import bins, running_mean, thinned
 
 POINTS = 4000
 """Most points of a curve; longer runs are thinned."""
@@ -36,7 +36,7 @@ def page_data(runs: Sequence[Run], summaries: Sequence[Summary]) -> dict[str, An
 
 
 def _run(run: Run, summary: Summary) -> dict[str, Any]:
-    share = 100.0 * _running_mean(run.clipped_fraction)
+    share = 100.0 * running_mean(run.clipped_fraction, 100)
     columns = (run.total_norm, run.clipped_norm, run.threshold, share)
     steps, (before, after, threshold, share) = thinned(run.steps, columns, POINTS)
     noise = None
@@ -203,18 +203,6 @@ def _largest(table: npt.NDArray[np.float32]) -> Floats:
     """The largest of each column, NaN where it has none."""
     known = np.where(np.isnan(table), -np.inf, table).max(axis=0).astype(np.float64)
     return np.where(np.isfinite(known), known, np.nan)
-
-
-def _running_mean(values: Floats) -> Floats:
-    """Over a hundredth of the run, shorter at both ends."""
-    width = max(1, len(values) // 100)
-    known = np.isfinite(values)
-    total = np.concatenate(([0.0], np.cumsum(np.where(known, values, 0.0))))
-    count = np.concatenate(([0], np.cumsum(known)))
-    here = np.arange(len(values))
-    low, high = np.maximum(here - width // 2, 0), np.minimum(here + (width + 1) // 2, len(values))
-    seen = count[high] - count[low]
-    return np.where(seen > 0, (total[high] - total[low]) / np.maximum(seen, 1), np.nan)
 
 
 def _some(steps: Floats) -> Floats:
