@@ -23,14 +23,12 @@ from torch.optim import Optimizer
 from distclip.application.folded import FusedStep
 from distclip.clipper import GradClipper
 from distclip.config import Config
+from distclip.engine.attaching import stepped_by
 from distclip.errors import ConfigurationError
-from distclip.functional import get_total_norm
 from distclip.integrations import charge, deepspeed_json, hooks
-from distclip.integrations.accelerate_marks import JointDecision, Mark
 from distclip.integrations.accelerate_prepared import (
     Prepared,
     innermost,
-    parameters_of,
     refuse_engines,
     refuse_lomo,
 )
@@ -39,8 +37,8 @@ from distclip.integrations.attachment import Attachment
 from distclip.integrations.checkpoints import Shelf
 from distclip.integrations.clippers import Clippers
 from distclip.integrations.given import PolicyOrConfig, config_of
+from distclip.integrations.marks import JointDecision, Marks
 from distclip.integrations.patches import replace
-from distclip.layouts.gradients import is_reduced
 from distclip.report import ClipReport
 
 _logger = logging.getLogger("distclip.accelerate")
@@ -130,7 +128,7 @@ class AcceleratorAttachment(Attachment):
         self._adopted = charge.Adopted(
             charge.Charge("accelerate", self._clip_for_torch), self._before_step, self._after_step
         )
-        self._called: dict[int, Mark] = {}
+        self._called = Marks()
         """Parameters (by id) that a call of the script has clipped since their last update."""
         replaced: dict[str, Callable[..., Any]] = {
             "clip_grad_norm_": lambda original, *a, **k: self.clip_grad_norm_(*a, **k),
@@ -199,33 +197,17 @@ class AcceleratorAttachment(Attachment):
         if not chosen or not self.accelerator.sync_gradients:
             # Left scaled: more gradients are to come on top of them.
             scale = torch.tensor(scaler.get_scale()) if scaling else None
-            if not all(map(is_reduced, chosen)):
-                norm = get_total_norm([p.grad for p in chosen if p.grad is not None])
-                return norm if scale is None else norm / scale
-            return self._clippers.of(chosen, measuring=2.0).clip_before_step(scale).total_norm
+            return self._clippers.measured(chosen, scale)
         self._unscale(chosen)
-        marks = [self._called.get(id(parameter)) for parameter in chosen]
-        if any(mark and mark.outdated(p) for mark, p in zip(marks, chosen, strict=True)):
-            fresh = chosen
-        else:
-            fresh = [p for mark, p in zip(marks, chosen, strict=True) if mark is None]
-        if marks and not fresh and marks[0] is not None:
-            return marks[0].report.total_norm
-        # Gradients may be views of one buffer, as under FSDP1, and with it share its count of
-        # changes: what is clipped now changes the marks of the others.
-        sound = [
-            p
-            for p in self._prepared.stepped()
-            if (m := self._called.get(id(p))) and not m.outdated(p)
-        ]
+        fresh = self._called.fresh(chosen)
+        if not fresh:
+            return self._called[id(chosen[0])].report.total_norm
         # While a gradient scaler looks for its scale, an overflow is its business and no error.
         watched = torch.zeros(1) if scaling else None
-        report = self._clippers.of(fresh).clip_before_step(found_inf=watched)
-        for parameter in sound:
-            known = self._called[id(parameter)].report
-            self._called[id(parameter)] = Mark.of(parameter, known)
-        self._called.update((id(parameter), Mark.of(parameter, report)) for parameter in fresh)
-        self.last_report = report
+        clipper = self._clippers.of(fresh)
+        self.last_report = report = self._called.clip(
+            fresh, lambda: clipper.clip_before_step(found_inf=watched), self._prepared.stepped()
+        )
         return report.total_norm
 
     def _before_step(
@@ -235,7 +217,7 @@ class AcceleratorAttachment(Attachment):
         found_inf: Tensor | None,
         coming: FusedStep,
     ) -> ClipReport | JointDecision:
-        parameters = parameters_of(optimizer)
+        parameters = stepped_by(optimizer)
         self._forget_dropped(optimizer)
         called = [mark.report for p in parameters if (mark := self._called.get(id(p)))]
         if called:  # the script chose what to clip: the rest is left alone
@@ -275,7 +257,7 @@ class AcceleratorAttachment(Attachment):
             self._forget(optimizer)
 
     def _forget(self, optimizer: Optimizer) -> None:
-        for parameter in parameters_of(optimizer):
+        for parameter in stepped_by(optimizer):
             self._called.pop(id(parameter), None)
 
     def observe(self, loss: Tensor | float) -> None:

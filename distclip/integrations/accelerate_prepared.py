@@ -11,6 +11,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor
 from torch.optim import Optimizer
 
+from distclip.engine.attaching import stepped_by
 from distclip.errors import DistclipError
 from distclip.integrations.clippers import named_in
 from distclip.layouts import fsdp2
@@ -44,7 +45,7 @@ class Prepared:
             accelerated
             for accelerated in self.accelerator._optimizers
             if not isinstance(accelerated.optimizer, AcceleratedOptimizer)
-            and not wanted.isdisjoint(map(id, parameters_of(accelerated.optimizer)))
+            and not wanted.isdisjoint(map(id, stepped_by(accelerated.optimizer)))
         ]
 
     def stepped(self) -> dict[Tensor, None]:
@@ -52,7 +53,7 @@ class Prepared:
         return {
             parameter: None
             for accelerated in self.accelerator._optimizers
-            for parameter in parameters_of(accelerated.optimizer)
+            for parameter in stepped_by(accelerated.optimizer)
         }
 
     def chosen(self, listed: list[Tensor], known: Container[frozenset[int]]) -> list[Tensor]:
@@ -127,11 +128,6 @@ def innermost(accelerated: AcceleratedOptimizer) -> Optimizer:
     while isinstance(optimizer, AcceleratedOptimizer):
         optimizer = optimizer.optimizer
     return optimizer
-
-
-def parameters_of(optimizer: Optimizer) -> list[Tensor]:
-    """All parameters of an optimizer's groups."""
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def refuse_engines(accelerator: Any) -> None:

@@ -15,8 +15,10 @@ from distclip.clipper import GradClipper
 from distclip.config import Config
 from distclip.config.logs import open_log, release_log
 from distclip.errors import ConfigurationError
+from distclip.functional import get_total_norm
 from distclip.integrations.checkpoints import Shelf
 from distclip.layouts import fsdp2
+from distclip.layouts.gradients import is_reduced
 from distclip.layouts.names import Excerpt, Named, Target, named_parameters
 from distclip.policies.compose import reads_loss
 from distclip.statistics import collectives
@@ -125,6 +127,27 @@ class Clippers:
             clipper.expects_gradients = False
             self._measurers[key, measuring] = clipper
         return clipper
+
+    def measured(
+        self,
+        parameters: list[Tensor],
+        scale: Tensor | None,
+        norm_type: float = 2.0,
+        *,
+        local: bool | None = None,
+    ) -> Tensor:
+        """The norm of gradients, which are left as they are.
+
+        Args:
+            parameters: those that have the gradients.
+            scale: how many times too large the gradients are; None: they are not.
+            norm_type: order of the norm.
+            local: whether to take those of this rank alone; None: where one is not reduced yet.
+        """
+        if local if local is not None else not all(map(is_reduced, parameters)):
+            norm = get_total_norm([p.grad for p in parameters if p.grad is not None], norm_type)
+            return norm if scale is None else norm / scale
+        return self.of(parameters, measuring=norm_type).clip_before_step(scale).total_norm
 
     def _make_way(self, measuring: float | None) -> None:
         """Called before a new one is built."""

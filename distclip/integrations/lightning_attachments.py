@@ -24,14 +24,13 @@ from distclip.config import Config
 from distclip.config.logs import release_log
 from distclip.engine.attaching import stepped_by
 from distclip.engine.checkpoint import StateSource
-from distclip.functional import get_total_norm
 from distclip.integrations import charge
-from distclip.integrations.accelerate_marks import Mark
 from distclip.integrations.attachment import Attachment
 from distclip.integrations.checkpoints import Shelf
 from distclip.integrations.clippers import Clippers, named_in
+from distclip.integrations.marks import Mark
 from distclip.layouts import fsdp2
-from distclip.layouts.gradients import is_reduced, is_uneven
+from distclip.layouts.gradients import is_uneven
 from distclip.layouts.names import Target
 from distclip.report import ClipReport
 from distclip.statistics import collectives
@@ -199,11 +198,7 @@ class TrainerAttachment(LightningAttachment):
         owners = self.optimizers(parameters)
         if any(map(is_uneven, parameters)):  # which of FSDP1's have a gradient differs by rank
             parameters = list({id(p): p for o in owners for p in stepped_by(o)}.values())
-        scale = self._scale(owners)
-        if not all(map(is_reduced, parameters)):
-            norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
-            return norm if scale is None else norm / scale
-        return self._clippers.of(parameters, measuring=2.0).clip_before_step(scale).total_norm
+        return self._clippers.measured(parameters, self._scale(owners))
 
     def _scale(self, owners: list[Optimizer]) -> Tensor | None:
         """The loss scale that is still in the gradients of these optimizers."""

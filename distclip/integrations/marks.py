@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -44,6 +44,41 @@ class Mark(NamedTuple):
         if gradient is None or self.gradient is None:
             return (gradient is None) != (self.gradient is None)
         return self.gradient() is not gradient or self.version != version_of(gradient)
+
+
+class Marks(dict[int, Mark]):
+    """The marks of parameters, by id, from a clip to the step that uses it."""
+
+    def sound(self, parameters: Iterable[Tensor]) -> dict[int, ClipReport]:
+        """The reports of those (by id) whose gradients are as they were clipped."""
+        marks = [(self.get(id(parameter)), parameter) for parameter in parameters]
+        return {id(p): mark.report for mark, p in marks if mark and not mark.outdated(p)}
+
+    def fresh(self, parameters: list[Tensor]) -> list[Tensor]:
+        """Those that are not clipped yet; all of them where one has seen a backward since."""
+        marks = [self.get(id(parameter)) for parameter in parameters]
+        if any(mark and mark.outdated(p) for mark, p in zip(marks, parameters, strict=True)):
+            return parameters
+        return [p for mark, p in zip(marks, parameters, strict=True) if mark is None]
+
+    def clip(
+        self,
+        parameters: Iterable[Tensor],
+        clip: Callable[[], ClipReport],
+        stepped: Iterable[Tensor],
+    ) -> ClipReport:
+        """Mark what is clipped by ``clip()``; returns its report.
+
+        Gradients may be views of one buffer (FSDP1, DDP), and share its count of changes: what is
+        clipped now changes the marks of the others in ``stepped``, which are made anew.
+        """
+        known = {id(parameter): parameter for parameter in stepped}
+        sound = self.sound(known.values())
+        report = clip()
+        for parameter in parameters:
+            known[id(parameter)], sound[id(parameter)] = parameter, report
+        self.update({key: Mark.of(known[key], clipped) for key, clipped in sound.items()})
+        return report
 
 
 class JointDecision:

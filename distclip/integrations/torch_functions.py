@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable
 from types import ModuleType
@@ -46,13 +47,12 @@ class Functions:
 
     def __init__(self, by_hand: ByHand) -> None:
         self._by_hand = by_hand
-        ours: dict[str, Callable[..., Any]] = {
-            "clip_grad_norm_": self._clip_grad_norm_,
-            "clip_grad_value_": self._clip_grad_value_,
-            "clip_grads_with_norm_": self._clip_grads_with_norm_,
+        ours: dict[Callable[..., Any], Callable[..., Any]] = {
+            utils.clip_grad_norm_: self._clip_grad_norm_,
+            utils.clip_grad_value_: self._without_norm,
+            utils.clip_grads_with_norm_: self._without_norm,
         }
-        originals = {getattr(utils, n): ours[n] for n in ours if hasattr(utils, n)}
-        self._undo = replace_everywhere(originals)
+        self._undo = replace_everywhere(ours)
         self._undo.append(hooks.on_import(FSDP1_MODULE, self._replace_method).remove)
 
     def restore(self) -> None:
@@ -100,31 +100,15 @@ class Functions:
         return original(model, max_norm, norm_type) if norm is None else norm
 
     @eagerly
-    def _clip_grad_value_(
-        self,
-        original: Callable[..., None],
-        parameters: Tensor | Iterable[Tensor],
-        clip_value: float,
-        foreach: bool | None = None,
-    ) -> None:
-        listed = _listed(parameters)
-        call = f"clip_grad_value_(clip_value={clip_value})"
-        if self._by_hand(listed, call, None, only_measures=math.isinf(clip_value)) is None:
-            original(listed, clip_value, foreach)
-
-    @eagerly
-    def _clip_grads_with_norm_(
-        self,
-        original: Callable[..., None],
-        parameters: Tensor | Iterable[Tensor],
-        max_norm: float,
-        total_norm: Tensor,
-        foreach: bool | None = None,
-    ) -> None:
-        listed = _listed(parameters)
-        call = f"clip_grads_with_norm_(max_norm={max_norm})"
-        if self._by_hand(listed, call, None, only_measures=math.isinf(max_norm)) is None:
-            original(listed, max_norm, total_norm, foreach)
+    def _without_norm(self, original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        """``clip_grad_value_`` and ``clip_grads_with_norm_``, which return nothing."""
+        given = inspect.signature(original).bind(*args, **kwargs)
+        given.arguments["parameters"] = listed = _listed(given.arguments["parameters"])
+        limit = list(given.arguments)[1]
+        value = given.arguments[limit]
+        call = f"{original.__name__}({limit}={value})"
+        if self._by_hand(listed, call, None, only_measures=math.isinf(value)) is None:
+            original(*given.args, **given.kwargs)
 
 
 def _listed(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:

@@ -22,9 +22,8 @@ from distclip.application.stepping import Decision
 from distclip.config import Config
 from distclip.engine.attaching import stepped_by
 from distclip.errors import UnsupportedGradientError
-from distclip.functional import get_total_norm
 from distclip.integrations import charge, hooks
-from distclip.integrations.accelerate_marks import JointDecision, Mark
+from distclip.integrations.marks import JointDecision, Marks
 from distclip.integrations.torch_clippers import ScriptClippers
 from distclip.integrations.torch_functions import Functions
 from distclip.integrations.torch_objects import TorchObjects
@@ -62,7 +61,7 @@ class TorchScripts:
         self._objects = TorchObjects()
         self._clippers = ScriptClippers(self._objects, config)
         self._adopted = charge.Adopted(charge.Charge("torch"), self._before_step, self._after_step)
-        self._marks: dict[int, Mark] = {}
+        self._marks = Marks()
         """Parameters (by id) that have been clipped since their last step, by a call or a step."""
         self._calls: dict[frozenset[int], int] = {}
         """How often a call of the script has clipped a set of parameters since the last step."""
@@ -118,7 +117,7 @@ class TorchScripts:
         parameters = stepped_by(optimizer)
         ids = set(map(id, parameters))
         waiting = {k: v for k, v in {**self._late, **self._scaled}.items() if not ids.isdisjoint(k)}
-        sound = self._sound(parameters)
+        sound = self._marks.sound(parameters)
         if not sound and waiting.keys() <= {frozenset(ids)}:
             report = self._clippers.of(parameters).clip_before_step(loss_scale, found_inf, coming)
             self.last_report = report
@@ -127,7 +126,7 @@ class TorchScripts:
         # as one, the first of them clips for all.
         reports = {id(report): report for report in sound.values()}
         for listed in waiting.values():
-            clipped = self._sound(listed)
+            clipped = self._marks.sound(listed)
             if all(id(p) in clipped for p in listed if id(p) in ids):
                 continue
             if loss_scale is None:
@@ -136,11 +135,6 @@ class TorchScripts:
             report = self._clip(fresh, loss_scale, scaled)
             reports[id(report)] = report
         return JointDecision(reports.values())
-
-    def _sound(self, parameters: list[Tensor]) -> dict[int, ClipReport]:
-        """The reports of those (by id) whose gradients are as they were clipped."""
-        marks = [(self._marks.get(id(parameter)), parameter) for parameter in parameters]
-        return {id(p): mark.report for mark, p in marks if mark and not mark.outdated(p)}
 
     def _after_step(self, optimizer: Optimizer, skipped: bool | Tensor) -> None:
         ids = set(map(id, stepped_by(optimizer)))
@@ -196,11 +190,11 @@ class TorchScripts:
         scaling, scale = self._objects.scale(self._objects.owners(chosen))
         # Gradients of one rank, of which more is to come; or of all ranks, and one may ask alone.
         alone = only_measures and all(map(is_whole, chosen))
+        order = norm_type or 2.0
         if alone or not self._clippers.synchronised(chosen):
-            norm = get_total_norm([p.grad for p in chosen if p.grad is not None], norm_type or 2.0)
-            return norm.float() if scale is None else norm.float() / scale
+            return self._clippers.measured(chosen, scale, order, local=True).float()
         if only_measures:
-            return self._measured(chosen, norm_type or 2.0, scale)
+            return self._clippers.measured(chosen, scale, order, local=False)
         self._mention(
             call, "%s calls %s; the configured policy is applied in its place: %r",
             charge.replaced_caller(), call, self.config.policy,
@@ -222,52 +216,30 @@ class TorchScripts:
         self._scaled.pop(key, None)
         if scale is not None:  # the step knows for sure what is in the gradients
             self._scaled[key] = chosen
-            return self._measured(chosen, norm_type or 2.0, scale)
-        marks = [self._marks.get(id(parameter)) for parameter in chosen]
-        outdated = [
-            mark is not None and mark.outdated(p) for mark, p in zip(marks, chosen, strict=True)
-        ]
-        if not scaling and any(
-            out and mark is not None and mark.is_of(p)
-            for out, mark, p in zip(outdated, marks, chosen, strict=True)
-        ):
+            return self._clippers.measured(chosen, scale, norm_type or 2.0, local=False)
+        marks = [(mark, p) for p in chosen if (mark := self._marks.get(id(p)))]
+        if not scaling and any(mark.outdated(p) and mark.is_of(p) for mark, p in marks):
             self._clip_at_step(key, chosen, call)
         if key in self._late:
-            return self._measured(chosen, norm_type or 2.0, scale)
-        fresh = [p for mark, p in zip(marks, chosen, strict=True) if mark is None]
-        if any(outdated):
-            fresh = chosen
-        if not fresh and marks[0] is not None:
-            return marks[0].report.total_norm
-        clipper = self._clippers.of(fresh)
-        other = norm_type is not None and norm_type != clipper.norm_type
-        norm = self._measured(fresh, norm_type or 2.0, scale) if other else None
+            return self._clippers.measured(chosen, scale, norm_type or 2.0, local=False)
+        fresh = self._marks.fresh(chosen)
+        if not fresh:
+            return self._marks[id(chosen[0])].report.total_norm
+        norm = None
+        if norm_type is not None and norm_type != self._clippers.of(fresh).norm_type:
+            norm = self._clippers.measured(fresh, scale, norm_type, local=False)
         report = self._clip(fresh, scale, scaling)
         return report.total_norm if norm is None else norm
 
-    def _measured(self, chosen: list[Tensor], norm_type: float, scale: Tensor | None) -> Tensor:
-        measuring = self._clippers.of(chosen, measuring=norm_type)
-        return measuring.clip_before_step(scale).total_norm
-
     def _clip(self, chosen: list[Tensor], scale: Tensor | None, scaling: bool) -> ClipReport:
-        """Clip, and mark what has been clipped.
-
-        Gradients may be views of one buffer (FSDP1, DDP), and share its count of changes: what is
-        clipped now changes the marks of the others, which are made anew.
-        """
-        stepped = {id(p): p for each in self._objects.optimizers for p in stepped_by(each)}
-        sound = {
-            key: mark.report
-            for key, mark in self._marks.items()
-            if key in stepped and not mark.outdated(stepped[key])
-        }
+        """Clip, and mark what has been clipped."""
         # While a gradient scaler looks for its scale, an overflow is its business and no error.
         watched = torch.zeros(1) if scaling else None
-        report = self._clippers.of(chosen).clip_before_step(scale, watched)
-        sound |= {id(parameter): report for parameter in chosen}
-        stepped |= {id(parameter): parameter for parameter in chosen}
-        self._marks.update({key: Mark.of(stepped[key], known) for key, known in sound.items()})
-        self.last_report = report
+        clipper = self._clippers.of(chosen)
+        stepped = [p for each in self._objects.optimizers for p in stepped_by(each)]
+        self.last_report = report = self._marks.clip(
+            chosen, lambda: clipper.clip_before_step(scale, watched), stepped
+        )
         return report
 
     def _clip_at_step(self, key: frozenset[int], chosen: list[Tensor], call: str) -> None:
