@@ -17,17 +17,9 @@ from distclip.common import namespaces
 from tests.helpers.processes import python, well
 
 FRAMEWORKS = (
-    "accelerate",
-    "deepspeed",
-    "transformers",
-    "lightning",
-    "pytorch_lightning",
-    "matplotlib",
-    "pytest",
-    "hypothesis",
-    "typer",
-    "rich",
-)
+    "accelerate", "deepspeed", "transformers", "lightning", "pytorch_lightning", "matplotlib",
+    "pytest", "hypothesis", "typer", "rich",
+)  # fmt: skip
 
 
 def test_importing_distclip_imports_no_framework() -> None:

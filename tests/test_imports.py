@@ -20,17 +20,10 @@ from tests.helpers.sources import PACKAGE, SOURCES, WRITTEN, parsed
 
 IMPORTERS: dict[str, set[str]] = {
     "accelerate": {
-        "tools/bench/peers.py",
-        "integrations/accelerate.py",
-        "tools/launch/accelerate_cpu.py",
-        "tools/launch/accelerate_cpu_asked.py",
-        "integrations/accelerate_prepared.py",
+        "tools/bench/peers.py", "integrations/accelerate.py", "tools/launch/accelerate_cpu.py",
+        "tools/launch/accelerate_cpu_asked.py", "integrations/accelerate_prepared.py",
     },
-    "deepspeed": {
-        "tools/bench/zero.py",
-        "integrations/deepspeed.py",
-        "testing/ranks/on_rank.py",
-    },
+    "deepspeed": {"tools/bench/zero.py", "integrations/deepspeed.py", "testing/ranks/on_rank.py"},
     "lightning": set(),
     "pytorch_lightning": set(),
     "transformers": {"integrations/transformers.py"},
@@ -40,67 +33,34 @@ IMPORTERS: dict[str, set[str]] = {
     "wandb": {"monitor/trackers.py"},
     "triton": {"kernels/device/_triton.py", "kernels/device/multi_tensor.py"},
     "llvmlite": {
-        "kernels/host/building.py",
-        "kernels/host/changes.py",
-        "kernels/host/compiler.py",
-        "kernels/host/counting.py",
-        "kernels/host/formats.py",
-        "kernels/host/loops.py",
+        "kernels/host/building.py", "kernels/host/changes.py", "kernels/host/compiler.py",
+        "kernels/host/counting.py", "kernels/host/formats.py", "kernels/host/loops.py",
     },
     "matplotlib": {"monitor/notebook.py", "monitor/plots.py"},
     "psutil": {"tools/launch/accelerate_cpu_asked.py"},
-    "pydantic": {
-        "config/document.py",
-        "config/log.py",
-        "config/policies.py",
-        "config/problems.py",
-    },
+    "pydantic": {"config/document.py", "config/log.py", "config/policies.py", "config/problems.py"},
     "pydantic_core": {"config/problems.py"},
     "yaml": {"config/files.py", "tools/simulate/layouts.py"},
     "typer": {
         f"cli/{name}.py"
-        for name in (
-            "app",
-            "bench",
-            "config",
-            "doctor",
-            "report",
-            "run",
-            "simulate",
-            "suggest",
-            "verify",
-            "watch",
-        )
+        for name in ("app", "bench", "config", "doctor", "report", "run", "simulate", "suggest",
+                     "verify", "watch")
     },
     "rich": {
-        "cli/bench.py",
-        "cli/doctor.py",
-        "cli/simulate.py",
-        "tools/simulate/shown.py",
-        "cli/verify.py",
-        "tools/verify/reports.py",
-        "cli/watch.py",
-        "monitor/table.py",
+        "cli/bench.py", "cli/doctor.py", "cli/simulate.py", "tools/simulate/shown.py",
+        "cli/verify.py", "tools/verify/reports.py", "cli/watch.py", "monitor/table.py",
         "monitor/watching.py",
     },
     "hypothesis": set(),
     "pytest": {"testing/plugin.py", "testing/ranks/pool.py"},
     "_pytest": {"testing/ranks/rewriting.py"},
-}
+}  # fmt: skip
 """Exactly the files that import each of these, at the top, in a function or for typing only."""
 
 HARMLESS = {
-    "ProcessGroup",
-    "fsdp",
-    "get_process_group_ranks",
-    "get_rank",
-    "get_world_size",
-    "group",
-    "is_available",
-    "is_initialized",
-    "tensor",
-    "_composable_state",
-}
+    "ProcessGroup", "fsdp", "get_process_group_ranks", "get_rank", "get_world_size", "group",
+    "is_available", "is_initialized", "tensor", "_composable_state",
+}  # fmt: skip
 """What of ``torch.distributed`` talks to no other rank."""
 
 ALLOWED_TO_TALK = (

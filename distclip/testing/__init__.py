@@ -36,18 +36,7 @@ _NAMES = {
 }
 """Public name -> the module that is imported when the name is first used: most need torch."""
 
-__all__ = [
-    "Expected",
-    "Outcome",
-    "PoolError",
-    "RankError",
-    "RankPool",
-    "assert_rounded",
-    "check_policy",
-    "expected",
-    "on_rank",
-    "run_on_ranks",
-]
+__all__ = list(_NAMES)
 
 
 def __getattr__(name: str) -> Any:

@@ -19,7 +19,7 @@ from unittest import mock
 import torch
 import torch.distributed
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from distclip.testing import contract_units
 from distclip.testing.contract_units import Parameter
@@ -362,20 +362,14 @@ def _check_no_sync(policy: Any) -> None:
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         state = {key: mode.from_tensor(value) for key, value in real.items()}
         for step in range(3):
-            statistics = _faked(mode, _statistics_outside(policy, step))
+            with unset_fake_temporarily():
+                statistics = _statistics(policy, step)
             try:
-                _, state = _ask(policy, statistics, state)
+                _, state = _ask(policy, _faked(mode, statistics), state)
             except AssertionError:
                 raise
             except Exception as error:
                 raise AssertionError(contract_units.host_read_message(error)) from error
-
-
-def _statistics_outside(policy: Any, step: int) -> _Statistics:
-    from torch._subclasses.fake_tensor import unset_fake_temporarily
-
-    with unset_fake_temporarily():
-        return _statistics(policy, step)
 
 
 def _faked(mode: FakeTensorMode, statistics: _Statistics) -> _Statistics:

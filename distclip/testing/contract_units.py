@@ -122,19 +122,13 @@ def _check_alone(
 
 
 def _check_units_no_sync(policy: Any) -> None:
+    norms = _vector(UNIT_GRADIENTS), _vector(UNIT_WEIGHTS)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fakes = [mode.from_tensor(_real(values)) for values in (UNIT_GRADIENTS, UNIT_WEIGHTS)]
+        fakes = map(mode.from_tensor, norms)
         try:
             policy.unit_coefficients(*fakes)
         except Exception as error:
             raise AssertionError(host_read_message(error)) from error
-
-
-def _real(values: list[float]) -> Tensor:
-    from torch._subclasses.fake_tensor import unset_fake_temporarily
-
-    with unset_fake_temporarily():
-        return _vector(values)
 
 
 def same(one: Tensor, other: Tensor) -> bool:
