@@ -1,7 +1,7 @@
 """Which integration clips for an optimizer. Decided here, so that a gradient is clipped once.
 
-An integration that adopts an optimizer says so by :class:`Adopted` or :func:`take`. The integration
-of plain torch scripts asks :func:`charge_of` and leaves such optimizers alone.
+An integration that adopts an optimizer says so by :class:`Adopted`. The integration of plain torch
+scripts asks :func:`charge_of` and leaves such optimizers alone.
 """
 
 from __future__ import annotations
@@ -36,11 +36,6 @@ class Charge:
 
     name: str
     clip: Callable[[list[Tensor]], Tensor] | None = None
-
-
-def take(optimizer: Optimizer, charge: Charge) -> None:
-    """From now on ``charge`` clips before the steps of ``optimizer``."""
-    _charges[optimizer] = charge
 
 
 class Adopted:
@@ -86,7 +81,7 @@ class Adopted:
             lambda *given: self._before(stepping(), *given),
             lambda skipped: self._after(stepping(), skipped),
         )
-        take(optimizer, self._charge)
+        _charges[optimizer] = self._charge
         return True
 
     def __contains__(self, optimizer: Optimizer) -> bool:

@@ -55,7 +55,7 @@ class Marks(dict[int, Mark]):
         return {id(p): mark.report for mark, p in marks if mark and not mark.outdated(p)}
 
     def fresh(self, parameters: list[Tensor]) -> list[Tensor]:
-        """Those that are not clipped yet; all of them where one has seen a backward since."""
+        """Parameters that are not clipped yet; all of these where one has seen a backward since."""
         marks = [self.get(id(parameter)) for parameter in parameters]
         if any(mark and mark.outdated(p) for mark, p in zip(marks, parameters, strict=True)):
             return parameters

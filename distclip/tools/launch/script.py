@@ -53,7 +53,17 @@ class Script:
 
         Before the configuration is read: the modules that it imports may lie beside the program.
         """
-        self._set_path()
+        sys.argv = [self.target, *self.arguments]
+        if getattr(sys.flags, "safe_path", False):  # python -P: no folder of the script's
+            return
+        if self.module:
+            folder = os.getcwd()
+        elif _has_main_inside(self.target):
+            folder = self.target
+        else:
+            folder = os.path.dirname(os.path.realpath(self.target))
+        # What is there now is the place of the `distclip` program, or the current folder for -m.
+        sys.path[0] = folder
 
     def run(self) -> Any:
         """Run to the end and return the exit code, as ``sys.exit`` takes it.
@@ -62,7 +72,7 @@ class Script:
         gives 1 (130 after Ctrl-C).
         """
         try:
-            self._set_path()
+            self.prepare()
             self._execute()
         except SystemExit as exit_:
             return exit_.code
@@ -75,19 +85,6 @@ class Script:
             sys.excepthook(type(error), error.with_traceback(own), own)
             return 130 if isinstance(error, KeyboardInterrupt) else 1
         return None
-
-    def _set_path(self) -> None:
-        sys.argv = [self.target, *self.arguments]
-        if getattr(sys.flags, "safe_path", False):  # python -P: no folder of the script's
-            return
-        if self.module:
-            folder = os.getcwd()
-        elif _has_main_inside(self.target):
-            folder = self.target
-        else:
-            folder = os.path.dirname(os.path.realpath(self.target))
-        # What is there now is the place of the `distclip` program, or the current folder for -m.
-        sys.path[0] = folder
 
     def _execute(self) -> None:
         if self.module:
