@@ -40,8 +40,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from distclip import policies
 from distclip.config import schema
 from distclip.config.files import read_configuration
+from distclip.config.forms import module_name, written
 from distclip.config.log import LogConfig, NoiseConfig, StatesConfig
-from distclip.config.policies import build_policy
+from distclip.config.policies import as_policy, build_policy, taken_by
 from distclip.config.problems import Path, Problems, key_text, said, shown
 from distclip.errors import ConfigurationError
 from distclip.options import LOOKS, OPTION_NAMES, Every, OnNonfinite, Options, VerifyReplicas
@@ -50,7 +51,8 @@ from distclip.policies import Policy
 HYPERPARAMETER = "gradient_clip_norm"
 """The key of a hyperparameter file that is read as ``global_norm``."""
 
-_THRESHOLDS = ("max_norm", "max_grad_norm", "gradient_clip_val", "gradient_clipping", "clip_grad")
+_THRESHOLDS = ("max_grad_norm", "gradient_clip_val", "gradient_clipping", "clip_grad", "grad_clip",
+               "clip_grad_norm")  # fmt: skip
 """Keys under which other libraries have a threshold."""
 
 
@@ -268,7 +270,7 @@ def _check_steps(document: _Document, problems: Problems) -> None:
 def _check_names(modules: Sequence[str], problems: Problems) -> None:
     for position, name in enumerate(modules):
         if not all(part.isidentifier() for part in name.split(".")):
-            mend = "; a file my/policies.py is called my.policies" if "/" in name else ""
+            mend = f"; write {module_name(name)}" if "/" in name else ""
             problems.add(
                 ("imports", position), f"must be the name of a module, got {shown(name)}{mend}"
             )
@@ -283,7 +285,8 @@ def _import(name: str, path: Path, problems: Problems) -> None:
             f"no module named {error.name!r}"
             + ("" if error.name == name else f", which {name} imports")
             + "; it has to be installed, or lie beside the script that is run, in the current "
-            "folder, or on PYTHONPATH",
+            "folder, or on PYTHONPATH"
+            + (f"; of a file {name} write {module_name(name)}" if name.endswith(".py") else ""),
         )
     except KeyboardInterrupt:
         raise
@@ -319,15 +322,16 @@ def _document(raw: Mapping[Any, Any], problems: Problems) -> _Document | None:
     for key in raw:
         if key not in own:
             takes = [name for name in known if name != "$schema"]
-            if key in _THRESHOLDS:
-                write = f"policy: {{name: global_norm, max_norm: {shown(raw[key])}}}"
-                problems.add((key,), f"unknown key; a threshold belongs to a policy: {write}")
+            of_policy = taken_by(key, raw)
+            if key in _THRESHOLDS or of_policy:
+                write = of_policy or as_policy(policies.GlobalNorm, raw[key])
+                problems.add((key,), f"unknown key; it belongs to a policy: write policy: {write}")
             else:
                 problems.add_unknown((key_text(key),), raw[key], takes, "a configuration")
     try:
         return _Document.model_validate(own)
     except ValidationError as error:
-        problems.add_validation((), own, error, known=_KEYS)
+        problems.add_validation((), own, error, known=_KEYS, written=written)
         return None
 
 

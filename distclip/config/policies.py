@@ -143,8 +143,9 @@ def _build_one(
     if isinstance(spec, str):
         spec = {"name": spec}
     if not isinstance(spec, Mapping):
-        example = "{name: global_norm, max_norm: 1.0}"
-        problems.add(path, f"expected a policy such as {example}, got {shown(spec)}")
+        example = as_policy(policies.GlobalNorm, 1.0 if isinstance(spec, bool) else spec)
+        mend = f"; write {_NOTHING}" if isinstance(spec, bool) else ""
+        problems.add(path, f"expected a policy such as {example}, got {shown(spec)}{mend}")
         return None
     policy = _named(spec, path, problems, unknown)
     if policy is None:
@@ -165,7 +166,10 @@ def _named(
     known = registered()
     if "name" not in spec:
         guess = next((key for key in spec if key in known), None)
-        mend = f"write {{name: {guess}, ...}}" if guess else f"one of {', '.join(known)}"
+        takers = taken_by(next(iter(spec), ""), spec)
+        mend = f"write {takers}" if takers else f"one of {', '.join(known)}"
+        if guess:
+            mend = f"write {as_policy(known[guess], spec[guess])}"
         problems.add((*path, "name"), f"missing in {shown(spec)}; {mend}")
         return None
     name = spec["name"]
@@ -174,14 +178,47 @@ def _named(
         return None
     if not isinstance(name, str) or name not in known:
         hint = "" if problems.full else did_you_mean(key_text(name), known)
-        there_are = f"there are {', '.join(sorted(known))}"
+        mend = _COMPOSITIONS.get(key_text(name), f"there are {', '.join(sorted(known))}")
+        call = re.fullmatch(r"(\w+)[ (]+([\w.=, ]+?)\)?", key_text(name))
+        if call and call[1] in known:
+            hint, mend = "", f"write {as_policy(known[call[1]], call[2].replace('=', ': '))}"
+        elif key_text(name).lower() in ("none", "null", "off", "no", "false"):
+            hint, mend = "", f"write {_NOTHING}"
         problems.add(
             (*path, "name"),
-            f"no policy is called {shown(name)}{hint}{' ' if hint else '; '}"
-            f"{_COMPOSITIONS.get(key_text(name), there_are)}",
+            f"no policy is called {shown(name)}{hint}{' ' if hint else '; '}{mend}",
         )
         return None
     return known[name]
+
+
+_NOTHING = "measure to clip nothing, or null to leave a part alone"
+
+
+def as_policy(policy: type[Policy], given: object) -> str:
+    """How a policy is written in a file, with its arguments, or with its first one."""
+    if given is None or given == {}:
+        return policy.name
+    first = next(iter(arguments(policy)), "")
+    if isinstance(given, Mapping):
+        given = ", ".join(f"{key}: {value}" for key, value in given.items() if key != "name")
+    elif not isinstance(given, (int, float, str)):
+        given = 1.0
+    text = given if ":" in f"{given}" else f"{first}: {given}"
+    return f"{{name: {policy.name}, {text}}}"
+
+
+def taken_by(key: object, spec: Mapping[Any, Any]) -> str | None:
+    """A policy that takes ``key`` as an argument, as it is written; None if there is none.
+
+    Of several, the one that ``spec`` names.
+    """
+    known = registered()
+    takers = [name for name, each in known.items() if key in arguments(each)]
+    named = [name for name in takers if name in (spec.get("name"), spec.get("policy"))]
+    if key == "name" and spec[key] in known:
+        return as_policy(known[spec[key]], {k: v for k, v in spec.items() if k != "name"})
+    return as_policy(known[(named or takers)[0]], {key: spec[key]}) if takers else None
 
 
 def _checked(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import reprlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -39,10 +39,12 @@ class Problems:
         value: object,
         error: ValidationError,
         known: Mapping[str, Iterable[str]] | None = None,
+        written: Callable[[str, object], str | None] = lambda key, value: None,
     ) -> None:
         """Note what pydantic found in ``value``, which stands at ``path``.
 
-        ``known`` are the keys that each mapping of fixed keys may have, by its key path.
+        ``known`` are the keys that each mapping of fixed keys may have, by its key path;
+        ``written(key_path, value)`` is the right form of what was probably meant.
         """
         # The branches of a union come as separate faults at locations that are no keys: joined.
         found: dict[Path, list[ErrorDetails]] = {}
@@ -60,7 +62,12 @@ class Problems:
             culprit = _at(value, location)
             sentence = " or ".join(dict.fromkeys(map(_sentence, faults)))
             hint = "".join(_nearest_literal(culprit, fault) for fault in faults)
-            self.add(path + location, f"{sentence}, got {shown(culprit)}{hint}")
+            key = path + location
+            form = written(render(key), culprit) or _form(culprit, [f["type"] for f in faults])
+            if form and not hint:
+                last = key[-1] if str(key[-1]).isidentifier() else f'"{key[-1]}"'
+                hint = f"; write {last}: {form}" if isinstance(key[-1], str) else f"; write {form}"
+            self.add(key, f"{sentence}, got {shown(culprit)}{hint}")
 
     def add_unknown(self, path: Path, value: object, known: Iterable[str], whose: str) -> None:
         """Note the key at the end of ``path``, which is none of the ``known`` ones of ``whose``."""
@@ -127,7 +134,13 @@ def shown(value: object) -> str:
 
 _WORDS = {
     "model_type": "should be a mapping of keys to values",
+    "dict_type": "should be a mapping of keys to values",
     "sequence_str": "should be a list",
+    "list_type": "should be a list",
+    "bool_type": "should be true or false",
+    "int_type": "should be a whole number",
+    "float_type": "should be a number",
+    "string_type": "should be a text",
 }
 """pydantic's own words, where they speak of Python classes to the writer of a file."""
 
@@ -160,6 +173,20 @@ def _at(value: Any, location: Path) -> object:
     for part in location:
         value = value[part]
     return value
+
+
+def _form(value: object, types: Iterable[str]) -> str | None:
+    """The right form of a value that pydantic finds of a wrong type; None where none is near."""
+    for kind in types:
+        if kind == "bool_type" and str(value).lower() in ("1", "yes", "on", "true"):
+            return "true"
+        if kind == "bool_type" and str(value).lower() in ("0", "no", "off", "false"):
+            return "false"
+        if kind in ("list_type", "is_instance_of") and type(value) in (str, int):
+            return f"[{value}]"
+        if kind in ("int_type", "float_type") and isinstance(value, str):
+            return value if re.fullmatch(r"[-+]?[\d.]+([eE][-+]?\d+)?", value) else None
+    return None
 
 
 def _nearest_literal(value: object, fault: ErrorDetails) -> str:

@@ -20,22 +20,22 @@ from tests.config.writing import Write, fault
         ({"polcy": "agc"}, ["polcy: unknown key (value 'agc'), did you mean 'policy'?"]),
         (
             {"max_norm": 2.0},
-            ["max_norm: unknown key; a threshold belongs", "norm: 2.0}"],
+            ["max_norm: unknown key; it belongs to a policy", "norm: 2.0}"],
         ),
         ({"policy": {"name": "chain"}}, ["no policy is called 'chain'", "a list is a chain"]),
         ({}, ["policy: missing"]),
         ({"policy": None}, ["policy: missing"]),
         ({"by_name": {}}, ["policy: missing"]),
         ({"policy": []}, ["policy: an empty list"]),
-        ({"policy": 1.0}, ["policy: expected a policy", "got 1.0"]),
+        ({"policy": 1.0}, ["policy: expected a policy such as", "max_norm: 1.0}, got 1.0"]),
         ({"policy": "agcc"}, ["policy.name: no policy is called 'agcc'", "mean 'agc'?"]),
-        ({"policy": {"agc": {}}}, ["policy.name: missing", "write {name: agc, ...}"]),
+        ({"policy": {"agc": {}}}, ["policy.name: missing", "write agc"]),
         ({"policy": "global_norm"}, ["policy.max_norm: missing; global_norm needs it"]),
         (
             {"policy": ["measure", {"name": "agc", "clip_factr": 0.5}]},
             ["policy[1].clip_factr: unknown key (value 0.5), did you mean 'clip_factor'?"],
         ),
-        ({"policy": {"name": "agc", "eps": True}}, ["policy.eps: ", "valid number, got True"]),
+        ({"policy": {"name": "agc", "eps": True}}, ["policy.eps: ", "a number, got True"]),
         ({"policy": {"name": "agc", "eps": "1e-3"}}, ["policy.eps: ", "number, got '1e-3'"]),
         ({"policy": {"name": "agc", "eps": 0}}, ["policy.eps: must be finite and > 0, got 0"]),
         ({"policy": {"name": "agc", "eps": "inf"}}, ["policy.eps: must be finite"]),
@@ -102,6 +102,61 @@ def test_faults_name_path_value_and_mend(raw: Mapping[Any, Any], expected: list[
         assert part in message
 
 
+PLAIN = """
+policy: global_norm(1.0) -> {name: global_norm, max_norm: 1.0}
+policy: agc(clip_factor=0.02, eps=1) -> {name: agc, clip_factor: 0.02, eps: 1}
+policy: {agc: {clip_factor: 0.01}} -> {name: agc, clip_factor: 0.01}
+policy: {value: 0.1} -> {name: value, clip_value: 0.1}
+policy: {max_norm: 3} -> {name: global_norm, max_norm: 3}
+policy: none -> measure
+policy: false -> measure
+policy: {name: agc, eps: "1e-3"} -> eps: 1e-3
+policy: {name: agc, unit_dims: {"*.w": 0}} -> "*.w": [0]
+{name: agc, eps: 1} -> policy: {name: agc, eps: 1}
+{name: measure} -> policy: measure
+{policy: agc, clip_factor: 0.1} -> policy: {name: agc, clip_factor: 0.1}
+clip_grad_norm: 1.0 -> policy: {name: global_norm, max_norm: 1.0}
+clip_value: 1.0 -> policy: {name: value, clip_value: 1.0}
+by_name: "*.norm" -> by_name: {"*.norm": null}
+by_name: ["*.norm"] -> by_name: {"*.norm": null}
+by_part: kind=norm -> by_part: {"kind=norm": null}
+log: clip.jsonl -> log: {jsonl: clip.jsonl}
+log: [clip.jsonl] -> log: {jsonl: clip.jsonl}
+log: true -> log: {jsonl: runs/clip.jsonl}
+log: runs/ -> log: {jsonl: runs/clip.jsonl}
+log: wandb -> log: {wandb: my_project}
+log: accelerate -> log: {accelerate: true}
+log: {tensorboard: true} -> tensorboard: runs/tensorboard
+log: {mlflow: true} -> mlflow: my_project
+log: {accelerate: yes} -> accelerate: true
+log: {jsonl: r, noise_scale: 64} -> noise_scale: {batch: 64}
+log: {jsonl: r, noise_scale: true} -> noise_scale: {batch: 256}
+log: {jsonl: r, states: 50} -> states: {exploding: 50}
+log: {jsonl: r, states: {normal: 20}} -> normal: [1.0, 20]
+log: {jsonl: r, modules: true} -> modules: 2
+log: {jsonl: r, every: "10"} -> every: 10
+ratios: true -> ratios: 10
+exponents: 0 -> exponents: 100
+stuck_after: 5m -> stuck_after: 600
+imports: 1 -> imports: [my_project.clipping]
+imports: clipping.py -> imports: [clipping]
+imports: [my/clipping.py] -> my.clipping
+norms: 0 -> norms: false
+fold: "off" -> fold: false
+""".strip().splitlines()
+
+
+@pytest.mark.parametrize("line", PLAIN)
+def test_a_plain_value_is_answered_with_the_form_that_is_meant(write: Write, line: str) -> None:
+    """And that form is valid in its place."""
+    wrong, _, right = line.partition(" -> ")
+    assert f"write {right}" in fault(write(wrong))
+    right = f"policy: {right}" if right.startswith(("{", "measure")) else right
+    if right.partition(":")[0] in config.json_schema()["properties"]:
+        document = right if right.startswith("policy") else f"policy: agc\n{right}"
+        assert config.examine(write(document)).imports or config.load(write(document))
+
+
 def test_all_faults_at_once_a_line_each(write: Write) -> None:
     path = write(
         """
@@ -163,6 +218,6 @@ def test_missing_file_directory_and_binary(tmp_path: Path) -> None:
 def test_the_rules_of_yaml_are_changed_for_us_only(write: Write) -> None:
     import yaml
 
-    assert fault(write("policy: agc\nnorms: on")).endswith("got 'on'")
+    assert fault(write("policy: agc\nnorms: on")).endswith("got 'on'; write norms: true")
     assert yaml.safe_load("on") is True
     assert yaml.safe_load("1e-3") == "1e-3"

@@ -58,7 +58,7 @@ def test_a_policy_of_ones_own() -> None:
     assert config.load({"policy": {"name": "halve", "every": 1e3}}).policy == Halve(1000)
     assert "policy.every: must be >= 1, got 0" in fault({"policy": {"name": "halve", "every": 0}})
     assert "policy: a share of 2.0" in fault({"policy": {"name": "halve", "every": 1, "share": 2}})
-    assert "should be a valid integer" in fault({"policy": {"name": "halve", "every": 1.5}})
+    assert "should be a whole number" in fault({"policy": {"name": "halve", "every": 1.5}})
     assert config.json_schema()["$defs"]["halve"] == {
         "title": "halve",
         "description": "Halve the gradients now and then.",

@@ -50,7 +50,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "wrong type": (
         {"distclip": {"policy": {"name": "agc", "clip_factor": "x"}}},
-        "policy.clip_factor: should be a valid number, got 'x'",
+        "policy.clip_factor: should be a number, got 'x'",
     ),
     "no mapping": ({"distclip": [POLICY]}, "distclip: should be a mapping of keys to values"),
     "both": (
