@@ -40,7 +40,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from distclip import policies
 from distclip.config import schema
 from distclip.config.files import read_configuration
-from distclip.config.forms import module_name, written
+from distclip.config.forms import module_name, right_form
 from distclip.config.log import LogConfig, NoiseConfig, StatesConfig
 from distclip.config.policies import as_policy, build_policy, taken_by
 from distclip.config.problems import Path, Problems, key_text, said, shown
@@ -331,7 +331,7 @@ def _document(raw: Mapping[Any, Any], problems: Problems) -> _Document | None:
     try:
         return _Document.model_validate(own)
     except ValidationError as error:
-        problems.add_validation((), own, error, known=_KEYS, written=written)
+        problems.add_validation((), own, error, known=_KEYS, written=right_form)
         return None
 
 

@@ -27,14 +27,14 @@ _FORMS: dict[str, tuple[str, object]] = {
 """Key path -> the form of its value, and an example of what goes into that."""
 
 
-def written(key: str, value: Any) -> str | None:
+def right_form(key: str, value: Any) -> str | None:
     """The right form of a plain value, such as a path where the mapping of ``log`` belongs."""
     if key not in _FORMS or isinstance(value, Mapping):
         return None
     form, example = _FORMS[key]
     value = value[0] if isinstance(value, list) and len(value) == 1 else value
     if key == "log" and value in PLACES:
-        return f"{{{value}: {written(f'log.{value}', None)}}}"
+        return f"{{{value}: {right_form(f'log.{value}', None)}}}"
     if key == "imports" and isinstance(value, str):
         value = module_name(value)
     fits = type(value) is type(example) and form != "{}" and "(null" not in form
