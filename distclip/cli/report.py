@@ -44,7 +44,7 @@ def report(
     """
     from distclip.monitor import page, plots, table
     from distclip.monitor.reading import read_loss, read_runs
-    from distclip.monitor.runs import summaries
+    from distclip.monitor.summary import summaries
 
     if serve:
         if loss or out is not None:

@@ -9,9 +9,6 @@ import typer
 
 from distclip.common.foreign import in_one_line
 
-FEW_STEPS = 100
-"""Steps below which a percentile of the norms says little."""
-
 
 def suggest(
     runs: Annotated[
@@ -37,25 +34,10 @@ def suggest(
     from distclip.monitor.suggesting import Suggestion
 
     recorded = [run for path in runs for run in read_runs(path)]
-    of, what = Suggestion.of_norms, "norms"
-    if policy == "agc":
-        of, what = Suggestion.of_ratios, "ratios"
+    of = Suggestion.of_ratios if policy == "agc" else Suggestion.of_norms
     found = of(recorded, percentile, first_step)
-    if found.clipped > 0.0:
-        share = f"{found.clipped:.0%}" if found.clipped >= 0.01 else "under 1%"
-        typer.echo(
-            f"distclip: in {share} of these steps something was clipped: their {what} "
-            f"are those of a run that was already held back; record one with policy: measure",
-            err=True,
-        )
-    if found.steps < FEW_STEPS:
-        typer.echo(f"distclip: {found.steps} steps are few for a percentile", err=True)
-    if found.spread > 2.0:
-        typer.echo(
-            f"distclip: the runs differ: the largest of their median {what} is {found.spread:.3g} "
-            f"times the smallest; a threshold for all of them fits none",
-            err=True,
-        )
+    for doubt in found.doubts:
+        typer.echo(f"distclip: {doubt}", err=True)
     # A comment ends with its line, so a name in it must not.
     typer.echo(f"# {', '.join(map(in_one_line, runs))}: {found.about}")
     for candidate in found.candidates:

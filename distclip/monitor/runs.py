@@ -1,11 +1,10 @@
-"""Recorded runs, and what they come to."""
+"""Recorded runs."""
 
 from __future__ import annotations
 
 import math
 from array import array
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -17,13 +16,11 @@ from distclip.common.exponents import Exponents
 from distclip.common.foreign import in_one_line
 from distclip.common.rollups import Floats as Floats
 from distclip.common.rollups import joint
-from distclip.monitor.states import STATES, judged, spike_score
+from distclip.monitor.states import STATES, judged
 from distclip.monitor.thinning import sparkline
 
 BINADES = 4
 """How near to underflow or overflow is near."""
-
-PERCENTILES = (50, 90, 99)
 
 
 @dataclass(frozen=True)
@@ -205,95 +202,6 @@ class Curve:
     group: str
     steps: Floats
     values: Floats
-
-
-# ---- summary ---------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Summary:
-    """A run in a few numbers.
-
-    ``percentiles`` and ``largest`` are of the norm before clipping. ``clipped`` is the share of the
-    steps in which anything was clipped, ``share`` the mean share of the parameters that was: equal
-    for ``global_norm``, while AGC may clip a little in every step. ``states`` are numbers of steps;
-    ``spike_score`` is a percentage, of the norms.
-    """
-
-    name: str
-    steps: int
-    percentiles: dict[int, float]
-    largest: float
-    clipped: float
-    share: float
-    skipped: int
-    nonfinite: int
-    threshold: float
-    states: dict[str, int]
-    spike_score: float
-    smallest: float
-    sparkline: str
-    exponents: tuple[str, ...] = ()
-    noise_scale: tuple[float, float] | None = None
-    """The last one in the log, and its step."""
-
-    @classmethod
-    def of(cls, run: Run) -> Summary:
-        """Summarise a run."""
-        finite = run.total_norm[np.isfinite(run.total_norm)]
-        known = run.threshold[np.isfinite(run.threshold)]
-        fractions = run.clipped_fraction[np.isfinite(run.clipped_fraction)]
-        return cls(
-            name=run.name,
-            steps=len(run.steps),
-            percentiles={
-                p: float(np.percentile(finite, p)) if finite.size else math.nan for p in PERCENTILES
-            },
-            largest=float(finite.max()) if finite.size else math.nan,
-            clipped=float(run.clipped.mean()),
-            share=float(fractions.mean()) if fractions.size else math.nan,
-            skipped=int(run.skipped.sum()),
-            nonfinite=int(run.nonfinite.sum()),
-            threshold=float(known[-1]) if known.size and run.threshold_is_norm else math.nan,
-            states={STATES[code]: n for code, n in sorted(Counter(run.states.tolist()).items())},
-            spike_score=spike_score(run.total_norm),
-            smallest=float(finite.min()) if finite.size else math.nan,
-            sparkline=sparkline(run.total_norm),
-            exponents=tuple(line for each in run.exponents.values() for line in each.lines()),
-            noise_scale=(float(run.noise_scale[seen[-1]]), float(run.steps[seen[-1]]))
-            if (seen := np.flatnonzero(np.isfinite(run.noise_scale))).size
-            else None,
-        )
-
-    def advice(self) -> list[str]:
-        """What the numbers suggest, after Google's tuning playbook; a sentence each."""
-        advice = []
-        if math.isfinite(self.percentiles[90]):
-            advice.append(
-                f"a threshold at the 90th percentile of the norms: "
-                f"{configuration(self.percentiles[90])}"
-            )
-        if self.share > 0.5 and math.isfinite(self.threshold):
-            advice.append(
-                f"{self.share:.0%} of all gradients were clipped: where it is more than half of "
-                f"them, lower the learning rate rather than clip on"
-            )
-        elif not self.clipped and math.isfinite(self.threshold):
-            advice.append(
-                f"no step came near the threshold {self.threshold:.3g} (largest norm "
-                f"{self.largest:.3g}): it changes nothing"
-            )
-        if self.nonfinite:
-            advice.append(
-                f"NaN or inf gradients in {self.nonfinite} of {self.steps} steps: the key "
-                f"'nonfinite' in the record names the parameters"
-            )
-        return advice
-
-
-def summaries(runs: Sequence[Run]) -> list[Summary]:
-    """The summary of each run."""
-    return [Summary.of(run) for run in runs]
 
 
 def configuration(max_norm: float) -> str:

@@ -16,6 +16,9 @@ from distclip.monitor.runs import Floats, Run, configuration
 CANDIDATES = (50.0, 75.0, 90.0, 95.0, 99.0)
 """Percentiles that a suggestion shows beside its own."""
 
+FEW_STEPS = 100
+"""Steps below which a percentile says little."""
+
 AGC_EPS = 1e-3
 """AGC's floor of the norm of a weight."""
 
@@ -29,7 +32,7 @@ class Suggestion:
     ``threshold`` is the asked percentile of what was recorded before clipping, of all runs
     together: as ``about`` says, in numbers. ``clipped`` is the share of these ``steps`` in which
     anything was clipped; ``spread`` the largest of the runs' medians by the smallest. A line of
-    ``candidates`` is for another percentile.
+    ``candidates`` is for another percentile. ``what`` was recorded: norms, or ratios.
     """
 
     threshold: float
@@ -39,6 +42,26 @@ class Suggestion:
     clipped: float
     spread: float
     candidates: tuple[str, ...]
+    what: str
+
+    @property
+    def doubts(self) -> list[str]:
+        """Why a threshold from these runs may be a wrong one; a sentence each."""
+        doubts = []
+        if self.clipped > 0.0:
+            share = f"{self.clipped:.0%}" if self.clipped >= 0.01 else "under 1%"
+            doubts.append(
+                f"in {share} of these steps something was clipped: their {self.what} are those of "
+                f"a run that was already held back; record one with policy: measure"
+            )
+        if self.steps < FEW_STEPS:
+            doubts.append(f"{self.steps} steps are few for a percentile")
+        if self.spread > 2.0:
+            doubts.append(
+                f"the runs differ: the largest of their median {self.what} is {self.spread:.3g} "
+                f"times the smallest; a threshold for all of them fits none"
+            )
+        return doubts
 
     @classmethod
     def of_norms(
@@ -77,6 +100,7 @@ class Suggestion:
                 f"these steps"
                 for p, level in zip(CANDIDATES, levels, strict=True)
             ),
+            what="norms",
         )
 
     @classmethod
@@ -127,6 +151,7 @@ class Suggestion:
                 f"steps"
                 for p, level in zip(CANDIDATES, levels, strict=True)
             ),
+            what="ratios",
         )
 
 

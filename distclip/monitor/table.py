@@ -12,7 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from distclip.common.rollups import grouped
-from distclip.monitor.runs import PERCENTILES, Run, Summary, median
+from distclip.monitor.runs import Run, median
+from distclip.monitor.summary import PERCENTILES, Summary
 
 HEADER = (
     "run",

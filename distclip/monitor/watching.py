@@ -13,8 +13,9 @@ from rich.text import Text
 
 from distclip.common.foreign import in_one_line
 from distclip.monitor.reading import read_run
-from distclip.monitor.runs import Run, Summary
+from distclip.monitor.runs import Run
 from distclip.monitor.states import STATES
+from distclip.monitor.summary import Summary
 from distclip.monitor.thinning import sparkline
 
 STEPS_SHOWN = 8

@@ -20,7 +20,7 @@ from distclip.errors import ConfigurationError
 from distclip.monitor import page
 from distclip.monitor.page.data import page_data
 from distclip.monitor.reading import read_runs
-from distclip.monitor.runs import summaries
+from distclip.monitor.summary import summaries
 from distclip.monitor.thinning import sparkline, thinned
 from tests.helpers.command import command
 

@@ -24,7 +24,7 @@ from distclip import ConfigurationError, GradClipper, StateError, policies
 from distclip.monitor import RankNoiseScale
 from distclip.monitor.page.data import page_data
 from distclip.monitor.reading import read_runs
-from distclip.monitor.runs import summaries
+from distclip.monitor.summary import summaries
 from distclip.monitor.table import show_runs
 from distclip.monitor.tracking import metrics, tensors
 from tests.helpers.logs import lines

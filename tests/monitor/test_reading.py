@@ -13,8 +13,8 @@ from clip_records import record, write
 
 from distclip.monitor import reading
 from distclip.monitor.reading import read_run, read_runs
-from distclip.monitor.runs import Summary
 from distclip.monitor.states import STATES
+from distclip.monitor.summary import Summary
 
 
 def with_parameters(step: int, **norms: float | None) -> dict[str, Any]:

@@ -10,8 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from distclip.common.rollups import grouped
-from distclip.monitor.runs import Counted, Floats, ParameterSeries, Run, Summary, median
+from distclip.monitor.runs import Counted, Floats, ParameterSeries, Run, median
 from distclip.monitor.states import STATES
+from distclip.monitor.summary import Summary
 from distclip.monitor.thinning import bins, running_mean, thinned
 
 POINTS = 4000

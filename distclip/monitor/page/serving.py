@@ -23,7 +23,7 @@ from pathlib import Path
 from distclip.errors import ConfigurationError
 from distclip.monitor.page.writing import html
 from distclip.monitor.reading import read_runs
-from distclip.monitor.runs import summaries
+from distclip.monitor.summary import summaries
 
 PORT = 8237
 """Where the page is served unless another port is asked for."""

@@ -18,7 +18,8 @@ from pathlib import Path
 from distclip.common.foreign import in_one_line
 from distclip.errors import ConfigurationError
 from distclip.monitor.page.data import page_data
-from distclip.monitor.runs import Run, Summary
+from distclip.monitor.runs import Run
+from distclip.monitor.summary import Summary
 
 
 def html(
