@@ -17,6 +17,7 @@ from distclip.cli.app import app
 from distclip.common.rollups import grouped
 from distclip.errors import ConfigurationError
 from distclip.monitor.reading import read_run
+from distclip.monitor.summary import Summary
 from tests.monitor.clip_records import record, write
 
 invoke = typer.testing.CliRunner().invoke
@@ -191,3 +192,21 @@ def test_the_configuration_that_it_names_records_ratios(
     result = invoke(app, ["suggest", "a.jsonl", "--policy", "agc"])
     assert result.exit_code == 0, result.output
     assert "of 6 ratios in 3 steps" in result.stdout
+
+
+@pytest.mark.parametrize("norm", [0.0, 0.5, 2.0])
+@pytest.mark.parametrize("steps", [9, 200])
+def test_the_advice_is_what_suggest_suggests(tmp_path: Path, norm: float, steps: int) -> None:
+    clipped = {} if norm > 1.0 else {"coefficient": 1.0, "clipped_fraction": 0.0}
+    path = write(tmp_path / "a.jsonl", [record(s, norm, **clipped) for s in range(steps)])
+    suggested = invoke(app, ["suggest", str(path)])
+    advice = Summary.of(read_run(path)).advice()
+    if norm == 0.0:
+        assert isinstance(suggested.exception, ConfigurationError)
+        assert not any("max_norm" in sentence for sentence in advice)
+        return
+    doubts = [line.removeprefix("distclip: ") for line in suggested.stderr.splitlines()]
+    assert len(doubts) == (norm > 1.0) + (steps < 100)
+    assert advice[0].partition("norms: ")[2] == "; ".join(
+        [*suggested.stdout.splitlines()[-1:], *doubts]
+    )

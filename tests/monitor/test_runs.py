@@ -10,10 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import typer.testing
 from clip_records import record, write
 
-from distclip.cli.app import app
 from distclip.errors import ConfigurationError
 from distclip.monitor import table
 from distclip.monitor.reading import read_loss, read_run, setting_of
@@ -99,24 +97,6 @@ def test_summary(tmp_path: Path) -> None:
     assert "90% of all gradients" in rate
     assert "lower the learning rate" in rate
     assert nonfinite.startswith("NaN or inf gradients in 1 of 100 steps")
-
-
-@pytest.mark.parametrize("norm", [0.0, 0.5, 2.0])
-@pytest.mark.parametrize("steps", [9, 200])
-def test_the_advice_is_what_suggest_suggests(tmp_path: Path, norm: float, steps: int) -> None:
-    clipped = {} if norm > 1.0 else {"coefficient": 1.0, "clipped_fraction": 0.0}
-    path = write(tmp_path / "a.jsonl", [record(s, norm, **clipped) for s in range(steps)])
-    suggested = typer.testing.CliRunner().invoke(app, ["suggest", str(path)])
-    advice = Summary.of(read_run(path)).advice()
-    if norm == 0.0:
-        assert isinstance(suggested.exception, ConfigurationError)
-        assert not any("max_norm" in sentence for sentence in advice)
-        return
-    doubts = [line.removeprefix("distclip: ") for line in suggested.stderr.splitlines()]
-    assert len(doubts) == (norm > 1.0) + (steps < 100)
-    assert advice[0].partition("norms: ")[2] == "; ".join(
-        [*suggested.stdout.splitlines()[-1:], *doubts]
-    )
 
 
 def test_a_threshold_that_is_never_reached(tmp_path: Path) -> None:
