@@ -46,6 +46,7 @@ app = typer.Typer(
     help="Gradient clipping that means the same thing on one process and on a thousand ranks.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # its boxes take a third of 80 columns, and break lines within a text
 )
 app.command(name="run", context_settings=run.CONTEXT)(run.run)
 app.command(name="simulate", context_settings=run.CONTEXT)(simulate.simulate)

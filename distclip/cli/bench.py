@@ -27,29 +27,37 @@ def bench(
     cases: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Cases, or groups of cases; see --list. All by default.", show_default=False
+            metavar="CASES",
+            help="Cases, or groups of cases; see --list. All by default.",
+            show_default=False,
         ),
     ] = None,
-    ranks: Annotated[int, typer.Option(min=1, help="gloo ranks on this machine.")] = 2,
-    rounds: Annotated[int, typer.Option(min=1, help="Measured rounds of each way.")] = 30,
+    ranks: Annotated[int, typer.Option(min=1, metavar="N", help="gloo ranks on this machine.")] = 2,
+    rounds: Annotated[int, typer.Option(min=1, metavar="N", help="Measured rounds.")] = 30,
     budget: Annotated[
-        float, typer.Option(min=1.0, help="Seconds after which a case begins no new round.")
+        float,
+        typer.Option(min=1.0, metavar="SECONDS", help="After which a case begins no new round."),
     ] = 8.0,
-    output: Annotated[Path | None, typer.Option(help="Write every round as JSON.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write every round as JSON.")
+    ] = None,
     source: Annotated[
-        Path | None, typer.Option("--from", help="Show a run that was kept, and measure nothing.")
+        Path | None,
+        typer.Option("--from", metavar="FILE", help="Show a run of --output; measure nothing."),
     ] = None,
     picture: Annotated[
-        Path | None, typer.Option(help="Draw the run (png, svg, pdf). Needs matplotlib.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Draw the run (png, svg, pdf); needs matplotlib."),
     ] = None,
     show_list: Annotated[
-        bool, typer.Option("--list", help="Show the cases and groups, and measure nothing.")
+        bool, typer.Option("--list", help="Show the cases and groups; measure nothing.")
     ] = False,
 ) -> None:
-    """Measure clipping against its peers, on gloo ranks, one thread each.
+    """Compare the speed of clipping with that of its peers.
 
-    Only ratios mean something on a shared machine: every round takes all ways once, in an order
-    drawn anew, and the ratio is taken round by round. Times are those of the slowest rank.
+    On gloo ranks, with one thread each. On a shared machine only ratios are of use: each round
+    measures all peers once, in random order, and ratios are those of one round. Times are those of
+    the slowest rank.
     """
     from rich.console import Console
 

@@ -16,12 +16,14 @@ from distclip.policies import Chain, Policy, SideBySide
 if TYPE_CHECKING:
     from distclip.config import Examined
 
-config_app = typer.Typer(help="Check a configuration; show its schema.", no_args_is_help=True)
+config_app = typer.Typer(
+    help="Check a configuration; show its schema.", no_args_is_help=True, rich_markup_mode=None
+)
 
 
 @config_app.command()
 def schema() -> None:
-    """Print the JSON Schema of a configuration, for editors and other programs."""
+    """Print the JSON Schema of a configuration, for editors."""
     from distclip import config
 
     typer.echo(json.dumps(config.json_schema(), indent=2))
@@ -29,15 +31,16 @@ def schema() -> None:
 
 @config_app.command()
 def check(
-    file: Annotated[Path, typer.Argument(help="YAML or JSON.", show_default=False)],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="YAML or JSON.", show_default=False)],
     run_imports: Annotated[
-        bool, typer.Option("--run-imports", help="Run the modules that it names under imports.")
+        bool,
+        typer.Option("--run-imports", help="Run the modules that the file names under imports."),
     ] = False,
 ) -> None:
-    """Check a configuration file and print what it means, all defaults filled in.
+    """Check a configuration file; print it with all defaults.
 
-    Of a DeepSpeed JSON the "distclip" section, or its gradient_clipping, is checked. Nothing that
-    the file names is run without --run-imports.
+    Of a DeepSpeed JSON the "distclip" section, or its gradient_clipping, is checked. Modules under
+    imports are run only with --run-imports.
     """
     from distclip import config
     from distclip.integrations.deepspeed_json import (

@@ -18,18 +18,23 @@ LABEL_COLOURS = {"good": "green", "note": "yellow", "wrong": "red"}
 
 
 def doctor(
-    json: Annotated[Path | None, typer.Option(help="Write what was found as JSON.")] = None,
+    json: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write what was found as JSON.")
+    ] = None,
     launch_config: Annotated[
         Path | None,
-        typer.Option("--launch-config", help="YAML of accelerate launch to look at."),
+        typer.Option(
+            "--launch-config", metavar="FILE", help="Configuration of accelerate launch to check."
+        ),
     ] = None,
     ranks: Annotated[
-        int, typer.Option(min=1, help="gloo ranks to start for the self-check; 1: none.")
+        int, typer.Option(min=1, metavar="N", help="gloo ranks of the self-check; 1: none.")
     ] = 2,
 ) -> None:
-    """Say what is installed, what works here, and whether ranks are really distributed.
+    """Check what is installed, and that ranks are distributed.
 
-    Alone, or under the launcher whose ranks are in doubt:
+    Run it alone, or under a launcher, whose ranks are then checked:
+
     accelerate launch ... -m distclip doctor
 
     The exit code is 1 if something is wrong.

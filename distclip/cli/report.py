@@ -13,32 +13,40 @@ from distclip.errors import ConfigurationError
 
 def report(
     runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN.jsonl...", help="Files that `log` wrote.")
+        list[Path], typer.Argument(metavar="RUN.jsonl", help="Files that `log` wrote.")
     ],
     loss: Annotated[
         list[Path] | None,
-        typer.Option("--loss", help="Training log with step and loss; one for each run."),
+        typer.Option(
+            "--loss", metavar="FILE", help="Training log with step and loss; one for each run."
+        ),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", help="Page (html) or picture (png, svg, pdf) to write."),
+        typer.Option(
+            "--out", "-o", metavar="FILE", help="Page (html) or picture (png, svg, pdf) to write."
+        ),
     ] = None,
     serve: Annotated[
         bool,
-        typer.Option(
-            "--serve", help="Show the page in a browser of this machine, anew while runs go on."
-        ),
+        typer.Option("--serve", help="Serve the page on this machine; it follows the runs."),
     ] = False,
     port: Annotated[
         int | None,
-        typer.Option(min=0, max=65535, help="For --serve, instead of 8237; 0: any that is free."),
+        typer.Option(
+            min=0, max=65535, metavar="N", help="Of --serve, instead of 8237; 0: any that is free."
+        ),
     ] = None,
     modules: Annotated[
         int | None,
-        typer.Option(min=1, help="A table of modules too, by so many parts of parameters' names."),
+        typer.Option(
+            min=1, metavar="N", help="Show modules too: the first N parts of parameters' names."
+        ),
     ] = None,
 ) -> None:
-    """Show norms, clipping and advice for one or several runs; write a page with -o page.html.
+    """Show norms, clipping and advice of recorded runs.
+
+    distclip report runs/clip.jsonl -o page.html
 
     Runs that differ in a seed only (agc_seed0.jsonl, agc_seed1.jsonl) are drawn as one group.
     """

@@ -26,36 +26,47 @@ def from_launcher(context: typer.Context, local_rank: str | None) -> None:
 
 def run(
     context: typer.Context,
-    script: Annotated[str, typer.Argument(help="Script, or module with -m.", show_default=False)],
+    script: Annotated[
+        str,
+        typer.Argument(metavar="SCRIPT", help="Script, or with -m a module.", show_default=False),
+    ],
     arguments: Annotated[
-        list[str] | None, typer.Argument(metavar="ARGS", help="Passed to it as they are.")
+        list[str] | None, typer.Argument(metavar="ARGS", help="Arguments of the script.")
     ] = None,
     config: Annotated[
         Path | None,
         typer.Option(
             "--config",
             "-c",
-            help=f"YAML or JSON; otherwise ${CONFIG_VARIABLE}, or the section of a DeepSpeed JSON.",
+            metavar="FILE",
+            help=f"Policy, YAML or JSON; otherwise ${CONFIG_VARIABLE}, or the section of a "
+            f"DeepSpeed JSON.",
         ),
     ] = None,
-    cpu: Annotated[bool, typer.Option("--cpu", help="Real gloo ranks on CPU.")] = False,
+    cpu: Annotated[
+        bool, typer.Option("--cpu", help="Under accelerate launch: gloo ranks on CPU.")
+    ] = False,
     module: Annotated[bool, typer.Option("-m", help="Run a module, as python -m does.")] = False,
     check: Annotated[
-        bool, typer.Option("--check", help="Hold the first steps against gathered tensors.")
+        bool, typer.Option("--check", help="Compare the first steps with a float64 reference.")
     ] = False,
-    check_steps: Annotated[int, typer.Option(min=1, help="How many steps --check checks.")] = 3,
+    check_steps: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Steps that --check compares.")
+    ] = 3,
     quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="No line at the first step and at the end.")
+        bool, typer.Option("--quiet", "-q", help="Print no line at the first step and at the end.")
     ] = False,
 ) -> None:
-    """Run a training script under a clipping policy, alone or under any launcher.
+    """Run a training script under a clipping policy.
 
-    torchrun --nproc_per_node 8 -m distclip run --config policy.yaml train.py --lr 0.1
+    distclip run --config policy.yaml train.py --lr 0.1
 
-    accelerate launch ... -m distclip run --config policy.yaml train.py --lr 0.1
+    torchrun --nproc_per_node 8 -m distclip run -c policy.yaml train.py --lr 0.1
 
-    Any torch script, without a change: plain PyTorch (DDP, FSDP), Accelerate, the Trainer,
-    Lightning, DeepSpeed. Each update is clipped once, by the policy.
+    accelerate launch ... -m distclip run -c policy.yaml train.py --lr 0.1
+
+    The script needs no change: plain PyTorch (DDP, FSDP), Accelerate, the Trainer, Lightning,
+    DeepSpeed. Each update is clipped once, by the policy.
     """
     from distclip.tools.launch.running import prepare
 

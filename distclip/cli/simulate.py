@@ -20,42 +20,60 @@ DEFAULT = ("ddp", "fsdp2")
 
 
 def simulate(
-    script: Annotated[str, typer.Argument(help="Script, or module with -m.", show_default=False)],
+    script: Annotated[
+        str,
+        typer.Argument(metavar="SCRIPT", help="Script, or with -m a module.", show_default=False),
+    ],
     arguments: Annotated[
-        list[str] | None, typer.Argument(metavar="ARGS", help="Passed to it as they are.")
+        list[str] | None, typer.Argument(metavar="ARGS", help="Arguments of the script.")
     ] = None,
-    ranks: Annotated[int, typer.Option(min=1, help="gloo ranks, over all nodes.")] = 2,
+    ranks: Annotated[int, typer.Option(min=1, metavar="N", help="gloo ranks, over all nodes.")] = 2,
     layout: Annotated[
         list[str] | None,
-        typer.Option(help=f"Of: {', '.join(SIMULATED_LAYOUTS)}. May be given several times."),
+        typer.Option(
+            metavar="LAYOUT",
+            help=f"One of {', '.join(SIMULATED_LAYOUTS)}; may be repeated.  "
+            f"[default: {' and '.join(DEFAULT)}]",
+        ),
     ] = None,
     config: Annotated[
-        Path | None, typer.Option("--config", "-c", help="Policy, YAML or JSON.")
+        Path | None, typer.Option("--config", "-c", metavar="FILE", help="Policy, YAML or JSON.")
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(min=1, help="End the script after so many optimizer steps.")
+        int | None, typer.Option(min=1, metavar="N", help="End the script after N optimizer steps.")
     ] = None,
     host_count: Annotated[
-        int, typer.Option("--nodes", min=1, help="Nodes, each with a launcher of its own.")
+        int, typer.Option("--nodes", min=1, metavar="N", help="Nodes, each with its own launcher.")
     ] = 1,
     tolerance: Annotated[
-        float, typer.Option(help="Relative, between layouts, for losses, norms, coefficients.")
+        float,
+        typer.Option(
+            metavar="X", help="Relative difference of losses and norms allowed between layouts."
+        ),
     ] = 1e-4,
     timeout: Annotated[
-        float, typer.Option(min=1.0, help="Seconds without a sign of life: then it hangs.")
+        float,
+        typer.Option(
+            min=1.0, metavar="SECONDS", help="Without progress on any rank, the run has hung."
+        ),
     ] = 60.0,
     allow_branches: Annotated[
-        bool, typer.Option("--allow-branches", help="Ranks may run different operations.")
+        bool, typer.Option("--allow-branches", help="Let ranks run different operations.")
     ] = False,
-    json: Annotated[Path | None, typer.Option(help="Write everything as JSON.")] = None,
-    keep: Annotated[Path | None, typer.Option(help="Leave journals and output here.")] = None,
+    json: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write all results as JSON.")
+    ] = None,
+    keep: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Keep journals and output of ranks.")
+    ] = None,
     module: Annotated[bool, typer.Option("-m", help="Run a module, as python -m does.")] = False,
 ) -> None:
-    """Run your own training script, unchanged, on gloo ranks of this machine, and compare.
+    """Run your script on several local ranks, and compare them.
 
-    distclip simulate --ranks 4 --layout ddp --layout fsdp2 --steps 20 train.py --lr 0.1
+    distclip simulate --ranks 4 --layout ddp --layout fsdp2 train.py --lr 0.1
 
-    The exit code is 1 if ranks or layouts do not do the same, and 0 otherwise.
+    The script is run unchanged, on gloo ranks of this machine. The exit code is 1 if ranks or
+    layouts differ, and 0 otherwise.
     """
     from rich.console import Console
 

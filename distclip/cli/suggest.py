@@ -13,20 +13,24 @@ from distclip.common.foreign import in_one_line
 def suggest(
     runs: Annotated[
         list[Path],
-        typer.Argument(metavar="RUN.jsonl...", help="Files that `log` wrote; they count together."),
+        typer.Argument(metavar="RUN.jsonl", help="Files that `log` wrote; they count together."),
     ],
     percentile: Annotated[
-        float, typer.Option(help="Of the norms, or ratios, before clipping; in (0, 100].")
+        float,
+        typer.Option(metavar="P", help="Percentile of the norms (or ratios); in (0, 100]."),
     ] = 90.0,
     policy: Annotated[
         Literal["global_norm", "agc"],
-        typer.Option(help="agc: a clip_factor, from ratios of gradient to weight."),
+        typer.Option(
+            metavar="NAME", help="global_norm, or agc for a log with ratios of gradient to weight."
+        ),
     ] = "global_norm",
     first_step: Annotated[
-        float, typer.Option("--from", help="Leave out the steps before this one, such as warm-up.")
+        float,
+        typer.Option("--from", metavar="STEP", help="Leave out earlier steps, such as warm-up."),
     ] = 0.0,
 ) -> None:
-    """Print a configuration with a threshold for a policy, from recorded runs.
+    """Print a policy with a threshold from recorded runs.
 
     distclip suggest runs/measure.jsonl > policy.yaml
     """

@@ -18,29 +18,46 @@ if TYPE_CHECKING:
 def verify(
     layouts: Annotated[
         str | None,
-        typer.Option(help=f"Of: {', '.join(MATRIX_LAYOUTS)}. With --model: see the docs."),
+        typer.Option(metavar="LIST", help=f"Some of {', '.join(MATRIX_LAYOUTS)}."),
     ] = None,
     policies: Annotated[
-        str | None, typer.Option(help="Names as in the table, comma-separated; agc* is a pattern.")
+        str | None,
+        typer.Option(metavar="LIST", help="Names as in the table, or patterns such as agc*."),
     ] = None,
-    dtypes: Annotated[str | None, typer.Option(help=f"Of: {', '.join(DTYPES)}.")] = None,
-    ranks: Annotated[str | None, typer.Option(help="Numbers of gloo ranks, such as 2,4.")] = None,
+    dtypes: Annotated[
+        str | None, typer.Option(metavar="LIST", help=f"Some of {', '.join(DTYPES)}.")
+    ] = None,
+    ranks: Annotated[
+        str | None, typer.Option(metavar="LIST", help="Numbers of gloo ranks, such as 2,4.")
+    ] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="2 ranks, 2 dtypes, one policy of each kind: seconds.")
+        bool,
+        typer.Option("--quick", help="2 ranks, 2 dtypes, one policy of each kind; takes seconds."),
     ] = False,
     model: Annotated[
-        str | None, typer.Option(help="Your own: package.module:function, gives a module.")
+        str | None,
+        typer.Option(
+            metavar="FUNCTION", help="package.module:function that returns a model of your own."
+        ),
     ] = None,
     batch: Annotated[
-        str | None, typer.Option(help="With --model: package.module:function, gives a batch.")
+        str | None,
+        typer.Option(
+            metavar="FUNCTION", help="With --model: package.module:function that returns a batch."
+        ),
     ] = None,
-    json: Annotated[Path | None, typer.Option(help="Write every cell as JSON.")] = None,
-    junit: Annotated[Path | None, typer.Option(help="Write every cell as JUnit XML.")] = None,
-    markdown: Annotated[Path | None, typer.Option(help="Write the table as Markdown.")] = None,
+    json: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write every cell as JSON.")
+    ] = None,
+    junit: Annotated[Path | None, typer.Option(metavar="FILE", help="As JUnit XML.")] = None,
+    markdown: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the table as Markdown.")
+    ] = None,
 ) -> None:
-    """Hold clipping against the float64 oracle, on gloo ranks of this machine.
+    """Compare clipping with a float64 reference, on local ranks.
 
-    Lists are comma-separated. The exit code is 1 if a cell failed, and 0 otherwise.
+    Layouts, policies, dtypes and numbers of ranks are combined; all by default. Lists are
+    comma-separated. The exit code is 1 if a cell failed, and 0 otherwise.
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 

@@ -10,12 +10,15 @@ import typer
 
 def watch(
     run: Annotated[Path, typer.Argument(metavar="RUN.jsonl", help="File that `log` writes.")],
-    every: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 1.0,
+    every: Annotated[
+        float, typer.Option(min=0.1, metavar="SECONDS", help="Between two looks.")
+    ] = 1.0,
     once: Annotated[bool, typer.Option("--once", help="Look once, and end.")] = False,
 ) -> None:
-    """Show the newest steps of a run, its norms and states, while it goes on; Ctrl-C ends.
+    """Show norms and states of a run while it goes on.
 
-    The file need not be there yet. Outside a terminal, a line is printed for each change.
+    Ctrl-C ends. The file need not be there yet. Outside a terminal, a line is printed for each
+    change.
     """
     from rich.console import Console
 
