@@ -59,6 +59,7 @@ def bench(
     measures all peers once, in random order, and ratios are those of one round. Times are those of
     the slowest rank.
     """
+    # Long: most of it is the list of options.
     from rich.console import Console
 
     from distclip.monitor import plots

@@ -50,6 +50,7 @@ def report(
 
     Runs that differ in a seed only (agc_seed0.jsonl, agc_seed1.jsonl) are drawn as one group.
     """
+    # Long: most of it is the list of options.
     from distclip.monitor import page, plots, table
     from distclip.monitor.reading import read_loss, read_runs
     from distclip.monitor.summary import summaries

@@ -75,6 +75,7 @@ def simulate(
     The script is run unchanged, on gloo ranks of this machine. The exit code is 1 if ranks or
     layouts differ, and 0 otherwise.
     """
+    # Long: most of it is the list of options.
     from rich.console import Console
 
     from distclip.tools.simulate import nodes, shown

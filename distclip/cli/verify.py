@@ -59,6 +59,7 @@ def verify(
     Layouts, policies, dtypes and numbers of ranks are combined; all by default. Lists are
     comma-separated. The exit code is 1 if a cell failed, and 0 otherwise.
     """
+    # Long: most of it is the list of options.
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from distclip.tools.verify import reports, running

@@ -20,7 +20,6 @@ from accelerate.utils import DistributedType
 from torch import Tensor
 from torch.optim import Optimizer
 
-from distclip.application.folded import FusedStep
 from distclip.clipper import GradClipper
 from distclip.config import Config
 from distclip.engine.attaching import stepped_by
@@ -210,21 +209,14 @@ class AcceleratorAttachment(Attachment):
         )
         return report.total_norm
 
-    def _before_step(
-        self,
-        optimizer: Optimizer,
-        loss_scale: Tensor | None,
-        found_inf: Tensor | None,
-        coming: FusedStep,
-    ) -> ClipReport | JointDecision:
+    def _before_step(self, optimizer: Optimizer, due: charge.Due) -> ClipReport | JointDecision:
         parameters = stepped_by(optimizer)
         self._forget_dropped(optimizer)
         called = [mark.report for p in parameters if (mark := self._called.get(id(p)))]
         if called:  # the script chose what to clip: the rest is left alone
             return JointDecision({id(report): report for report in called}.values())
-        clipper = self._clippers.of(parameters)
-        self.last_report = clipper.clip_before_step(loss_scale, found_inf, coming)
-        return self.last_report
+        self.last_report = report = self._clippers.of(parameters).clip_before_step(*due)
+        return report
 
     def _after_step(self, optimizer: Optimizer, skipped: bool | Tensor) -> None:
         self._forget(optimizer)

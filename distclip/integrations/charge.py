@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import NamedTuple
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -38,6 +39,20 @@ class Charge:
     clip: Callable[[list[Tensor]], Tensor] | None = None
 
 
+class Due(NamedTuple):
+    """A step that is due, as :meth:`distclip.GradClipper.clip_before_step` takes it.
+
+    Attributes:
+        loss_scale: what the gradients are still multiplied by, 0-dim; None: nothing.
+        found_inf: whether a gradient scaler has found them not finite; None where there is none.
+        coming: the step, which may be able to multiply the gradients itself.
+    """
+
+    loss_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+    coming: FusedStep | None = None
+
+
 class Adopted:
     """The optimizers that one integration clips for, with hooks on their steps.
 
@@ -45,15 +60,14 @@ class Adopted:
 
     Args:
         charge: the integration.
-        before: clips before a step: called with the optimizer, and with what a
-            :class:`StepHandle` gives.
+        before: clips before a step: called with the optimizer and the step.
         after: called after a step with the optimizer and whether the step was skipped.
     """
 
     def __init__(
         self,
         charge: Charge,
-        before: Callable[[Optimizer, Tensor | None, Tensor | None, FusedStep], Decision],
+        before: Callable[[Optimizer, Due], Decision],
         after: Callable[[Optimizer, bool | Tensor], None],
     ) -> None:
         self._charge, self._before, self._after = charge, before, after
@@ -78,7 +92,7 @@ class Adopted:
 
         self._handles[optimizer] = StepHandle(
             optimizer,
-            lambda *given: self._before(stepping(), *given),
+            lambda *given: self._before(stepping(), Due(*given)),
             lambda skipped: self._after(stepping(), skipped),
         )
         _charges[optimizer] = self._charge

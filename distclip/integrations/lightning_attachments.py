@@ -17,8 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from distclip.application.folded import FusedStep
-from distclip.application.stepping import Decision
 from distclip.clipper import GradClipper
 from distclip.config import Config
 from distclip.config.logs import release_log
@@ -94,26 +92,11 @@ class LightningAttachment(Attachment):
         shelf, clippers = self.memory()
         shelf.load_state_dict(state, clippers, StateSource(what))
 
-    def _clip(
-        self,
-        optimizer: Optimizer,
-        loss_scale: Tensor | None,
-        found_inf: Tensor | None,
-        coming: FusedStep | None,
-    ) -> ClipReport:
+    def _before_step(self, optimizer: Optimizer, due: charge.Due) -> ClipReport:
         clipper = self._clippers.of(stepped_by(optimizer))
-        self.last_report = report = clipper.clip_before_step(loss_scale, found_inf, coming)
+        self.last_report = report = clipper.clip_before_step(*due)
         self.reports[optimizer] = report
         return report
-
-    def _before_step(
-        self,
-        optimizer: Optimizer,
-        loss_scale: Tensor | None,
-        found_inf: Tensor | None,
-        coming: FusedStep,
-    ) -> Decision:
-        return self._clip(optimizer, loss_scale, found_inf, coming)
 
     def _after_step(self, optimizer: Optimizer, skipped: bool | Tensor) -> None:
         """The step of an optimizer is over."""
@@ -264,7 +247,7 @@ class FabricAttachment(LightningAttachment):
         """Clip before the step is made; returns the norm before, also to a second call."""
         if not self._is_clipped(optimizer):
             with self._other_marks_kept():
-                self._clip(optimizer, *self._unscaled(optimizer), None)
+                super()._before_step(optimizer, self._due(optimizer))
             self._mark(optimizer)
         return self.reports[optimizer].total_norm
 
@@ -290,29 +273,23 @@ class FabricAttachment(LightningAttachment):
         for other in sound:
             self._mark(other)
 
-    def _unscaled(self, optimizer: Optimizer) -> tuple[Tensor | None, Tensor | None]:
-        """Unscale the gradients, or how large their scale is; and, under a scaler, a found_inf."""
+    def _due(self, optimizer: Optimizer) -> charge.Due:
+        """Unscale the gradients, where the step to come does not."""
         precision = self._owner.strategy.precision
         scaler = getattr(precision, "scaler", None)
         if scaler is None:
-            return None, None
+            return charge.Due()
         found_inf = torch.zeros(1)  # an overflow is a part of finding the scale, and no error
         if getattr(optimizer, "_step_supports_amp_scaling", False):  # it unscales as it steps
-            return torch.tensor(scaler.get_scale()), found_inf
+            return charge.Due(torch.tensor(scaler.get_scale()), found_inf)
         precision.unscale_gradients(optimizer)
-        return None, found_inf
+        return charge.Due(found_inf=found_inf)
 
-    def _before_step(
-        self,
-        optimizer: Optimizer,
-        loss_scale: Tensor | None,
-        found_inf: Tensor | None,
-        coming: FusedStep,
-    ) -> Decision:
+    def _before_step(self, optimizer: Optimizer, due: charge.Due) -> ClipReport:
         if self._is_clipped(optimizer):
             return self.reports[optimizer]
         with self._other_marks_kept():  # of a call whose step was left out nothing is used
-            return super()._before_step(optimizer, loss_scale, found_inf, coming)
+            return super()._before_step(optimizer, due)
 
     def _after_step(self, optimizer: Optimizer, skipped: bool | Tensor) -> None:
         self._called.pop(optimizer, None)

@@ -17,7 +17,6 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from distclip.application.eager import eagerly
-from distclip.application.folded import FusedStep
 from distclip.application.stepping import Decision
 from distclip.config import Config
 from distclip.engine.attaching import stepped_by
@@ -106,21 +105,14 @@ class TorchScripts:
         hooks.mark_active("torch_scripts")
         self._mention_dead(optimizer, stepped)
 
-    def _before_step(
-        self,
-        optimizer: Optimizer,
-        loss_scale: Tensor | None,
-        found_inf: Tensor | None,
-        coming: FusedStep,
-    ) -> Decision:
-        scaled = self._objects.note_step(optimizer) or found_inf is not None
+    def _before_step(self, optimizer: Optimizer, due: charge.Due) -> Decision:
+        scaled = self._objects.note_step(optimizer) or due.found_inf is not None
         parameters = stepped_by(optimizer)
         ids = set(map(id, parameters))
         waiting = {k: v for k, v in {**self._late, **self._scaled}.items() if not ids.isdisjoint(k)}
         sound = self._marks.sound(parameters)
         if not sound and waiting.keys() <= {frozenset(ids)}:
-            report = self._clippers.of(parameters).clip_before_step(loss_scale, found_inf, coming)
-            self.last_report = report
+            self.last_report = report = self._clippers.of(parameters).clip_before_step(*due)
             return report
         # What the script has left out is left alone. Where several optimizers share what it clips
         # as one, the first of them clips for all.
@@ -129,10 +121,10 @@ class TorchScripts:
             clipped = self._marks.sound(listed)
             if all(id(p) in clipped for p in listed if id(p) in ids):
                 continue
-            if loss_scale is None:
+            if due.loss_scale is None:
                 self._objects.unscale_like(optimizer, listed)
             fresh = [p for p in listed if id(p) not in clipped or owner_of(p).grad is None]
-            report = self._clip(fresh, loss_scale, scaled)
+            report = self._clip(fresh, due.loss_scale, scaled)
             reports[id(report)] = report
         return JointDecision(reports.values())
 
