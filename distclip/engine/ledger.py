@@ -241,6 +241,15 @@ class Ledger:
             bounds = dict(zip(late, limits.tolist(), strict=True))
         else:
             bounds = dict(zip(late, limits.unbind(), strict=True))
+        # Norms are capped at what elements are clamped to: the bound as their dtypes hold it.
+        named = [self.program.plan.entries[member].dtype for member in late]
+        for name in {*named} - {"float64"}:
+            dtype = getattr(torch, name)
+            held = torch.where(limits > torch.finfo(dtype).max, math.inf, limits.to(dtype).double())
+            if len({*named}) > 1:
+                theirs = to_device([each == name for each in named], self.ones.device)
+                held = torch.where(theirs.bool(), held, limits)
+            limits = held
         if largest is not None:
             exceeds = ~(largest[where] <= limits)
             self.late_clamped = self.late_clamped.clone()
