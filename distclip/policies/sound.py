@@ -42,7 +42,7 @@ _FORMS = {
     "unit_dims": "a method (parameter) that returns a tuple of different dims of the parameter, "
     "all >= 0; () for one unit",
     "unit_coefficients": "a method (gradient_norms, weight_norms) that returns a tensor of their "
-    "shape",
+    "shape, or 0-dim for all units",
 }
 """Member -> what it has to be."""
 
@@ -123,7 +123,7 @@ def _try_methods(
         return
     ones = torch.ones(2, dtype=torch.float64, device=device)
     found: Any = _tried(policy, "unit_coefficients", policy.unit_coefficients, ones, ones)
-    if getattr(found, "shape", None) != ones.shape:
+    if getattr(found, "shape", None) not in ((), ones.shape):
         raise _wrong(policy, "unit_coefficients", f"returned {found!r} for norms {ones!r}")
 
 

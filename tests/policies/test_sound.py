@@ -132,7 +132,10 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
     "dims are floats": (lambda: unit(unit_dims=lambda self, p: (0.0,))(), "a tuple"),
     "dims are no method": (lambda: unit(unit_dims=(0,))(), "`unit_dims` raised TypeError"),
     "units forgotten": (lambda: unit(unit_coefficients=lambda self, g, w: None)(), "returned None"),
-    "units, other shape": (lambda: unit(unit_coefficients=lambda self, g, w: ONE)(), "their shape"),
+    "units, other shape": (
+        lambda: unit(unit_coefficients=lambda self, g, w: g[1:])(),
+        "their shape",
+    ),
     "norm_type as a method": (lambda: unit(norm_type=lambda self: 2.0)(), "`norm_type` is <bound"),
     "norm_type is 0": (lambda: unit(norm_type=0)(), "`norm_type` is 0; .*> 0"),
     "norm_type is a text": (lambda: unit(norm_type="inf")(), "math.inf"),
