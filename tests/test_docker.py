@@ -3,8 +3,6 @@
 No Docker engine runs these: what was and was not run is in docker/README.md.
 """
 
-from __future__ import annotations
-
 import fnmatch
 import os
 import re

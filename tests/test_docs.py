@@ -4,8 +4,6 @@ The ```python blocks of a page are one program, run in order. A block that canno
 as ```python no-run: reason, and must still be valid Python.
 """
 
-from __future__ import annotations
-
 import ast
 import re
 import runpy

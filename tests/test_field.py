@@ -4,8 +4,6 @@ Where the peer is torch itself, the test first shows that torch still has the de
 comparison which has lost its object says so.
 """
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """Rows 19 to 29 of docs/field.md: units, scalers, plans, ranks without parameters, cost."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """What importing distclip imports, and its lazy names."""
 
-from __future__ import annotations
-
 import ast
 import importlib.util
 import json

@@ -4,8 +4,6 @@ The linter takes an external package as a whole, so that a part of torch, and wh
 which framework, is read off the source here.
 """
 
-from __future__ import annotations
-
 import ast
 import functools
 import shutil

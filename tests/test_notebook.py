@@ -1,7 +1,5 @@
 """docs/notebook.ipynb runs from top to bottom, as a program that lies in no file."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Options: named once, checked once, handed on everywhere, and fixed after construction."""
 
-from __future__ import annotations
-
 import inspect
 from types import SimpleNamespace
 from typing import Any

@@ -1,7 +1,5 @@
 """The table of peers in docs/field.md is what `benchmarks.peers` writes, and true of torch."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

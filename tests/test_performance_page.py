@@ -1,7 +1,5 @@
 """docs/performance.md shows what the recorded runs hold, and as many as there are."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """Docstrings: each says what the thing is, for a reader who has not read the one before it."""
 
-from __future__ import annotations
-
 import ast
 import re
 from collections.abc import Iterator

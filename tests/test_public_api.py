@@ -1,7 +1,5 @@
 """The public surface, exactly: names, signatures, docstrings and errors."""
 
-from __future__ import annotations
-
 import dataclasses
 import inspect
 import re

@@ -1,7 +1,5 @@
 """The quick start, followed to the letter in an empty folder."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Ratios of gradient to weight, and norms rolled up by module: in the report and in the log."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The report: its fields, its mappings, and that it says the same under every sharding."""
 
-from __future__ import annotations
-
 import copy
 import html.parser
 import json

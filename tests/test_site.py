@@ -1,7 +1,5 @@
 """The documentation site: every public name and page is on it, and it builds without a warning."""
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import inspect

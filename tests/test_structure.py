@@ -1,7 +1,5 @@
 """How the package is built: its root, its rooms, and that a name is for one thing."""
 
-from __future__ import annotations
-
 import ast
 from collections import Counter
 from collections.abc import Iterable

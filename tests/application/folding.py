@@ -1,7 +1,5 @@
 """Fused optimizers, and what their kernels are told."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """A model whose parameters several optimizers share out."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer

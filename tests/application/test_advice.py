@@ -1,7 +1,5 @@
 """The mend that an error names has to exist in the function that raised it."""
 
-from __future__ import annotations
-
 import inspect
 import math
 import re

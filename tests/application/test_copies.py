@@ -1,7 +1,5 @@
 """Copies and pickles of a clipper, and of an optimizer that it is attached to."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 from typing import Any

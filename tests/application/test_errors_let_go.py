@@ -1,7 +1,5 @@
 """What an error of a step refers to goes with it, without waiting for the garbage collector."""
 
-from __future__ import annotations
-
 import gc
 import weakref
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """Steps that torch makes to give a fresh optimizer its state are no steps of training."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The coefficient folded into a fused step: the same result, without the pass that multiplies."""
 
-from __future__ import annotations
-
 import copy
 import math
 import pickle

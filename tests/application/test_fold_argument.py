@@ -3,8 +3,6 @@
 Neither is installed: a stand-in has their signature and does what their source does with it.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

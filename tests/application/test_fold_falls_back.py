@@ -1,7 +1,5 @@
 """Folding: where the optimizer's kernel must not multiply."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Folding on several ranks: all do the same, however their parts of the gradients look."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.distributed as dist

@@ -1,7 +1,5 @@
 """Folding: coefficients at the ends of float32, steps that are not made, closures."""
 
-from __future__ import annotations
-
 import math
 import sys
 from typing import Any

@@ -1,7 +1,5 @@
 """One clipper on several optimizers: one norm, one clip per update, one skip for all."""
 
-from __future__ import annotations
-
 import itertools
 import logging
 import math

@@ -1,7 +1,5 @@
 """Several optimizers: gradient scalers, and gradients that are not finite."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

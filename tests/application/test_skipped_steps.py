@@ -1,7 +1,5 @@
 """What a skipped step leaves alone, whatever the optimizer; closures; steps that raise."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

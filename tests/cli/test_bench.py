@@ -1,7 +1,5 @@
 """`distclip bench`: what is measured is what its tables say."""
 
-from __future__ import annotations
-
 import functools
 import json
 import math

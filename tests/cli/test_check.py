@@ -1,7 +1,5 @@
 """``distclip run --check``: right clipping passes, and a clipping that is off is seen."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """``distclip config`` and the application itself."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

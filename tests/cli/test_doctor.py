@@ -1,7 +1,5 @@
 """``distclip doctor``: it says what is there, and sees ranks that are none."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

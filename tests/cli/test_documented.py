@@ -1,7 +1,5 @@
 """The pages and examples that name commands and options: those there are, and no other."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A rank ends when gloo has let go of its last tensors, and not before."""
 
-from __future__ import annotations
-
 import ctypes
 import hashlib
 import textwrap

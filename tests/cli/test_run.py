@@ -1,7 +1,5 @@
 """``distclip run``: the script sees what it would see under ``python``."""
 
-from __future__ import annotations
-
 import functools
 import json
 import os

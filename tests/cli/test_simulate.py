@@ -4,8 +4,6 @@ Each launch costs seconds; what is made of a launch is tested on warm ranks, in
 test_simulate_findings.py.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import time

@@ -3,8 +3,6 @@
 The recorder runs on warm ranks; real launches are in test_simulate.py.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Following a launch to its end, with launchers and ranks that are programs of a few lines."""
 
-from __future__ import annotations
-
 import os
 import sys
 import textwrap

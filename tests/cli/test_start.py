@@ -1,7 +1,5 @@
 """What the command line imports: help, configurations and recorded runs are shown without torch."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """``distclip suggest``: a threshold from recorded norms."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """``distclip verify``: what it says, and that it can say no."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import re

@@ -1,7 +1,5 @@
 """``distclip watch``: the newest steps, as they come."""
 
-from __future__ import annotations
-
 import io
 import json
 import time

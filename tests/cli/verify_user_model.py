@@ -1,7 +1,5 @@
 """A user's own model for ``distclip verify --model``."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Histograms of binary exponents: of whole tensors, each element once, in the one all-reduce."""
 
-from __future__ import annotations
-
 import copy
 import json
 import pickle

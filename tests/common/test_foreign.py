@@ -1,7 +1,5 @@
 """Foreign input: whatever a file, a name or a command line holds, it is refused by name or read."""
 
-from __future__ import annotations
-
 import json
 import os
 import sys

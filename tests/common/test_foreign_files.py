@@ -1,7 +1,5 @@
 """YAML and JSON files of strangers that are no configuration."""
 
-from __future__ import annotations
-
 import json
 import time
 from pathlib import Path

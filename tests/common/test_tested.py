@@ -1,7 +1,5 @@
 """Versions that are too old are refused by name, and newer ones are mentioned once."""
 
-from __future__ import annotations
-
 import logging
 from importlib import metadata
 

@@ -1,7 +1,5 @@
 """Configurations that are accepted, and the policies that they make."""
 
-from __future__ import annotations
-
 import math
 import re
 from pathlib import Path

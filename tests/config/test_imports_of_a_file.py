@@ -1,7 +1,5 @@
 """Modules of policies that a configuration imports."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any

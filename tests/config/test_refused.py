@@ -1,7 +1,5 @@
 """Faults of configurations: each with its path, value and mend, all at once."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The JSON Schema, policies of one's own, and the digest that ranks compare."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence

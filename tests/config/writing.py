@@ -1,7 +1,5 @@
 """Configurations in files."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """What is refused, and how a test sees that nothing has changed."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """Gradients that are not finite, optimizers, and how a test sees that nothing has changed."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

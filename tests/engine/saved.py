@@ -1,7 +1,5 @@
 """Clippers whose state is saved."""
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 

@@ -1,7 +1,5 @@
 """The drop-ins on ranks that were not given the same: an error on all of them, and no hang."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

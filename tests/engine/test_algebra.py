@@ -1,7 +1,5 @@
 """A chain of scaling policies of any length reads gradients once and scales them once."""
 
-from __future__ import annotations
-
 from collections import Counter
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The ladder's host: bad data, a bit flip, a divergence; the same on every rank, over resumes."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 from typing import Any

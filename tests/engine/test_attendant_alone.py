@@ -1,7 +1,5 @@
 """The ladder's host in one process: second computations, scalers, notes, running statistics."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Gradients that cannot be measured are refused on all ranks, before any changes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Process groups that are closed, foreign, or do not hold the model."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

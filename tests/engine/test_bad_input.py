@@ -1,7 +1,5 @@
 """What cannot be done right is refused: by name, on all ranks, before a gradient changes."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

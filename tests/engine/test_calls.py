@@ -1,7 +1,5 @@
 """What the functions without memory remember between calls, and what they must not."""
 
-from __future__ import annotations
-
 import gc
 import math
 import weakref

@@ -1,7 +1,5 @@
 """Saved states that are damaged are refused, or load as they were."""
 
-from __future__ import annotations
-
 import copy
 import math
 import random

@@ -1,7 +1,5 @@
 """Saved states: what they mean to another policy, damage, oddities, and several of them at once."""
 
-from __future__ import annotations
-
 import copy
 import io
 import re

@@ -1,7 +1,5 @@
 """Under torch.compile: a graph break at each entry point, and the results of the eager run."""
 
-from __future__ import annotations
-
 import os
 import warnings
 from collections.abc import Callable, Iterator

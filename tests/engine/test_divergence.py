@@ -1,7 +1,5 @@
 """What differs between ranks after construction is found in the step, and named, on all ranks."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """Some of the drawn cases of ``benchmarks.reliability.properties``, which runs 20,000 of them."""
 
-from __future__ import annotations
-
 from collections import Counter
 from typing import Any
 

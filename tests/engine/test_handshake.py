@@ -1,7 +1,5 @@
 """The one comparison at construction: which rank differs in what, on all ranks, within seconds."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any

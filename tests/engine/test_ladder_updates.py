@@ -1,7 +1,5 @@
 """A ladder that judges updates: known after the step, acted on before the next clip."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Errors that are raised one step late: nothing waits, nothing is lost, all ranks alike."""
 
-from __future__ import annotations
-
 import copy
 import math
 from typing import Any

@@ -1,7 +1,5 @@
 """Every policy under every sharding, against the float64 oracle."""
 
-from __future__ import annotations
-
 import itertools
 from typing import Any
 

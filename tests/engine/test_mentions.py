@@ -1,7 +1,5 @@
 """Names that match nothing, and what is no policy: said in plain words, with the nearest name."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

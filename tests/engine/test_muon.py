@@ -1,7 +1,5 @@
 """Muon beside AdamW: ``muon_aware`` on one and two ranks, and what a shared norm does."""
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

@@ -1,7 +1,5 @@
 """NaN and inf under each mode, and steps that are really skipped."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

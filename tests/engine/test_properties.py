@@ -1,7 +1,5 @@
 """Any shapes, meshes, placements, dtypes, magnitudes and missing gradients, against the oracle."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
 from typing import Any

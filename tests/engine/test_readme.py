@@ -1,7 +1,5 @@
 """The engine's page names functions, classes and files that exist, and the steps in their order."""
 
-from __future__ import annotations
-
 import ast
 import re
 from pathlib import Path

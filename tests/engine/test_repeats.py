@@ -1,7 +1,5 @@
 """Gradients that are clipped twice in one update, and steps that find none to clip."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import warnings

@@ -1,7 +1,5 @@
 """Replicas that have drifted apart: found in the step's all-reduce, by name and rank."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -3,8 +3,6 @@
 torch's fake process group stands in for ranks that are not there; see benchmarks/scale.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

@@ -3,8 +3,6 @@
 Decisions are compared: coefficients, thresholds, skips, and every element now and then.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import io

@@ -1,7 +1,5 @@
 """Parameters with gradients that are drawn."""
 
-from __future__ import annotations
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn

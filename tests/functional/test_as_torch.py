@@ -1,7 +1,5 @@
 """The drop-ins on plain tensors: what torch does, and whatever torch takes."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

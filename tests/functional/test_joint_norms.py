@@ -1,7 +1,5 @@
 """The drop-ins over a group whose members hold different parameters."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

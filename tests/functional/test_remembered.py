@@ -1,7 +1,5 @@
 """What the drop-ins remember of parameters between calls changes no result."""
 
-from __future__ import annotations
-
 import gc
 import math
 import weakref

@@ -1,7 +1,5 @@
 """The drop-ins on DTensors: as on one device, on every mesh."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """What decides nothing takes no walk from the second call on, and is checked as before."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

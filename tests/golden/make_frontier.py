@@ -7,8 +7,6 @@ and shares nothing with distclip or with its oracle. ``tests/policies/test_front
 file, this script and the policies together.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The command line in this process, by its entry point, as ``python -m distclip`` would run it."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import sys

@@ -3,8 +3,6 @@
 ``python -m tests.helpers.compiled``: a process of its own, since the tests run them interpreted.
 """
 
-from __future__ import annotations
-
 import re
 import sys
 from typing import Any

@@ -1,7 +1,5 @@
 """Counts of exponents as they should be, and numbers to count."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

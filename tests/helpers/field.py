@@ -1,7 +1,5 @@
 """Defects of other libraries, shown first where they can be."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -1,7 +1,5 @@
 """What is logged: on a rank, where pytest's own ``caplog`` is not, and as JSON lines."""
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Iterator

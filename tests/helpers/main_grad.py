@@ -1,7 +1,5 @@
 """Gradients in ``main_grad``, as Megatron-LM keeps them."""
 
-from __future__ import annotations
-
 from typing import Any
 
 

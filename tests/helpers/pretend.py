@@ -6,8 +6,6 @@ tensors of two devices raises, but for 0-dim ones of the CPU. It shows where ten
 nothing about speed, streams or kernels.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 import traceback

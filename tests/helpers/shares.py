@@ -1,7 +1,5 @@
 """A part of the policies for each case, so that together the cases meet all of them."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from typing import Any, TypeVar

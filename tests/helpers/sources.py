@@ -1,7 +1,5 @@
 """The source of the package, and of all Python of the repository, for tests that read it."""
 
-from __future__ import annotations
-
 import ast
 import functools
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What a piece of code really does: every op and every collective, seen at torch's dispatcher."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """A small problem for Accelerate, its reference, and policies that show when they are applied."""
 
-from __future__ import annotations
-
 import os
 import warnings
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """DeepSpeed engines on gloo ranks, beside the same training in one process on the whole batch."""
 
-from __future__ import annotations
-
 import copy
 import gc
 import logging

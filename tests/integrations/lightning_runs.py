@@ -1,7 +1,5 @@
 """Trainings under Lightning's Trainer, and the same in plain torch, clipped by the oracle."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Trainers and Fabrics of Lightning on the ranks of the pool, and modules that they train."""
 
-from __future__ import annotations
-
 import importlib
 import logging
 import os

@@ -1,7 +1,5 @@
 """Scripts that train, save and load with plain torch."""
 
-from __future__ import annotations
-
 import copy
 import io
 from collections.abc import Iterable

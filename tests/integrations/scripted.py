@@ -1,7 +1,5 @@
 """Plain torch scripts in miniature: how they wrap a model, and how they clip."""
 
-from __future__ import annotations
-
 import math
 import sys
 from collections.abc import Callable, Iterator

@@ -3,8 +3,6 @@
 The tests run inside the ranks of a warm pool, where an ``Accelerator`` costs milliseconds.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Accelerate: attaching, refusing, removing, logging, and what ``enable`` does."""
 
-from __future__ import annotations
-
 import gc
 import json
 import weakref

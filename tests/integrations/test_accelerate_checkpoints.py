@@ -1,7 +1,5 @@
 """Policies with a memory in ``accelerator.save_state`` and ``load_state``."""
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 from typing import Any

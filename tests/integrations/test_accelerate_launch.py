@@ -1,7 +1,5 @@
 """Accelerate: scripts under ``accelerate launch``, each layout once."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path

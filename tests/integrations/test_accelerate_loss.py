@@ -1,7 +1,5 @@
 """A policy that reads the loss under Accelerate sees what ``accelerator.backward`` was given."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Accelerate's ``ParallelismConfig``: sharded, replicated, tensor parallel, against one process."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Accelerate: policies, by name and by part of a model, against the oracle."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

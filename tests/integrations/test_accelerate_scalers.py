@@ -1,7 +1,5 @@
 """Accelerate: gradient scalers, fused optimizers, and overlap."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

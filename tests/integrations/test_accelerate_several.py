@@ -1,7 +1,5 @@
 """Accelerate: several models and several optimizers."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Accelerate: updates that are skipped or refused, and what they leave alone."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """ClippedStep: the GRPO loop of docs/example on two ranks, engines with a step of their own."""
 
-from __future__ import annotations
-
 import functools
 import importlib.util
 import sys

@@ -1,7 +1,5 @@
 """DeepSpeed, ZeRO 0 to 3, against the same training in one process."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """The policy's state goes with DeepSpeed's checkpoints, with no extra call."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

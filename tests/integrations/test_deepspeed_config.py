@@ -1,7 +1,5 @@
 """Which policy a DeepSpeed JSON means, and what is said of one that cannot be meant."""
 
-from __future__ import annotations
-
 import copy
 import json
 from collections.abc import Iterator

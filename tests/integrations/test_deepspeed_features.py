@@ -1,7 +1,5 @@
 """DeepSpeed's features that step otherwise than its wrappers do: right, or refused by name."""
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

@@ -3,8 +3,6 @@
 Each run costs seconds: one of each launcher, on the scripts and configurations that ship.
 """
 
-from __future__ import annotations
-
 import json
 import socket
 import sys

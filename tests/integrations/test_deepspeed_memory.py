@@ -1,7 +1,5 @@
 """Policies with a memory under ZeRO 0 to 3, against the oracle in one process."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

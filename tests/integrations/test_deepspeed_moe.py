@@ -1,7 +1,5 @@
 """Expert parallelism under DeepSpeed: an expert is not a replica of its namesakes."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """DeepSpeed's options that move gradients about: each gives what one process gives."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """bf16 and fp16 under DeepSpeed: what is clipped, and which steps are skipped by whom."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

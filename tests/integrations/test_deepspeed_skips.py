@@ -1,7 +1,5 @@
 """Steps that are not taken under DeepSpeed: by the policy, by on_nonfinite, by the loss scale."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass

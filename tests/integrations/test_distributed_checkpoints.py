@@ -1,7 +1,5 @@
 """Scripts under ``distclip run`` that save and load with torch.distributed.checkpoint."""
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 from typing import Any

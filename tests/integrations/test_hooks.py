@@ -1,7 +1,5 @@
 """Post-import hooks: at the right moment, and without a trace on the module."""
 
-from __future__ import annotations
-
 import importlib
 import importlib.resources
 import importlib.util

@@ -1,7 +1,5 @@
 """Lightning's Trainer: one clip per step whatever is underneath, and decisions that survive."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any

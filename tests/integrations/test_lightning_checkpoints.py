@@ -1,7 +1,5 @@
 """Checkpoints of Lightning's Trainer keep what a policy remembers."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -4,8 +4,6 @@ Lightning's strategy asks for CUDA before it begins. Here that question is left 
 is Lightning's and DeepSpeed's own, on CPU ranks.
 """
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Fabric: one clip per step, whether or not the script calls ``fabric.clip_gradients``."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

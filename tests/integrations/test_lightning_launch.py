@@ -3,8 +3,6 @@
 That rank does not go through ``distclip run``: the entry points give it the same policy.
 """
 
-from __future__ import annotations
-
 import json
 from importlib.metadata import entry_points
 from pathlib import Path

@@ -1,7 +1,5 @@
 """``distclip.lightning.fit_with_rewinds``: batches of spikes are as if they had never been."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Micro-batch clipping on 1, 2 and 3 ranks, against the float64 oracle."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Kinds of parameters are known by their modules under every front end, as to a GradClipper."""
 
-from __future__ import annotations
-
 import gc
 import weakref
 from typing import Any

@@ -1,7 +1,5 @@
 """A method is replaced on an object, a class or a module, and put back."""
 
-from __future__ import annotations
-
 import types
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Which checkpoint a rewind takes, and what no rank may find out alone."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator
 from pathlib import Path

@@ -3,8 +3,6 @@
 Accelerate's and the Trainer's are in ``test_accelerate_launch.py`` and ``test_trainer_launch.py``.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sys

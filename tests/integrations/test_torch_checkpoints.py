@@ -1,7 +1,5 @@
 """Scripts under ``distclip run`` that save and load with plain torch keep the policy's memory."""
 
-from __future__ import annotations
-
 import copy
 from contextlib import nullcontext
 from typing import Any

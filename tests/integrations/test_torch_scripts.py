@@ -1,7 +1,5 @@
 """Plain torch scripts: each update is clipped once, as one process would, however they clip."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Plain torch scripts: what is left alone, named, mentioned, refused and restored."""
 
-from __future__ import annotations
-
 import logging
 import math
 

@@ -1,7 +1,5 @@
 """Plain torch scripts: gradients that are partial, summed up or scaled when a call clips them."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """The Trainer: one clip per update whatever is underneath, and decisions that survive a restart."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

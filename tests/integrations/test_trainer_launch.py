@@ -1,7 +1,5 @@
 """A Trainer script under ``distclip run``, unchanged: DDP and ZeRO-2, and on from a checkpoint."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

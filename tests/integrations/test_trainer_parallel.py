@@ -4,8 +4,6 @@
 FSDP2, replicas of it, and mixes of these on meshes of their own.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A tiny Llama under the Trainer, and the same training in one process in float64."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os

@@ -1,7 +1,5 @@
 """The accelerator benchmarks, as far as they run without one."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

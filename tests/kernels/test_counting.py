@@ -1,7 +1,5 @@
 """Binary exponents counted by the compiled loops and without them, against frexp."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import replace

@@ -3,8 +3,6 @@
 The CPU's results are held to the float64 oracle by the other tests.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 import warnings

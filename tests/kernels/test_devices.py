@@ -1,7 +1,5 @@
 """Gradients that lie on another device than the statistics."""
 
-from __future__ import annotations
-
 import pytest
 import torch.utils.backend_registration as backends
 

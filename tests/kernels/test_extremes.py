@@ -1,7 +1,5 @@
 """Norms of every order and coefficients of every size, over ranks, against 80-bit floats."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from typing import Any

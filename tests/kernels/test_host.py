@@ -1,7 +1,5 @@
 """The compiled loops over host tensors, against numpy in float64; and the way without them."""
 
-from __future__ import annotations
-
 import math
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any

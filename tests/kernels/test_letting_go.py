@@ -1,7 +1,5 @@
 """What is remembered from step to step holds no gradient."""
 
-from __future__ import annotations
-
 import gc
 import weakref
 

@@ -1,7 +1,5 @@
 """The 2-norms of gradients on the host, before they are rounded to float32: within 1e-9."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

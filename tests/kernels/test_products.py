@@ -1,7 +1,5 @@
 """Every bfloat16 and float16 number times many coefficients: the float64 product, rounded once."""
 
-from __future__ import annotations
-
 import numpy as np
 import numpy.typing as npt
 import pytest

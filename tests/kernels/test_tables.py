@@ -1,7 +1,5 @@
 """The tables that tell the Triton kernels where tensors lie."""
 
-from __future__ import annotations
-
 import torch
 
 from distclip.kernels.device import tables

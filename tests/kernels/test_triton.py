@@ -5,8 +5,6 @@ nothing about speed. With bfloat16 it rounds by truncation and takes subnormal n
 a GPU does not.
 """
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import math

@@ -1,7 +1,5 @@
 """Binary exponents counted by the Triton kernels, on a GPU or in the interpreter."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """The examples of launch/, in a short form: same weights on two ranks as alone, one clip a step."""
 
-from __future__ import annotations
-
 import argparse
 import importlib
 import json

@@ -1,7 +1,5 @@
 """``launch/try_versions.py``: its table, and that a failing test is seen."""
 
-from __future__ import annotations
-
 import importlib.util
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Parameters that are declared as sharded."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Models under FSDP1, and the same in one process."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

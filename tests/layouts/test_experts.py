@@ -1,7 +1,5 @@
 """Plain tensors that are not replicas: experts and slices, declared or marked."""
 
-from __future__ import annotations
-
 import functools
 import math
 from typing import Any

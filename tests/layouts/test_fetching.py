@@ -1,7 +1,5 @@
 """All gradients at once are the gradients that the pieces give one by one; or nothing."""
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

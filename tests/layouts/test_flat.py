@@ -1,7 +1,5 @@
 """Flat ranges as boxes, against numpy's own idea of where elements lie."""
 
-from __future__ import annotations
-
 import itertools
 import math
 

@@ -1,7 +1,5 @@
 """FSDP1: what no other layout has. Policies, dtypes and rank counts are in the matrix."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import warnings

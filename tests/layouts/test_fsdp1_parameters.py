@@ -1,7 +1,5 @@
 """FSDP1: frozen, ignored, tied, offloaded and unwrapped parameters."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """FSDP2 between a forward and the next backward: the modules hold gathered parameters then."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 import operator

@@ -1,7 +1,5 @@
 """LoRA: few trainable parameters beside many frozen ones, single, under FSDP2 and FSDP1."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """A new layout is one file (``made_up.py`` beside this one) and one line in ``LAYOUTS``."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager

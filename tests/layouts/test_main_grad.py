@@ -1,7 +1,5 @@
 """Gradients that Megatron keeps in ``parameter.main_grad``, in place of ``.grad``."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The marks that DeepSpeed MoE and Megatron leave on parameters."""
 
-from __future__ import annotations
-
 import math
 import sys
 import types

@@ -3,8 +3,6 @@
 Each is clipped rightly, or refused by name with no gradient changed, its own and the others'.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

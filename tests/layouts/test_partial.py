@@ -1,7 +1,5 @@
 """Gradients that autograd left ``Partial``, in passes that need nothing from other ranks."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """torch's sequence parallelism: each rank's gradient of a norm layer is of its tokens alone."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

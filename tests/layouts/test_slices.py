@@ -1,7 +1,5 @@
 """Plain tensors that are declared as slices of one tensor."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import sys

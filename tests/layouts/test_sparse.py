@@ -1,7 +1,5 @@
 """Sparse gradients against the same ones written out."""
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Callable

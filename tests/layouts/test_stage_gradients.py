@@ -1,7 +1,5 @@
 """Pipeline stages: gradients that are missing, partial, or not finite on some ranks."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

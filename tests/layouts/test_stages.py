@@ -1,7 +1,5 @@
 """Pipeline stages: each rank holds other parameters. A real schedule, FSDP2 inside."""
 
-from __future__ import annotations
-
 import logging
 import math
 import warnings

@@ -1,7 +1,5 @@
 """What may be given as a target, and what the parameters are called then."""
 
-from __future__ import annotations
-
 import types
 from collections import OrderedDict
 from collections.abc import Callable

@@ -3,8 +3,6 @@
 Their gradients are plain. Policies that read weights read the values behind them, or refuse.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Records as a ``JsonlSink`` writes them, for the tests in this folder."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable
 from pathlib import Path

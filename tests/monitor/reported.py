@@ -1,7 +1,5 @@
 """A report of a clip to give to a sink."""
 
-from __future__ import annotations
-
 from typing import Any
 
 

@@ -1,7 +1,5 @@
 """Logs of several clippers of one configuration: a file each."""
 
-from __future__ import annotations
-
 import gc
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The gradient noise scale, against the formula on whole tensors and against a known answer."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The page: what is in it, that nothing of a log runs, and how it behaves in a browser."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import html.parser

@@ -1,7 +1,5 @@
 """Pictures: what is drawn; and the command that draws them."""
 
-from __future__ import annotations
-
 import dataclasses
 import sys
 from pathlib import Path

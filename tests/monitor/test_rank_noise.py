@@ -1,7 +1,5 @@
 """The noise scale from gradients before their reduction, against the formula in one process."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import math

@@ -1,7 +1,5 @@
 """``RankNoiseScale`` where the clipper goes back, and what it says how often."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Files with several runs, parameters, other names; of a large file a part."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

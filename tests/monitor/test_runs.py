@@ -1,7 +1,5 @@
 """Recorded runs: reading, summing up, the table."""
 
-from __future__ import annotations
-
 import io
 import json
 import math

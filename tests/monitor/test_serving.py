@@ -1,7 +1,5 @@
 """The page over HTTP: that it follows the log, and that nothing else and nobody else is served."""
 
-from __future__ import annotations
-
 import contextlib
 import http.client
 import json

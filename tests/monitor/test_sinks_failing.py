@@ -1,7 +1,5 @@
 """Sinks that cannot write: training goes on, and no line is damaged."""
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import json

@@ -1,7 +1,5 @@
 """States of a run, and its spike score."""
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Callable

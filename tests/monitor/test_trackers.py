@@ -3,8 +3,6 @@
 TensorBoard is in the test installation; wandb, mlflow and trackio are run where they are installed.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import math
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """What an optimizer did, against whole tensors stepped by one process and measured in float64."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable

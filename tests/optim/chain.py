@@ -3,8 +3,6 @@
 Written from the published formulas; it shares no code with the library. Slow and plain on purpose.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 

@@ -1,7 +1,5 @@
 """LaProp and its reference."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -5,8 +5,6 @@
 the size.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """LaProp in one process: as well behaved as torch's own optimizers."""
 
-from __future__ import annotations
-
 import copy
 import io
 import pickle

@@ -1,7 +1,5 @@
 """LaProp on sharded parameters: the same trajectory on 1 to 4 ranks as the float64 chain has."""
 
-from __future__ import annotations
-
 import copy
 import warnings
 from typing import Any

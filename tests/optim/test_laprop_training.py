@@ -1,7 +1,5 @@
 """LaProp in a training loop: groups, schedulers, scalers, skips, Accelerate."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Outputs of the reference codes, loaded once."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 

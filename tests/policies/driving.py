@@ -1,7 +1,5 @@
 """Policies with a memory, driven by scripted norms."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

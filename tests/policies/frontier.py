@@ -1,7 +1,5 @@
 """The goldens of ``tests/golden/make_frontier.py``."""
 
-from __future__ import annotations
-
 import importlib.util
 from pathlib import Path
 from types import ModuleType

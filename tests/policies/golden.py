@@ -3,8 +3,6 @@
 The arrays were made in float32 by running those codes; see the keys of ``golden_clip.npz``.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """``adagc``: the published run, defects of its peers, floor and growth."""
 
-from __future__ import annotations
-
 import math
 from itertools import pairwise
 

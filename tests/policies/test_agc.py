@@ -1,7 +1,5 @@
 """``agc`` against the outputs of timm and optax."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """``autoclip``: the formula, over the whole history and over a window."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 

@@ -1,7 +1,5 @@
 """``block_rms`` against the outputs of optax."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 

@@ -1,7 +1,5 @@
 """``dreamer_agc`` against the outputs of DreamerV3."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 

@@ -1,7 +1,5 @@
 """The kept goldens are what their script makes, and each is used."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

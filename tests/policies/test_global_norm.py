@@ -1,7 +1,5 @@
 """``global_norm`` against the outputs of optax and torch."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """``group_ema``: the published scales, where its average begins, and what a group is."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from typing import Any

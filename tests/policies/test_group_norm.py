@@ -1,7 +1,5 @@
 """``group_norm``: by the optimizer's parameter groups."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn

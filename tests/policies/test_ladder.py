@@ -1,7 +1,5 @@
 """``ladder``: the order of its rungs, what refills its budgets, what it remembers."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Policies with a memory: published runs, defects of peers, the oracle's trajectory, long runs."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """``norm_gate``: the condition is the norm of a part, the effect is on the whole update."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """``norm_stabilizer``: the published norms, coefficients above 1, what a spike does."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

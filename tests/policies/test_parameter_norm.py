@@ -1,7 +1,5 @@
 """``parameter_norm`` against the outputs of optax."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from distclip import policies

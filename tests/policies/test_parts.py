@@ -1,7 +1,5 @@
 """Parts of a model in words: what they hold, what cannot be read, and what is reported."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """``running_max``: the published bound."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

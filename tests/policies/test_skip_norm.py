@@ -1,7 +1,5 @@
 """``skip_norm``: the published rule, bounds, what it is beside ``skip_spikes``."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """``skip_spikes``: the published run, and series of skips."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

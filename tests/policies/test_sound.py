@@ -1,7 +1,5 @@
 """Policies of a third party that lack a member, or have one of another form than is asked for."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """``value`` against the outputs of optax and torch."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """``zclip``: the published run, and a defect of its peers."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

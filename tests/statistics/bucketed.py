@@ -1,7 +1,5 @@
 """Models under DDP whose gradients are measured as their buckets are reduced."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

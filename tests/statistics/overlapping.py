@@ -1,7 +1,5 @@
 """Models whose gradients are measured during backward."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Norms of DDP's buckets: right however late the reduction is, and whatever happens after it."""
 
-from __future__ import annotations
-
 import contextlib
 import time
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Measuring in DDP's buckets beside other hooks, other clippers, copies and errors."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import gc

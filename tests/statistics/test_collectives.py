@@ -1,7 +1,5 @@
 """One all-reduce a step, a few kilobytes, for every policy under every sharding."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """Norms measured during backward: right whatever happens between backward and clip, and early."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Overlap: gradients that are changed between backward and clip, and gradient scalers."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """Overlap: parameters that FSDP2 does not manage, and the rest of a clipper."""
 
-from __future__ import annotations
-
 import gc
 import math
 import warnings

@@ -1,7 +1,5 @@
 """Overlap: the hooks on parameters, and what they keep alive."""
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import weakref

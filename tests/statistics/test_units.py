@@ -1,7 +1,5 @@
 """Units in flat vectors: what is counted of them, and the memory that deciding on them takes."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """A rank that is stuck or dies in a clip: the others raise, and say which rank and which step."""
 
-from __future__ import annotations
-
 import os
 import signal
 import time

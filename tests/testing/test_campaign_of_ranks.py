@@ -1,7 +1,5 @@
 """Two cases of the campaign that docs/reliability.md records, and that it can fail."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

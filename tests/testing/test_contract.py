@@ -1,7 +1,5 @@
 """The contract of policies: ours keep it, and each way of breaking it is found."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The example project of docs/ci.md, run as it stands, and the fixtures that it shows."""
 
-from __future__ import annotations
-
 import importlib.util
 import shutil
 from pathlib import Path

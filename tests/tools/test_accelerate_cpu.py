@@ -3,8 +3,6 @@
 Each launch costs several seconds, so one script checks in one launch what a layout can get wrong.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """The lines of ``distclip run``: at the first step, and at the end."""
 
-from __future__ import annotations
-
 import gc
 import weakref
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """The reason of a failed rank, as torch's launcher shows it."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
