@@ -37,7 +37,20 @@ def norm(values: npt.ArrayLike, norm_type: float = 2.0, axes: tuple[int, ...] | 
 
 
 def wide(values: npt.ArrayLike) -> Array:
-    """The values in float64, or complex128."""
+    """The values in float64, or complex128; of a tensor too, whatever its dtype and layout.
+
+    Raises:
+        TypeError: a ``DTensor``, which is a part of the tensor that is meant.
+    """
+    if hasattr(values, "full_tensor"):
+        raise TypeError(
+            "the reference takes whole tensors, and this is a DTensor, of which each rank holds a "
+            "part; give what its full_tensor() returns"
+        )
+    if hasattr(values, "detach"):
+        tensor: Any = values
+        plain = tensor.detach().cpu().to_dense().resolve_conj().resolve_neg()
+        values = (plain.cdouble() if plain.is_complex() else plain.double()).numpy()
     return np.asarray(values, np.complex128 if np.iscomplexobj(values) else np.float64)
 
 

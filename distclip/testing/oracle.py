@@ -72,7 +72,7 @@ def expected(
             that order; ``{"by_name": {"*.bias": None, "embed*": ...}, "default": ...}``, where the
             first matching pattern wins and None leaves alone; ``by_part`` in place of it, by kind
             and name.
-        gradients: the whole gradient of each parameter, or None.
+        gradients: the whole gradient of each parameter, an array or a tensor of any dtype; or None.
         weights: the whole parameters; only the adaptive policies look at them.
         groups: the optimizer parameter group of each parameter, for ``group_norm``.
         on_nonfinite: what to do when a gradient is not finite.
@@ -84,6 +84,7 @@ def expected(
 
     Raises:
         FloatingPointError: ``on_nonfinite="error"`` and a gradient is not finite; names it.
+        TypeError: a ``DTensor``, of which each rank holds a part.
         ValueError: no such policy, or one that needs `groups` without them.
     """
     table = {n: None if g is None else wide(g) for n, g in gradients.items()}

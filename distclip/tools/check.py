@@ -172,7 +172,6 @@ def clipping_faults(
     Of another policy (one of your own, one with a memory) norms before and after and the
     coefficients between them are compared, not the decision itself.
     """
-    gradients = {n: None if g is None else g.double().numpy() for n, (g, _) in before.items()}
     words = in_words(clipper.policy)
     if words is None or bool(report.skipped) or not _measured(report):
         order = report_order(clipper.policy, clipper.parameters)
@@ -181,8 +180,8 @@ def clipping_faults(
     mode = clipper.on_nonfinite
     want = expected(
         words,
-        gradients,
-        {name: weights.double().numpy() for name, (_, weights) in before.items()},
+        {name: gradient for name, (gradient, _) in before.items()},
+        {name: weights for name, (_, weights) in before.items()},
         groups=groups or None,
         on_nonfinite="pass" if mode == "error" or mode == "error_late" else mode,
     )

@@ -56,8 +56,7 @@ class Reference:
 
     def step(self, step: int) -> dict[str, Tensor]:
         gradients = {name: g.double() for name, g in gradients_of(self.model, step).items()}
-        weights = {name: p.detach().numpy() for name, p in self.model.named_parameters()}
-        want = expected(self.policy, {n: g.numpy() for n, g in gradients.items()}, weights)
+        want = expected(self.policy, gradients, dict(self.model.named_parameters()))
         clipped = {name: torch.as_tensor(g) for name, g in want.gradients.items()}
         for name, gradient in clipped.items():
             self.model.get_parameter(name).grad = gradient.clone()

@@ -143,8 +143,7 @@ def test_on_shards() -> None:
             values = whole(kind)
             model = shard(layout, values)
             values = model.values or values
-            gradients, weights = values.arrays()
-            want = expected(POLICIES["global"], gradients, weights)
+            want = expected(POLICIES["global"], values.gradients, values.weights)
             model.set_gradients(values.gradients)
             calls: list[float] = []
 
@@ -171,7 +170,7 @@ def test_on_shards() -> None:
                 if name not in model.parameters:  # flat
                     continue
                 # The step itself, by AdamW's formula, with the gradient before it is rounded.
-                weight = torch.as_tensor(weights[name]).flatten()[model.elements[name]]
+                weight = values.weights[name].double().flatten()[model.elements[name]]
                 moved = weight * (1 - 1e-4) - 1e-2 * part / (part.abs() + 1.0)
                 now = model.parameters[name].detach()
                 now = now.to_local() if isinstance(now, DTensor) else now

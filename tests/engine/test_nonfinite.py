@@ -81,7 +81,7 @@ def test_zero_drops_whole_gradients_and_clips_the_rest_by_theirs(layout: str) ->
             values = poisoned(bad)
             model = shard(layout, values)
             model.set_gradients(values.gradients)
-            want = expected(configuration, *values.arrays(), on_nonfinite="zero")
+            want = expected(configuration, values.gradients, values.weights, on_nonfinite="zero")
             report = GradClipper(model.named(), build(configuration), on_nonfinite="zero").clip_()
             assert sorted(report.nonfinite) == sorted(BAD), label
             assert report.total_norm.item() == pytest.approx(want.total_norm, rel=1e-6), label

@@ -112,12 +112,10 @@ def follow(
 def told(label: str) -> list[Expected]:
     """The oracle's trajectory; of the gradients only those of every 25th step are kept."""
     values, memory, told = whole(), {}, []  # type: ignore[var-annotated]
-    _, weights = values.arrays()
     for step in range(STEPS):
         gradients, loss = scripted(values, step)
-        arrays = {n: None if g is None else g.double().numpy() for n, g in gradients.items()}
         options: dict[str, Any] = {"on_nonfinite": "skip", "memory": memory, "loss": loss}
-        want = expected(POLICIES[label], arrays, weights, **options)
+        want = expected(POLICIES[label], gradients, values.weights, **options)
         told.append(want if step % 25 == 0 else dataclasses.replace(want, gradients={}))
     return told
 
@@ -184,8 +182,7 @@ def test_pipeline_stages_remember_together(world_size: int) -> None:
         table = {name: torch.randn(3, 4, generator=random) * factor for name in names}
         mine.grad = table[f"{dist.get_rank()}.weight"].clone()
         report = clipper.clip_()
-        arrays = {name: value.double().numpy() for name, value in table.items()}
-        want = expected(configuration, arrays, weights, memory=memory)
+        want = expected(configuration, table, weights, memory=memory)
         assert bool(report.skipped) == want.skipped == (step in (40, 41))
         part = want.gradients[f"{dist.get_rank()}.weight"]
         assert part is not None

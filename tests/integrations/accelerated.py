@@ -185,13 +185,8 @@ class Reference:
             for name, p in named.items()
             if any(p is member for member in group["params"])
         }
-        result = expected(
-            policy,
-            {n: None if p.grad is None else p.grad.numpy() for n, p in named.items()},
-            {n: p.detach().numpy() for n, p in named.items()},
-            groups=groups,
-            **options,
-        )
+        gradients = {name: p.grad for name, p in named.items()}
+        result = expected(policy, gradients, named, groups=groups, **options)
         self.norms.append(result.total_norm)
         for name, gradient in result.gradients.items():
             if gradient is not None:

@@ -204,8 +204,8 @@ class Stepper:
         """Clip, and step unless told to skip. Returns what the oracle says."""
         want = expected(
             self.policy,
-            {name: gradient.double().numpy() for name, gradient in gradients.items()},
-            {name: p.detach().double().numpy() for name, p in self.named.items()},
+            gradients,
+            self.named,
             groups={n: self.numbers[id(p)] if self.grouped else 0 for n, p in self.named.items()},
             memory=self.memory,
             loss=loss,

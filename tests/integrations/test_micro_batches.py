@@ -56,23 +56,20 @@ def loss_of(model: nn.Module, rank: int, number: int, *, branch: bool = True) ->
     return loss
 
 
-def gradients_of(model: nn.Module) -> dict[str, np.ndarray | None]:
-    return {
-        name: None if p.grad is None else p.grad.numpy().copy()
-        for name, p in model.named_parameters()
-    }
+def of_oracle(document: Any, model: nn.Module) -> Any:
+    named = dict(model.named_parameters())
+    return expected(document, {name: p.grad for name, p in named.items()}, named)
 
 
 def truth(document: Any, ranks: int) -> dict[str, np.ndarray | None]:
     """Clipped micro-batch by micro-batch in float64, summed, and averaged over the ranks."""
     model = Model().double()
-    weights = {name: p.detach().numpy() for name, p in model.named_parameters()}
-    total: dict[str, np.ndarray | None] = dict.fromkeys(weights)
+    total: dict[str, np.ndarray | None] = dict.fromkeys(dict(model.named_parameters()))
     for rank in range(ranks):
         for number in range(MICROBATCHES):
             model.zero_grad()
             loss_of(model, rank, number).backward()
-            want = expected(document, gradients_of(model), weights)
+            want = of_oracle(document, model)
             for name, gradient in want.gradients.items():
                 if gradient is not None and not want.skipped:
                     old = total[name]
@@ -113,13 +110,12 @@ def test_each_micro_batch_is_clipped_before_it_is_added(view: bool) -> None:
 def truth_together(document: Any, ranks: int) -> dict[str, np.ndarray | None]:
     """As :func:`truth`, of micro-batches of all ranks together."""
     model = Model().double()
-    weights = {name: p.detach().numpy() for name, p in model.named_parameters()}
-    total: dict[str, np.ndarray | None] = dict.fromkeys(weights)
+    total: dict[str, np.ndarray | None] = dict.fromkeys(dict(model.named_parameters()))
     for number in range(MICROBATCHES):
         model.zero_grad()
         for rank in range(ranks):
             (loss_of(model, rank, number, branch=False) / ranks).backward()
-        want = expected(document, gradients_of(model), weights)
+        want = of_oracle(document, model)
         for name, gradient in want.gradients.items():
             if gradient is not None and not want.skipped:
                 total[name] = gradient + (0.0 if total[name] is None else total[name])

@@ -184,12 +184,7 @@ def reference(policy: Any, updates: int, made: Any = None) -> tuple[dict[str, Te
         rows = torch.stack([e["input_ids"] for e in data[number * ROWS :][:ROWS]])
         loss = whole(input_ids=rows, labels=rows).loss
         found = torch.autograd.grad(loss, list(named.values()))
-        want = expected(
-            policy,
-            {n: g.double().numpy() for n, g in zip(named, found, strict=True)},
-            {n: p.detach().double().numpy() for n, p in named.items()},
-            memory=memory,
-        )
+        want = expected(policy, dict(zip(named, found, strict=True)), named, memory=memory)
         norms.append(float(np.sqrt(sum(float((g.double() ** 2).sum()) for g in found))))
         with torch.no_grad():
             for name, p in named.items():

@@ -99,11 +99,8 @@ def bring_about(model: nn.Module, situation: str) -> None:
 def truth(policy: Any = CLIP) -> Any:
     model = plain()
     loss(model, batch()).backward()
-    gradients = {
-        n: p.grad.double().numpy() for n, p in model.named_parameters() if p.grad is not None
-    }
-    weights = {n: p.detach().double().numpy() for n, p in model.named_parameters()}
-    return expected(policy, gradients, weights)
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return expected(policy, gradients, dict(model.named_parameters()))
 
 
 def found(parameters: list[Tensor]) -> list[np.ndarray]:

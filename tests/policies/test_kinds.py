@@ -301,17 +301,16 @@ def follow(layout: str, chain: str, *, scale: float | None = None) -> None:
     model = shard(layout, values)
     clipper = GradClipper(model.named(), build(configuration), on_nonfinite="skip")
     memory: dict[str, Any] = {}
-    _, weights = values.arrays()
     clamped = 0.0
     for step in range(12):
         gradients = scripted(values, step)
-        arrays = {n: None if g is None else g.double().numpy() for n, g in gradients.items()}
-        if scale is not None:
-            gradients = {n: None if g is None else g * scale for n, g in gradients.items()}
-        model.set_gradients(gradients)
+        times = 1.0 if scale is None else scale
+        model.set_gradients({n: None if g is None else g * times for n, g in gradients.items()})
         loss_scale = None if scale is None else torch.tensor(scale)
         report = clipper.clip_before_step(loss_scale)
-        want = expected(configuration, arrays, weights, on_nonfinite="skip", memory=memory)
+        want = expected(
+            configuration, gradients, values.weights, on_nonfinite="skip", memory=memory
+        )
         where = f"{chain}, {layout}, step {step}"
         assert bool(report.skipped) == want.skipped == (step == 6), where
         if not want.skipped:

@@ -69,11 +69,11 @@ def gradients_of(model: nn.Module) -> dict[str, Tensor | None]:
     return {name: None if g is None else g.detach().double().clone() for name, g in found.items()}
 
 
-def oracle(document: Any, model: nn.Module, gradients: dict[str, Tensor | None]) -> Any:
-    weights = {name: full(p.detach()).double().numpy() for name, p in model.named_parameters()}  # type: ignore[union-attr]
-    return expected(
-        document, {n: None if g is None else g.numpy() for n, g in gradients.items()}, weights
-    )
+def oracle(
+    document: Any, model: nn.Module, gradients: dict[str, Tensor | None], **options: Any
+) -> Any:
+    weights = {name: full(parameter) for name, parameter in model.named_parameters()}
+    return expected(document, gradients, weights, **options)  # type: ignore[arg-type]
 
 
 def same_on_all_ranks(report: ClipReport) -> None:

@@ -17,7 +17,6 @@ from torch.distributed.tensor.parallel import (
 from distclip import GradClipper, policies
 from distclip.kernels import measuring
 from distclip.statistics import early
-from distclip.testing import expected
 from tests.engine.test_matrix import POLICIES, build
 from tests.helpers.shares import share
 from tests.helpers.watching import watch
@@ -31,6 +30,7 @@ from tests.statistics.overlapping import (
     full,
     gradients_of,
     make,
+    oracle,
     same_on_all_ranks,
     used,
     warm,
@@ -50,11 +50,7 @@ def test_every_policy(world_size: int) -> None:
                 model.zero_grad()
                 backward(model, number)
                 before = gradients_of(model)
-                weights = {
-                    n: full(p.detach()).double().numpy() for n, p in model.named_parameters()
-                }  # type: ignore[union-attr]
-                arrays = {n: None if g is None else g.numpy() for n, g in before.items()}
-                want = expected(document, arrays, weights, memory=memory)
+                want = oracle(document, model, before, memory=memory)
                 report = clipper.clip_()
                 assert report.total_norm.item() == pytest.approx(want.total_norm, rel=1e-6)
                 for name, gradient in gradients_of(model).items():

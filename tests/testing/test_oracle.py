@@ -5,6 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 
 from distclip.testing import expected
 from distclip.testing.norms import norm
@@ -233,10 +236,37 @@ def test_an_unknown_policy_or_argument_is_refused():
         expected({"name": "global_norm", "max_nrom": 1.0}, G, W)
 
 
-def test_no_input_is_changed():
-    gradients = {"w": np.full((2, 2), 3.0)}
-    expected({"name": "value", "clip_value": 1.0}, gradients, {"w": np.ones((2, 2))})
+@pytest.mark.parametrize("of", [np.array, torch.tensor])
+def test_no_input_is_changed(of):
+    gradients = {"w": of([[3.0, 3.0]])}
+    expected({"name": "value", "clip_value": 1.0}, gradients, {"w": of([[1.0, 1.0]])})
     assert (gradients["w"] == 3.0).all()
+
+
+def test_tensors_are_taken_whatever_their_dtype():
+    """And whether autograd, a conjugate view or a sparse layout holds them."""
+    policy = {"name": "agc", "clip_factor": 0.1}
+    values = torch.tensor([[3.0, -4.0], [0.5, 0.0]])
+    for made in (
+        values.bfloat16(), values.half(), values.double().requires_grad_(), values.to_sparse(),
+        torch.complex(values, values).conj(), torch.complex(values, values).conj().imag,
+    ):  # fmt: skip
+        dense = made.detach().to_dense().resolve_conj().resolve_neg()
+        array = (dense if dense.is_complex() else dense.double()).numpy()
+        found, want = (
+            expected(policy, {"w": made}, {"w": made}),
+            expected(policy, {"w": array}, {"w": array}),
+        )
+        assert found.total_norm == want.total_norm > 0
+        np.testing.assert_array_equal(found.gradients["w"], want.gradients["w"])
+
+
+@pytest.mark.ranks(2)
+def test_a_part_of_a_tensor_is_refused():
+    mesh = init_device_mesh("cpu", (2,))
+    part = DTensor.from_local(torch.ones(2), mesh, [Shard(0)])
+    with pytest.raises(TypeError, match=r"a DTensor.*full_tensor\(\)"):
+        expected({"name": "measure"}, {"w": part}, {"w": part})
 
 
 @pytest.mark.parametrize("magnitude", [5e-324, 1e-310, 1e-200, 1.0, 1e200, 4e307])

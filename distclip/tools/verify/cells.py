@@ -107,8 +107,7 @@ def faults_of(
     for name, group in model.apart.items():
         declare_sharded(model.parameters[name], group)
     model.set_gradients(values.gradients)
-    gradients, weights = values.arrays()
-    want = expected(configuration, gradients, weights)
+    want = expected(configuration, values.gradients, values.weights)
     policy = build(configuration)
     report = GradClipper(model.named(), policy, **options).clip_()
 
