@@ -26,6 +26,7 @@ from distclip.tools.bench.models import SMALL, exact_norm, fsdp2
 from distclip.tools.bench.record import CaseRecord, Record, WayRecord
 from distclip.tools.bench.timing import Bench, drawn, extra_bytes, time_ways
 from distclip.tools.bench.ways import NORM_ERROR, OURS, READ, REDUCE, TIGHT, TORCH
+from tests.helpers.ranks import everyones
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -131,8 +132,7 @@ def test_all_ranks_take_the_ways_in_the_same_drawn_order() -> None:
     assert now[8:88] == [name for order in taken.orders for name in order]
     assert all(sorted(order) == names for order in taken.orders)
     assert len({tuple(order) for order in taken.orders}) > 5
-    gathered: list[Any] = [None, None]
-    torch.distributed.all_gather_object(gathered, taken.orders)
+    gathered = everyones(taken.orders)
     assert gathered[0] == gathered[1]
     assert drawn(names, 3) == drawn(names, 3)
 
@@ -143,8 +143,7 @@ def test_a_budget_ends_all_ranks_after_the_same_round() -> None:
 
     slow = 0.2 if torch.distributed.get_rank() == 1 else 0.0
     taken = time_ways(Bench({"a": lambda: time.sleep(slow)}), 1000, 1.0)
-    counts: list[Any] = [None, None]
-    torch.distributed.all_gather_object(counts, len(taken.wall["a"]))
+    counts = everyones(len(taken.wall["a"]))
     assert counts[0] == counts[1]
     assert 3 <= counts[0] < 20
 

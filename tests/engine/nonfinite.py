@@ -3,11 +3,11 @@
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from distclip.policies import Action, Needs, ParameterInfo, Policy, Scale, Skip, State, Statistics
+from tests.helpers.ranks import everyones
 from tests.helpers.watching import bits
 from tests.sharded import Sharded, Whole, whole
 
@@ -29,9 +29,7 @@ def all_bits(model: Sharded) -> list[Tensor | None]:
 
 
 def agree(text: str) -> None:
-    everybody: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everybody, text)
-    assert set(everybody) == {text}
+    assert set(everyones(text)) == {text}
 
 
 class CountingScale(Policy):

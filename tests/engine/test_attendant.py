@@ -19,6 +19,7 @@ from distclip import (
     policies,
 )
 from tests.helpers.logs import logged
+from tests.helpers.ranks import everyones
 from tests.helpers.watching import same_bits
 
 BAD = range(10, 20)
@@ -73,11 +74,7 @@ def flip_exponent(parameter: Any) -> None:
 
 
 def everywhere(value: Any) -> list[Any]:
-    if not dist.is_initialized():
-        return [value]
-    found = [None] * dist.get_world_size()
-    dist.all_gather_object(found, value)
-    return found
+    return everyones(value) if dist.is_initialized() else [value]
 
 
 @pytest.mark.ranks(1, 2)

@@ -20,6 +20,7 @@ from distclip import (
     policies,
 )
 from tests.engine.bad_input import plain, refused, sharded
+from tests.helpers.ranks import everyones
 from tests.sharded import mesh_of
 
 SECONDS = 20
@@ -159,9 +160,7 @@ def test_other_parameters_on_another_rank() -> None:
     message = refused(
         lambda: GradClipper(pairs, policies.measure()), RankMismatchError, "rank 1 lacks 'b'"
     )
-    everybody: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everybody, message)
-    assert len(set(everybody)) == 1
+    assert len(set(everyones(message))) == 1
     listed = [] if odd else [plain(2)]
     refused(lambda: GradClipper(listed, policies.measure()), RankMismatchError, "'0'", "rank 1")
 

@@ -19,6 +19,7 @@ from distclip.layouts.differences import quoted_names, ranked, sides
 from distclip.layouts.piece import Entry
 from distclip.layouts.plan import check_tables, copied
 from distclip.statistics import collectives
+from tests.helpers.ranks import everyones
 from tests.helpers.watching import watch
 from tests.sharded import mesh_of
 
@@ -33,9 +34,7 @@ def refused(
     with pytest.raises(kind) as caught:
         build()
     message = str(caught.value)
-    told: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(told, message)
-    assert set(told) == {message}
+    assert set(everyones(message)) == {message}
     for word in words:
         assert word in message, message
     return message
@@ -92,8 +91,7 @@ def test_the_order_of_named_pairs_changes_no_bit() -> None:
     clipper = GradClipper(given, policies.global_norm(0.3), verify_replicas=1)
     assert clipper.names == tuple(norms)
     clipper.clip_()
-    told: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(told, [parameter.grad for _, parameter in pairs])
+    told = everyones([parameter.grad for _, parameter in pairs])
     assert all(torch.equal(*both) for each in told for both in zip(each, told[0], strict=True))
     assert dict(given)["d"] is clipper.here["d"]
     assert not torch.equal(pairs[0][1].grad, pairs[3][1].grad)
@@ -259,8 +257,7 @@ def test_rows_27_and_28_gradients_that_are_missing_on_some_ranks() -> None:
         for name, p in cut.items():
             p.grad = None if is_odd() and name in missing else p.detach().clone()
         rows = 8 - cut["a"].to_local().shape[0] if is_odd() else None
-        lost: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(lost, rows)
+        lost = everyones(rows)
         left = lost[-1]
         want = [3 * (left if name in missing else 8) for name in cut]
         assert clipper.clip_().total_norm.item() == pytest.approx(sum(want) ** 0.5)

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 import distclip
 from distclip import ConfigurationError, GradClipper, ReplicaDriftError, policies
 from distclip.statistics.fingerprint import box_fingerprint
+from tests.helpers.ranks import everyones
 from tests.helpers.watching import bits, same_bits, watch
 from tests.sharded import mesh_of, shard, whole
 
@@ -97,9 +98,7 @@ def raised(clipper: GradClipper) -> ReplicaDriftError:
     """The same error on every rank, and a group that still works."""
     with pytest.raises(ReplicaDriftError) as caught:
         clipper.clip_()
-    told: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(told, (str(caught.value), caught.value.drifts))
-    assert len(set(told)) == 1
+    assert len(set(everyones((str(caught.value), caught.value.drifts)))) == 1
     return caught.value
 
 

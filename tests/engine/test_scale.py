@@ -27,6 +27,7 @@ from distclip.layouts.detect import describe
 from distclip.layouts.piece import Entry
 from distclip.policies import Policy
 from distclip.statistics import collectives
+from tests.helpers.ranks import everyones
 from tests.helpers.watching import watch
 from tests.sharded import shard, whole
 
@@ -246,9 +247,7 @@ def test_a_table_says_which_of_its_tensors_have_copies(layout: str) -> None:
     """What a rank counts elsewhere (a share of 0) is what its entry says, on all ranks alike."""
     _, described = describe(shard(layout, whole()).named())
     mine = {e.name for e, pieces in described if any(piece.share == 0.0 for piece in pieces)}
-    everybody: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everybody, mine)
-    assert set().union(*everybody) == {entry.name for entry, _ in described if entry.copies}
+    assert set().union(*everyones(mine)) == {entry.name for entry, _ in described if entry.copies}
 
 
 def test_the_page_is_made_from_the_record() -> None:

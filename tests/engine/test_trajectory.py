@@ -20,6 +20,7 @@ from distclip import GradClipper, StateError
 from distclip.policies import AutoClip
 from distclip.testing import Expected, assert_rounded, expected, run_on_ranks
 from tests.engine.test_matrix import build
+from tests.helpers.ranks import everyones
 from tests.sharded import Whole, shard, whole
 
 STEPS = 200
@@ -96,8 +97,7 @@ def follow(
     clipper: GradClipper, model: Any, values: Whole, start: int, stop: int, ranks_differ: bool
 ) -> list[list[float]]:
     taken = []
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    world = dist.get_world_size() if dist.is_initialized() else 1
+    rank, world = dist.get_rank(), dist.get_world_size()
     for step in range(start, stop):
         gradients, loss = scripted(values, step)
         model.set_gradients(gradients)
@@ -189,8 +189,7 @@ def test_pipeline_stages_remember_together(world_size: int) -> None:
         assert_rounded(mine.grad, part, coefficient_error=1e-6, name=str(step))
     # One process that holds the whole model goes on from there.
     whole_model = [(name, torch.nn.Parameter(torch.ones(3, 4))) for name in names]
-    states: list[Any] = [None] * world_size
-    dist.all_gather_object(states, clipper.state_dict())
+    states = everyones(clipper.state_dict())
     assert all(alike(state, states[0]) for state in states)
     alone = GradClipper(whole_model, build(configuration))
     alone.load_state_dict(states[0])

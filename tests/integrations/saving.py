@@ -7,7 +7,6 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullOptimStateDictConfig, FullStateDictConfig, StateDictType
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
@@ -73,7 +72,3 @@ def trained(layout: str, numbers: Iterable[int], checkpoint: Any = None) -> dict
         load(layout, model, stepper, checkpoint)
     step(model, stepper, numbers)
     return whole(model)
-
-
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0

@@ -23,10 +23,6 @@ def begin(layout: str, **options: Any) -> Any:
     return accelerator, handle, model, optimizer
 
 
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
 @pytest.mark.ranks(1, 2)
 @LAYOUTS
 def test_a_spike_of_the_loss_on_one_rank_skips_the_update_on_all(layout: str) -> None:
@@ -38,8 +34,8 @@ def test_a_spike_of_the_loss_on_one_rank_skips_the_update_on_all(layout: str) ->
                 loss = loss_of(model, batch(0)) + 0.01 * (number % 3)
                 # The gradient is as before: the loss alone is a spike, in one micro-batch of one
                 # rank. Ranks see different losses: only their mean is that of all.
-                spike = number == 6 and part == 0 and rank() == 0
-                accelerator.backward(loss + (100.0 if spike else 0.0) + rank())
+                spike = number == 6 and part == 0 and dist.get_rank() == 0
+                accelerator.backward(loss + (100.0 if spike else 0.0) + dist.get_rank())
                 optimizer.step()
                 optimizer.zero_grad()
         assert bool(handle.last_report.skipped) == (number == 6), number

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 import distclip
 from distclip import ConfigurationError, LadderExhaustedError, policies
+from tests.helpers.ranks import everyones
 from tests.integrations.accelerated import make, sgd, start, whole
 
 pytest.importorskip("accelerate")
@@ -35,7 +36,8 @@ class Run:
             self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
         self.handle = distclip.accelerate.attach(self.accelerator, policy)
         model = make()
-        rows = torch.randn(BATCHES * ROWS * world(), 5, generator=torch.Generator().manual_seed(7))
+        count = BATCHES * ROWS * dist.get_world_size()
+        rows = torch.randn(count, 5, generator=torch.Generator().manual_seed(7))
         self.model, self.optimizer, self.loader = self.accelerator.prepare(
             model, sgd(model), DataLoader(rows, batch_size=ROWS, shuffle=True)
         )
@@ -60,10 +62,6 @@ class Run:
             self.accelerator.backward(loss * 1e7 if bad else loss)
             self.optimizer.step()
             self.optimizer.zero_grad()
-
-
-def world() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def without(layout: str, bad: Any, **options: Any) -> Run:
@@ -101,10 +99,7 @@ def test_the_weights_of_a_run_that_never_saw_them(layout: str, tmp_path: Path) -
     (clipper,) = run.handle.memory()[1]
     assert clipper.rewinds == 2
     assert run.seen[:5] == [(0, 0), (0, 1), (0, 2), (0, 3), (0, 0)]  # the fourth asked to go back
-    if dist.is_initialized():
-        everyones: list[Any] = [None] * world()
-        dist.all_gather_object(everyones, run.seen)
-        assert all(each == run.seen for each in everyones)
+    assert all(each == run.seen for each in everyones(run.seen))
     equal(run, without(layout, bad))
     assert len(run.accelerator.gradient_state.dataloader_references) == 1  # none but no loader
 

@@ -23,6 +23,7 @@ from distclip.config import Config
 from distclip.errors import ConfigurationError
 from distclip.integrations import deepspeed as integration
 from distclip.integrations import deepspeed_json, hooks
+from tests.helpers.ranks import everyones
 from tests.integrations.engines import (
     Reference,
     backward,
@@ -171,9 +172,7 @@ def initialize_with_mistakes() -> None:
             document["zero_optimization"] |= changes["zero_optimization"]
         with pytest.raises(Exception, match=words) as error:
             engine_of(document)
-        said: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(said, str(error.value))
-        assert len(set(said)) == 1
+        assert len(set(everyones(str(error.value)))) == 1
 
 
 def initialize_without() -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import distclip
 from distclip import policies
+from tests.helpers.ranks import everyones
 from tests.integrations.engines import VERSION, close, json_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -75,8 +76,7 @@ def truth(engine: Any) -> dict[str, float]:
         name: (is_expert(p), float(p.grad.double().norm()))
         for name, p in engine.module.named_parameters()
     }
-    everybody: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everybody, mine)
+    everybody = everyones(mine)
     found = {}
     for rank, there in enumerate(everybody):
         for name, (expert, norm) in there.items():
@@ -113,9 +113,7 @@ def test_experts_under_each_stage(world_size: int) -> None:
             assert abs(norm - want[name]) <= tolerance * total(want), (stage, kind, name)
         shown = float(engine.get_global_grad_norm())
         assert shown == pytest.approx(total(want), rel=tolerance), (stage, kind)
-        seen: list[Any] = [None] * world_size
-        dist.all_gather_object(seen, shown)
-        assert len(set(seen)) == 1
+        assert len(set(everyones(shown))) == 1
         close(engine)
     close(plain)
 

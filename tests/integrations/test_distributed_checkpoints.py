@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from distclip.integrations.checkpoints import FILE
 from tests.helpers.logs import logged
 from tests.integrations.accelerated import make, same, sgd, whole
-from tests.integrations.saving import ADAGC, NONE, STEPS, begun, rank, step
+from tests.integrations.saving import ADAGC, NONE, STEPS, begun, step
 from tests.integrations.scripted import running
 
 
@@ -100,8 +100,7 @@ def test_distributed_checkpoints(world_size: int, tmp_path: Path) -> None:
         dcp.async_save(state, storage_writer=dcp.FileSystemWriter(later)).result()
         step(model, stepper, range(6, STEPS))
         wanted = whole(model)
-    if dist.is_initialized():
-        dist.barrier()
+    dist.barrier()
     for folder, done in ((first, 4), (later, 6)):
         with running(ADAGC), logged("distclip.torch") as found:
             model, stepper = begun(layout)
@@ -117,7 +116,7 @@ def test_distributed_checkpoints(world_size: int, tmp_path: Path) -> None:
             assert not found
             dcp.load({"app": app}, checkpoint_id=plain)  # from before distclip was in use
             step(model, stepper, range(4, 6))
-            assert [NONE in each for each in found] == [True] * (rank() == 0)
+            assert [NONE in each for each in found] == [True] * (dist.get_rank() == 0)
     model, stepper = begun(layout)
     dcp.load({"app": App(model, stepper)}, checkpoint_id=first)  # without distclip
     assert stepper.state
@@ -126,4 +125,4 @@ def test_distributed_checkpoints(world_size: int, tmp_path: Path) -> None:
         model, stepper = begun(layout)
         dcp.load({"app": App(model, stepper)}, checkpoint_id=first)
         step(model, stepper, range(4, 5))
-        assert [NONE in each for each in found] == [True] * (rank() == 0)
+        assert [NONE in each for each in found] == [True] * (dist.get_rank() == 0)

@@ -77,19 +77,13 @@ def truth(document: Any, ranks: int) -> dict[str, np.ndarray | None]:
     return total
 
 
-def ranks_now() -> tuple[int, int]:
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
 @pytest.mark.ranks(1, 2, 3)
 @pytest.mark.parametrize("view", [False, True])
 def test_each_micro_batch_is_clipped_before_it_is_added(view: bool) -> None:
-    rank, ranks = ranks_now()
+    rank, ranks = dist.get_rank(), dist.get_world_size()
     for document in DOCUMENTS.values():
         bare = Model()
-        model: nn.Module = bare
-        if dist.is_initialized():
-            model = DistributedDataParallel(bare, gradient_as_bucket_view=view)
+        model = DistributedDataParallel(bare, gradient_as_bucket_view=view)
         micro = MicroBatchClipper(model, load({"policy": document}).policy)
         for _ in range(2):  # the second time with gradients left from before
             bare.zero_grad(set_to_none=view)
@@ -125,7 +119,7 @@ def truth_together(document: Any, ranks: int) -> dict[str, np.ndarray | None]:
 @pytest.mark.ranks(2, 3, 4)
 def test_under_fsdp2_a_micro_batch_is_that_of_all_ranks() -> None:
     """Sharded, and on 4 ranks replicated too; whatever the script says of synchronisation."""
-    rank, ranks = ranks_now()
+    rank, ranks = dist.get_rank(), dist.get_world_size()
     mesh = init_device_mesh("cpu", (ranks,))
     if ranks == 4:
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))

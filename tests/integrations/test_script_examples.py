@@ -34,9 +34,7 @@ def run_here(name: str, folder: str) -> None:
     config = distclip.config.load(
         {"policy": POLICIES[name], "log": {"jsonl": f"{folder}/clip.jsonl"}}
     )
-    environ = {}
-    if dist.is_initialized():
-        environ = {"RANK": str(dist.get_rank()), "WORLD_SIZE": str(dist.get_world_size())}
+    environ = {"RANK": str(dist.get_rank()), "WORLD_SIZE": str(dist.get_world_size())}
     main = sys.modules["__main__"]
     with (
         mock.patch.object(dist, "init_process_group"),

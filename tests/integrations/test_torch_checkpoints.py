@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
@@ -29,7 +30,6 @@ from tests.integrations.saving import (
     begun,
     full,
     load,
-    rank,
     save,
     step,
     trained,
@@ -69,7 +69,7 @@ def test_checkpoints_load_with_distclip_and_without(world_size: int) -> None:
             assert not found  # nothing is lost, if nothing is clipped
             step(model, stepper, range(2, 4))
             load(layout, model, stepper, before)
-            assert [NONE in each for each in found] == [True] * (rank() == 0)
+            assert [NONE in each for each in found] == [True] * (dist.get_rank() == 0)
             step(model, stepper, range(2, 4))
             clipped = save(layout, model, stepper)
         assert OPTIMIZER_KEY in clipped["optimizer"]
@@ -86,7 +86,7 @@ def test_fsdp1_saves_and_loads_on_the_first_rank_alone() -> None:
         with full("fsdp1", model, rank0_only=True):
             weights = model.state_dict()
             state = FSDP.optim_state_dict(model, stepper)
-        assert (OPTIMIZER_KEY in state) == (rank() == 0)
+        assert (OPTIMIZER_KEY in state) == (dist.get_rank() == 0)
         at = whole(model)
         step(model, stepper, range(4, STEPS))
         wanted = whole(model)
@@ -98,7 +98,7 @@ def test_fsdp1_saves_and_loads_on_the_first_rank_alone() -> None:
             FSDP.optim_state_dict_to_load(model, stepper, state, load_directly=True)
         step(model, stepper, range(4, STEPS))
         same(whole(model), wanted, 0.0)
-    assert bool(weights) == (rank() == 0)
+    assert bool(weights) == (dist.get_rank() == 0)
 
 
 def test_a_load_in_a_run_takes_the_memory_back() -> None:

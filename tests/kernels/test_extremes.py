@@ -64,10 +64,6 @@ def true_norm(values: Tensor, order: float) -> float:
 
 def sharded(whole: Tensor) -> nn.Parameter:
     """A parameter with this gradient, in uneven rows over all ranks."""
-    if not dist.is_initialized():
-        parameter = nn.Parameter(torch.zeros_like(whole))
-        parameter.grad = whole.clone()
-        return parameter
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     parameter = nn.Parameter(distribute_tensor(torch.zeros_like(whole), mesh, [Shard(0)]))
     parameter.grad = distribute_tensor(whole.clone(), mesh, [Shard(0)])

@@ -2,7 +2,6 @@
 
 import math
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ from distclip.kernels import changing, measuring
 from distclip.kernels.host import blocks, choosing, compiler
 from distclip.kernels.host import threads as host_threads
 from tests.helpers.processes import python, well
+from tests.helpers.ranks import everyones
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 ORDERS = [1.0, 2.0, math.inf]
@@ -332,9 +332,7 @@ def test_ranks_that_compile_at_once_agree_to_the_bit() -> None:
     dist.barrier()
     norms = measuring.norms(tensors, 2.0, device=CPU)
     assert compiler.function("squares") is not None
-    everyones: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyones, norms)
-    assert all(torch.equal(norms, each) for each in everyones)
+    assert all(torch.equal(norms, each) for each in everyones(norms))
     wanted = [reference(tensor, 2.0) for tensor in tensors]
     np.testing.assert_allclose(norms.numpy(), wanted, rtol=1e-12)
 

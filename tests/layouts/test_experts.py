@@ -311,7 +311,7 @@ def test_experts_beside_fsdp2_train_as_one_process() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex64, torch.complex128])
 def test_other_dtypes_empty_and_tiny_shards(dtype: torch.dtype) -> None:
     """Float64 and complex, sharded; no elements; one element on four ranks; frozen; LoRA."""
-    world = dist.get_world_size() if dist.is_initialized() else 1
+    world = dist.get_world_size()
     shapes = {"w": (5, 3), "empty": (0, 3), "one": (1,), "frozen": (4,)}
     pairs, total = [], 0.0
     for number, (name, shape) in enumerate(shapes.items()):

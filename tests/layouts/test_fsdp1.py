@@ -3,7 +3,6 @@
 import itertools
 import math
 import warnings
-from typing import Any
 
 import numpy as np
 import pytest
@@ -23,6 +22,7 @@ from distclip.errors import ConfigurationError, UnsupportedGradientError
 from distclip.testing import expected
 from distclip.testing.models.flattened import flatten, wrap
 from tests.helpers.field import still_a_defect
+from tests.helpers.ranks import everyones
 from tests.helpers.watching import REDUCTION, watch
 from tests.layouts.flattened import (
     ORIG,
@@ -48,8 +48,7 @@ def test_every_element_is_on_one_rank() -> None:
         model = flatten(layout, whole())
         for name, shape in SHAPES.items():
             mine_ = model.elements[name].flatten().tolist()
-            everywhere: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(everywhere, mine_)
+            everywhere = everyones(mine_)
             if name == "scalar":  # ignored: FSDP1 takes none
                 continue
             assert sorted(itertools.chain.from_iterable(everywhere)) == list(

@@ -162,10 +162,9 @@ def test_a_tied_parameter_in_other_groups_is_refused() -> None:
 @pytest.mark.ranks(1, 2, timeout=20)
 def test_parameters_that_came_later() -> None:
     """Also where only one rank has them: its peers would wait for it."""
-    world, rank = dist.get_world_size() if dist.is_initialized() else 1, 0
+    world, rank = dist.get_world_size(), dist.get_rank()
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     if world > 1:
-        rank = dist.get_rank()
         fully_shard(model, mesh=mesh_of((world,), ("dp",)))
     clipper = GradClipper(model, policies.global_norm(1.0))
     model(torch.ones(2, 4)).sum().backward()
@@ -248,12 +247,11 @@ def test_zero_redundancy_optimizer() -> None:
 @pytest.mark.ranks(1, 2, 3)
 def test_a_pattern_for_nothing_is_mentioned_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """By one rank, and not where the parameters of another stage match."""
-    rank = dist.get_rank() if dist.is_initialized() else 0
+    rank, last = dist.get_rank(), dist.get_world_size() - 1
     stage = nn.Module()
     stage.register_parameter(f"own{rank}", nn.Parameter(torch.ones(3)))
     for p in stage.parameters():
         p.grad = torch.ones_like(p)
-    last = dist.get_world_size() - 1 if dist.is_initialized() else 0
     inner = policies.by_name({"*.inner": None, "own*": policies.measure()})
     policy = policies.chain(
         policies.by_name({f"own{last}": None, "head.*": None}, default=policies.global_norm(1.0)),

@@ -10,13 +10,13 @@ from typing import Annotated, Any, ClassVar, TypeAlias
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from distclip import ConfigurationError, GradClipper, policies
 from distclip.policies import Needs, RunningMax, Scale
 from distclip.testing import assert_rounded, expected
 from tests.engine.test_matrix import build
+from tests.helpers.ranks import everyones
 from tests.sharded import shard, whole
 
 ONE = torch.ones((), dtype=torch.float64)
@@ -263,8 +263,7 @@ def test_a_wrong_decision_is_an_error_before_the_first_step(
     for (name, gradient), want in zip(model.local_gradients(), before, strict=True):
         if gradient is not None and want is not None:
             assert torch.equal(gradient, want), name
-    texts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(texts, message)  # nobody is left behind in a collective
+    everyones(message)  # nobody is left behind in a collective
 
 
 # ---- a bound of its own state ----------------------------------------------------------------

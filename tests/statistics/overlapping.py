@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from distclip import ClipReport, GradClipper
 from distclip.testing import expected
 from tests.engine.test_matrix import build
+from tests.helpers.ranks import everyones
 from tests.sharded import mesh_of
 
 GROUPS = ("body", "middle", "spare")
@@ -78,9 +79,7 @@ def oracle(
 
 def same_on_all_ranks(report: ClipReport) -> None:
     mine = report.coefficient.double().numpy().tobytes()
-    everybodys: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everybodys, mine)
-    assert set(everybodys) == {mine}
+    assert set(everyones(mine)) == {mine}
 
 
 def clip_and_check(
