@@ -89,10 +89,8 @@ def test_a_long_chain_communicates_once_and_equals_the_oracle_step_by_step() -> 
         want = expected(LONG, gradients, values.weights, memory=memory)
         assert bool(report.skipped) == want.skipped == (step == 20)
         clipped += report.coefficient.item() < 1
-        for name, local in model.local_gradients():
-            full = want.gradients[name]
-            if full is not None and local is not None:
-                part = full.reshape(-1)[model.elements[name].numpy()]
+        for name, local, part in model.beside(want.gradients):
+            if part is not None and local is not None:
                 assert_rounded(local, part, coefficient_error=1e-6, name=name)
     assert clipped > 20
 

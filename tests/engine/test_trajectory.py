@@ -143,10 +143,8 @@ def check(label: str, layout: str, values: Whole) -> None:
             if gradients[name] is not None:
                 assert math.isclose(coefficient, one, rel_tol=tolerance), f"{where}, {name}"
                 clipped += one < 1
-        for name, local in model.local_gradients() if step % 25 == 0 else ():
-            full = want.gradients[name]
-            if full is not None and local is not None and name not in sketched:
-                part = full.reshape(-1)[model.elements[name].numpy()]
+        for name, local, part in model.beside(want.gradients) if step % 25 == 0 else ():
+            if part is not None and local is not None and name not in sketched:
                 assert_rounded(local, part, coefficient_error=3e-7, name=name)
     skipping = "skip_spikes" in str(configuration)
     assert sum(want.skipped for want in told(label)) >= (6 if skipping else 1), label

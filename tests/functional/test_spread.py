@@ -82,12 +82,11 @@ def test_dtensors_as_on_one_device(layout: str) -> None:
         norm, want = (call(list(model.parameters.values())) for model in (sharded, alone))
         assert not isinstance(norm, DTensor)
         torch.testing.assert_close(norm, want, rtol=1e-6, atol=0.0, msg=label)
-        for name, gradient in sharded.local_gradients():
-            full = alone.parameters[name].grad
+        clipped = {name: p.grad for name, p in alone.parameters.items()}
+        for name, gradient, part in sharded.beside(clipped):
             if gradient is not None:
-                assert full is not None
-                part = full.flatten()[sharded.elements[name]]
-                assert_rounded(gradient, part.double().numpy(), coefficient_error=1e-6, name=name)
+                assert part is not None
+                assert_rounded(gradient, part, coefficient_error=1e-6, name=name)
     sharded.set_gradients(values.gradients)
     norms = distclip.grad_norms(sharded.named())
     for name, norm in norms.items():

@@ -315,10 +315,8 @@ def follow(layout: str, chain: str, *, scale: float | None = None) -> None:
         if not want.skipped:
             assert report.total_norm.item() == pytest.approx(want.total_norm, rel=1e-6), where
             clamped += report.clipped_fraction.item()
-        for name, local in model.local_gradients():
-            full = want.gradients[name]
-            if full is not None and local is not None and not want.skipped:
-                part = full.reshape(-1)[model.elements[name].numpy()]
+        for name, local, part in model.beside(want.gradients):
+            if part is not None and local is not None and not want.skipped:
                 have = local if scale is None else local / scale
                 assert_rounded(have, part, ulps=3, coefficient_error=1e-6, name=f"{where}, {name}")
         if step == 7:  # another clipper goes on from its checkpoint

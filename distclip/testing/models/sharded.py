@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -18,6 +19,8 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+
+from distclip.testing.norms import wide
 
 SHAPES: dict[str, tuple[int, ...]] = {
     "embed.weight": (11, 7),
@@ -107,6 +110,15 @@ class Sharded:
         for name, parameter in self.parameters.items():
             gradient = parameter.grad
             yield name, gradient.to_local() if isinstance(gradient, DTensor) else gradient
+
+    def beside(
+        self, wholes: Mapping[str, npt.ArrayLike | None]
+    ) -> Iterator[tuple[str, Tensor | None, np.ndarray | None]]:
+        """Each parameter's gradient on this rank, and the part here of a whole one, in float64."""
+        for name, gradient in self.local_gradients():
+            whole = wholes[name]
+            part = None if whole is None else wide(whole).reshape(-1)[self.elements[name].numpy()]
+            yield name, gradient, part
 
 
 def like(parameter: Tensor, part: Tensor) -> Tensor:

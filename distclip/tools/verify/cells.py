@@ -111,14 +111,8 @@ def faults_of(
     policy = build(configuration)
     report = GradClipper(model.named(), policy, **options).clip_()
 
-    def parts() -> Iterator[ClippedPart]:
-        for name, gradient in model.local_gradients():
-            full = want.gradients[name]
-            part = None if full is None else full.reshape(-1)[model.elements[name].numpy()]
-            yield name, gradient, part
-
-    exact = dtype == "float32"
-    return judge(policy, report, want, parts(), exact=exact, roundings=roundings)
+    parts = model.beside(want.gradients)
+    return judge(policy, report, want, parts, exact=dtype == "float32", roundings=roundings)
 
 
 def plain_policies(policy: Policy | None) -> Iterator[Policy]:
