@@ -22,6 +22,7 @@ from distclip.monitor.runs import summaries
 from distclip.monitor.tracking import metrics
 from distclip.options import Looks, Options
 from distclip.policies import Policy
+from distclip.testing.norms import wide
 from tests.helpers.command import command
 from tests.helpers.watching import REDUCTION, watch
 from tests.sharded import Whole, shard, whole
@@ -42,7 +43,8 @@ def norm(values: Any, order: float) -> float:
 
 def oracle(values: Whole, order: float, depth: int) -> tuple[dict[str, float], dict[str, float]]:
     """Of whole tensors in float64: ratios by parameter, and by module."""
-    gradients, weights = values.arrays()
+    gradients = {name: None if g is None else wide(g) for name, g in values.gradients.items()}
+    weights = {name: wide(weight) for name, weight in values.weights.items()}
     found: list[dict[str, float]] = []
     for parts in (99, depth):
         groups: dict[str, list[str]] = {}
@@ -84,7 +86,7 @@ def test_ratios_are_of_whole_tensors_and_cost_no_collective() -> None:
                 assert ratios == pytest.approx(each, rel=1e-6, nan_ok=True), (layout, label)
                 assert rolled == pytest.approx(modules, rel=1e-6, nan_ok=True), (layout, label)
                 whole_norm = norm(
-                    np.concatenate([w.ravel() for w in values.arrays()[1].values()]),
+                    np.concatenate([wide(w).ravel() for w in values.weights.values()]),
                     clipper.norm_type,
                 )
                 assert report.weight_norm.item() == pytest.approx(whole_norm, rel=1e-6)

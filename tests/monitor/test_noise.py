@@ -26,9 +26,9 @@ def oracle(
     small = batch / parts
     for first, last in steps:
         for name in first.gradients:
-            one, all_of_it = (v.arrays()[0][name] for v in (first, last))
-            a = 0.0 if one is None else float(((parts * one) ** 2).sum())
-            b = 0.0 if all_of_it is None else float((all_of_it**2).sum())
+            one, all_of_it = (v.gradients[name] for v in (first, last))
+            a = 0.0 if one is None else float(((parts * one.double()) ** 2).sum())
+            b = 0.0 if all_of_it is None else float((all_of_it.double() ** 2).sum())
             found = (a - b) / (1 / small - 1 / batch), (batch * b - small * a) / (batch - small)
             for kept, value in zip((noise, signal), found, strict=True):
                 kept[name] = decay * kept.get(name, 0.0) + (1 - decay) * value

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import numpy.typing as npt
 
+from distclip.testing.norms import wide
+
 Array = npt.NDArray[np.float64]
 
 
@@ -46,7 +48,7 @@ class Chain:
         decays: Callable[[str, Array], bool] = lambda name, p: p.ndim > 1,
         sign: float = 1.0,
     ) -> None:
-        self.p = {name: np.array(w, np.float64) for name, w in weights.items()}
+        self.p = {name: wide(w).copy() for name, w in weights.items()}
         self.v = {name: np.zeros_like(p) for name, p in self.p.items()}
         self.m = {name: np.zeros_like(p) for name, p in self.p.items()}
         self.t = dict.fromkeys(self.p, 0)
@@ -64,7 +66,7 @@ class Chain:
             if given is None:
                 continue
             p = self.p[name]
-            g = np.asarray(given, np.float64)
+            g = wide(given)
             if self.agc:
                 upper = self.agc * max(self.pmin, np.sqrt(np.sum(p * p)))
                 g = g / max(1.0, np.sqrt(np.sum(g * g)) / upper)

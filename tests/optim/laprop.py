@@ -1,11 +1,10 @@
 """LaProp and its reference."""
 
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from distclip.testing.norms import wide
 from tests.optim.chain import Chain
 
 SHAPES: dict[str, tuple[int, ...]] = {
@@ -42,14 +41,10 @@ def train(model: dict[str, Tensor], optimizer: torch.optim.Optimizer, steps: ran
         optimizer.step()
 
 
-def arrays(values: dict[str, Tensor]) -> dict[str, Any]:
-    return {name: value.detach().double().numpy() for name, value in values.items()}
-
-
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return all(torch.equal(one[name], other[name]) for name in one)
 
 
 def follows(model: dict[str, Tensor], chain: Chain, rtol: float = 2e-5, atol: float = 2e-6) -> None:
-    for name, value in arrays(model).items():
-        np.testing.assert_allclose(value, chain.p[name], rtol=rtol, atol=atol, err_msg=name)
+    for name, value in model.items():
+        np.testing.assert_allclose(wide(value), chain.p[name], rtol=rtol, atol=atol, err_msg=name)

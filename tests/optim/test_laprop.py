@@ -14,8 +14,9 @@ from torch import Tensor, nn
 import distclip
 from distclip import ConfigurationError
 from distclip.optim import LaProp, dreamer_v3, update
+from distclip.testing.norms import wide
 from tests.optim.chain import Chain
-from tests.optim.laprop import arrays, follows, give, gradients, make, same, train
+from tests.optim.laprop import follows, give, gradients, make, same, train
 
 OPTIONS = st.fixed_dictionaries(
     {
@@ -44,7 +45,7 @@ def test_any_options_follow_the_chain_and_foreach_is_the_loop(
     first, second = make(seed), make(seed)
     chain_options = {k: v for k, v in options.items() if k != "maximize"}
     sign = -1.0 if options["maximize"] else 1.0
-    chain = Chain(arrays(first), b1=betas[0], b2=betas[1], sign=sign, **chain_options)
+    chain = Chain(first, b1=betas[0], b2=betas[1], sign=sign, **chain_options)
     many = LaProp(first.items(), betas=betas, foreach=True, **options)
     one = LaProp(second.items(), betas=betas, foreach=False, **options)
     for step in range(3):
@@ -52,7 +53,7 @@ def test_any_options_follow_the_chain_and_foreach_is_the_loop(
         for model, optimizer in ((first, many), (second, one)):
             give(model, values)
             optimizer.step()
-        chain.step(arrays(values))
+        chain.step(values)
     assert same(first, second)
     scale = max(1.0, options["lr"] * 1e2)
     follows(first, chain, rtol=5e-5, atol=5e-6 * scale)
@@ -72,13 +73,13 @@ def test_large_tensors_go_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_moments_are_float32_or_better(dtype: torch.dtype) -> None:
     model = make(dtype=dtype)
-    chain = Chain(arrays(model), lr=1e-2, agc=0.3, weight_decay=0.1)
+    chain = Chain(model, lr=1e-2, agc=0.3, weight_decay=0.1)
     optimizer = dreamer_v3(model.items(), lr=1e-2, warmup=0, weight_decay=0.1)
     for step in range(3):
-        before = arrays(model)
         give(model, gradients(step))
-        chain.p = before  # each update from where the rounded weights are
-        chain.step(arrays({n: p.grad for n, p in model.items() if p.grad is not None}))
+        # Each update from where the rounded weights are.
+        chain.p = {name: wide(p).copy() for name, p in model.items()}
+        chain.step({n: p.grad for n, p in model.items() if p.grad is not None})
         optimizer.step()
         # AGC rounds the gradients to their dtype, the parameter is rounded once.
         eps = torch.finfo(dtype).eps
@@ -147,7 +148,7 @@ def test_the_state_of_adam_is_refused() -> None:
 
 def test_what_is_not_there_is_left_alone() -> None:
     model = make()
-    chain = Chain(arrays(model), lr=1e-2, agc=0.3)
+    chain = Chain(model, lr=1e-2, agc=0.3)
     model["conv.weight"].requires_grad_(False)
     optimizer = dreamer_v3(model.items(), lr=1e-2, warmup=0)
     optimizer.step()  # no gradient at all
@@ -161,7 +162,7 @@ def test_what_is_not_there_is_left_alone() -> None:
         for name, parameter in model.items():
             parameter.grad = None if values[name] is None else values[name].clone()
         optimizer.step()
-        chain.step({n: None if g is None else g.numpy() for n, g in values.items()})
+        chain.step(values)
     follows(model, chain)
     assert optimizer.state[model["fc.bias"]]["step"] == 2
     assert model["conv.weight"] not in optimizer.state

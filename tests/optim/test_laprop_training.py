@@ -11,7 +11,7 @@ import distclip
 from distclip import GradClipper, policies
 from distclip.optim import LaProp, dreamer_v3
 from tests.optim.chain import Chain
-from tests.optim.laprop import arrays, follows, give, gradients, make, same, train
+from tests.optim.laprop import follows, give, gradients, make, same, train
 
 
 def test_groups_have_their_own_options() -> None:
@@ -35,13 +35,13 @@ def test_groups_have_their_own_options() -> None:
         option = dict(option)
         b1, b2 = option.pop("betas", (0.9, 0.999))
         part = {n: model[n] for n in half}
-        chains.append(Chain(arrays(part), b1=b1, b2=b2, **option))
+        chains.append(Chain(part, b1=b1, b2=b2, **option))
     for step in range(4):
         values = gradients(step)
         give(model, values)
         optimizer.step()
         for half, chain in zip(halves, chains, strict=True):
-            chain.step(arrays({n: values[n] for n in half}))
+            chain.step({n: values[n] for n in half})
     for half, chain in zip(halves, chains, strict=True):
         follows({n: model[n] for n in half}, chain)
     assert optimizer.report is not None
@@ -57,12 +57,12 @@ def test_a_group_that_is_added_is_clipped_and_warms_up_by_itself() -> None:
     optimizer.add_param_group({"params": [model[n] for n in names[2:]], "lr": 2e-2})
     assert optimizer.learning_rates() == [1e-2, 0.0]
     added = {n: model[n] for n in names[2:]}
-    chain = Chain(arrays(added), lr=2e-2, warmup=2)
+    chain = Chain(added, lr=2e-2, warmup=2)
     for step in range(3, 6):
         values = gradients(step)
         give(model, values)
         optimizer.step()
-        chain.step(arrays({n: values[n] for n in added}))
+        chain.step({n: values[n] for n in added})
     follows(added, chain)
     with pytest.raises(ValueError, match="more than one parameter group"):
         optimizer.add_param_group({"params": [model[names[0]]]})
@@ -74,13 +74,13 @@ def test_changed_options_take_effect() -> None:
     train(model, optimizer, range(1))
     assert optimizer.report is None
     optimizer.param_groups[0].update(agc=0.01, weight_decay=0.1)
-    chain = Chain(arrays(model), lr=1e-2, agc=0.01, weight_decay=0.1, eps=1e-15)
+    chain = Chain(model, lr=1e-2, agc=0.01, weight_decay=0.1, eps=1e-15)
     chain.t = dict.fromkeys(chain.t, 1)
     for name, parameter in model.items():
         chain.m[name] = optimizer.state[parameter]["exp_avg"].double().numpy()
         chain.v[name] = optimizer.state[parameter]["exp_avg_sq"].double().numpy()
     train(model, optimizer, range(1, 2))
-    chain.step(arrays(gradients(1)))
+    chain.step(gradients(1))
     follows(model, chain)
 
 

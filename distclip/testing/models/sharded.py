@@ -55,13 +55,6 @@ class Whole:
     weights: dict[str, Tensor] = field(default_factory=dict)
     gradients: dict[str, Tensor | None] = field(default_factory=dict)
 
-    def arrays(self) -> tuple[dict[str, np.ndarray | None], dict[str, np.ndarray]]:
-        """For the oracle: float64 gradients and weights."""
-        return (
-            {n: None if g is None else g.double().numpy() for n, g in self.gradients.items()},
-            {n: w.double().numpy() for n, w in self.weights.items()},
-        )
-
 
 def whole(kind: str = "float32", *, scale: float = 1.0, seed: int = 0) -> Whole:
     """Seeded weights and gradients; gradients differ by orders of magnitude between parameters."""
