@@ -44,7 +44,7 @@ class ZClip(ScalingPolicy):
     NaN, inf and 0 enter neither statistic, and do not count as steps of the warm-up. ``c`` lies
     between ``mu`` and ``mu + z_thresh * sigma``, and ``mu`` never exceeds the largest finite norm
     seen. Where the norm has risen for good the threshold hardly follows, since outliers enter
-    clipped: see docs/policies.md.
+    clipped: see docs/policies_with_memory.md.
 
     Args:
         z_thresh: how many deviations above the mean an outlier begins, > 0.
