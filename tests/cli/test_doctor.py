@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -16,7 +14,8 @@ from distclip.cli import app as application
 from distclip.common.tested import TESTED
 from distclip.testing import run_on_ranks
 from distclip.tools import doctor
-from distclip.tools.simulate.layouts import accelerate_config, inherited
+from distclip.tools.simulate.layouts import accelerate_config
+from tests.helpers.processes import python
 
 ROOT = Path(__file__).parents[2]
 invoke = typer.testing.CliRunner().invoke
@@ -75,12 +74,10 @@ def test_an_accelerate_launch_that_trains_copies(tmp_path: Path) -> None:
     result = invoke(application.app, ["doctor", "--ranks", "1", "--launch-config", str(path)])
     assert result.exit_code == 1
     assert "2 processes of FSDP on a machine without GPUs would each train alone" in result.output
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(path)]
-    done = subprocess.run(
-        [*launcher, "-m", "distclip", "doctor"],
-        env={**inherited(), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "500",
-             "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path,
+    launcher = ("-m", "accelerate.commands.launch", "--config_file", str(path))
+    done = python(
+        *launcher, "-m", "distclip", "doctor",
+        folder=tmp_path, timeout=120, COLUMNS="500", CUDA_VISIBLE_DEVICES="",
     )  # fmt: skip
     assert done.returncode != 0
     assert "BAD  accelerate launch: 2 processes were launched for FSDP2" in done.stdout, done.stderr

@@ -1,9 +1,12 @@
 """A command in a process of its own, as a user starts it."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -43,3 +46,16 @@ def well(done: subprocess.CompletedProcess[str]) -> str:
     """What a command that ended well wrote to stdout."""
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout
+
+
+def in_browser(address: str, *, budget: int = 3000) -> str:
+    """A document after its scripts have run without an error, for so many ms of their time."""
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no Chromium")
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
+               f"--virtual-time-budget={budget}", "--dump-dom", address]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, timeout=60, check=True)
+    told = done.stderr.decode(errors="replace").splitlines()
+    assert [line for line in told if "CONSOLE" in line and "favicon" not in line] == []
+    return done.stdout.decode()

@@ -1,7 +1,5 @@
 """The policy's state goes with DeepSpeed's checkpoints, with no extra call."""
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ import torch.distributed as dist
 import distclip
 from distclip import policies
 from distclip.testing import run_on_ranks
+from tests.helpers.processes import python, well
 from tests.integrations.engines import VERSION, close, engine_of, json_of, step, weights_of
 from tests.integrations.test_deepspeed_skips import SkipSecond
 
@@ -175,12 +174,11 @@ def test_universal_checkpoints_keep_it(tmp_path: Path) -> None:
     for stage in (3,):  # 1 and 2 went well by hand, and cost seconds each
         folder = str(tmp_path / str(stage))
         state, weights = run_on_ranks(universal, 2, folder, stage, converted=False)[0]
-        subprocess.run(
-            [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder",
-             f"{folder}/t", "--output_folder", f"{folder}/t_universal", "--inject_missing_state",
-             "--num_extract_workers", "1", "--num_merge_workers", "1"],
-            check=True, capture_output=True, timeout=120,
-        )  # fmt: skip
+        well(python(
+            "-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder", f"{folder}/t",
+            "--output_folder", f"{folder}/t_universal", "--inject_missing_state",
+            "--num_extract_workers", "1", "--num_merge_workers", "1", timeout=120,
+        ))  # fmt: skip
         for ranks in (2, 3):
             again, resumed = run_on_ranks(universal, ranks, folder, stage, converted=True)[0]
             assert again == state

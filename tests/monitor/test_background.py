@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import textwrap
 import threading
 import time
@@ -15,6 +13,7 @@ from reported import Report
 
 from distclip.monitor import JsonlSink, background
 from distclip.monitor.tracking import TrackerSink
+from tests.helpers.processes import python, well
 
 
 class Slow:
@@ -171,10 +170,8 @@ def test_what_waits_at_the_end_of_the_process_is_written(tmp_path: Path) -> None
             """
         )
     )
-    done = subprocess.run(
-        [sys.executable, script], capture_output=True, text=True, timeout=60, check=True
-    )
-    assert done.stdout.split("\n") == [*(f"{n} True" for n in range(5)), "closed", ""], done.stderr
+    told = well(python(str(script), timeout=60))
+    assert told.split("\n") == [*(f"{n} True" for n in range(5)), "closed", ""]
 
 
 class Device(Numbers):

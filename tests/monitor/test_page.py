@@ -5,8 +5,6 @@ import hashlib
 import html.parser
 import json
 import re
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from distclip.monitor.reading import read_runs
 from distclip.monitor.summary import summaries
 from distclip.monitor.thinning import sparkline, thinned
 from tests.helpers.command import command
+from tests.helpers.processes import in_browser
 
 HOSTILE = [
     "</script><script>document.title='owned'</script>",
@@ -184,23 +183,10 @@ def test_the_command(tmp_path: Path) -> None:
         page.save_page(runs, summaries(runs), "/dev/full/x.html")
 
 
-def in_browser(path: Path, *options: str) -> str:
-    """The document after its scripts have run."""
-    browser = shutil.which("chromium") or shutil.which("google-chrome")
-    if browser is None:
-        pytest.skip("no Chromium")
-    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=3000",
-               "--enable-logging=stderr", *options, "--dump-dom", path.as_uri()]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, timeout=60, check=True)
-    told = done.stderr.decode(errors="replace").splitlines()
-    assert [line for line in told if "CONSOLE" in line] == []
-    return done.stdout.decode()
-
-
 def test_in_a_browser(tmp_path: Path) -> None:
     runs = [*read_runs(long_run(tmp_path / "r.jsonl")), *read_runs(long_run(tmp_path / "s.jsonl"))]
     page.save_page(runs, summaries(runs), tmp_path / "p.html")
-    found = parsed(in_browser(tmp_path / "p.html"))
+    found = parsed(in_browser((tmp_path / "p.html").as_uri()))
     tags: list[tuple[str, dict[str, Any]]] = found.found
     text = " ".join(found.texts.values())
     assert [a for tag, a in tags if tag == "title"] == [{}]

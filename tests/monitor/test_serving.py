@@ -5,10 +5,8 @@ import http.client
 import json
 import os
 import re
-import shutil
 import signal
 import socket
-import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +18,7 @@ from clip_records import record, write
 from distclip.errors import ConfigurationError
 from distclip.monitor.page.serving import PageServer
 from tests.helpers.command import command
+from tests.helpers.processes import in_browser
 
 
 @contextlib.contextmanager
@@ -177,14 +176,7 @@ class Growing(PageServer):
 
 
 def test_an_open_page_loads_itself_anew(tmp_path: Path) -> None:
-    browser = shutil.which("chromium") or shutil.which("google-chrome")
-    if browser is None:
-        pytest.skip("no Chromium")
     path = write(tmp_path / "r.jsonl", [record(0)])
     with serving(Growing([path], 0)) as server:
-        options = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
-        command = [browser, *options, "--virtual-time-budget=8000", "--dump-dom", server.address]
-        done = subprocess.run(command, capture_output=True, timeout=60, check=True)
-    assert data_of(done.stdout.decode())["runs"][0]["steps"] == [0, 1]
-    told = done.stderr.decode(errors="replace").splitlines()
-    assert [line for line in told if "CONSOLE" in line and "favicon" not in line] == []
+        shown = in_browser(server.address, budget=8000)
+    assert data_of(shown)["runs"][0]["steps"] == [0, 1]

@@ -2,12 +2,11 @@
 
 import os
 import pathlib
-import subprocess
-import sys
 
 import torch.distributed as dist
 
 from distclip.testing import run_on_ranks
+from tests.helpers.processes import python, well
 
 LOOPBACK = ("0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F")
 """127.0.0.1, ::1 and ::ffff:127.0.0.1, as /proc/net/tcp and tcp6 write them."""
@@ -66,16 +65,12 @@ def test_a_launcher_run_through_the_module(tmp_path):
     """The store that the ranks meet in is the launcher's: ranks inherit nothing from it."""
     (tmp_path / "script.py").write_text(RANK.format(tests=os.path.dirname(__file__)))
     command = (
-        *(sys.executable, "-m", "distclip.testing.ranks.loopback", "torch.distributed.run"),
+        *("-m", "distclip.testing.ranks.loopback", "torch.distributed.run"),
         *("--nproc-per-node", "2", "--master-addr", "127.0.0.1", "--master-port", "0"),
         *("--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1"),
         "script.py",
     )
-    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 0, done.stderr
-    addresses = done.stdout.partition("FOUND ")[2].split("\n")[0].split()
-    assert len(addresses) >= 2, done.stdout
+    told = well(python(*command, folder=tmp_path, timeout=60, GLOO_SOCKET_IFNAME="lo"))
+    addresses = told.partition("FOUND ")[2].split("\n")[0].split()
+    assert len(addresses) >= 2, told
     assert set(addresses) <= set(LOOPBACK)

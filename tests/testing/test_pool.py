@@ -3,7 +3,6 @@
 import os
 import random
 import signal
-import subprocess
 import sys
 import textwrap
 import threading
@@ -16,10 +15,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import distclip
 from distclip.testing import RankError, RankPool, run_on_ranks
 from distclip.testing.ranks import forkserver
 from distclip.testing.ranks.pool import shared_pool
+from tests.helpers.processes import python
 
 WORLDS = [1, 2, 3, 4]
 
@@ -340,10 +339,7 @@ def test_no_process_outlives_the_caller(tmp_path, end):
             """
         )
     )
-    env = os.environ | {"PYTHONPATH": str(Path(distclip.__file__).parents[1])}
-    done = subprocess.run(
-        [sys.executable, script], env=env, capture_output=True, text=True, timeout=120
-    )
+    done = python(str(script), timeout=120)
     lines = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("pids")]
     pids = {int(pid) for line in lines for pid in line}
     assert len(pids) == 3, done.stderr  # two ranks and what they were forked from
