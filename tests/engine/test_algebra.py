@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distclip import GradClipper, policies
 from distclip.testing import assert_rounded, expected
 from tests.engine.test_matrix import build
+from tests.helpers.shards import local
 from tests.helpers.watching import REDUCTION, loops, watch
 from tests.sharded import shard, whole
 
@@ -89,9 +89,9 @@ def test_a_long_chain_communicates_once_and_equals_the_oracle_step_by_step() -> 
         want = expected(LONG, gradients, values.weights, memory=memory)
         assert bool(report.skipped) == want.skipped == (step == 20)
         clipped += report.coefficient.item() < 1
-        for name, local, part in model.beside(want.gradients):
-            if part is not None and local is not None:
-                assert_rounded(local, part, coefficient_error=1e-6, name=name)
+        for name, mine, part in model.beside(want.gradients):
+            if part is not None and mine is not None:
+                assert_rounded(mine, part, coefficient_error=1e-6, name=name)
     assert clipped > 20
 
 
@@ -107,10 +107,9 @@ def test_one_coefficient_for_all_units() -> None:
     values = whole()
     model = shard("fsdp2", values)
     model.set_gradients(values.gradients)
-    gradients = [p.grad for p in model.parameters.values() if p.grad is not None]
-    local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
-    wanted = [0.5 * gradient for gradient in local]
+    found = [local(p.grad) for p in model.parameters.values() if p.grad is not None]
+    wanted = [0.5 * gradient for gradient in found]
     report = GradClipper(model.named(), Halved(1.0)).clip_()
-    for gradient, want in zip(local, wanted, strict=True):
+    for gradient, want in zip(found, wanted, strict=True):
         torch.testing.assert_close(gradient, want)
     torch.testing.assert_close(report.clipped_norm, 0.5 * report.total_norm)

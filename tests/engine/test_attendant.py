@@ -20,6 +20,7 @@ from distclip import (
 )
 from tests.helpers.logs import logged
 from tests.helpers.ranks import everyones
+from tests.helpers.shards import local
 from tests.helpers.watching import same_bits
 
 BAD = range(10, 20)
@@ -62,10 +63,6 @@ class Run:
 
     def weights(self) -> list[Tensor]:
         return [local(p).detach().clone() for p in self.model.parameters()]
-
-
-def local(tensor: Any) -> Tensor:
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def flip_exponent(parameter: Any) -> None:

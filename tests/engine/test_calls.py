@@ -17,6 +17,7 @@ import distclip
 from distclip import functional, policies
 from distclip.engine import calls, given
 from distclip.layouts import fsdp2 as layouts_fsdp2
+from tests.helpers.shards import full
 from tests.sharded import mesh_of
 
 Make = Callable[[], list[Tensor]]
@@ -44,7 +45,7 @@ def trained(weight: Tensor, gradient: Tensor) -> Tensor:
 
 def norm_of(tensors: list[Tensor]) -> float:
     """The joint norm, from whole tensors in float64."""
-    whole = [t.full_tensor() if isinstance(t, DTensor) else t for t in tensors]
+    whole = map(full, tensors)
     return math.sqrt(sum(each.double().square().sum().item() for each in whole))
 
 

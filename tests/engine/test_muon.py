@@ -8,11 +8,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW, Muon, Optimizer
 
 from distclip import GradClipper, RankMismatchError, policies
+from tests.helpers.shards import full
 
 MAX_NORM, RATE = 0.5, 0.02
 STEPS = 200
@@ -40,11 +40,6 @@ def loss_of(model: nn.Module, step: int, half: int) -> Tensor:
     return loss
 
 
-def whole(tensor: Tensor | None) -> Tensor:
-    assert tensor is not None
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
 def train(kind: str) -> tuple[list[float], list[Tensor]]:
     """Norms of every step, and the weights after the last; each coefficient is checked."""
     bare = model_of()
@@ -60,7 +55,7 @@ def train(kind: str) -> tuple[list[float], list[Tensor]]:
     for step in range(STEPS):
         for half in halves:
             (loss_of(model, step, half) / len(halves)).backward()
-        gradients = {n: whole(p.grad).double().clone() for n, p in bare.named_parameters()}
+        gradients = {n: full(p.grad).double().clone() for n, p in bare.named_parameters()}
         for optimizer in pair:
             optimizer.step()
         report: Any = clipper.last_report
@@ -77,7 +72,7 @@ def train(kind: str) -> tuple[list[float], list[Tensor]]:
         norms.append(report.total_norm.item())
         for optimizer in pair:
             optimizer.zero_grad()
-    return norms, [whole(parameter).detach().clone() for parameter in bare.parameters()]
+    return norms, [full(parameter).detach().clone() for parameter in bare.parameters()]
 
 
 @functools.cache

@@ -11,12 +11,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
 
 import distclip
 from distclip.policies import Needs, Policy, Scale, Skip
 from distclip.testing import expected
+from tests.helpers.shards import full, local
+from tests.helpers.shards import whole as whole
 
 LAYOUTS = pytest.mark.parametrize("layout", ["ddp", "fsdp2", "fsdp1"])
 
@@ -127,24 +127,9 @@ def mine(x: Tensor) -> Tensor:
     return x.chunk(dist.get_world_size())[dist.get_rank()]
 
 
-def whole(model: nn.Module) -> dict[str, Tensor]:
-    if isinstance(model, FullyShardedDataParallel):
-        with FullyShardedDataParallel.summon_full_params(model, writeback=False):
-            return {name: p.detach().clone() for name, p in model.named_parameters()}
-    return {
-        name.removeprefix("module."): (p.full_tensor() if isinstance(p, DTensor) else p)
-        .detach()
-        .clone()
-        for name, p in model.named_parameters()
-    }
-
-
 def local_gradients(model: nn.Module) -> list[Tensor | None]:
-    gradients = [p.grad for p in model.parameters()]
-    return [
-        None if g is None else (g.to_local() if isinstance(g, DTensor) else g).clone()
-        for g in gradients
-    ]
+    gradients = [local(p.grad) for p in model.parameters()]
+    return [None if g is None else g.clone() for g in gradients]
 
 
 def same(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float = 1e-6) -> None:
@@ -290,7 +275,7 @@ def snapshot(optimizer: Any) -> list[Any]:
     """Every number in the optimizer's state."""
     state = optimizer.state_dict()["state"]
     return [
-        value.full_tensor() if isinstance(value, DTensor) else torch.as_tensor(value).clone()
+        torch.as_tensor(full(value)).clone()
         for index in sorted(state)
         for _, value in sorted(state[index].items())
     ]

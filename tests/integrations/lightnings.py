@@ -12,13 +12,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
     parallelize_module,
 )
 
+from tests.helpers.shards import full
 from tests.integrations.accelerated import batch, loss_of, make, sgd
 
 warnings.filterwarnings("ignore", module="torch.distributed.fsdp")
@@ -151,10 +151,7 @@ def whole(module: Any) -> dict[str, Tensor]:
 
     def gathered(net: nn.Module) -> dict[str, Tensor]:
         return {
-            name.split("net.")[-1]: (p.full_tensor() if isinstance(p, DTensor) else p)
-            .detach()
-            .clone()
-            for name, p in net.named_parameters()
+            name.split("net.")[-1]: full(p).detach().clone() for name, p in net.named_parameters()
         }
 
     wrapped = module.trainer.strategy.model if hasattr(module, "trainer") else module

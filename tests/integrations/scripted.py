@@ -10,12 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import distclip
 from distclip.config import Config
 from distclip.integrations import torch_scripts
+from tests.helpers.shards import full
 from tests.integrations.accelerated import (
     Reference,
     batch,
@@ -98,7 +98,7 @@ def measuring(model: nn.Module) -> Tensor:
 
 
 def plain(norm: Any) -> float:
-    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+    return full(norm).item()
 
 
 def train(

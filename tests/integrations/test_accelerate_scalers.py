@@ -7,10 +7,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 pytest.importorskip("accelerate")
 from distclip.application import folded
+from tests.helpers.shards import local
 from tests.integrations.accelerated import (
     LAYOUTS,
     Halve,
@@ -81,7 +81,7 @@ def test_gradient_scaler(layout: str, optimizer: Any, calls: str) -> None:
 def norm_there(model: nn.Module, layout: str) -> float:
     """Of the gradients as they lie on the ranks."""
     found = [p.grad for p in model.parameters() if p.grad is not None]
-    parts = [g.to_local() if isinstance(g, DTensor) else g for g in found]
+    parts = map(local, found)
     square = sum((part.double().square().sum() for part in parts), torch.zeros(()).double())
     if layout != "ddp":
         dist.all_reduce(square)

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 import distclip
 from distclip import policies
 from distclip.layouts.names import Excerpt, without_wrappers
+from tests.helpers.shards import full
 from tests.integrations.scripted import running
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -46,16 +46,12 @@ def loss_of(model: nn.Module) -> Tensor:
     return loss
 
 
-def whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
 def zeroed(model: nn.Module) -> set[str]:
     """Names of the parameters whose gradient is 0."""
     named = [
         (without_wrappers(name), parameter.grad) for name, parameter in model.named_parameters()
     ]
-    return {name for name, gradient in named if gradient is None or not whole(gradient).any()}
+    return {name for name, gradient in named if gradient is None or not full(gradient).any()}
 
 
 def test_given_the_model() -> None:

@@ -6,12 +6,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 
 import distclip
 from distclip import GradClipper, policies
 from distclip.testing.models.flattened import wrap
+from tests.helpers.shards import whole
 from tests.helpers.watching import REDUCTION, watch
 from tests.sharded import mesh_of
 
@@ -60,16 +60,6 @@ def loss(model: nn.Module, step: int, *, part: bool = True) -> Tensor:
     return (model(x) - x.roll(1, 1)).square().mean()
 
 
-def full(model: nn.Module) -> dict[str, Tensor]:
-    if isinstance(model, FullyShardedDataParallel):
-        with FullyShardedDataParallel.summon_full_params(model, writeback=False):
-            return {n: p.detach().clone() for n, p in model.named_parameters()}
-    return {
-        n: p.detach().full_tensor() if isinstance(p, DTensor) else p.detach().clone()
-        for n, p in model.named_parameters()
-    }
-
-
 @pytest.mark.ranks(1, 2, 3, timeout=SECONDS)
 @KINDS
 @pytest.mark.parametrize("policy", ["agc, global", "by name"])
@@ -81,7 +71,7 @@ def test_adapters_train_as_in_one_process(kind: str, policy: str) -> None:
         else policies.by_name({"*.up": policies.global_norm(0.05)}, policies.dreamer_agc(0.05))
     )
     plain, model = adapted(base()), sharded(adapted(base()), kind)
-    frozen = {n: v for n, v in full(model).items() if "base" in n}
+    frozen = {n: v for n, v in whole(model).items() if "base" in n}
     optimizers = [
         torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=0.05)
         for m in (plain, model)
@@ -110,7 +100,7 @@ def test_adapters_train_as_in_one_process(kind: str, policy: str) -> None:
         for optimizer in optimizers:
             optimizer.zero_grad()
     assert reports[1] == pytest.approx(reports[0], rel=1e-5)
-    found = full(model)
+    found = whole(model)
     for name, value in plain.named_parameters():
         torch.testing.assert_close(found[name], value.detach(), rtol=2e-5, atol=1e-6)
     for name, value in frozen.items():
@@ -179,6 +169,6 @@ def test_offloaded_adapters() -> None:
             loss(model, step).backward()
             optimizer.step()
             optimizer.zero_grad()
-        models.append(full(model))
+        models.append(whole(model))
     for name, value in models[0].items():
         assert torch.equal(value, models[1][name])

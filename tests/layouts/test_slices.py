@@ -17,6 +17,7 @@ import distclip
 from distclip import GradClipper, policies
 from distclip.testing import assert_rounded, expected
 from tests.engine.test_matrix import POLICIES, build
+from tests.helpers.shards import local
 from tests.layouts.declared import cut, randn
 from tests.sharded import mesh_of
 
@@ -39,14 +40,11 @@ def test_slices_of_one_tensor(dim: int, kind: str) -> None:
     mesh = mesh_of((world,), ("tp",))
 
     def part(whole: Tensor, sizes: tuple[int, ...] | None) -> Tensor:
-        local = cut(whole, dim, sizes)[rank].clone()
+        mine = cut(whole, dim, sizes)[rank].clone()
         if kind == "plain":
-            return local
+            return mine
         size, stride = whole.shape, whole.stride()
-        return DTensor.from_local(local, mesh, [Shard(dim)], shape=size, stride=stride)
-
-    def local(tensor: Any) -> Tensor:
-        return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        return DTensor.from_local(mine, mesh, [Shard(dim)], shape=size, stride=stride)
 
     labels = ("global", "agc", "parameter", "value", "block rms", "zclip")
     for label, sizes in itertools.product(labels, SIZES.values()):

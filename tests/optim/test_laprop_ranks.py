@@ -21,6 +21,7 @@ import distclip
 from distclip import GradClipper, policies
 from distclip.optim import LaProp, dreamer_v3
 from distclip.testing import expected
+from tests.helpers.shards import local
 from tests.helpers.watching import watch
 from tests.optim.chain import Chain
 from tests.sharded import Sharded, Whole, shard, whole
@@ -40,10 +41,9 @@ def for_chain(configuration: dict[str, Any]) -> dict[str, Any]:
 
 def compare(model: Sharded, chain: Chain, *, rtol: float = 2e-5, atol: float = 2e-6) -> None:
     for name, parameter in model.parameters.items():
-        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
         want = chain.p[name].reshape(-1)[model.elements[name].numpy()]
         np.testing.assert_allclose(
-            local.detach().double().numpy(), want, rtol=rtol, atol=atol, err_msg=name
+            local(parameter).detach().double().numpy(), want, rtol=rtol, atol=atol, err_msg=name
         )
 
 
@@ -127,13 +127,9 @@ def test_skip_changes_nothing_on_any_rank() -> None:
     assert optimizer.report.nonfinite == ("fc.weight",)
     assert optimizer.param_groups[0]["updates"] == 2
     for name, parameter in model.parameters.items():
-        assert torch.equal(_local(parameter), _local(before[name])), name
+        assert torch.equal(local(parameter), local(before[name])), name
     for state, kept in zip(optimizer.state.values(), moments, strict=True):
-        assert all(torch.equal(_local(state[k]), _local(v)) for k, v in kept.items())
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        assert all(torch.equal(local(state[k]), local(v)) for k, v in kept.items())
 
 
 def _model() -> nn.Module:
@@ -176,7 +172,7 @@ def test_distributed_checkpoint_of_fsdp2_is_bitwise() -> None:
         assert resumed.param_groups[0]["updates"] == 4
         _train(again, resumed, range(4, 8))
         for one, two in zip(model.parameters(), again.parameters(), strict=True):
-            assert torch.equal(_local(one), _local(two))
+            assert torch.equal(local(one), local(two))
 
 
 @pytest.mark.ranks(2)

@@ -8,12 +8,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 
 from distclip import ClipReport, GradClipper
 from distclip.testing import expected
 from tests.engine.test_matrix import build
 from tests.helpers.ranks import everyones
+from tests.helpers.shards import full as full
 from tests.sharded import mesh_of
 
 GROUPS = ("body", "middle", "spare")
@@ -59,10 +59,6 @@ def loss_of(model: nn.Module, number: int, spare: bool = False) -> Tensor:
 
 def backward(model: nn.Module, number: int, spare: bool = False, factor: float = 1.0) -> None:
     (loss_of(model, number, spare) * factor).backward()
-
-
-def full(tensor: Tensor | None) -> Tensor | None:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def gradients_of(model: nn.Module) -> dict[str, Tensor | None]:
