@@ -1,8 +1,10 @@
 """DeepSpeed engines on gloo ranks, beside the same training in one process on the whole batch."""
 
+import contextlib
 import copy
 import gc
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import deepspeed
@@ -183,6 +185,16 @@ def close(engine: Any) -> None:
         engine._distclip.remove()
     engine.destroy()
     gc.collect()
+
+
+@contextlib.contextmanager
+def opened(document: dict[str, Any], *args: Any, **options: Any) -> Iterator[Any]:
+    """An engine of `engine_of`, closed at the end."""
+    engine = engine_of(document, *args, **options)
+    try:
+        yield engine
+    finally:
+        close(engine)
 
 
 class Stepper:

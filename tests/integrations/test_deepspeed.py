@@ -10,9 +10,8 @@ import distclip
 from tests.engine.test_matrix import build
 from tests.integrations.engines import (
     Reference,
-    close,
-    engine_of,
     json_of,
+    opened,
     step,
     weights_of,
 )
@@ -43,8 +42,7 @@ def train(
     steps: int = 10,
 ) -> None:
     """Norms at every step and weights after the last, against one process in float64."""
-    engine = engine_of(document, optimizer, groups=groups)
-    try:
+    with opened(document, optimizer, groups=groups) as engine:
         handle = distclip.deepspeed.attach(engine, build(policy))
         reference = Reference(policy, optimizer, groups=groups, micro=micro)
         for number in range(steps):
@@ -63,8 +61,6 @@ def train(
         for name, weight in weights_of(engine).items():
             error = float((weight - whole[name]).abs().max())
             assert error <= 1e-6 * max(1.0, float(whole[name].abs().max())), (name, error)
-    finally:
-        close(engine)
 
 
 @pytest.mark.ranks(2, 3, 4, timeout=240)

@@ -26,6 +26,7 @@ from tests.integrations.engines import (
     engine_of,
     gradients_of,
     json_of,
+    opened,
     step,
     weights_of,
 )
@@ -109,8 +110,7 @@ def test_one_all_reduce_a_step_takes_the_place_of_deepspeeds(
 
     def reductions(stage: int, kind: str, options: dict[str, Any], how: str) -> list[str]:
         clipping = {"gradient_clipping": 0.0 if how == "ours" else 0.5}
-        engine = engine_of(json_of(stage, kind, **clipping, **options))
-        try:
+        with opened(json_of(stage, kind, **clipping, **options)) as engine:
             if how == "ours":
                 distclip.deepspeed.attach(engine, policies.global_norm(0.5))
             step(engine, 0)
@@ -118,8 +118,6 @@ def test_one_all_reduce_a_step_takes_the_place_of_deepspeeds(
             with watch() as seen:
                 engine.step()
             return [name for name in seen.collective_names if "reduce" in name]
-        finally:
-            close(engine)
 
     fp32_sums = {"data_types": {"grad_accum_dtype": "fp32"}}
     # Up to 0.18 other wrappers serve bf16: those of 0.18.0 keep everything on every rank.
@@ -149,8 +147,7 @@ def test_one_all_reduce_a_step_takes_the_place_of_deepspeeds(
 def test_remove_gives_deepspeed_its_clipping_back() -> None:
     for stage, kind in [(0, "fp32"), (1, "fp32"), (2, "bf16"), (3, "fp32"), (0, "bf16")]:
         document = json_of(stage, kind, gradient_clipping=0.25)
-        plain, ours = engine_of(document), engine_of(document)
-        try:
+        with opened(document) as plain, opened(document) as ours:
             outer = ours.optimizer
             names = set(outer.__dict__), set(ours.__dict__)
             handle = distclip.deepspeed.attach(ours, policies.value(1e-4))
@@ -169,17 +166,13 @@ def test_remove_gives_deepspeed_its_clipping_back() -> None:
             for p in ours.module.parameters():
                 assert zero.extent_of(p) is None
             distclip.deepspeed.attach(ours, policies.global_norm(0.5)).remove()
-        finally:
-            close(plain)
-            close(ours)
 
 
 @pytest.mark.ranks(2, timeout=120)
 def test_the_default_of_1_clips_no_second_time() -> None:
     """FIELD 15: DeepSpeed 0.19.3 and later clip to 1.0 where the JSON says nothing."""
     for stage in range(4):
-        engine = engine_of(json_of(stage))
-        try:
+        with opened(json_of(stage)) as engine:
             theirs = engine.gradient_clipping()
             assert theirs == (1.0 if NEW else 0.0)  # still_a_defect
             distclip.deepspeed.attach(engine, policies.global_norm(3.0))
@@ -190,16 +183,13 @@ def test_the_default_of_1_clips_no_second_time() -> None:
                 assert want.total_norm > 3.0  # so that a second clip to 1 would show
             for name, weight in weights_of(engine).items():
                 assert torch.allclose(weight.double(), reference.weights()[name], atol=1e-6)
-        finally:
-            close(engine)
 
 
 @pytest.mark.ranks(2, timeout=120)
 def test_the_norm_is_a_norm_or_what_it_is() -> None:
     """FIELD 16: `get_global_grad_norm()` of stage 0 in fp32 is None, and -1 stands for inf."""
     for stage in (0, 1, 3):
-        plain, ours = engine_of(json_of(stage)), engine_of(json_of(stage))
-        try:
+        with opened(json_of(stage)) as plain, opened(json_of(stage)) as ours:
             handle = distclip.deepspeed.attach(
                 ours, {"policy": GLOBAL, "on_nonfinite": "skip", "verify_replicas": "never"}
             )
@@ -213,9 +203,6 @@ def test_the_norm_is_a_norm_or_what_it_is() -> None:
                 ours.module.out.bias.data.fill_(float("inf"))
             step(ours, 1)
             assert not float(ours.get_global_grad_norm()) < float("inf")
-        finally:
-            close(plain)
-            close(ours)
 
 
 NORMS = ("scaled_global_norm", "_get_norm_groups", "get_grads_for_norm")
@@ -246,8 +233,7 @@ def test_deepspeeds_norms_outside_of_a_step() -> None:
     seen = set()
     for stage, kind in [(0, "bf16"), (1, "fp32"), (1, "bf16"), (2, "fp16"), (3, "fp32")]:
         document = json_of(stage, kind, gradient_clipping=0.05)
-        plain, ours = engine_of(document), engine_of(document)
-        try:
+        with opened(document) as plain, opened(document) as ours:
             distclip.deepspeed.attach(ours, policies.global_norm(0.05))
             for number in range(2):
                 for engine in (plain, ours):
@@ -262,9 +248,6 @@ def test_deepspeeds_norms_outside_of_a_step() -> None:
                 for engine in (plain, ours):
                     engine.step()
                 assert ours.was_step_applied()
-        finally:
-            close(plain)
-            close(ours)
     assert seen >= {"scaled_global_norm", "_get_norm_groups"}
 
 

@@ -25,6 +25,7 @@ from tests.integrations.engines import (
     close,
     engine_of,
     json_of,
+    opened,
     step,
     weights_of,
 )
@@ -86,8 +87,8 @@ CELLS = [
 def test_what_a_policy_skips_leaves_everything_alone() -> None:
     for number, (stage, kind, options) in enumerate(CELLS):
         for optimizer in ("sgd", "adam") if number in (0, 2) else ("adam",):
-            engine = with_schedule(engine_of(json_of(stage, kind, **options), optimizer))
-            try:
+            with opened(json_of(stage, kind, **options), optimizer) as engine:
+                with_schedule(engine)
                 distclip.deepspeed.attach(engine, SkipSecond())
                 step(engine, 0)
                 before, scale = state_of(engine), getattr(engine.optimizer, "loss_scale", 1.0)
@@ -104,8 +105,6 @@ def test_what_a_policy_skips_leaves_everything_alone() -> None:
                 assert engine.was_step_applied()
                 assert engine.skipped_steps == 1
                 assert engine.lr_scheduler.last_epoch == ticks + 1
-            finally:
-                close(engine)
 
 
 def poison(engine: Any, number: int, value: float) -> None:
@@ -131,10 +130,10 @@ def poison(engine: Any, number: int, value: float) -> None:
 def test_on_nonfinite() -> None:
     for stage, kind, options in CELLS:
         for mode in ("error", "skip", "zero", "pass"):
-            engine = with_schedule(engine_of(json_of(stage, kind, **options)))
-            # fp16, and bf16 at stage 0 and with fp32 sums in 0.18.0
-            dynamic = bool(getattr(engine.optimizer, "dynamic_loss_scale", False))
-            try:
+            with opened(json_of(stage, kind, **options)) as engine:
+                with_schedule(engine)
+                # fp16, and bf16 at stage 0 and with fp32 sums in 0.18.0
+                dynamic = bool(getattr(engine.optimizer, "dynamic_loss_scale", False))
                 if dynamic and mode != "error":  # the same under all of them
                     continue
                 where = (stage, kind, mode)
@@ -180,8 +179,6 @@ def test_on_nonfinite() -> None:
                 step(engine, 2)
                 assert engine.was_step_applied(), where
                 assert all(bool(t.isfinite().all()) for t in weights_of(engine).values()), where
-            finally:
-                close(engine)
 
 
 @pytest.mark.ranks(2, timeout=120)
@@ -209,8 +206,7 @@ def test_a_policy_that_reads_the_loss_is_told_it() -> None:
 def test_an_overflow_leaves_the_run_as_one_without_it() -> None:
     """fp16 whose scale starts too high: the first steps overflow, then both runs agree."""
     for stage in (1, 3):
-        engine = engine_of(json_of(stage, "fp16", fp16={"initial_scale_power": 32}))
-        try:
+        with opened(json_of(stage, "fp16", fp16={"initial_scale_power": 32})) as engine:
             handle = distclip.deepspeed.attach(engine, policies.global_norm(0.5))
             reference, taken, number = Reference(GLOBAL), 0, 0
             while taken < 4:
@@ -225,5 +221,3 @@ def test_an_overflow_leaves_the_run_as_one_without_it() -> None:
                     taken += 1
                 number += 1
             assert engine.skipped_steps == number - taken > 3
-        finally:
-            close(engine)
