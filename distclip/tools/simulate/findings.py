@@ -194,16 +194,15 @@ def _operations(ranks: Sequence[Rank]) -> Finding | None:
 
 def _missing_gradients(ranks: Sequence[Rank]) -> Finding | None:
     for number, steps in enumerate(_together(ranks)):
-        present: list[dict[str, bool]] = [{} for _ in steps]
-        for have, step in zip(present, steps, strict=True):
+        present: dict[str, dict[int, bool]] = {}
+        for rank, step in enumerate(steps):
             for box, sums in step.pieces.items():
                 if math.prod(box.extents):
-                    have[box.name] = have.get(box.name, False) or sums.gradient is not None
-        for name in dict.fromkeys(name for have in present for name in have):
-            holders = [rank for rank, have in enumerate(present) if name in have]
-            flags = [present[rank][name] for rank in holders]
-            if len(set(flags)) > 1:
-                lacking = [rank for rank, flag in zip(holders, flags, strict=True) if not flag]
+                    there = present.setdefault(box.name, {})
+                    there[rank] = there.get(rank, False) or sums.gradient is not None
+        for name, there in present.items():
+            lacking = [rank for rank, has in there.items() if not has]
+            if 0 < len(lacking) < len(there):
                 text = (
                     f"at step {number} {names(lacking)} has no gradient of {name!r}, which the "
                     f"others have: a branch that depends on the rank, or gradients that are not "

@@ -15,6 +15,7 @@ came before. Nothing here talks to other ranks: the journals are compared by who
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -117,10 +118,19 @@ class Recorder(Watcher):
     def _replace(self, owner: Any, name: str, function: Callable[..., Any]) -> None:
         self._undo.append(replace(owner, name, function))
 
-    def _depth(self, name: str, change: int = 0) -> int:
-        depth: int = getattr(self._within, name, 0) + change
-        setattr(self._within, name, depth)
+    def _depth(self, name: str) -> int:
+        depth: int = getattr(self._within, name, 0)
         return depth
+
+    @contextlib.contextmanager
+    def _inside(self, name: str) -> Iterator[bool]:
+        """Counts what this thread is within; gives whether it is the outermost."""
+        depth = self._depth(name)
+        setattr(self._within, name, depth + 1)
+        try:
+            yield depth == 0
+        finally:
+            setattr(self._within, name, depth)
 
     # ---- forward and backward ------------------------------------------------------------
 
@@ -129,8 +139,7 @@ class Recorder(Watcher):
             return original(module, *args, **kwargs)
         if self._depth("backward"):  # activation checkpointing runs it again
             return original(module, *args, **kwargs)
-        outermost = self._depth("call", 1) == 1
-        try:
+        with self._inside("call") as outermost:
             trained = outermost and any(p.requires_grad for p in module.parameters())
             if trained:
                 self._learn_names(module)
@@ -138,8 +147,6 @@ class Recorder(Watcher):
             if name := self._module_names.get(module):
                 self._called.append(name)
             output = original(module, *args, **kwargs)
-        finally:
-            self._depth("call", -1)
         if trained:
             self._tell_forward(args, kwargs)
         return output
@@ -172,12 +179,10 @@ class Recorder(Watcher):
     def _backward(self, original: Any, tensors: Any, *args: Any, **kwargs: Any) -> Any:
         listed = [tensors] if isinstance(tensors, Tensor) else list(tensors)
         loss = listed[0] if len(listed) == 1 and listed[0].numel() == 1 else None
-        if self._depth("backward", 1) == 1 and loss is not None:
-            self._tell_loss(float(loss.detach()), loss)
-        try:
+        with self._inside("backward") as outermost:
+            if outermost and loss is not None:
+                self._tell_loss(float(loss.detach()), loss)
             return original(tensors, *args, **kwargs)
-        finally:
-            self._depth("backward", -1)
 
     def _tell_loss(self, value: float, loss: Tensor) -> None:
         counts = sorted(operations(loss).items())
@@ -254,21 +259,15 @@ class Recorder(Watcher):
 
     def _engine_backward(self, original: Any, engine: Any, loss: Any, *args: Any, **kw: Any) -> Any:
         self._tell_loss(float(loss.detach()) / engine.gradient_accumulation_steps(), loss)
-        self._depth("backward", 1)
-        try:
+        with self._inside("backward"):
             return original(engine, loss, *args, **kw)
-        finally:
-            self._depth("backward", -1)
 
     def _engine_step(self, original: Any, engine: Any, *args: Any, **kwargs: Any) -> Any:
         if not engine.is_gradient_accumulation_boundary():
             return original(engine, *args, **kwargs)
         self._tell_step([], [])
-        self._depth("engine", 1)
-        try:
+        with self._inside("engine"):
             result = original(engine, *args, **kwargs)
-        finally:
-            self._depth("engine", -1)
         norm = engine.get_global_grad_norm()
         if norm is not None:
             self.journal.write("norm", step=self.step, norm=float(norm))
