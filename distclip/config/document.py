@@ -47,6 +47,7 @@ from distclip.config.problems import Path, Problems, key_text, said, shown
 from distclip.errors import ConfigurationError
 from distclip.options import LOOKS, OPTION_NAMES, Every, OnNonfinite, Options, VerifyReplicas
 from distclip.policies import Policy
+from distclip.policies.sound import likely_meant
 
 HYPERPARAMETER = "gradient_clip_norm"
 """The key of a hyperparameter file that is read as ``global_norm``."""
@@ -226,7 +227,7 @@ def _read(source: object, name: str) -> tuple[Mapping[Any, Any], str]:
     if not isinstance(source, (str, os.PathLike)):
         raise ConfigurationError(
             f"{name}: expected the path of a YAML or JSON file, or a mapping, got a "
-            f"{type(source).__name__}"
+            f"{type(source).__name__}{likely_meant(source)}"
         )
     return read_configuration(source), os.fspath(source)
 

@@ -56,10 +56,16 @@ class SideBySide(Composite):
 
     mapping: tuple[tuple[str, Policy | None], ...]
     default: Policy | None
+    example: ClassVar[str] = "*.bias"
     labels: ClassVar[Mapping[str, str]] = {}
     """Key -> what a report and a checkpoint call it, where that is not the key itself."""
 
     def __init__(self, mapping: Mapping[str, Policy | None], default: Policy | None = None) -> None:
+        if not isinstance(mapping, Mapping) or not all(isinstance(key, str) for key in mapping):
+            raise ConfigurationError(
+                f"{self.name}: expected a mapping of texts to policies, such as "
+                f"{{{self.example!r}: None}}, got {mapping!r}"
+            )
         for key, policy in mapping.items():
             if policy is not None:
                 check_sound(f"{self.name}[{key!r}]", policy)
@@ -139,9 +145,10 @@ class ByPart(SideBySide):
     """
 
     name: ClassVar[str] = "by_part"
+    example: ClassVar[str] = "kind=bias"
 
     def __init__(self, mapping: Mapping[str, Policy | None], default: Policy | None = None) -> None:
-        for key in mapping:
+        for key in mapping if isinstance(mapping, Mapping) else ():
             part(key)
         super().__init__(mapping, default)
 

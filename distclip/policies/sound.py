@@ -57,7 +57,7 @@ def check_sound(where: str, policy: object) -> None:
         model = hasattr(policy, "named_parameters")  # whose repr would be pages long
         raise ConfigurationError(
             f"{where} must be a policy such as policies.global_norm(1.0), got "
-            f"{type(policy).__name__ if model else repr(policy)}{_meant(policy)}"
+            f"{type(policy).__name__ if model else repr(policy)}{likely_meant(policy)}"
         )
     checks.name_of(policy)
     fields = getattr(policy, "__dataclass_fields__", {})
@@ -184,12 +184,17 @@ def _acts(action: Any, count: int) -> bool:
     )
 
 
-def _meant(given: object) -> str:
-    """What was probably meant by something that is no policy."""
+def likely_meant(given: object) -> str:
+    """What was probably meant by something that is no policy, or no configuration."""
+    if isinstance(given, Policy):
+        return "; a policy itself goes to GradClipper(model, policy)"
     if isinstance(given, type) and issubclass(given, Policy):
         return f"; make one of the class: {given.__name__}(...)"
     if hasattr(given, "named_parameters"):
-        return "; the model comes first, GradClipper(model, policy)"
+        return (
+            "; the model comes first in GradClipper(model, policy), and second in "
+            "from_config(configuration, model)"
+        )
     if isinstance(given, (Mapping, os.PathLike)) or str(given).endswith((".yaml", ".yml", ".json")):
         return "; a configuration goes to distclip.from_config(configuration, model)"
     near = difflib.get_close_matches(str(given), registered(), n=1)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from distclip import ConfigurationError, GradClipper, policies
+from distclip import ConfigurationError, GradClipper, from_config, policies
 from distclip.policies import Needs, Policy, Scale, Skip
 
 ONE = torch.ones((), dtype=torch.float64)
@@ -164,6 +164,27 @@ def test_what_a_policy_lacks_is_named_before_the_first_step(label: str) -> None:
         GradClipper(model(), make())
     with pytest.raises(ConfigurationError, match=message):  # within others too
         GradClipper(model(), policies.by_name({"*": policies.chain(make())}))
+
+
+@pytest.mark.parametrize("made_of", [policies.by_name, policies.by_part])
+@pytest.mark.parametrize("given", ["*.bias", policies.measure(), policies.AGC, {3: None}, None])
+def test_policies_side_by_side_are_a_mapping(made_of: Any, given: Any) -> None:
+    message = r"expected a mapping of texts .*bias': None|a part of a model is a text"
+    with pytest.raises(ConfigurationError, match=message):
+        made_of(given)
+
+
+@pytest.mark.parametrize(
+    ("given", "mend"),
+    [
+        (policies.AGC, r"make one of the class: AGC\(\.\.\.\)"),
+        (policies.measure(), r"a policy itself goes to GradClipper\(model, policy\)"),
+        (nn.Linear(2, 2), r"the model comes first .*from_config\(configuration, model\)"),
+    ],
+)
+def test_what_is_no_configuration_is_named(given: Any, mend: str) -> None:
+    with pytest.raises(ConfigurationError, match=mend):
+        from_config(given, nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize("member", ["needs", "per_parameter"])
