@@ -9,6 +9,7 @@ hold different parameters instead (pipeline stages), which are then all counted.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable
 from typing import Literal, TypeAlias
@@ -73,7 +74,7 @@ def clip_grad_norm_(
         UnsupportedGradientError: a sparse shard, or a ``Partial`` that cannot be reduced.
     """
     given = Given.listed(parameters)
-    policy = GlobalNorm(max_norm, norm_type)
+    policy = _global_norm(max_norm, norm_type)
     group = _pipeline(pipeline_group, process_group)
     if group is None:
         with on_parameters(given, policy) as session:
@@ -203,10 +204,9 @@ def clip_grads_with_norm_(
             session.clip("pass", None)  # looks at the gradients, and no more
             session.scale(coefficient)
         else:
-            each = coefficient.to(session.plan.device).expand(len(seen.numels))
-            tables = session.program.scratch.tables
+            coefficient = coefficient.to(session.plan.device)
             with torch.no_grad():
-                changing.scale_(seen.tensors, each, seen=seen, tables=tables)
+                changing.scale_all_(seen, coefficient, tables=session.program.scratch.tables)
     _note(given, "distclip.clip_grads_with_norm_")
 
 
@@ -310,6 +310,15 @@ def _pipeline(
         "differ (the process_group= of a GradClipper is the ranks that hold one model together)"
     )
     return process_group
+
+
+def _global_norm(max_norm: float, norm_type: float) -> GlobalNorm:
+    usual = type(max_norm) is float and type(norm_type) is float
+    return (_checked_before if usual else GlobalNorm)(max_norm, norm_type)
+
+
+_checked_before = functools.lru_cache(maxsize=64)(GlobalNorm)
+"""Every step has the same threshold, mostly."""
 
 
 def _mode(error_if_nonfinite: bool) -> str:

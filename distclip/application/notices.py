@@ -126,7 +126,7 @@ class Absence:
         self._sample = sample([tensor for _, tensor in named])
         self._looks = 3 if plan.device.type != "cpu" else -1
         """How often a host read may be spent on a rank without gradients; -1: it costs nothing."""
-        self._before = False
+        self.before = False
         """Whether the step before found none either."""
 
     def is_here(self) -> bool:
@@ -136,7 +136,7 @@ class Absence:
         if any(parameter.grad is not None for parameter in self._sample) or any(
             map(_has_gradient, self._plan.pieces)
         ):
-            self._before = False
+            self.before = False
             return False
         return True
 
@@ -151,8 +151,8 @@ class Absence:
         if self._plan.group is not None and norms.sum().item() != 0.0:
             return
         reason = self._reason()
-        if reason is None and not self._before:
-            self._before = True
+        if reason is None and not self.before:
+            self.before = True
             return
         self._looks = 0
         if speaks:

@@ -19,7 +19,6 @@ from distclip.kernels import changing
 from distclip.kernels.measuring import Look
 from distclip.kernels.transfer import to_device
 from distclip.layouts import sparse
-from distclip.statistics.survey import Local
 
 _shape = operator.attrgetter("shape")
 
@@ -117,14 +116,15 @@ class Acting:
                 factors = factors[self._rows(whole)]
                 changing.scale_(tensors, factors, seen=seen_whole, tables=tables, what="whole")
 
-    def on(self, local: Local, loss_scale: Tensor | None) -> None:
-        """Change the gradients that were measured."""
-        seen, tables = local.seen, self.program.scratch.tables
+    def on(
+        self, gradients: Sequence[Tensor | None], seen: Look | None, loss_scale: Tensor | None
+    ) -> None:
+        """Change the gradients that were measured, those of all pieces."""
         if seen is not None and self._is_uniform():
-            factors = self._common().expand(len(seen.numels))
-            changing.scale_(seen.tensors, factors, seen=seen, tables=tables)
+            changing.scale_all_(seen, self._common(), tables=self.program.scratch.tables)
         else:
-            self(local.pairs(), loss_scale, seen)
+            present = [(place, each) for place, each in enumerate(gradients) if each is not None]
+            self(present, loss_scale, seen)
 
     def _clamps(self) -> bool:
         """Whether the clamp at the head of the pass may change anything on this rank."""

@@ -25,7 +25,7 @@ from distclip.engine.opening import group_of, open_call
 from distclip.engine.passes import check_needed_weights
 from distclip.engine.session import Session
 from distclip.errors import DistclipError
-from distclip.kernels.look import PLAIN, look
+from distclip.kernels.look import PLAIN, Look, look
 from distclip.layouts import names as naming
 from distclip.layouts import tensors
 from distclip.layouts.detect import describe, describe_tensor, detect
@@ -144,7 +144,8 @@ def on_tensors(given: Sequence[Tensor], policy: Policy) -> Iterator[Session]:
         same = alike is not None and len(pieces) == len(given)
         kept = Kept(key, session, None if same else _NEVER)
     else:
-        kept.session.fetched = alike.fetched
+        seen = kept.session.program.scratch.known(alike.seen)
+        kept.session.fetched = Fetched(seen.tensors, seen)
     with kept as session:
         yield session
 
@@ -243,7 +244,7 @@ class _Alike(NamedTuple):
     """What tensors have in common with others for which the same session does."""
 
     key: Hashable
-    fetched: Fetched
+    seen: Look
 
 
 def _alike(given: Sequence[Tensor]) -> _Alike | None:
@@ -258,8 +259,8 @@ def _alike(given: Sequence[Tensor]) -> _Alike | None:
     seen = look(here)
     if seen is None:
         return None
-    key = (tuple(map(_shape, given)), tuple(seen.dtypes), specs, given[0].device)
-    return _Alike(key, Fetched(here, seen))
+    key = (tuple(map(_shape, given)), tuple(seen.kinds.dtypes), specs, given[0].device)
+    return _Alike(key, seen)
 
 
 def _fits(kept: Kept, parameters: Sequence[Tensor]) -> bool:

@@ -33,11 +33,6 @@ from distclip.policies.decide import actions_of, bound_of
 from distclip.statistics.packing import Measurement
 
 
-def _chosen(values: Tensor, where: Tensor | slice) -> Tensor:
-    """``values[where]``, where a slice means all of them."""
-    return values if isinstance(where, slice) else values[where]
-
-
 def _is_one(coefficients: Tensor) -> bool:
     if coefficients.dim() == 0:
         return coefficients.item() == 1.0
@@ -142,13 +137,23 @@ class Ledger:
 
     def _statistics(self, stage: Stage) -> Statistics:
         """The statistics that one stage is given."""
-        needs, where, norms = stage.policy.needs, self._where(stage.members), self.norms
+        needs, norms, weights = stage.needs, self.norms, self.measurement.weights
+        gradient_norms = {p: norms[p] for p in needs.gradient_norms}
+        as_measured, total = self.total is self.ones, None
+        weight_norms = {p: weights[p] for p in needs.weight_norms} if needs.weight_norms else {}
+        if len(stage.members) < len(self.program.parameters):
+            where = self._where(stage.members)
+            gradient_norms = {p: each[where] for p, each in gradient_norms.items()}
+            weight_norms = {p: each[where] for p, each in weight_norms.items()}
+        elif as_measured:
+            total = self.measurement.total
         return Statistics(
             self._infos(stage.members),
-            {p: _chosen(norms[p], where) for p in needs.gradient_norms},
-            {p: _chosen(self.measurement.weights[p], where) for p in needs.weight_norms},
-            in_range=self.total is self.ones and self.measurement.in_range,
+            gradient_norms,
+            weight_norms,
+            in_range=as_measured and self.measurement.in_range,
             loss=self.measurement.loss if needs.loss else None,
+            total=total,
         )
 
     def smallest(self) -> Tensor:

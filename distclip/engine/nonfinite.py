@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,15 +22,19 @@ def flags_of(measurement: Measurement, *, reads: bool) -> Tensor | None:
     Returns:
         None where none has, as far as that was read.
     """
-    if reads:  # norms are not negative: their sum is finite if all of them are
-        sums = [norms.sum() for norms in measurement.raw.values()]
-        if all(math.isfinite(total.item()) for total in sums):
-            return None
+    if reads and all(map(are_finite, measurement.raw.values())):
+        return None
     flags: Tensor | None = None
     for norms in measurement.raw.values():
         bad = ~torch.isfinite(norms)
         flags = bad if flags is None else flags | bad
     return flags
+
+
+def are_finite(norms: Tensor) -> bool:
+    """Whether all of some norms, which are not negative, are finite; reads the host."""
+    largest = np.maximum.reduce(norms.cpu().numpy(), initial=0.0)  # of which one is NaN: NaN
+    return math.isfinite(largest)
 
 
 def error_of(

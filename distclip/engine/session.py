@@ -26,6 +26,7 @@ from distclip.engine.losses import Losses
 from distclip.engine.opening import Opened, open_together
 from distclip.engine.passes import compile_passes, report_order
 from distclip.engine.program import Program, StageStates
+from distclip.engine.straight import is_straight, straight
 from distclip.engine.walk import Fold, Terms, walk
 from distclip.engine.walked import Walked
 from distclip.errors import ConfigurationError, DistclipError
@@ -184,17 +185,19 @@ class Session:
             later=later,
             fold=fold,
             harmless=late and not leaves_out,
-            fetched=self.fetched,
+            fetched=self._fetched(),
             go_on=_GO_ON if self._lasting else GO_ON_OF_CALLS,
             looks=self._looks,
         )
         self.fetched = None
-        wait = waiting.Wait(self.step, self._limit) if self._lasting else waiting.current()
+        waited = waiting.current()
+        if self._lasting:
+            waiting.wait_for(waiting.Wait(self.step, self._limit))
         with torch.no_grad():
             try:
-                with waiting.waiting_for(wait):
-                    walked = walk(self.program, self.states, terms)
+                walked = (straight if self._straight else walk)(self.program, self.states, terms)
             finally:
+                waiting.wait_for(waited)
                 if self.early is not None:
                     self.early.forget()
             self._clips += 1
@@ -207,6 +210,12 @@ class Session:
             self._last.remember()
         self.step, self._looks = self.step + 1, self.options.looks(self.step + 1)
         return walked
+
+    def _fetched(self) -> Fetched | None:
+        """The gradients, where they have been fetched already or are used as they are."""
+        if self.fetched is None and self._straight:
+            return self.program.scratch.fetch(self.plan)
+        return self.fetched
 
     def scale(self, coefficient: Tensor) -> None:
         """Multiply all gradients, which a :meth:`clip` has found sound, by one 0-dim number."""
@@ -361,7 +370,9 @@ class Session:
             for what, numbers in agreed(self.policy, parameters, parts).items():
                 self._agreement.note(what, numbers)
         shown = report_order(self.policy, parameters)
-        return Program(self.plan, parameters, passes, shown, self.early, parts)
+        program = Program(self.plan, parameters, passes, shown, self.early, parts)
+        self._straight = is_straight(program)
+        return program
 
     # ---- its memory -----------------------------------------------------------------------------
 

@@ -20,14 +20,11 @@ def usual_gradients(session: Session) -> Look | None:
     plan, scratch = session.plan, session.program.scratch
     if plan.group is not None and session.program.passes[0].survey.request.reduced:
         return None
-    fetched = session.fetched or plan.fetching()
+    fetched = session.fetched = session.fetched or scratch.fetch(plan)
     if fetched is None:
         return None
-    fetched = session.fetched = scratch.known(fetched)
-    if len(scratch.inspected) < len(plan.pieces):
-        here = (place for place, each in enumerate(fetched.gradients) if each is not None)
-        if not scratch.inspected.issuperset(here):
-            return None
+    if not scratch.has_inspected(fetched.gradients):
+        return None
     *_, seen = soundness.inspect(plan, fetched.gradients, fetched.seen, first=False)
     if seen is not None:
         scratch.learn(seen, len(plan.pieces))

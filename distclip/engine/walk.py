@@ -69,13 +69,19 @@ class Terms(NamedTuple):
 USUAL = Terms()
 
 
-def walk(program: Program, states: StageStates, terms: Terms = USUAL) -> Walked:
+def walk(
+    program: Program,
+    states: StageStates,
+    terms: Terms = USUAL,
+    measured: tuple[Local, Measurement] | None = None,
+) -> Walked:
     """Measure, decide and act once over all the gradients of a plan.
 
     Args:
         program: the compiled policy.
         states: state per stage path; left as it is, the new one is in the result.
         terms: what else is asked for.
+        measured: what the first pass finds, where it has been measured and reduced already.
 
     Raises:
         RankMismatchError: ranks differ in what is agreed; on every rank, before any changes.
@@ -87,7 +93,7 @@ def walk(program: Program, states: StageStates, terms: Terms = USUAL) -> Walked:
     walked = Walked(program, states)
     for one in program.passes:
         going = _Going(one, walked, terms)
-        going.measure()
+        going.measure(measured if going.first else None)
         going.check()
         going.decide(states)
         going.act()
@@ -143,21 +149,28 @@ class _Going:
             request = request.scaled(float(scale))  # a host sync, for this case only
         return self.one.survey.asking(request)
 
-    def measure(self) -> None:
-        """Measure and reduce; a second time where gradients had to be brought into place first."""
+    def measure(self, measured: tuple[Local, Measurement] | None) -> None:
+        """Measure and reduce; a second time where gradients had to be brought into place first.
+
+        Args:
+            measured: what the first time gave, where that has been done.
+        """
         plan, habits = self.program.plan, self.program.scratch.habits
         fetched = self.terms.fetched if self.first else None
-        if self.first and self.together and "misplaced" in habits:
+        if measured is None and self.first and self.together and "misplaced" in habits:
             # As at the steps before: then once is enough.
             if not align_together(plan, self.terms.trouble):
                 habits.discard("misplaced")
             fetched = None
         while True:
-            self.local = local = self._measured_here(fetched)
-            if self.comparing is not None:
-                troubled = local.trouble is not None
-                self.packed = self.comparing.pack(local.dense(plan), troubled)
-            self.measurement = reduce(self.survey, local, self.packed, self.stamp)
+            if measured is not None:
+                (self.local, self.measurement), measured = measured, None
+            else:
+                self.local = local = self._measured_here(fetched)
+                if self.comparing is not None:
+                    troubled = local.trouble is not None
+                    self.packed = self.comparing.pack(local.dense(plan), troubled)
+                self.measurement = reduce(self.survey, local, self.packed, self.stamp)
             if not self.together or not 0.0 < self.measurement.read_flags[0] < 1.0:
                 return
             align_together(plan)
@@ -263,7 +276,7 @@ class _Going:
         if terms.later and self.last:
             walked.apply = acting
         elif not acting.is_idle() and not (fold and fold(acting.factor())):
-            acting.on(local, terms.loss_scale)
+            acting.on(local.present, local.seen, terms.loss_scale)
 
 
 def _rehearse(program: Program, states: StageStates) -> None:

@@ -53,7 +53,7 @@ def scale_(
         tables: what is remembered of them from step to step.
         what: which of the sets of tensors in ``tables`` these are.
     """
-    if seen is not None and seen.on_host:
+    if seen is not None and seen.kinds.on_host:
         _scale_on_host(tensors, coefficients, seen, tables, what)
         return
     for device, numbers in _by_device(tensors).items():
@@ -62,6 +62,26 @@ def scale_(
             _scale_on_host(some, factors, None, tables, what)
         else:
             device_changes.scale_(some, factors.to(device))
+
+
+def scale_all_(
+    seen: Look, coefficient: Tensor, *, tables: PlanTables, what: str = "gradients"
+) -> None:
+    """:func:`scale_` of all tensors that a look has seen, by one number.
+
+    Args:
+        seen: the tensors.
+        coefficient: 0-dim float64.
+        tables: as there.
+        what: as there.
+    """
+    table = tables.of_all(what, seen.kinds)
+    if table is None:
+        factors = coefficient.expand(len(seen.tensors))
+        scale_(seen.tensors, factors, seen=seen, tables=tables, what=what)
+        return
+    host.scale_all_(table, seen.places.addresses, coefficient.item())
+    torch.autograd.graph.increment_version(seen.owners)
 
 
 def _by_device(tensors: Sequence[Tensor]) -> dict[torch.device, Sequence[int]]:
@@ -146,7 +166,7 @@ def scale_units_(
         seen: what a look at just these tensors has found.
     """
     left: Sequence[int] = range(len(tensors))
-    if all(map(_is_cpu, tensors)) if seen is None else seen.on_host:
+    if all(map(_is_cpu, tensors)) if seen is None else seen.kinds.on_host:
         chosen = choosing.choose(
             tensors,
             "scaled units",
@@ -197,9 +217,9 @@ def clamp_(
         seen: what a look at just these tensors has found.
         tables: what is remembered of them from step to step.
     """
-    if all(map(_is_cpu, tensors)) if seen is None else seen.on_host:
+    if all(map(_is_cpu, tensors)) if seen is None else seen.kinds.on_host:
         limits = bounds if isinstance(bounds, np.ndarray) else np.array(list(map(float, bounds)))
-        limits = all_held(limits, list(map(_dtype, tensors)) if seen is None else seen.dtypes)
+        limits = all_held(limits, list(map(_dtype, tensors)) if seen is None else seen.kinds.dtypes)
         chosen = choosing.choose(tensors, "gradients", tables=tables, seen=seen)
         for number in _left(chosen, len(tensors)):
             if math.isfinite(limits[number]):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from types import NoneType
 from typing import cast
@@ -16,11 +16,13 @@ from torch import Tensor, nn
 
 PLAIN = frozenset((Tensor, nn.Parameter))
 """Types whose elements lie where their address says."""
+PARTS_KEPT = 16
+"""Of how many parts of some tensors it is kept what they are, and where."""
 _dtype, _is_cpu = map(operator.attrgetter, ("dtype", "is_cpu"))
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Kinds:
     """What is to be known of tensors but where they lie: the same from step to step, mostly.
 
@@ -40,7 +42,7 @@ class Kinds:
             isinstance(other, Kinds)
             and self.dtypes == other.dtypes
             and self.on_host == other.on_host
-            and np.array_equal(self.numels, other.numels)
+            and self.numels.data == other.numels.data
         )
 
     __hash__ = None  # type: ignore[assignment]
@@ -58,6 +60,8 @@ class Kinds:
             known = Kinds(dtypes, numels, self.on_host)
             if positions == tuple(range(len(self.dtypes))):
                 known = self
+            if len(self._some) >= PARTS_KEPT:  # where other gradients are missing at every step
+                self._some.clear()
             self._some[positions] = known
         return known
 
@@ -68,49 +72,24 @@ class Kinds:
         return self.numels * np.array(widths, np.int64)
 
 
-@dataclass(frozen=True, eq=False)
-class Look:
-    """What is to be known of tensors without gaps, each at the same place in the lists.
+@dataclass(eq=False)
+class Places:
+    """What is to be known of tensors without gaps; the same where memory is used again.
 
     Attributes:
-        tensors: strided tensors, each of which fills a range of memory.
         kinds: what they are.
         addresses: int64, of the first element of each.
         row_major: whether all are contiguous; else some have their channels last.
-        whole: the look at the tensors that these are parts of, no two of which share an element;
-            None where they are tensors of their own.
     """
 
-    tensors: Sequence[Tensor]
     kinds: Kinds
     addresses: npt.NDArray[np.int64]
     row_major: bool
-    whole: Look | None = None
+    _some: dict[tuple[int, ...], Places] = field(default_factory=dict)
 
-    @property
-    def dtypes(self) -> list[torch.dtype]:
-        """The dtype of each tensor."""
-        return self.kinds.dtypes
-
-    @property
-    def numels(self) -> npt.NDArray[np.int64]:
-        """Int64, elements of each."""
-        return self.kinds.numels
-
-    @property
-    def on_host(self) -> bool:
-        """Whether all lie in host memory."""
-        return self.kinds.on_host
-
-    @property
-    def owners(self) -> Sequence[Tensor]:
-        """The tensors that these are parts of; else these."""
-        return self.tensors if self.whole is None else self.whole.tensors
-
-    def have_memory_of_their_own(self) -> bool:
+    @cached_property
+    def apart(self) -> bool:
         """Whether no two share an element, and only empty ones lie nowhere."""
-        if self.whole is not None:
-            return self.whole.have_memory_of_their_own()
         sizes = self.kinds.sizes
         order = self.addresses.argsort()
         starts, ends = self.addresses[order], sizes[order]
@@ -119,23 +98,65 @@ class Look:
         lost = bool(len(starts)) and starts[0] == 0 and bool(sizes[self.addresses == 0].any())
         return not lost and not bool((ends[:-1] > starts[1:]).any())
 
+    def at(self, positions: tuple[int, ...]) -> Places:
+        """Of some of the tensors; made once. Of all of them, this itself."""
+        known = self._some.get(positions)
+        if known is None:
+            known, kinds = self, self.kinds.at(positions)
+            if kinds is not self.kinds:
+                known = Places(kinds, self.addresses[list(positions)], self.row_major)
+            if len(self._some) >= PARTS_KEPT:
+                self._some.clear()
+            self._some[positions] = known
+        return known
+
+    def or_again(self, now: Places) -> Places:
+        """These of a later step, or as much of what was found before as is the same.
+
+        What was made for that need not be compared, or made, again.
+        """
+        if now.kinds != self.kinds:
+            return now
+        if now.row_major == self.row_major and now.addresses.data == self.addresses.data:
+            return self
+        return Places(self.kinds, now.addresses, now.row_major)
+
+
+@dataclass(eq=False)
+class Look:
+    """Tensors without gaps, and what is to be known of each, at the same place in the lists.
+
+    Attributes:
+        tensors: strided tensors, each of which fills a range of memory.
+        places: what they are, and where they lie.
+        whole: the look at the tensors that these are parts of, no two of which share an element;
+            None where they are tensors of their own.
+    """
+
+    tensors: Sequence[Tensor]
+    places: Places
+    whole: Look | None = None
+
+    @property
+    def kinds(self) -> Kinds:
+        """What the tensors are."""
+        return self.places.kinds
+
+    @property
+    def owners(self) -> Sequence[Tensor]:
+        """The tensors that these are parts of; else these."""
+        return self.tensors if self.whole is None else self.whole.tensors
+
+    def have_memory_of_their_own(self) -> bool:
+        """Whether no two share an element, and only empty ones lie nowhere."""
+        return (self if self.whole is None else self.whole).places.apart
+
     def at(self, positions: tuple[int, ...]) -> Look:
         """The look at some of the tensors."""
-        kinds = self.kinds.at(positions)
-        if kinds is self.kinds:
+        places = self.places.at(positions)
+        if places is self.places:
             return self
-        tensors = [self.tensors[each] for each in positions]
-        addresses = self.addresses[list(positions)]
-        return replace(self, tensors=tensors, kinds=kinds, addresses=addresses)
-
-    def known(self, kinds: Kinds | None) -> Look:
-        """This, with the very ``kinds`` of an earlier step where they are the same.
-
-        What was made for those need not be compared, or made, again.
-        """
-        if kinds is None or kinds is self.kinds or kinds != self.kinds:
-            return self
-        return Look(self.tensors, kinds, self.addresses, self.row_major, self.whole)
+        return Look([self.tensors[each] for each in positions], places, self.whole)
 
 
 def there(tensors: Sequence[Tensor | None]) -> Sequence[Tensor]:
@@ -145,13 +166,22 @@ def there(tensors: Sequence[Tensor | None]) -> Sequence[Tensor]:
     return [tensor for tensor in tensors if tensor is not None]
 
 
-def look(tensors: Sequence[Tensor]) -> Look | None:
+def positions_there(tensors: Sequence[Tensor | None]) -> list[int]:
+    """The positions of the tensors that are not None."""
+    return [position for position, tensor in enumerate(tensors) if tensor is not None]
+
+
+def look(tensors: Sequence[Tensor], before: Places | None = None) -> Look | None:
     """Look at tensors; at every step, so without a Python loop.
+
+    Args:
+        tensors: any.
+        before: what a look at an earlier step has found.
 
     Returns:
         None where one is of a type of its own, has gaps, or has no memory; or there are none.
     """
-    if not tensors or not set(map(type, tensors)) <= PLAIN:
+    if not tensors or not PLAIN.issuperset(map(type, tensors)):
         return None
     try:
         row_major = all(map(Tensor.is_contiguous, tensors))
@@ -162,7 +192,8 @@ def look(tensors: Sequence[Tensor]) -> Look | None:
         return None
     numels = np.fromiter(map(Tensor.numel, tensors), np.int64, len(tensors))
     kinds = Kinds(list(map(_dtype, tensors)), numels, all(map(_is_cpu, tensors)))
-    return Look(tensors, kinds, addresses, row_major)
+    places = Places(kinds, addresses, row_major)
+    return Look(tensors, places if before is None else before.or_again(places))
 
 
 def _is_dense(tensor: Tensor) -> bool:

@@ -89,6 +89,25 @@ def norms(
     return result
 
 
+def norms_again(seen: Look, norm_type: float, *, tables: PlanTables, what: str) -> Tensor | None:
+    """:func:`norms`, in the same bits, of host tensors that are what it measured last.
+
+    Args:
+        seen: the tensors, none of which is missing.
+        norm_type: as for :func:`norms`.
+        tables: as for :func:`norms`.
+        what: as for :func:`norms`.
+
+    Returns:
+        float64 ``(len(seen.tensors),)``; None where the tensors are others, or not all were
+        measured by the compiled loops.
+    """
+    table = tables.of_all(what, seen.kinds) if host.measures(norm_type) else None
+    if table is None or table.has_float64:
+        return None
+    return host.norms_of(table, seen.places.addresses, norm_type)
+
+
 def clamped_norms(
     tensors: Sequence[Tensor | None],
     norm_type: float,
@@ -308,8 +327,8 @@ def _units_of(counts: Sequence[int], positions: Sequence[int]) -> npt.NDArray[np
 
 def _held(tensors: Sequence[Tensor | None], bounds: Floats, seen: Look | None) -> Floats:
     """The bounds, each as its tensor's dtype holds it."""
-    if seen is not None and len(seen.dtypes) == len(tensors):
-        return all_held(bounds, seen.dtypes)
+    if seen is not None and len(seen.kinds.dtypes) == len(tensors):
+        return all_held(bounds, seen.kinds.dtypes)
     return all_held(bounds, [torch.float64 if t is None else t.dtype for t in tensors])
 
 

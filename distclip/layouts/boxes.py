@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeAlias, overload
 import numpy as np
 from torch import Tensor
 
-from distclip.kernels.look import Kinds, Look, look
+from distclip.kernels.look import Kinds, Look, Places, look
 
 
 class Cut(Protocol):
@@ -59,8 +59,8 @@ class Boxes:
         self._numels = np.array([cut.numel for cut in cuts], np.int64)
         self._row_major = all(cut.is_row_major() for cut in cuts)
         self._offset = self._first
-        self._known: tuple[Kinds, Kinds] | None = None
-        """Dtypes of the flat tensors, and of the boxes."""
+        self._known: tuple[Places, Places] | None = None
+        """Where the flat tensors, and the boxes in them, lay the last time."""
 
     def __call__(self) -> tuple[Sequence[Tensor | None], Look] | None:
         """The boxes' gradients, and a look at them; None where one of them is unusual."""
@@ -70,23 +70,31 @@ class Boxes:
     def _out_of(self, whole: Sequence[Any]) -> tuple[Sequence[Tensor | None], Look] | None:
         if set(map(type, whole)) != {Tensor}:
             return self._of_some(whole)
-        seen = look(whole)
-        if seen is None or not np.array_equal(seen.numels, self._expected):
+        known = None if self._known is None else self._known[0]
+        seen = look(whole, known)
+        if seen is None:
+            return None
+        new = known is None or known.kinds is not seen.kinds
+        if new and not np.array_equal(seen.kinds.numels, self._expected):
             return None
         views = _Views(whole, self._owner, self._cuts)
-        seen, kinds = self._kinds_of(seen)
-        at = seen.addresses[self._owner] + self._offset
-        return views, Look(views, kinds, at, seen.row_major and self._row_major, seen)
+        return views, Look(views, self._places_in(seen.places), seen)
 
-    def _kinds_of(self, seen: Look) -> tuple[Look, Kinds]:
-        """The look at the flat tensors, and what the boxes in them are."""
-        if self._known is None or self._known[0] != seen.kinds:
-            sizes = np.array([dtype.itemsize for dtype in seen.dtypes], np.int64)
-            self._offset = self._first * sizes[self._owner]
-            dtypes = [seen.dtypes[each] for each in self._owner.tolist()]
-            self._known = seen.kinds, Kinds(dtypes, self._numels, seen.on_host)
-        whole, kinds = self._known
-        return seen.known(whole), kinds
+    def _places_in(self, whole: Places) -> Places:
+        """Where the boxes lie, in flat tensors that lie there."""
+        known = self._known
+        if known is None or known[0] is not whole:
+            if known is None or known[0].kinds is not whole.kinds:
+                sizes = np.array([dtype.itemsize for dtype in whole.kinds.dtypes], np.int64)
+                self._offset = self._first * sizes[self._owner]
+                dtypes = [whole.kinds.dtypes[each] for each in self._owner.tolist()]
+                kinds = Kinds(dtypes, self._numels, whole.kinds.on_host)
+            else:
+                kinds = known[1].kinds
+            at = whole.addresses[self._owner] + self._offset
+            known = whole, Places(kinds, at, whole.row_major and self._row_major)
+            self._known = known
+        return known[1]
 
     def _of_some(self, whole: Sequence[Any]) -> tuple[Sequence[Tensor | None], Look] | None:
         """The boxes' gradients where some flat tensors have none."""

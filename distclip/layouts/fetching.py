@@ -14,7 +14,7 @@ from typing import NamedTuple, TypeAlias
 from torch import Tensor
 
 from distclip.errors import DistclipError
-from distclip.kernels.look import Look, look, there
+from distclip.kernels.look import Look, Places, look, there
 from distclip.layouts.detect import LAYOUTS
 from distclip.layouts.piece import ClaimedWeights, MisplacedError, Piece
 
@@ -38,16 +38,20 @@ class Fetching:
         claimed = {place for places, _ in self._ways for place in places}
         self._others = [place for place in range(len(pieces)) if place not in claimed]
 
-    def __call__(self) -> Fetched | None:
-        """All gradients; None where a piece has to be asked by itself."""
+    def __call__(self, before: Places | None = None) -> Fetched | None:
+        """All gradients; None where a piece has to be asked by itself.
+
+        Args:
+            before: what a look at those of an earlier step has found.
+        """
         if len(self._ways) == 1 and not self._others:
             found = self._ways[0][1]()
             if found is None:
                 return None
             gradients, seen = found
-            seen = look(there(gradients)) if seen is None else seen
+            seen = look(there(gradients), before) if seen is None else seen
             return None if seen is None else Fetched(gradients, seen)
-        return self._mixed() if self._ways else None
+        return self._mixed(before) if self._ways else None
 
     def weights(self) -> Sequence[Tensor] | None:
         """All local weights; None where one of them has to be asked for by itself."""
@@ -64,7 +68,7 @@ class Fetching:
         ways = [each.weights_at_once for each in LAYOUTS if each.weights_at_once is not None]
         return [claimed for way in ways if (claimed := way(self._pieces)) is not None]
 
-    def _mixed(self) -> Fetched | None:
+    def _mixed(self, before: Places | None) -> Fetched | None:
         gradients: list[Tensor | None] = [None] * len(self._pieces)
         for places, way in self._ways:
             found = way()
@@ -77,5 +81,5 @@ class Fetching:
                 gradients[place] = self._pieces[place].gradient()
         except (DistclipError, MisplacedError):
             return None
-        seen = look(there(gradients))
+        seen = look(there(gradients), before)
         return None if seen is None else Fetched(gradients, seen)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from distclip.errors import ProcessGroupError, RankMismatchError, UnsupportedGradientError
+from distclip.kernels.look import Places
 from distclip.layouts.differences import quoted_names, ranked, sides
 from distclip.layouts.fetching import Fetching
 from distclip.layouts.piece import Described, Entry, Hold, Piece
@@ -83,6 +84,11 @@ class Plan:
     def weights_at(self) -> npt.NDArray[np.int64]:
         """Where each piece's weights lay when gradient and weights were compared last; else -1."""
         return np.full(len(self.pieces), -1, np.int64)
+
+    @cached_property
+    def apart_from_weights(self) -> list[Places]:
+        """Where gradients lay that were not where ``weights_at`` says; none or one."""
+        return []
 
     @cached_property
     def rows(self) -> Tensor | None:

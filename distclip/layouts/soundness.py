@@ -48,7 +48,7 @@ def inspect(
     """
     if not first:
         seen = look(there(present)) if seen is None else seen
-        if seen is not None and _are_usual(seen) and not (changed and _are_weights(plan, seen)):
+        if seen is not None and are_usual(plan, seen, changed=changed):
             return present, None, seen
     looked: list[Tensor | None] = []
     trouble = None
@@ -65,13 +65,16 @@ def inspect(
     return looked, trouble or (_shared(plan, looked) if changed else None), None
 
 
-def _are_usual(seen: Look) -> bool:
+def are_usual(plan: Plan, seen: Look, *, changed: bool) -> bool:
+    """Whether nothing about gradients, of which some were looked at closely before, is unusual."""
     dtypes = seen.kinds.distinct
     if not dtypes <= REAL and (
         not dtypes <= REAL | COMPLEX or any(map(Tensor.is_conj, seen.owners))
     ):
         return False
-    return not any(map(Tensor.is_inference, seen.owners)) and seen.have_memory_of_their_own()
+    if any(map(Tensor.is_inference, seen.owners)) or not seen.have_memory_of_their_own():
+        return False
+    return not (changed and _are_weights(plan, seen))
 
 
 def _are_weights(plan: Plan, seen: Look) -> bool:
@@ -80,13 +83,14 @@ def _are_weights(plan: Plan, seen: Look) -> bool:
     Compared with where they were when they were looked at; where they are now is asked for those
     of which that is so.
     """
-    known = plan.weights_at
-    if len(known) != len(seen.addresses):
+    known, found, apart = plan.weights_at, seen.places.addresses, plan.apart_from_weights
+    if len(known) != len(found) or seen.places in apart:
         return False
-    for place in np.flatnonzero(known == seen.addresses).tolist():
+    for place in np.flatnonzero(known == found).tolist():
         known[place] = _address(weight_if_any(plan.pieces[place]))
-        if known[place] == seen.addresses[place]:
+        if known[place] == found[place]:
             return True
+    apart[:] = [seen.places]
     return False
 
 

@@ -7,12 +7,14 @@ import dataclasses
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 from distclip.errors import ConfigurationError
 from distclip.policies.parts import part
 from distclip.policies.protocol import (
     Action,
+    Needs,
     ParameterInfo,
     Policy,
     ScalingPolicy,
@@ -176,7 +178,7 @@ class _Undecided(ScalingPolicy):
         )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Stage:
     """One plain policy of a composition, and the parameters that it is responsible for.
 
@@ -187,6 +189,11 @@ class Stage:
     path: str
     policy: Policy
     members: tuple[int, ...]
+
+    @cached_property
+    def needs(self) -> Needs:
+        """Those of the policy, asked once."""
+        return self.policy.needs
 
 
 def stages(policy: Policy, parameters: Sequence[ParameterInfo]) -> tuple[Stage, ...]:

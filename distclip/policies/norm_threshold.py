@@ -27,6 +27,9 @@ def norm_coefficient(norms: Tensor, max_norm: float) -> Tensor:
     """
     if math.isinf(max_norm):
         return torch.ones_like(norms)
+    if norms.dim() == 0 and norms.is_cpu and norms.dtype is torch.float64:  # the same, sooner
+        coefficient = 1.0 / (norms.item() + TORCH_EPS) * max_norm
+        return torch.scalar_tensor(min(coefficient, 1.0), dtype=norms.dtype)
     return (norms + TORCH_EPS).reciprocal_().mul_(max_norm).clamp_(max=1.0)
 
 

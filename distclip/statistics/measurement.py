@@ -16,7 +16,7 @@ from distclip.common.exponents import COLUMNS
 from distclip.errors import DistclipError
 from distclip.kernels import measuring
 from distclip.kernels.exponents import Counting
-from distclip.kernels.look import Look
+from distclip.kernels.look import Look, positions_there
 from distclip.layouts import soundness, sparse
 from distclip.layouts.fetching import Fetched
 from distclip.layouts.piece import MisplacedError
@@ -48,8 +48,7 @@ def measure_locally(
     plan, request = survey.plan, survey.request
     local = Local()
     if fetched is None:
-        fetched = plan.fetching() or Fetched(_fetched(plan, local), None)
-    fetched = scratch.known(fetched)
+        fetched = scratch.fetch(plan) or Fetched(_fetched(plan, local), None)
     _inspect(survey, fetched, local, scratch)
     weights: OptionalTensors = ()
     if request.weight_orders or request.unit_dims:
@@ -66,6 +65,49 @@ def measure_locally(
     if request.weight_orders:
         _measure_weights(survey, weights, local, scratch)
     return local
+
+
+def measured_again(survey: Survey, scratch: Scratch, fetched: Fetched) -> Tensor | None:
+    """Norms of gradients that are what they were at the step before, float64 ``(pieces,)``.
+
+    Of a survey with an :attr:`~.Survey.only_norm`; None where something may be unusual. Issues no
+    collective.
+    """
+    (gradients, seen), order = fetched, survey.only_norm
+    if order is None or seen is None:
+        return None
+    if not scratch.has_inspected(gradients):
+        return None
+    if not soundness.are_usual(survey.plan, seen, changed=not scratch.only_measures):
+        return None
+    seen, places = _counted_in(survey, gradients, seen)
+    found = measuring.norms_again(seen, order, tables=scratch.tables, what=_named(survey))
+    if found is None or places is None:
+        return found
+    norms = torch.zeros(len(gradients), dtype=torch.float64)
+    return norms.index_copy_(0, torch.tensor(places, dtype=torch.long), found)
+
+
+def _counted_in(
+    survey: Survey, gradients: OptionalTensors, seen: Look
+) -> tuple[Look, Sequence[int] | None]:
+    """The look at those that are measured as a whole, and counted, of one at all.
+
+    And their places among all gradients; None where those are all.
+    """
+    here = positions_there(gradients) if len(seen.tensors) < len(gradients) else None
+    if survey.counted is None:
+        return seen, here
+    if here is None:
+        return seen.at(survey.counted), survey.counted
+    counted = set(survey.counted)
+    numbers = tuple(number for number, place in enumerate(here) if place in counted)
+    return seen.at(numbers), [here[number] for number in numbers]
+
+
+def _named(survey: Survey) -> str:
+    """Which of the sets of tensors in the tables those are that are measured as a whole."""
+    return "gradients" if survey.counted is None else "counted gradients"
 
 
 def _fetched(plan: Plan, local: Local) -> list[Tensor | None]:
@@ -86,21 +128,14 @@ def _fetched(plan: Plan, local: Local) -> list[Tensor | None]:
 def _inspect(survey: Survey, fetched: Fetched, local: Local, scratch: Scratch) -> None:
     """Note what of the fetched gradients is measured and acted on, and what is wrong."""
     gradients, seen = fetched
-    here: Sequence[int] = range(len(gradients))
-    if seen is None or len(seen.tensors) < len(gradients):
-        here = [place for place, gradient in enumerate(gradients) if gradient is not None]
-    known = len(scratch.inspected)
-    first = known < len(gradients) and not (
-        known >= len(here) and scratch.inspected.issuperset(here)
-    )
-    first = first or _have_other_units(survey, gradients)
+    first = not scratch.has_inspected(gradients) or _have_other_units(survey, gradients)
     local.present, trouble, local.seen = soundness.inspect(
         survey.plan, gradients, seen, first=first, changed=not scratch.only_measures
     )
     if local.seen is not None:
         scratch.learn(local.seen, len(gradients))
     if trouble is None and first:
-        scratch.inspected.update(here)
+        scratch.inspected.update(positions_there(gradients))
     local.trouble = local.trouble or trouble
     if local.present is not gradients:  # something unusual was found, or looked for
         local.sparse = any(each is not None and sparse.is_sparse(each) for each in gradients)
@@ -147,10 +182,7 @@ def _measure_norms(
 ) -> None:
     """Norms of whole gradients; where units are measured, from the norms of the units."""
     plan, request, table = survey.plan, survey.request, survey.table
-    counted = _counted(survey, local.present)
-    seen = local.seen
-    if counted is not local.present:
-        seen = table.seen_apart(local.seen) if plan.shares is None else None
+    counted, seen = _counted(survey, local.present, local.seen)
     bounds = survey.bounds
     if early is not None:
         counted, seen = early.rest(counted, range(len(counted))), None
@@ -165,7 +197,7 @@ def _measure_norms(
                 order,
                 device=plan.device,
                 tables=scratch.tables,
-                what="gradients",
+                what=_named(survey),
                 seen=seen,
                 counting=None if local.sparse else counting,
             )
@@ -200,7 +232,7 @@ def _as_clamped(
         device=plan.device,
         raw=order in request.raw_orders,
         tables=scratch.tables,
-        what="gradients",
+        what=_named(survey),
         seen=seen,
     )
     if raw is not None and order in request.raw_orders:
@@ -213,15 +245,18 @@ def _as_clamped(
     return norms
 
 
-def _counted(survey: Survey, present: OptionalTensors) -> OptionalTensors:
-    """The gradients that are measured as a whole and counted by this rank; None for all others."""
-    plan, request = survey.plan, survey.request
-    if not request.unit_dims and plan.shares is None:
-        return present
-    return [
-        None if piece.share == 0.0 or piece.index in request.unit_dims else gradient
-        for piece, gradient in zip(plan.pieces, present, strict=True)
-    ]
+def _counted(
+    survey: Survey, present: OptionalTensors, seen: Look | None
+) -> tuple[OptionalTensors, Look | None]:
+    """The gradients that are measured as a whole and counted by this rank; None for all others.
+
+    And what a look at those that are there has found, from that at all.
+    """
+    if survey.counted is None:
+        return present, seen
+    places = set(survey.counted)
+    counted = [each if place in places else None for place, each in enumerate(present)]
+    return counted, None if seen is None else _counted_in(survey, present, seen)[0]
 
 
 def _exponents(plan: Plan, local: Local, scratch: Scratch, counting: Counting) -> Tensor:

@@ -13,12 +13,12 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import cast
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from distclip.kernels.plain import is_wide
 from distclip.kernels.powers import scale_of
 from distclip.layouts.plan import Plan
 from distclip.statistics import collectives
@@ -27,7 +27,7 @@ from distclip.statistics.encoding import Encoding, is_far
 from distclip.statistics.survey import Local, Survey
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Measurement:
     """Whole-tensor statistics, bitwise the same on every rank.
 
@@ -48,6 +48,7 @@ class Measurement:
         in_range: whether powers of the norms stay in float64's range.
         loss: 0-dim, mean of the losses that ranks gave, NaN for none; None where not asked for.
         exponents: ``(parameters, columns)`` counts of elements; None where not asked for.
+        total: 0-dim, the joint norm of all where it is known and there are norms of one order.
     """
 
     raw: Mapping[float, Tensor]
@@ -64,6 +65,7 @@ class Measurement:
     in_range: bool
     loss: Tensor | None = None
     exponents: Tensor | None = None
+    total: Tensor | None = None
 
     @cached_property
     def read_flags(self) -> list[float]:
@@ -238,7 +240,7 @@ def reduce(
     """
     plan, request = survey.plan, survey.request
     group = plan.group if request.reduced else None
-    wide = _wide(plan.dtypes, (*request.unit_orders, *request.weight_orders))
+    wide = survey.wide
     packet = Packet(group, wide=wide)
     _add_norms(packet, survey, local)
     if group is not None:
@@ -254,7 +256,47 @@ def reduce(
     as_maxima = packet.only_maxima
     packet.add_flag("flags", _flags(plan, local, None if group is None else stamp, as_maxima))
     got = packet.exchange()
-    return _unpacked(survey, local, got, as_maxima=as_maxima, in_range=True not in wide.values())
+    return _unpacked(survey, local, got, as_maxima=as_maxima, in_range=survey.in_range)
+
+
+def norms_of_all(survey: Survey, norms: Tensor, stamp: Stamp | None) -> Measurement:
+    """:func:`reduce`, in the same bits and with the same collective, of norms and nothing else.
+
+    Args:
+        survey: with an :attr:`~.Survey.only_norm` whose powers travel by themselves.
+        norms: float64 ``(pieces,)``, 0 where not counted; found without trouble.
+        stamp: sent along where something is reduced.
+    """
+    plan, order = survey.plan, cast(float, survey.only_norm)
+    flags = plan.flag(False)
+    if plan.group is not None and survey.request.reduced:
+        encoding = Encoding(order, wide=False)
+        summands = encoding.encode(norms)
+        if plan.rows is not None:
+            empty = norms.new_zeros(len(plan.entries))
+            summands = empty.index_add_(0, plan.rows, summands)
+        if stamp is not None:
+            values = (0.0, *stamp.pair(maximum=False))
+            flags = torch.tensor(values, dtype=torch.float64)
+        joined = collectives.all_reduce_sum(torch.cat([summands, flags]), plan.group)
+        count = len(plan.entries)
+        norms, flags = encoding.decode(joined[:count]), joined[count:]
+    by_order: Mapping[float, Tensor] = {order: norms}
+    nothing: Mapping[float, Tensor] = {}
+    return Measurement(
+        raw=by_order,
+        clamped=by_order,
+        norms=by_order,
+        weights=nothing,
+        units=nothing,
+        unit_weights=nothing,
+        clipped=None,
+        smallest=None,
+        flags=flags,
+        as_maxima=False,
+        passengers=None,
+        in_range=survey.in_range,
+    )
 
 
 def _kinds(local: Local) -> tuple[tuple[str, Mapping[float, Tensor]], ...]:
@@ -331,13 +373,6 @@ def _float64(device: torch.device, values: tuple[float, ...]) -> Tensor:
 
 
 _constant = functools.lru_cache(maxsize=8)(_float64)
-
-
-@functools.lru_cache(maxsize=64)
-def _wide(dtypes: frozenset[str], orders: tuple[float, ...]) -> Mapping[float, bool]:
-    """Per order, whether p-th powers of values of these dtypes can leave float64."""
-    kinds = [getattr(torch, dtype) for dtype in dtypes]
-    return {order: any(is_wide(kind, order) for kind in kinds) for order in orders}
 
 
 def _own_slot(value: Tensor, group: ProcessGroup) -> Tensor:

@@ -8,7 +8,7 @@ from typing import cast
 
 from torch import Tensor
 
-from distclip.kernels.look import Kinds, Look, look
+from distclip.kernels.look import Kinds, Look, Places, look, positions_there
 from distclip.kernels.measuring import PlanTables
 from distclip.layouts.fetching import Fetched
 from distclip.layouts.plan import Plan
@@ -32,8 +32,14 @@ class Scratch:
     inspected: set[int] = field(default_factory=set)
     only_measures: bool = False
     kinds: Kinds | None = None
-    _last: Kinds | None = None
-    _last_weights: Kinds | None = None
+    _last: Places | None = None
+    _last_weights: Places | None = None
+
+    def has_inspected(self, gradients: Sequence[Tensor | None]) -> bool:
+        """Whether all of the gradients of a plan that are there have been looked at before."""
+        if len(self.inspected) == len(gradients):
+            return True
+        return self.inspected.issuperset(positions_there(gradients))
 
     def learn(self, seen: Look, pieces: int) -> None:
         """Remember of what kinds the gradients are, if each of so many pieces has one."""
@@ -42,22 +48,26 @@ class Scratch:
 
     def find(self, plan: Plan) -> Fetched | None:
         """The gradients, where every piece has one and each is of the kind that it was before."""
-        found = None if self.kinds is None else plan.fetching()
-        found = None if found is None else self.known(found)
+        found = None if self.kinds is None else self.fetch(plan)
         seen = None if found is None else found.seen
         return found if seen is not None and seen.kinds == self.kinds else None
 
-    def known(self, fetched: Fetched) -> Fetched:
-        """The gradients, with what was made of their kinds at the step before."""
-        if fetched.seen is None:
-            return fetched
-        seen = fetched.seen.known(self._last)
-        self._last = seen.kinds
-        return Fetched(fetched.gradients, seen)
+    def fetch(self, plan: Plan) -> Fetched | None:
+        """The gradients, as of :class:`~distclip.layouts.fetching.Fetching`, by the step before."""
+        found = plan.fetching(self._last)
+        if found is not None and found.seen is not None:
+            self._last = found.seen.places
+        return found
+
+    def known(self, found: Look) -> Look:
+        """A look at the gradients, with what was made at the step before of what is the same."""
+        places = found.places if self._last is None else self._last.or_again(found.places)
+        self._last = places
+        return Look(found.tensors, places, found.whole)
 
     def known_weights(self, weights: Sequence[Tensor | None]) -> Look | None:
         """A look at weights, with what was made of their kinds at the step before."""
-        seen = look(cast("Sequence[Tensor]", weights))  # which looks for missing ones
-        seen = None if seen is None else seen.known(self._last_weights)
-        self._last_weights = None if seen is None else seen.kinds
+        # Which looks for missing ones, too.
+        seen = look(cast("Sequence[Tensor]", weights), self._last_weights)
+        self._last_weights = None if seen is None else seen.places
         return seen

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from distclip.errors import DistclipError
 from distclip.kernels.look import Look
+from distclip.kernels.plain import is_wide
 from distclip.layouts import sparse
 from distclip.layouts.plan import Plan
 from distclip.statistics.request import Request
@@ -44,6 +45,34 @@ class Survey:
     def asking(self, request: Request) -> Survey:
         """The survey of a step that measures more, or with other bounds."""
         return self if request is self.request else replace(self, request=request)
+
+    @cached_property
+    def only_norm(self) -> float | None:
+        """p, where p-norms of whole gradients are all that is measured, and on the host."""
+        request, plan = self.request, self.plan
+        more = request.unit_dims or request.bounds or request.weight_orders or request.exponents
+        if more or len(request.orders) != 1:
+            return None
+        return request.orders[0] if plan.device.type == "cpu" else None
+
+    @cached_property
+    def counted(self) -> tuple[int, ...] | None:
+        """Positions of the pieces that are measured as a whole, and counted here; None for all."""
+        divided, pieces = self.request.unit_dims, self.plan.pieces
+        found = [p for p, each in enumerate(pieces) if each.share and each.index not in divided]
+        return None if len(found) == len(pieces) else tuple(found)
+
+    @cached_property
+    def wide(self) -> Mapping[float, bool]:
+        """Per order, whether p-th powers of norms of these dtypes can leave float64."""
+        request, kinds = self.request, [getattr(torch, dtype) for dtype in self.plan.dtypes]
+        orders = (*request.unit_orders, *request.weight_orders)
+        return {order: any(is_wide(kind, order) for kind in kinds) for order in orders}
+
+    @cached_property
+    def in_range(self) -> bool:
+        """Whether powers of the norms stay in float64's range."""
+        return True not in self.wide.values()
 
     @cached_property
     def bounds(self) -> npt.NDArray[np.float64] | None:

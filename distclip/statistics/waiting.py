@@ -79,15 +79,11 @@ with contextlib.suppress(ConfigurationError):  # a clipper will say so
     _current = Wait(limit=limit_from_environment())
 
 
-@contextlib.contextmanager
-def waiting_for(wait: Wait) -> Iterator[None]:
-    """Collectives within the block belong to this :class:`Wait`."""
+def wait_for(wait: Wait) -> Wait:
+    """From now on collectives belong to this :class:`Wait`; returns what they belonged to."""
     global _current
     before, _current = _current, wait
-    try:
-        yield
-    finally:
-        _current = before
+    return before
 
 
 def current() -> Wait:
@@ -315,5 +311,5 @@ def give_up(error: CollectiveError) -> None:
 _watchdog = _Watchdog()
 
 __all__: Sequence[str] = [
-    "ENVIRONMENT", "Wait", "finish", "has_limit", "limit_from_environment", "named", "waiting_for",
+    "ENVIRONMENT", "Wait", "finish", "has_limit", "limit_from_environment", "named", "wait_for",
 ]  # fmt: skip

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import distclip
-from distclip.engine import session
+from distclip.engine import session, straight
 from distclip.errors import UnsupportedGradientError
 from distclip.kernels.host import compiler
 from distclip.layouts import plan
@@ -48,7 +48,8 @@ def walks_of(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         taken.append("walk")
         return walk(*args, **more)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(session, "walk", counting)
+    for module in (session, straight):
+        monkeypatch.setattr(module, "walk", counting)
     return taken
 
 

@@ -13,7 +13,7 @@ from distclip import GradClipper, policies
 from distclip.common.exponents import of_row
 from distclip.kernels import exponents, measuring
 from distclip.kernels.exponents import Counting
-from distclip.kernels.host import blocks, choosing, compiler, kernels
+from distclip.kernels.host import blocks, compiler, kernels
 from distclip.statistics.measurement import measure_locally
 from distclip.statistics.request import Request
 from distclip.statistics.scratch import Scratch
@@ -116,9 +116,9 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     found: list[tuple[str, int]] = []
     run = kernels._run
 
-    def watched(name: str, chosen: choosing.Chosen, *arguments: Any) -> None:
-        found.append((name, chosen.table.elements))
-        run(name, chosen, *arguments)
+    def watched(name: str, table: blocks.Blocks, *arguments: Any) -> None:
+        found.append((name, table.elements))
+        run(name, table, *arguments)
 
     monkeypatch.setattr(kernels, "_run", watched)
     return found

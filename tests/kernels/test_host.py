@@ -220,7 +220,7 @@ def test_small_tensors_are_not_shared_out_between_threads(
     for count, numel, threads in ((288, 4096, 1), (2000, 1024, 1), (144, 262_144, 7), (20, 0, 1)):
         table = blocks.table_of_contiguous([blocks.Kind.FLOAT32] * count, [numel] * count)
         shares.clear()
-        host_threads.run_blocks(loop, table, table.blocks, 0)
+        host_threads.run_blocks(loop, table, 0)
         assert len(shares) == threads
         assert min(shares)[0] == 0
         assert max(shares)[1] == count

@@ -1,6 +1,7 @@
 """All gradients at once are the gradients that the pieces give one by one; or nothing."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
-from distclip.kernels.look import Kinds, look, there
+from distclip.kernels.look import Kinds, Places, look, there
 from distclip.layouts import zero
 from distclip.layouts.detect import describe
 from distclip.layouts.names import named_parameters
@@ -40,7 +41,7 @@ def compare(plan: Plan) -> int:
     seen, described = found.seen, look(there(alone))
     assert seen is not None
     assert described is not None
-    assert seen.addresses.tolist() == described.addresses.tolist()
+    assert seen.places.addresses.tolist() == described.places.addresses.tolist()
     assert seen.kinds == described.kinds
     assert all(map(torch.equal, seen.tensors, described.tensors))
     return len(seen.tensors)
@@ -57,19 +58,47 @@ def test_plain_parameters_some_without_gradient_some_with_channels_last() -> Non
     assert compare(plan) == 5
 
 
-def test_kinds_of_the_step_before_are_taken_over_where_they_are_the_same() -> None:
-    tensors = [torch.ones(3), torch.ones(2, 2).half()]
-    first, again, other = look(tensors), look(tensors), look([*tensors[:1], torch.ones(2, 2)])
-    assert first is not None
-    assert again is not None
-    assert other is not None
-    assert first.kinds.sizes.tolist() == [12, 8]
-    assert again.known(first.kinds).kinds is first.kinds
-    assert again.known(None).kinds is again.kinds
-    assert other.known(first.kinds).kinds is other.kinds
-    assert other.kinds.sizes.tolist() == [12, 16]
-    assert other.kinds.distinct == {torch.float32}
-    assert first.at((1,)).kinds == Kinds([torch.float16], np.array([4]), True)
+def seen(tensors: Sequence[torch.Tensor], before: Places | None = None) -> Places:
+    """What a look at tensors finds."""
+    found = look(tensors, before)
+    assert found is not None
+    return found.places
+
+
+def test_what_an_earlier_step_found_is_taken_over_where_it_is_the_same() -> None:
+    tensors = [torch.ones(3), torch.ones(2, 3, 2, 2).half()]
+    first = seen(tensors)
+    assert seen(tensors, first) is first
+    moved = seen([each.clone() for each in tensors], first)
+    assert moved is not first
+    assert moved.kinds is first.kinds
+    assert moved.addresses.tolist() != first.addresses.tolist()
+    lasts = tensors[1].as_strided(tensors[1].shape, (12, 1, 6, 3))  # in the same memory
+    assert seen([tensors[0], lasts], first).kinds is first.kinds
+    assert not seen([tensors[0], lasts], first).row_major
+    for others in (
+        [tensors[0], tensors[1].view(torch.bfloat16)],
+        [tensors[0][:2], tensors[1]],
+        tensors[:1],
+        [*tensors, torch.ones(2)],
+        tensors[::-1],
+    ):
+        found = seen(others, first)
+        assert found.kinds is not first.kinds
+        assert found.kinds == seen(others).kinds
+        assert found.kinds.sizes.tolist() == [each.nbytes for each in others]
+    assert first.at((1,)) is first.at((1,))
+    assert first.at((1,)).kinds == Kinds([torch.float16], np.array([24]), True)
+    assert first.at((0, 1)) is first
+
+
+def test_memory_that_comes_to_be_shared_is_seen_whatever_was_found_before() -> None:
+    room = torch.zeros(8)
+    apart, shared = [room[:3], room[3:6]], [room[:3], room[2:5]]
+    first = seen(apart)
+    assert first.apart
+    assert not seen(shared, first).apart
+    assert seen(apart, seen(shared)).apart
 
 
 def test_a_main_gradient_stands_for_one_that_is_missing() -> None:
@@ -197,7 +226,7 @@ def test_a_gradient_that_has_kept_its_shape_is_its_box() -> None:
     found = plan.fetching()
     assert found is not None
     assert found.seen is not None
-    assert not found.seen.row_major  # so that rows are not looked for where they are not
+    assert not found.seen.places.row_major  # so that rows are not looked for where they are not
 
 
 def test_what_is_odd_in_a_stretch_is_left_to_the_pieces() -> None:

@@ -152,9 +152,10 @@ def test_a_device_that_does_not_come_back(monkeypatch: pytest.MonkeyPatch) -> No
         for each in (True, False)
     )
     group: Any = None
-    with waiting.waiting_for(Wait(7, 1.2)):
-        for work in (done, stuck):
-            waiting.finish(work, group, on_host=False)  # type: ignore[arg-type]
+    before = waiting.wait_for(Wait(7, 1.2))
+    for work in (done, stuck):
+        waiting.finish(work, group, on_host=False)  # type: ignore[arg-type]
+    assert waiting.wait_for(before) == Wait(7, 1.2)
     deadline = time.monotonic() + 10
     while not ended and time.monotonic() < deadline:
         time.sleep(0.05)

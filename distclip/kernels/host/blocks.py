@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -95,14 +96,22 @@ class Blocks:
     has_float64: bool
     _shares: dict[int, list[int]] = field(default_factory=dict)
     _parts: dict[tuple[int, int], Blocks] = field(default_factory=dict)
+    _placed: list[Integers] = field(default_factory=list)
 
-    def placed(self, addresses: Integers) -> Integers:
-        """The blocks, with the addresses that the tensors have now."""
+    def place(self, addresses: Integers) -> None:
+        """Enter the addresses that the tensors have now; an array that is never changed."""
+        if self._placed and self._placed[0] is addresses:
+            return
         if self.simple:
             self.blocks[:, Column.ADDRESS] = addresses
         else:
             self.blocks[:, Column.ADDRESS] = addresses[self.owner] + self.offset
-        return self.blocks
+        self._placed[:] = [addresses]
+
+    @cached_property
+    def address(self) -> int:
+        """Of the blocks."""
+        return int(self.blocks.ctypes.data)
 
     def within(self, firsts: Integers, rows: int) -> Blocks:
         """This table with each tensor's rows numbered from ``firsts`` on, among ``rows``."""
@@ -110,7 +119,8 @@ class Blocks:
             return self
         blocks = self.blocks.copy()
         blocks[:, Column.INDEX] += (firsts - self.firsts)[self.owner]
-        return replace(self, blocks=blocks, firsts=firsts, rows=rows, _shares={}, _parts={})
+        made = replace(self, blocks=blocks, firsts=firsts, rows=rows)
+        return replace(made, _shares={}, _parts={}, _placed=[])
 
     def part(self, numbers: slice) -> Blocks:
         """The table of some of the tensors, one after another, whose rows are numbered from 0."""
@@ -239,6 +249,7 @@ def table_of_segments(lengths: Sequence[int]) -> Blocks:
         owner=np.zeros_like(table.owner),
         offset=starts[table.owner] + table.offset,
         simple=False,
+        _placed=[],
     )
 
 

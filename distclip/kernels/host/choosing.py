@@ -24,7 +24,7 @@ from distclip.kernels.host.blocks import (
     table_of,
     table_of_contiguous,
 )
-from distclip.kernels.look import PLAIN, Look, look, there
+from distclip.kernels.look import PLAIN, Kinds, Look, look, positions_there, there
 
 Made = TypeVar("Made")
 Each = TypeVar("Each")
@@ -70,6 +70,15 @@ class PlanTables:
         elif known[0] is not key:  # most of its parts will be the very objects, the next time
             known = self._known[what] = key, known[1]
         return cast(Made, known[1])
+
+    def of_all(self, what: str, kinds: Kinds) -> Blocks | None:
+        """The table that :func:`choose` made last for ``what``, if it took all, of these kinds.
+
+        Of these very kinds: a comparison of what they are would cost time.
+        """
+        key, table = self._known.get(what, (None, None))
+        same = type(key) is tuple and key[0] is kinds and key[1] is None
+        return cast(Blocks, table) if same else None
 
 
 def choose(
@@ -186,26 +195,26 @@ def _chosen(
     """All of the tensors that are there; none has gaps."""
     positions: Sequence[int] | None = None
     if len(seen.tensors) < len(tensors):
-        positions = [number for number, each in enumerate(tensors) if each is not None]
+        positions = positions_there(tensors)
 
     def make() -> Blocks:
-        kinds = [KIND_OF[dtype] for dtype in seen.dtypes]
+        kinds = [KIND_OF[dtype] for dtype in seen.kinds.dtypes]
         if counts is None:
-            return table_of_contiguous(kinds, seen.numels)
-        table = table_of_contiguous(kinds, seen.numels, _at(counts, positions))
+            return table_of_contiguous(kinds, seen.kinds.numels)
+        table = table_of_contiguous(kinds, seen.kinds.numels, _at(counts, positions))
         return table.within(_starts(counts, positions), sum(counts))
 
-    key = seen.kinds, counts, positions
+    key = seen.kinds, counts, None if counts is None else positions
     table = tables.remembered(what, key, make)
-    return Chosen(seen.tensors, positions, table, seen.addresses, seen.owners)
+    return Chosen(seen.tensors, positions, table, seen.places.addresses, seen.owners)
 
 
 def _takes(seen: Look, kinds: frozenset[Kind], unit_dims: Sequence[Sequence[int]] | None) -> bool:
     """Whether the loops take all of them, their units as rows one after another in memory."""
     return (
-        seen.on_host
+        seen.kinds.on_host
         and all(KIND_OF.get(each) in kinds for each in seen.kinds.distinct)
-        and (unit_dims is None or (seen.row_major and _are_first(unit_dims)))
+        and (unit_dims is None or (seen.places.row_major and _are_first(unit_dims)))
     )
 
 

@@ -53,6 +53,16 @@ def norms(
     return _rooted(sums, norm_type, chosen)
 
 
+def norms_of(table: Blocks, addresses: Integers, norm_type: float) -> Tensor:
+    """The p-norm of each tensor of a table without float64 numbers; float64 ``(tensors,)``."""
+    rows, roots = torch.zeros(table.rows, dtype=torch.float64), norm_type == 2.0 and table.simple
+    _run("roots" if roots else LOOPS[norm_type], table, addresses, rows.data_ptr())
+    if table.simple:
+        return rows
+    norms = torch.from_numpy(_of_wholes(rows.numpy(), table, norm_type))
+    return norms.sqrt_() if norm_type == 2.0 else norms
+
+
 def clamped_norms(
     chosen: Chosen, norm_type: float, bounds: Floats
 ) -> list[tuple[Floats, list[int]]]:
@@ -138,9 +148,9 @@ def _measured(chosen: Chosen, norm_type: float, records: Floats | None) -> Float
 def _run_measure(loop: str, chosen: Chosen, records: Floats | None) -> Floats:
     rows = np.zeros(chosen.table.rows)
     if records is None:
-        _run(loop, chosen, rows)
+        _run_on(chosen, loop, rows)
     else:
-        _run(loop + COUNTED, chosen, np.array([rows.ctypes.data, records.ctypes.data]))
+        _run_on(chosen, loop + COUNTED, np.array([rows.ctypes.data, records.ctypes.data]))
     return rows
 
 
@@ -150,16 +160,20 @@ def _measured_clamped(chosen: Chosen, norm_type: float, bounds: Floats) -> tuple
         raw = _measured(chosen, norm_type, None)
         return np.minimum(raw, bounds), raw
     clamped, raw = bounds.copy(), np.zeros_like(bounds)
-    _run(LOOPS[norm_type] + CLAMPED, chosen, np.array([clamped.ctypes.data, raw.ctypes.data]))
+    _run_on(chosen, LOOPS[norm_type] + CLAMPED, np.array([clamped.ctypes.data, raw.ctypes.data]))
     return clamped, raw
 
 
-def _run(name: str, chosen: Chosen, rows: Floats | Integers) -> None:
+def _run(name: str, table: Blocks, addresses: Integers, values: int) -> None:
     loop = compiler.function(name)
     if loop is None:  # `choose` chose nothing then
         raise AssertionError(f"there is no compiled loop {name!r}")
-    table = chosen.table
-    threads.run_blocks(loop, table, table.placed(chosen.addresses), rows.ctypes.data)
+    table.place(addresses)
+    threads.run_blocks(loop, table, values)
+
+
+def _run_on(chosen: Chosen, name: str, rows: Floats | Integers) -> None:
+    _run(name, chosen.table, chosen.addresses, rows.ctypes.data)
 
 
 def _rooted(
@@ -199,7 +213,13 @@ def scale_(chosen: Chosen, coefficients: Floats) -> None:
         chosen: what is multiplied.
         coefficients: float64 ``(rows,)``. Rows whose coefficient is 1 are not touched.
     """
-    _run("scale", chosen, np.ascontiguousarray(coefficients))
+    _run_on(chosen, "scale", np.ascontiguousarray(coefficients))
+
+
+def scale_all_(table: Blocks, addresses: Integers, coefficient: float) -> None:
+    """Multiply all tensors of a table by one number."""
+    rows = torch.full((table.rows,), coefficient, dtype=torch.float64)
+    _run("scale", table, addresses, rows.data_ptr())
 
 
 def scale_whole_(chosen: Chosen, coefficients: Floats) -> None:
@@ -212,4 +232,4 @@ def clamp_(chosen: Chosen, bounds: Floats) -> None:
 
     NaN stays NaN. Tensors whose bound is inf are not touched.
     """
-    _run("clamp", chosen, np.ascontiguousarray(_each_row(chosen.table, bounds)))
+    _run_on(chosen, "clamp", np.ascontiguousarray(_each_row(chosen.table, bounds)))

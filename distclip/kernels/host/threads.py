@@ -13,24 +13,21 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from distclip.kernels.host.blocks import Blocks, Integers
+from distclip.kernels.host.blocks import Blocks
 
 WORTHWHILE = 1 << 21
 """Elements per thread below which another thread costs more than it brings: 0.1 ms to wake one."""
 
 
-def run_blocks(
-    loop: Callable[[int, int, int, int], None], table: Blocks, blocks: Integers, values: int
-) -> None:
+def run_blocks(loop: Callable[[int, int, int, int], None], table: Blocks, values: int) -> None:
     """Run ``loop`` over all blocks, on as many threads as pay.
 
     Args:
         loop: a compiled function.
-        table: of the blocks.
-        blocks: with their addresses.
+        table: of the blocks, with their addresses.
         values: address of the rows' numbers.
     """
-    address, count = blocks.ctypes.data, len(blocks)
+    address, count = table.address, len(table.blocks)
     threads = min(torch.get_num_threads(), table.elements // WORTHWHILE, count)
     if threads <= 1:
         loop(address, 0, count, values)

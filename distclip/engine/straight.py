@@ -1,0 +1,85 @@
+"""The straight way of a step that is like the one before it.
+
+:func:`~distclip.engine.walk.walk` asks at every step what may be different in it. Most steps are
+alike: one pass, norms of whole gradients on the host, all of them there and of the kinds that they
+were. Of those this makes the same records, in the same bits, with a third of the questions.
+Whatever is unusual it leaves to the walk, before anything has changed.
+"""
+
+from __future__ import annotations
+
+import math
+
+from distclip.engine.acting import Acting
+from distclip.engine.ledger import Ledger
+from distclip.engine.program import Program, StageStates
+from distclip.engine.walk import Terms, walk
+from distclip.engine.walked import Walked
+from distclip.policies import ClampingPolicy, UnitPolicy
+from distclip.policies.protocol import combine_norms
+from distclip.statistics.encoding import is_far
+from distclip.statistics.measurement import measured_again
+from distclip.statistics.packing import norms_of_all
+from distclip.statistics.survey import Local
+
+
+def is_straight(program: Program) -> bool:
+    """Whether the steps of a policy may go this way, as far as the policy and the plan say."""
+    (one, *more), plan = program.passes, program.plan
+    survey, order = one.survey, one.survey.only_norm
+    if more or program.overlap or order is None or survey.request.loss:
+        return False
+    talks = plan.group is not None and survey.request.reduced
+    travels = survey.in_range and not (math.isinf(order) or is_far(order))
+    if not (travels if talks else plan.one_to_one and plan.shares is None):
+        return False
+    return not any(isinstance(s.policy, (ClampingPolicy, UnitPolicy)) for s in one.stages)
+
+
+def straight(program: Program, states: StageStates, terms: Terms) -> Walked:
+    """As :func:`~distclip.engine.walk.walk`, of a program that :func:`is_straight`.
+
+    Whether a rank comes as far as the collective does not matter to the others: it is the one that
+    they issue.
+    """
+    one = program.passes[0]
+    survey, order, fetched = one.survey, one.survey.only_norm, terms.fetched
+    moved = "misplaced" in program.scratch.habits  # so that all ranks move gradients first
+    if fetched is None or order is None or moved or not _are_usual(terms):
+        return walk(program, states, terms)
+    here = measured_again(survey, program.scratch, fetched)
+    if here is None:
+        return walk(program, states, terms)
+    stamp = None if terms.agreed is None else terms.agreed.stamp
+    measurement = norms_of_all(survey, here, stamp)
+    norms = measurement.raw[order]
+    total = combine_norms(norms, order, in_range=survey.in_range)
+    if measurement.read_flags[0] or not math.isfinite(total.item()):
+        local = Local(*fetched, norms={order: here})
+        return walk(program, states, terms, (local, measurement))
+    measurement.total = total
+    if terms.agreed is not None:
+        terms.agreed.judge(measurement)
+    walked = Walked(program, states)
+    walked.raw, walked.in_range = norms, survey.in_range
+    walked.total_norm = total
+    ledger = Ledger(program, one, measurement)
+    for position, stage in enumerate(one.stages):
+        walked.states[stage.path] = ledger.run(position, stage, states.get(stage.path, {}))
+    walked.absorb(ledger)
+    acting = Acting(program, None, None, ledger, walked.skipped, None)
+    if not acting.is_idle() and not (terms.fold and terms.fold(acting.factor())):
+        acting.on(*fetched, None)
+    walked.undo(states, dropped=False)
+    return walked
+
+
+def _are_usual(terms: Terms) -> bool:
+    """Whether a step is asked for nothing but to clip by its policy."""
+    return not (
+        terms.later
+        or terms.replicas is not None
+        or terms.trouble is not None
+        or terms.loss_scale is not None
+        or any(terms.looks)
+    )
