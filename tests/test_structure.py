@@ -48,7 +48,7 @@ def test_a_framework_at_the_root_has_no_code_of_its_own() -> None:
 SHARED_NAMES = {
     "one operation, by torch, compiled loops and Triton": {
         "clamp_", "clamped_norms", "counts", "measures", "norm", "norms", "row_norms", "scale_",
-        "scale_units_", "segment_norms", "unit_norms", "zero_",
+        "scale_all_", "scale_units_", "segment_norms", "unit_norms", "zero_",
     },
     "one formula, in the library and in the oracle, which shares no code with it": {
         "adagc", "autoclip", "group_ema", "ladder", "norm_stabilizer", "running_max",

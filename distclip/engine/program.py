@@ -12,7 +12,8 @@ from torch import Tensor
 
 from distclip.engine.passes import Pass
 from distclip.layouts.plan import Plan
-from distclip.policies import ParameterInfo, State
+from distclip.policies import ClampingPolicy, ParameterInfo, State, UnitPolicy
+from distclip.statistics.encoding import is_far
 from distclip.statistics.overlap import Overlap
 from distclip.statistics.scratch import Scratch
 
@@ -45,6 +46,25 @@ class Program:
     def __post_init__(self) -> None:
         if self.overlap is not None:
             self.overlap.expect(self.passes[0].survey)
+
+    @cached_property
+    def is_simple(self) -> bool:
+        """Whether norms of whole gradients, of one order, are all that a step measures and sends.
+
+        And its policies do nothing but multiply, on the host. What one step is asked for beside
+        that may make it more.
+        """
+        (one, *more), plan = self.passes, self.plan
+        survey, request = one.survey, one.survey.request
+        if more or self.overlap or not survey.is_plain or request.loss:
+            return False
+        (order,) = request.orders
+        if plan.group is not None and request.reduced:
+            if not survey.in_range or math.isinf(order) or is_far(order):
+                return False
+        elif not plan.one_to_one or plan.shares is not None:
+            return False
+        return not any(isinstance(s.policy, (ClampingPolicy, UnitPolicy)) for s in one.stages)
 
     @cached_property
     def has_units(self) -> bool:

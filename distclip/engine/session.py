@@ -26,8 +26,8 @@ from distclip.engine.losses import Losses
 from distclip.engine.opening import Opened, open_together
 from distclip.engine.passes import compile_passes, report_order
 from distclip.engine.program import Program, StageStates
-from distclip.engine.straight import is_straight, straight
-from distclip.engine.walk import Fold, Terms, walk
+from distclip.engine.straight import straight
+from distclip.engine.walk import Fold, Terms
 from distclip.engine.walked import Walked
 from distclip.errors import ConfigurationError, DistclipError
 from distclip.kernels import changing, transfer
@@ -91,12 +91,10 @@ class Session:
         self.step, self._looks = 0, self.options.looks(0)
         self.expects_gradients = opened.lasting
         self.fetched: Fetched | None = None
-        self._clips = 0
+        self._clips, self._mentioned_repetition = 0, False
         self._optimizers: list[tuple[weakref.ref[Optimizer], list[int]]] = []
         """Optimizers that are attached, and the ids of the parameters that each had then."""
-        self._mentioned_repetition = False
-        self.known = {id(parameter) for _, parameter in self.named}
-        self.watched = watched
+        self.watched, self.known = watched, {id(parameter) for _, parameter in self.named}
         self._last = agreement.LastClip([parameter for _, parameter in self.named])
         self._absence = Absence(self.plan, self.named)
         self.late = LateError(self.plan.names)
@@ -185,17 +183,16 @@ class Session:
             later=later,
             fold=fold,
             harmless=late and not leaves_out,
-            fetched=self._fetched(),
+            fetched=self.fetched,
             go_on=_GO_ON if self._lasting else GO_ON_OF_CALLS,
             looks=self._looks,
         )
         self.fetched = None
-        waited = waiting.current()
-        if self._lasting:
-            waiting.wait_for(waiting.Wait(self.step, self._limit))
+        wait = waiting.Wait(self.step, self._limit) if self._lasting else waiting.current()
+        waited = waiting.wait_for(wait)
         with torch.no_grad():
             try:
-                walked = (straight if self._straight else walk)(self.program, self.states, terms)
+                walked = straight(self.program, self.states, terms)
             finally:
                 waiting.wait_for(waited)
                 if self.early is not None:
@@ -210,12 +207,6 @@ class Session:
             self._last.remember()
         self.step, self._looks = self.step + 1, self.options.looks(self.step + 1)
         return walked
-
-    def _fetched(self) -> Fetched | None:
-        """The gradients, where they have been fetched already or are used as they are."""
-        if self.fetched is None and self._straight:
-            return self.program.scratch.fetch(self.plan)
-        return self.fetched
 
     def scale(self, coefficient: Tensor) -> None:
         """Multiply all gradients, which a :meth:`clip` has found sound, by one 0-dim number."""
@@ -370,9 +361,7 @@ class Session:
             for what, numbers in agreed(self.policy, parameters, parts).items():
                 self._agreement.note(what, numbers)
         shown = report_order(self.policy, parameters)
-        program = Program(self.plan, parameters, passes, shown, self.early, parts)
-        self._straight = is_straight(program)
-        return program
+        return Program(self.plan, parameters, passes, shown, self.early, parts)
 
     # ---- its memory -----------------------------------------------------------------------------
 

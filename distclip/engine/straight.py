@@ -15,41 +15,27 @@ from distclip.engine.ledger import Ledger
 from distclip.engine.program import Program, StageStates
 from distclip.engine.walk import Terms, walk
 from distclip.engine.walked import Walked
-from distclip.policies import ClampingPolicy, UnitPolicy
 from distclip.policies.protocol import combine_norms
-from distclip.statistics.encoding import is_far
 from distclip.statistics.measurement import measured_again
 from distclip.statistics.packing import norms_of_all
 from distclip.statistics.survey import Local
 
 
-def is_straight(program: Program) -> bool:
-    """Whether the steps of a policy may go this way, as far as the policy and the plan say."""
-    (one, *more), plan = program.passes, program.plan
-    survey, order = one.survey, one.survey.only_norm
-    if more or program.overlap or order is None or survey.request.loss:
-        return False
-    talks = plan.group is not None and survey.request.reduced
-    travels = survey.in_range and not (math.isinf(order) or is_far(order))
-    if not (travels if talks else plan.one_to_one and plan.shares is None):
-        return False
-    return not any(isinstance(s.policy, (ClampingPolicy, UnitPolicy)) for s in one.stages)
-
-
 def straight(program: Program, states: StageStates, terms: Terms) -> Walked:
-    """As :func:`~distclip.engine.walk.walk`, of a program that :func:`is_straight`.
+    """As :func:`~distclip.engine.walk.walk`, which makes the steps that are unusual.
 
     Whether a rank comes as far as the collective does not matter to the others: it is the one that
     they issue.
     """
+    # Where gradients are misplaced at every step, all ranks begin by moving them.
+    if not (program.is_simple and _are_usual(terms)) or "misplaced" in program.scratch.habits:
+        return walk(program, states, terms)
     one = program.passes[0]
-    survey, order, fetched = one.survey, one.survey.only_norm, terms.fetched
-    moved = "misplaced" in program.scratch.habits  # so that all ranks move gradients first
-    if fetched is None or order is None or moved or not _are_usual(terms):
-        return walk(program, states, terms)
-    here = measured_again(survey, program.scratch, fetched)
-    if here is None:
-        return walk(program, states, terms)
+    survey, (order,) = one.survey, one.survey.request.orders
+    fetched = terms.fetched or program.scratch.fetch(program.plan)
+    here = None if fetched is None else measured_again(survey, program.scratch, fetched)
+    if fetched is None or here is None:
+        return walk(program, states, terms._replace(fetched=fetched))
     stamp = None if terms.agreed is None else terms.agreed.stamp
     measurement = norms_of_all(survey, here, stamp)
     norms = measurement.raw[order]

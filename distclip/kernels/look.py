@@ -111,7 +111,7 @@ class Places:
         return known
 
     def or_again(self, now: Places) -> Places:
-        """These of a later step, or as much of what was found before as is the same.
+        """What a later step finds, or as much of what was found before as is the same.
 
         What was made for that need not be compared, or made, again.
         """

@@ -192,7 +192,7 @@ class Stage:
 
     @cached_property
     def needs(self) -> Needs:
-        """Those of the policy, asked once."""
+        """What the policy needs; asked once."""
         return self.policy.needs
 
 

@@ -107,8 +107,7 @@ class Statistics:
     All tensors are float64 of shape ``(len(parameters),)``, in the order of ``parameters``. A
     parameter without a gradient has norm 0. ``loss`` is 0-dim float64, the mean over the ranks that
     gave one, NaN where none did; None for a policy that does not need it. ``in_range``: powers of
-    the gradients' norms neither leave float64's range nor vanish in it. ``total``: what
-    :meth:`total_norm` gives, 0-dim float64, where there is one order and it is known.
+    the gradients' norms neither leave float64's range nor vanish in it.
     """
 
     parameters: Sequence[ParameterInfo]
@@ -116,7 +115,6 @@ class Statistics:
     weights: Mapping[float, Tensor] = field(default_factory=dict)
     in_range: bool = False
     loss: Tensor | None = None
-    total: Tensor | None = None
 
     def gradient_norms(self, norm_type: float = 2.0) -> Tensor:
         """p-norm of each gradient; ``norm_type`` must be among the policy's ``needs``."""
@@ -128,8 +126,6 @@ class Statistics:
 
     def total_norm(self, norm_type: float = 2.0) -> Tensor:
         """p-norm of all the gradients together, 0-dim float64."""
-        if self.total is not None and norm_type in self.gradients:
-            return self.total
         return combine_norms(self.gradient_norms(norm_type), norm_type, in_range=self.in_range)
 
 

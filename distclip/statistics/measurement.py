@@ -70,13 +70,11 @@ def measure_locally(
 def measured_again(survey: Survey, scratch: Scratch, fetched: Fetched) -> Tensor | None:
     """Norms of gradients that are what they were at the step before, float64 ``(pieces,)``.
 
-    Of a survey with an :attr:`~.Survey.only_norm`; None where something may be unusual. Issues no
+    Of a survey that :attr:`~.Survey.is_plain`; None where something may be unusual. Issues no
     collective.
     """
-    (gradients, seen), order = fetched, survey.only_norm
-    if order is None or seen is None:
-        return None
-    if not scratch.has_inspected(gradients):
+    (gradients, seen), (order,) = fetched, survey.request.orders
+    if seen is None or not scratch.has_inspected(gradients):
         return None
     if not soundness.are_usual(survey.plan, seen, changed=not scratch.only_measures):
         return None

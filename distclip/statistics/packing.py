@@ -13,7 +13,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -263,11 +262,11 @@ def norms_of_all(survey: Survey, norms: Tensor, stamp: Stamp | None) -> Measurem
     """:func:`reduce`, in the same bits and with the same collective, of norms and nothing else.
 
     Args:
-        survey: with an :attr:`~.Survey.only_norm` whose powers travel by themselves.
+        survey: that :attr:`~.Survey.is_plain`, of an order whose powers travel by themselves.
         norms: float64 ``(pieces,)``, 0 where not counted; found without trouble.
         stamp: sent along where something is reduced.
     """
-    plan, order = survey.plan, cast(float, survey.only_norm)
+    plan, (order,) = survey.plan, survey.request.orders
     flags = plan.flag(False)
     if plan.group is not None and survey.request.reduced:
         encoding = Encoding(order, wide=False)

@@ -47,13 +47,11 @@ class Survey:
         return self if request is self.request else replace(self, request=request)
 
     @cached_property
-    def only_norm(self) -> float | None:
-        """p, where p-norms of whole gradients are all that is measured, and on the host."""
-        request, plan = self.request, self.plan
+    def is_plain(self) -> bool:
+        """Whether norms of whole gradients, of one order, are all that is measured; on the host."""
+        request = self.request
         more = request.unit_dims or request.bounds or request.weight_orders or request.exponents
-        if more or len(request.orders) != 1:
-            return None
-        return request.orders[0] if plan.device.type == "cpu" else None
+        return len(request.orders) == 1 and not more and self.plan.device.type == "cpu"
 
     @cached_property
     def counted(self) -> tuple[int, ...] | None:

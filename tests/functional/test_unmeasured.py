@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import distclip
-from distclip.engine import session, straight
+from distclip.engine import straight
 from distclip.errors import UnsupportedGradientError
 from distclip.kernels.host import compiler
 from distclip.layouts import plan
@@ -42,14 +42,13 @@ def check(call: str, gradient: Tensor, before: Tensor) -> None:
 def walks_of(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """One entry for each walk from now on."""
     taken: list[str] = []
-    walk = session.walk
+    walk = straight.walk
 
     def counting(*args: object, **more: object) -> object:
         taken.append("walk")
         return walk(*args, **more)  # type: ignore[arg-type]
 
-    for module in (session, straight):
-        monkeypatch.setattr(module, "walk", counting)
+    monkeypatch.setattr(straight, "walk", counting)
     return taken
 
 

@@ -110,7 +110,7 @@ class Blocks:
 
     @cached_property
     def address(self) -> int:
-        """Of the blocks."""
+        """The address of the blocks."""
         return int(self.blocks.ctypes.data)
 
     def within(self, firsts: Integers, rows: int) -> Blocks:
