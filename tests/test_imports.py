@@ -41,8 +41,8 @@ IMPORTERS: dict[str, set[str]] = {
     "yaml": {"config/files.py", "tools/simulate/layouts.py"},
     "typer": {
         f"cli/{name}.py"
-        for name in ("app", "bench", "config", "doctor", "report", "run", "simulate", "suggest",
-                     "verify", "watch")
+        for name in ("app", "bench", "config", "doctor", "kinds", "report", "run", "simulate",
+                     "suggest", "verify", "watch")
     },
     "rich": {
         "cli/bench.py", "cli/doctor.py", "cli/simulate.py", "tools/simulate/shown.py",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from distclip.cli.kinds import a_count, a_file, a_word
 from distclip.common.foreign import in_one_line
 from distclip.errors import ConfigurationError
 
@@ -32,22 +33,17 @@ def bench(
             show_default=False,
         ),
     ] = None,
-    ranks: Annotated[int, typer.Option(min=1, metavar="N", help="gloo ranks on this machine.")] = 2,
-    rounds: Annotated[int, typer.Option(min=1, metavar="N", help="Measured rounds.")] = 30,
+    ranks: Annotated[int, a_count("gloo ranks on this machine.")] = 2,
+    rounds: Annotated[int, a_count("Measured rounds.")] = 30,
     budget: Annotated[
-        float,
-        typer.Option(min=1.0, metavar="SECONDS", help="After which a case begins no new round."),
+        float, a_word("SECONDS", "After which a case begins no new round.", min=1.0)
     ] = 8.0,
-    output: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write every round as JSON.")
-    ] = None,
+    output: Annotated[Path | None, a_file("Write every round as JSON.")] = None,
     source: Annotated[
-        Path | None,
-        typer.Option("--from", metavar="FILE", help="Show a run of --output; measure nothing."),
+        Path | None, a_file("Show a run of --output; measure nothing.", "--from")
     ] = None,
     picture: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Draw the run (png, svg, pdf); needs matplotlib."),
+        Path | None, a_file("Draw the run (png, svg, pdf); needs matplotlib.")
     ] = None,
     show_list: Annotated[
         bool, typer.Option("--list", help="Show the cases and groups; measure nothing.")
@@ -59,7 +55,6 @@ def bench(
     measures all peers once, in random order, and ratios are those of one round. Times are those of
     the slowest rank.
     """
-    # Long: most of it is the list of options.
     from rich.console import Console
 
     from distclip.monitor import plots

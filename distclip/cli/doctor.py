@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from distclip.cli.kinds import a_count, a_file
 from distclip.common.foreign import clean_lines, in_one_line
 
 if TYPE_CHECKING:
@@ -18,18 +19,11 @@ LABEL_COLOURS = {"good": "green", "note": "yellow", "wrong": "red"}
 
 
 def doctor(
-    json: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write what was found as JSON.")
-    ] = None,
+    json: Annotated[Path | None, a_file("Write what was found as JSON.")] = None,
     launch_config: Annotated[
-        Path | None,
-        typer.Option(
-            "--launch-config", metavar="FILE", help="Configuration of accelerate launch to check."
-        ),
+        Path | None, a_file("Configuration of accelerate launch to check.", "--launch-config")
     ] = None,
-    ranks: Annotated[
-        int, typer.Option(min=1, metavar="N", help="gloo ranks of the self-check; 1: none.")
-    ] = 2,
+    ranks: Annotated[int, a_count("gloo ranks of the self-check; 1: none.")] = 2,
 ) -> None:
     """Check what is installed, and that ranks are distributed.
 

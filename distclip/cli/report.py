@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from distclip.cli.kinds import a_count, a_file, a_word
 from distclip.common.foreign import in_one_line
 from distclip.errors import ConfigurationError
 
@@ -16,32 +17,20 @@ def report(
         list[Path], typer.Argument(metavar="RUN.jsonl", help="Files that `log` wrote.")
     ],
     loss: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--loss", metavar="FILE", help="Training log with step and loss; one for each run."
-        ),
+        list[Path] | None, a_file("Training log with step and loss; one for each run.", "--loss")
     ] = None,
     out: Annotated[
-        Path | None,
-        typer.Option(
-            "--out", "-o", metavar="FILE", help="Page (html) or picture (png, svg, pdf) to write."
-        ),
+        Path | None, a_file("Page (html) or picture (png, svg, pdf) to write.", "--out", "-o")
     ] = None,
     serve: Annotated[
-        bool,
-        typer.Option("--serve", help="Serve the page on this machine; it follows the runs."),
+        bool, typer.Option("--serve", help="Serve the page on this machine; it follows the runs.")
     ] = False,
     port: Annotated[
         int | None,
-        typer.Option(
-            min=0, max=65535, metavar="N", help="Of --serve, instead of 8237; 0: any that is free."
-        ),
+        a_word("N", "Of --serve, instead of 8237; 0: any that is free.", min=0, max=65535),
     ] = None,
     modules: Annotated[
-        int | None,
-        typer.Option(
-            min=1, metavar="N", help="Show modules too: the first N parts of parameters' names."
-        ),
+        int | None, a_count("Show modules too: the first N parts of parameters' names.")
     ] = None,
 ) -> None:
     """Show norms, clipping and advice of recorded runs.
@@ -50,7 +39,6 @@ def report(
 
     Runs that differ in a seed only (agc_seed0.jsonl, agc_seed1.jsonl) are drawn as one group.
     """
-    # Long: most of it is the list of options.
     from distclip.monitor import page, plots, table
     from distclip.monitor.reading import read_loss, read_runs
     from distclip.monitor.summary import summaries

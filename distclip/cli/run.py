@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from distclip.cli.kinds import MODULE, SCRIPT_ARGS, SCRIPT_NAME, a_count, a_file
 from distclip.common.environment import CONFIG_VARIABLE
 from distclip.tools.launch.script import Script
 
@@ -26,33 +27,22 @@ def from_launcher(context: typer.Context, local_rank: str | None) -> None:
 
 def run(
     context: typer.Context,
-    script: Annotated[
-        str,
-        typer.Argument(metavar="SCRIPT", help="Script, or with -m a module.", show_default=False),
-    ],
-    arguments: Annotated[
-        list[str] | None, typer.Argument(metavar="ARGS", help="Arguments of the script.")
-    ] = None,
+    script: Annotated[str, SCRIPT_NAME],
+    arguments: Annotated[list[str] | None, SCRIPT_ARGS] = None,
     config: Annotated[
         Path | None,
-        typer.Option(
-            "--config",
-            "-c",
-            metavar="FILE",
-            help=f"Policy, YAML or JSON; otherwise ${CONFIG_VARIABLE}, or the section of a "
-            f"DeepSpeed JSON.",
+        a_file(
+            f"YAML or JSON; otherwise ${CONFIG_VARIABLE}, or a DeepSpeed JSON.", "--config", "-c"
         ),
     ] = None,
     cpu: Annotated[
         bool, typer.Option("--cpu", help="Under accelerate launch: gloo ranks on CPU.")
     ] = False,
-    module: Annotated[bool, typer.Option("-m", help="Run a module, as python -m does.")] = False,
+    module: Annotated[bool, MODULE] = False,
     check: Annotated[
         bool, typer.Option("--check", help="Compare the first steps with a float64 reference.")
     ] = False,
-    check_steps: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Steps that --check compares.")
-    ] = 3,
+    check_steps: Annotated[int, a_count("Steps that --check compares.")] = 3,
     quiet: Annotated[
         bool, typer.Option("--quiet", "-q", help="Print no line at the first step and at the end.")
     ] = False,

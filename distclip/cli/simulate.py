@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from distclip.cli.kinds import MODULE, SCRIPT_ARGS, SCRIPT_NAME, a_count, a_file, a_word
 from distclip.common.foreign import in_one_line
 from distclip.tools.simulate.layouts import SIMULATED_LAYOUTS
 
@@ -20,53 +21,28 @@ DEFAULT = ("ddp", "fsdp2")
 
 
 def simulate(
-    script: Annotated[
-        str,
-        typer.Argument(metavar="SCRIPT", help="Script, or with -m a module.", show_default=False),
-    ],
-    arguments: Annotated[
-        list[str] | None, typer.Argument(metavar="ARGS", help="Arguments of the script.")
-    ] = None,
-    ranks: Annotated[int, typer.Option(min=1, metavar="N", help="gloo ranks, over all nodes.")] = 2,
+    script: Annotated[str, SCRIPT_NAME],
+    arguments: Annotated[list[str] | None, SCRIPT_ARGS] = None,
+    ranks: Annotated[int, a_count("gloo ranks, over all nodes.")] = 2,
     layout: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="LAYOUT",
-            help=f"One of {', '.join(SIMULATED_LAYOUTS)}; may be repeated.  "
-            f"[default: {' and '.join(DEFAULT)}]",
-        ),
+        a_word("LAYOUT", f"One of {', '.join(SIMULATED_LAYOUTS)}; may be repeated."),
     ] = None,
-    config: Annotated[
-        Path | None, typer.Option("--config", "-c", metavar="FILE", help="Policy, YAML or JSON.")
-    ] = None,
-    steps: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="End the script after N optimizer steps.")
-    ] = None,
-    host_count: Annotated[
-        int, typer.Option("--nodes", min=1, metavar="N", help="Nodes, each with its own launcher.")
-    ] = 1,
+    config: Annotated[Path | None, a_file("Policy, YAML or JSON.", "--config", "-c")] = None,
+    steps: Annotated[int | None, a_count("End the script after N optimizer steps.")] = None,
+    host_count: Annotated[int, a_count("Nodes, each with its own launcher.", "--nodes")] = 1,
     tolerance: Annotated[
-        float,
-        typer.Option(
-            metavar="X", help="Relative difference of losses and norms allowed between layouts."
-        ),
+        float, a_word("X", "Relative difference of losses and norms allowed between layouts.")
     ] = 1e-4,
     timeout: Annotated[
-        float,
-        typer.Option(
-            min=1.0, metavar="SECONDS", help="Without progress on any rank, the run has hung."
-        ),
+        float, a_word("SECONDS", "Without progress on any rank, the run has hung.", min=1.0)
     ] = 60.0,
     allow_branches: Annotated[
         bool, typer.Option("--allow-branches", help="Let ranks run different operations.")
     ] = False,
-    json: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write all results as JSON.")
-    ] = None,
-    keep: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Keep journals and output of ranks.")
-    ] = None,
-    module: Annotated[bool, typer.Option("-m", help="Run a module, as python -m does.")] = False,
+    json: Annotated[Path | None, a_file("Write all results as JSON.")] = None,
+    keep: Annotated[Path | None, a_word("FOLDER", "Keep journals and output of ranks.")] = None,
+    module: Annotated[bool, MODULE] = False,
 ) -> None:
     """Run your script on several local ranks, and compare them.
 
@@ -75,7 +51,6 @@ def simulate(
     The script is run unchanged, on gloo ranks of this machine. The exit code is 1 if ranks or
     layouts differ, and 0 otherwise.
     """
-    # Long: most of it is the list of options.
     from rich.console import Console
 
     from distclip.tools.simulate import nodes, shown

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from distclip.cli.kinds import a_word
 from distclip.common.foreign import in_one_line
 
 
@@ -16,18 +17,14 @@ def suggest(
         typer.Argument(metavar="RUN.jsonl", help="Files that `log` wrote; they count together."),
     ],
     percentile: Annotated[
-        float,
-        typer.Option(metavar="P", help="Percentile of the norms (or ratios); in (0, 100]."),
+        float, a_word("P", "Percentile of the norms (or ratios); in (0, 100].")
     ] = 90.0,
     policy: Annotated[
         Literal["global_norm", "agc"],
-        typer.Option(
-            metavar="NAME", help="global_norm, or agc for a log with ratios of gradient to weight."
-        ),
+        a_word("NAME", "global_norm, or agc for a log with ratios of gradient to weight."),
     ] = "global_norm",
     first_step: Annotated[
-        float,
-        typer.Option("--from", metavar="STEP", help="Leave out earlier steps, such as warm-up."),
+        float, a_word("STEP", "Leave out earlier steps, such as warm-up.", "--from")
     ] = 0.0,
 ) -> None:
     """Print a policy with a threshold from recorded runs.

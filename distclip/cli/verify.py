@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from distclip.cli.kinds import a_file, a_word
 from distclip.common.foreign import clean_lines, in_one_line
 from distclip.testing.cases import DTYPES, MATRIX_LAYOUTS
 
@@ -16,50 +17,32 @@ if TYPE_CHECKING:
 
 
 def verify(
-    layouts: Annotated[
-        str | None,
-        typer.Option(metavar="LIST", help=f"Some of {', '.join(MATRIX_LAYOUTS)}."),
-    ] = None,
+    layouts: Annotated[str | None, a_word("LIST", f"Some of {', '.join(MATRIX_LAYOUTS)}.")] = None,
     policies: Annotated[
-        str | None,
-        typer.Option(metavar="LIST", help="Names as in the table, or patterns such as agc*."),
+        str | None, a_word("LIST", "Names as in the table, or patterns such as agc*.")
     ] = None,
-    dtypes: Annotated[
-        str | None, typer.Option(metavar="LIST", help=f"Some of {', '.join(DTYPES)}.")
-    ] = None,
-    ranks: Annotated[
-        str | None, typer.Option(metavar="LIST", help="Numbers of gloo ranks, such as 2,4.")
-    ] = None,
+    dtypes: Annotated[str | None, a_word("LIST", f"Some of {', '.join(DTYPES)}.")] = None,
+    ranks: Annotated[str | None, a_word("LIST", "Numbers of gloo ranks, such as 2,4.")] = None,
     quick: Annotated[
         bool,
         typer.Option("--quick", help="2 ranks, 2 dtypes, one policy of each kind; takes seconds."),
     ] = False,
     model: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FUNCTION", help="package.module:function that returns a model of your own."
-        ),
+        str | None, a_word("FUNCTION", "package.module:function that returns a model of your own.")
     ] = None,
     batch: Annotated[
         str | None,
-        typer.Option(
-            metavar="FUNCTION", help="With --model: package.module:function that returns a batch."
-        ),
+        a_word("FUNCTION", "With --model: package.module:function that returns a batch."),
     ] = None,
-    json: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write every cell as JSON.")
-    ] = None,
-    junit: Annotated[Path | None, typer.Option(metavar="FILE", help="As JUnit XML.")] = None,
-    markdown: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the table as Markdown.")
-    ] = None,
+    json: Annotated[Path | None, a_file("Write every cell as JSON.")] = None,
+    junit: Annotated[Path | None, a_file("As JUnit XML.")] = None,
+    markdown: Annotated[Path | None, a_file("Write the table as Markdown.")] = None,
 ) -> None:
     """Compare clipping with a float64 reference, on local ranks.
 
     Layouts, policies, dtypes and numbers of ranks are combined; all by default. Lists are
     comma-separated. The exit code is 1 if a cell failed, and 0 otherwise.
     """
-    # Long: most of it is the list of options.
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from distclip.tools.verify import reports, running
