@@ -165,11 +165,9 @@ def _named(
 ) -> type[Policy] | None:
     known = registered()
     if "name" not in spec:
-        guess = next((key for key in spec if key in known), None)
-        takers = taken_by(next(iter(spec), ""), spec)
-        mend = f"write {takers}" if takers else f"one of {', '.join(known)}"
-        if guess:
-            mend = f"write {as_policy(known[guess], spec[guess])}"
+        guess = next((as_policy(known[key], spec[key]) for key in spec if key in known), None)
+        guess = guess or taken_by(next(iter(spec), ""), spec)
+        mend = f"write {guess}" if guess else f"one of {', '.join(known)}"
         problems.add((*path, "name"), f"missing in {shown(spec)}; {mend}")
         return None
     name = spec["name"]
@@ -214,11 +212,11 @@ def taken_by(key: object, spec: Mapping[Any, Any]) -> str | None:
     Of several, the one that ``spec`` names.
     """
     known = registered()
-    takers = [name for name, each in known.items() if key in arguments(each)]
-    named = [name for name in takers if name in (spec.get("name"), spec.get("policy"))]
-    if key == "name" and spec[key] in known:
-        return as_policy(known[spec[key]], {k: v for k, v in spec.items() if k != "name"})
-    return as_policy(known[(named or takers)[0]], {key: spec[key]}) if takers else None
+    named = [name for name in known if name in (spec.get("name"), spec.get("policy"))]
+    if key == "name":
+        return as_policy(known[named[0]], spec if len(spec) > 1 else None) if named else None
+    takers = [name for name in (*named, *known) if key in arguments(known[name])]
+    return as_policy(known[takers[0]], {key: spec[key]}) if takers else None
 
 
 def _checked(

@@ -11,7 +11,7 @@ import difflib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Real
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from distclip.errors import ConfigurationError
 from distclip.policies import checks, protocol
@@ -21,9 +21,6 @@ from distclip.policies.registry import registered
 if TYPE_CHECKING:
     import torch
 
-Found = TypeVar("Found")
-
-_STATE = "a state with the keys, shapes and dtypes of what `init` returns"
 _FORMS = {
     "norm_type": "a number > 0 (math.inf: the largest element), as a field or a property",
     "threshold": "a number or None, as a field or a property",
@@ -35,12 +32,12 @@ _FORMS = {
     "init": "a method (parameters) that returns a dict of tensors, with one entry per parameter "
     "along the first dim of those that per_parameter names",
     "update": "a method (statistics, state) that returns (actions, state): a list of "
-    "policies.Scale (coefficients: a tensor, 0-dim or one for each parameter; threshold: a number, "
-    f"a 0-dim tensor or None) and policies.Skip (flag: a 0-dim bool tensor), and {_STATE}",
+    "policies.Scale (coefficients: 0-dim or one per parameter; threshold: a number, 0-dim or None) "
+    "and policies.Skip (a 0-dim bool tensor), and the keys, shapes and dtypes that `init` returns",
     "update_bound": "a method (statistics, state) that returns (bound, state): a tensor, 0-dim or "
-    f"with a bound for each parameter, and {_STATE}",
-    "unit_dims": "a method (parameter) that returns a tuple of different dims of the parameter, "
-    "all >= 0; () for one unit",
+    "with a bound per parameter, and the keys, shapes and dtypes that `init` returns",
+    "unit_dims": "a method (parameter) that returns a tuple of different dims, all >= 0; () for "
+    "one unit",
     "unit_coefficients": "a method (gradient_norms, weight_norms) that returns a tensor of their "
     "shape, or 0-dim for all units",
 }
@@ -60,14 +57,24 @@ def check_sound(where: str, policy: object) -> None:
             f"{type(policy).__name__ if model else repr(policy)}{likely_meant(policy)}"
         )
     checks.name_of(policy)
-    fields = getattr(policy, "__dataclass_fields__", {})
-    _look(policy, "per_parameter", _is_set)
-    _look(policy, "memory_fields", lambda x: x is None or (_is_set(x) and x <= {*fields}))
-    _look(policy, "counts_nonfinite", lambda x: isinstance(x, bool))
+    fields = {*getattr(policy, "__dataclass_fields__", ())}
+    fits: dict[str, Callable[[Any], bool]] = {
+        "per_parameter": lambda x: not x - {*x},
+        "memory_fields": lambda x: x is None or not x - fields,
+        "counts_nonfinite": lambda x: isinstance(x, bool),
+    }
     if isinstance(policy, protocol.UnitPolicy):
-        _look(policy, "norm_type", _is_order)
-        _look(policy, "threshold", lambda x: x is None or isinstance(x, Real))
-    _look(policy, "needs", lambda x: all(map(_is_order, (*x.gradient_norms, *x.weight_norms))))
+        fits["norm_type"] = _is_order
+        fits["threshold"] = lambda x: x is None or isinstance(x, Real)
+    fits["needs"] = lambda x: all(map(_is_order, (*x.gradient_norms, *x.weight_norms)))
+    for member, fit in fits.items():
+        value = _tried(policy, member, getattr, policy, member)
+        try:
+            fine = fit(value)
+        except (TypeError, AttributeError):  # another type
+            fine = False
+        if not fine:
+            raise _wrong(policy, member, f"is {value!r}")
 
 
 def check_units(policy: Policy, parameters: Iterable[ParameterInfo]) -> None:
@@ -76,13 +83,14 @@ def check_units(policy: Policy, parameters: Iterable[ParameterInfo]) -> None:
     Raises:
         ConfigurationError: as :func:`check_sound`.
     """
-    if isinstance(policy, protocol.UnitPolicy) and not _is_ours(policy):
-        for each in parameters:
-            dims: Any = _tried(policy, "unit_dims", policy.unit_dims, each)
-            there = set(map(str, range(len(each.shape))))
-            if not isinstance(dims, tuple) or len(there.intersection(map(str, dims))) < len(dims):
-                found = f"returned {dims!r} for {each.name!r} of shape {list(each.shape)}"
-                raise _wrong(policy, "unit_dims", found)
+    if not isinstance(policy, protocol.UnitPolicy) or _is_ours(policy):
+        return
+    for each in parameters:
+        dims: Any = _tried(policy, "unit_dims", policy.unit_dims, each)
+        there = set(map(str, range(len(each.shape))))
+        if not isinstance(dims, tuple) or len(there.intersection(map(str, dims))) < len(dims):
+            found = f"returned {dims!r} for {each.name!r} of shape {list(each.shape)}"
+            raise _wrong(policy, "unit_dims", found)
 
 
 def first_state(policy: Policy, parameters: Sequence[ParameterInfo], device: torch.device) -> State:
@@ -94,11 +102,10 @@ def first_state(policy: Policy, parameters: Sequence[ParameterInfo], device: tor
         ConfigurationError: as :func:`check_sound`.
     """
     found: Any = _tried(policy, "init", policy.init, parameters)
-    forms, count = _forms(found), len(parameters)
-    if forms is None or any(
-        key not in forms or forms[key][0][:1] != (count,) for key in policy.per_parameter
-    ):
-        raise _wrong(policy, "init", f"returned {found!r} for {count} parameters")
+    forms, count = _forms(found), (len(parameters),)
+    rows = [(forms or {}).get(key, ((),))[0][:1] for key in policy.per_parameter]
+    if forms is None or any(row != count for row in rows):
+        raise _wrong(policy, "init", f"returned {found!r} for {len(parameters)} parameters")
     state: State = {key: value.to(device) for key, value in found.items()}
     if not _is_ours(policy):
         _try_methods(policy, parameters, state, device)
@@ -112,32 +119,29 @@ def _try_methods(
 
     from distclip.policies.decide import rehearse  # which imports torch
 
-    if not isinstance(policy, protocol.UnitPolicy):
-        member = "update_bound" if isinstance(policy, protocol.ClampingPolicy) else "update"
-        actions, new = _tried(policy, member, rehearse, policy, parameters, dict(state), device)
-        if _forms(new) != _forms(state):
-            raise _wrong(policy, member, f"returned the state {new!r}, and was given {state!r}")
-        for action in actions:
-            if not _acts(action, len(parameters)):
-                raise _wrong(policy, member, f"returned {action!r}")
+    if isinstance(policy, protocol.UnitPolicy):
+        member, ones = "unit_coefficients", torch.ones(2, dtype=torch.float64, device=device)
+        found: Any = _tried(policy, member, policy.unit_coefficients, ones, ones)
+        if getattr(found, "shape", None) not in ((), ones.shape):
+            raise _wrong(policy, member, f"returned {found!r} for norms {ones!r}")
         return
-    ones = torch.ones(2, dtype=torch.float64, device=device)
-    found: Any = _tried(policy, "unit_coefficients", policy.unit_coefficients, ones, ones)
-    if getattr(found, "shape", None) not in ((), ones.shape):
-        raise _wrong(policy, "unit_coefficients", f"returned {found!r} for norms {ones!r}")
+    member = "update_bound" if isinstance(policy, protocol.ClampingPolicy) else "update"
+    actions, new = _tried(policy, member, rehearse, policy, parameters, dict(state), device)
+    if _forms(new) != _forms(state):
+        raise _wrong(policy, member, f"returned the state {new!r}, and was given {state!r}")
+    for action in actions:
+        if isinstance(action, protocol.Skip):
+            fine = _forms({"": action.flag}) == {"": ((), torch.bool)}
+        else:
+            limit = action.threshold
+            fine = action.coefficients.shape in ((), (len(parameters),)) and (
+                limit is None or isinstance(limit, Real) or getattr(limit, "shape", None) == ()
+            )
+        if not fine:
+            raise _wrong(policy, member, f"returned {action!r}")
 
 
-def _look(policy: Policy, member: str, fits: Callable[[Any], bool]) -> None:
-    value = _tried(policy, member, getattr, policy, member)
-    try:
-        fine = fits(value)
-    except (TypeError, AttributeError):  # another type
-        fine = False
-    if not fine:
-        raise _wrong(policy, member, f"is {value!r}")
-
-
-def _tried(policy: Policy, member: str, call: Callable[..., Found], *given: Any) -> Found:
+def _tried(policy: Policy, member: str, call: Callable[..., Any], *given: Any) -> Any:
     try:
         return call(*given)
     except ConfigurationError:
@@ -158,10 +162,6 @@ def _is_ours(policy: Policy) -> bool:
     return type(policy).__module__.startswith("distclip.")
 
 
-def _is_set(value: object) -> bool:
-    return isinstance(value, (set, frozenset))
-
-
 def _is_order(value: Any) -> bool:
     return isinstance(value, Real) and float(value) > 0
 
@@ -172,16 +172,6 @@ def _forms(state: Any) -> dict[str, tuple[Any, Any]] | None:
         return {key: (value.shape, value.dtype) for key, value in state.items()}
     except AttributeError:
         return None
-
-
-def _acts(action: Any, count: int) -> bool:
-    """Whether a step has a use for an action."""
-    if isinstance(action, protocol.Skip):
-        return str(getattr(action.flag, "dtype", "")) == "torch.bool" and action.flag.shape == ()
-    limit = action.threshold
-    return action.coefficients.shape in ((), (count,)) and (
-        limit is None or isinstance(limit, Real) or getattr(limit, "shape", None) == ()
-    )
 
 
 def likely_meant(given: object) -> str:

@@ -92,6 +92,8 @@ from tests.config.writing import Write, fault
         ({"policy": "agc", "log": {"jsonl": "r", "every": 0}}, ["log.every: ", "got 0"]),
         ({"policy": "agc", "log": {"jsonl": "r", "evry": 2}}, ["log.evry: ", "mean 'every'?"]),
         ({"policy": "agc", 1: 2}, ['["1"]: unknown key']),
+        ({"name": ["agc"], "clip_factor": []}, ["name: unknown key (value ['agc'])"]),
+        ({"policy": ["agc"], "name": {}}, ["name: unknown key (value {})"]),
     ],
 )
 def test_faults_name_path_value_and_mend(raw: Mapping[Any, Any], expected: list[str]) -> None:
