@@ -31,7 +31,7 @@ from benchmarks.stores import NAMES, Values, of_mlflow, of_tensorboard, of_track
 from distclip import monitor, policies
 from distclip.monitor import page
 from distclip.monitor.reading import read_runs
-from distclip.monitor.runs import summaries
+from distclip.monitor.summary import summaries
 from distclip.monitor.tracking import TRACKED_FIELDS
 
 SPIKE, BAD = 1200, 1500

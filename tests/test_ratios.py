@@ -18,7 +18,7 @@ from distclip.integrations import clippers
 from distclip.monitor import JsonlSink
 from distclip.monitor.page.data import page_data
 from distclip.monitor.reading import read_run
-from distclip.monitor.runs import summaries
+from distclip.monitor.summary import summaries
 from distclip.monitor.tracking import metrics
 from distclip.options import Looks, Options
 from distclip.policies import Policy

@@ -39,7 +39,7 @@ from distclip.__main__ import main
 from distclip.config.files import read_configuration
 from distclip.errors import DistclipError
 from distclip.integrations.deepspeed_json import configured, examined
-from distclip.monitor import reading, runs, table
+from distclip.monitor import reading, summary, table
 from distclip.policies.registry import registered
 
 COUNT = 50_000
@@ -194,7 +194,7 @@ def logs(here: Folder) -> Fuzzer:
             run = reading.read_run(path)
             reading.read_loss(path, run.group)
             screen = io.StringIO()
-            table.show_runs(runs.summaries([run]), screen, terminal=how == 2)
+            table.show_runs(summary.summaries([run]), screen, terminal=how == 2)
             printable(_without_styles(screen.getvalue()), "the table")
         except DistclipError as error:
             return refused(error)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from distclip.config.log import PLACES
+from distclip.config.problems import in_yaml
 
 _FORMS: dict[str, tuple[str, object]] = {
     "by_name": ('{{"{}": null}}', "*.bias"),
@@ -38,7 +39,7 @@ def right_form(key: str, value: Any) -> str | None:
     if key == "imports" and isinstance(value, str):
         value = module_name(value)
     fits = type(value) is type(example) and form != "{}" and "(null" not in form
-    return form.format(value if fits and (key != "log" or "." in value) else example)
+    return form.format(in_yaml(value if fits and (key != "log" or "." in value) else example))
 
 
 def module_name(file: str) -> str:

@@ -27,7 +27,7 @@ from pydantic import (
 )
 
 from distclip import policies
-from distclip.config.problems import Path, Problems, did_you_mean, key_text, said, shown
+from distclip.config.problems import Path, Problems, did_you_mean, in_yaml, key_text, said, shown
 from distclip.errors import ConfigurationError
 from distclip.policies import Policy
 from distclip.policies.checks import Limit, limits_of
@@ -199,10 +199,10 @@ def as_policy(policy: type[Policy], given: object) -> str:
         return policy.name
     first = next(iter(arguments(policy)), "")
     if isinstance(given, Mapping):
-        given = ", ".join(f"{key}: {value}" for key, value in given.items() if key != "name")
-    elif not isinstance(given, (int, float, str)):
-        given = 1.0
-    text = given if ":" in f"{given}" else f"{first}: {given}"
+        text = ", ".join(f"{key_text(k)}: {in_yaml(v)}" for k, v in given.items() if k != "name")
+    else:
+        text = in_yaml(given) if isinstance(given, (int, float, str)) else "1.0"
+    text = text if ":" in text else f"{first}: {text}"
     return f"{{name: {policy.name}, {text}}}"
 
 

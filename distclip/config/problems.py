@@ -132,6 +132,13 @@ def shown(value: object) -> str:
         return f"<{type(value).__name__}>"
 
 
+def in_yaml(value: object) -> str:
+    """A value as a file has it, on one line, whatever it is."""
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    return shown(value)[1:-1] if isinstance(value, str) else shown(value)
+
+
 _WORDS = {
     "model_type": "should be a mapping of keys to values",
     "dict_type": "should be a mapping of keys to values",
@@ -178,12 +185,12 @@ def _at(value: Any, location: Path) -> object:
 def _form(value: object, types: Iterable[str]) -> str | None:
     """The right form of a value that pydantic finds of a wrong type; None where none is near."""
     for kind in types:
-        if kind == "bool_type" and str(value).lower() in ("1", "yes", "on", "true"):
+        if kind == "bool_type" and in_yaml(value).lower() in ("1", "yes", "on", "true"):
             return "true"
-        if kind == "bool_type" and str(value).lower() in ("0", "no", "off", "false"):
+        if kind == "bool_type" and in_yaml(value).lower() in ("0", "no", "off", "false"):
             return "false"
         if kind in ("list_type", "is_instance_of") and type(value) in (str, int):
-            return f"[{value}]"
+            return f"[{in_yaml(value)}]"
         if kind in ("int_type", "float_type") and isinstance(value, str):
             return value if re.fullmatch(r"[-+]?[\d.]+([eE][-+]?\d+)?", value) else None
     return None
@@ -193,7 +200,7 @@ def _nearest_literal(value: object, fault: ErrorDetails) -> str:
     """The nearest of the words that were expected, where one of a few words was."""
     if fault["type"] != "literal_error":
         return ""
-    return did_you_mean(str(value), re.findall(r"'([^']*)'", fault["ctx"]["expected"]))
+    return did_you_mean(in_yaml(value), re.findall(r"'([^']*)'", fault["ctx"]["expected"]))
 
 
 def key_text(key: object) -> str:

@@ -63,10 +63,13 @@ class SideBySide(Composite):
     """Key -> what a report and a checkpoint call it, where that is not the key itself."""
 
     def __init__(self, mapping: Mapping[str, Policy | None], default: Policy | None = None) -> None:
-        if not isinstance(mapping, Mapping) or not all(isinstance(key, str) for key in mapping):
+        odd: list[object] = [mapping]
+        if isinstance(mapping, Mapping):
+            odd = [key for key in mapping if not isinstance(key, str)]
+        if odd:
             raise ConfigurationError(
                 f"{self.name}: expected a mapping of texts to policies, such as "
-                f"{{{self.example!r}: None}}, got {mapping!r}"
+                f"{{{self.example!r}: None}}, got {type(odd[0]).__name__}"
             )
         for key, policy in mapping.items():
             if policy is not None:

@@ -146,7 +146,9 @@ def part(text: str) -> Part:
         ConfigurationError: what of the text cannot be read.
     """
     if not isinstance(text, str):
-        raise ConfigurationError(f"a part of a model is a text such as 'kind=matrix', got {text!r}")
+        raise ConfigurationError(
+            f"a part of a model is a text such as 'kind=matrix', got {type(text).__name__}"
+        )
     clauses = [
         tuple(_condition(each.strip(), text) for each in clause.split(","))
         for clause in re.split(r"\s+or\s+", text)

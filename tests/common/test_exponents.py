@@ -18,7 +18,7 @@ from distclip.config.logs import open_log
 from distclip.monitor import page
 from distclip.monitor.page.data import page_data
 from distclip.monitor.reading import read_run
-from distclip.monitor.runs import summaries
+from distclip.monitor.summary import summaries
 from distclip.monitor.tracking import metrics
 from tests.helpers.command import command
 from tests.helpers.exponents import oracle, shown

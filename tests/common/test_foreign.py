@@ -13,7 +13,7 @@ from benchmarks.reliability import fuzz, fuzz_guards
 from distclip import config, policies
 from distclip.common import foreign
 from distclip.errors import ConfigurationError, DistclipError
-from distclip.monitor import plots, reading, runs, suggesting, table
+from distclip.monitor import plots, reading, suggesting, summary, table
 from tests.helpers.command import command
 
 FIELDS = {"clipped_norm": 1.0, "coefficient": 1.0, "threshold": 1.0, "clipped_fraction": 0.0}
@@ -105,6 +105,19 @@ def test_a_mapping_in_a_circle_and_one_that_cannot_be_shown() -> None:
     for value in (Broken(), 10**5000):
         with pytest.raises(ConfigurationError, match=f"<{type(value).__name__}"):
             config.load({"policy": value})
+        for given in (value, [value], {"agc": value}, {"max_norm": value}, {"agc": {value: value}}):
+            for key in (
+                "policy",
+                "by_name",
+                "by_part",
+                "log",
+                "ratios",
+                "norms",
+                "imports",
+                "max_norm",
+            ):
+                with pytest.raises(ConfigurationError):
+                    config.load({key: given})
         with pytest.raises(ConfigurationError, match="unknown key"):
             config.load({"policy": "agc", value: 1})
     with pytest.raises(ConfigurationError, match=r"policy\.max_norm: "):
@@ -205,7 +218,7 @@ def test_a_name_is_shown_and_does_nothing(name: str, canary: Callable[[], bool])
     assert not canary()
     run = reading.read_run(name)
     with open(os.devnull, "w") as nowhere:
-        table.show_runs(runs.summaries([run]), nowhere, terminal=True)
+        table.show_runs(summary.summaries([run]), nowhere, terminal=True)
     pytest.importorskip("matplotlib")
     plots.draw([run]).canvas.draw()
 
@@ -257,7 +270,7 @@ def test_of_a_log_what_can_be_read_is_read(tmp_path: Path) -> None:
     run = reading.read_run(path)
     assert list(run.steps) == [1.0, 3.0]
     assert list(run.total_norm)[:1] == [2.0]
-    runs.summaries([run])[0].advice()
+    summary.summaries([run])[0].advice()
     assert suggesting.Suggestion.of_norms([run]).threshold == 2.0
 
 
