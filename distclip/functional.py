@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable
-from typing import Literal, TypeAlias
+from collections.abc import Callable, Iterable
+from typing import Literal, TypeAlias, TypeVar, cast
 
 import numpy as np
 import torch
@@ -30,11 +30,12 @@ from distclip.errors import ConfigurationError
 from distclip.kernels import changing
 from distclip.layouts import tensors as layouts
 from distclip.layouts.plan import DOUBLE
-from distclip.policies import AGC, ByName, GlobalNorm, Measure, Value
+from distclip.policies import AGC, ByName, GlobalNorm, Measure, Policy, Value
 from distclip.policies.norm_threshold import norm_coefficient
 from distclip.statistics import collectives
 
 Parameters: TypeAlias = Tensor | Iterable[Tensor]
+P = TypeVar("P", bound=Policy)
 Tensors: TypeAlias = Tensor | Iterable[Tensor]
 
 
@@ -74,7 +75,7 @@ def clip_grad_norm_(
         UnsupportedGradientError: a sparse shard, or a ``Partial`` that cannot be reduced.
     """
     given = Given.listed(parameters)
-    policy = _global_norm(max_norm, norm_type)
+    policy = _policy(GlobalNorm, max_norm, norm_type)
     group = _pipeline(pipeline_group, process_group)
     if group is None:
         with on_parameters(given, policy) as session:
@@ -109,7 +110,7 @@ def clip_grad_value_(
         UnsupportedGradientError: a sparse shard, or a ``Partial`` that cannot be reduced.
     """
     given = Given.listed(parameters)
-    policy = Value(clip_value)
+    policy = _policy(Value, clip_value)
     with on_parameters(given, policy, norms=False) as session:
         seen = usual_gradients(session)
         if seen is None:
@@ -233,7 +234,7 @@ def get_total_norm(
     Returns:
         0-dim float32, or float64 if a tensor is float64.
     """
-    policy = Measure(norm_type)
+    policy = _policy(Measure, norm_type)
     measuring = on_tensors(as_tensors(tensors), policy)
     group = _pipeline(pipeline_group, process_group)
     if group is None:
@@ -272,11 +273,11 @@ def grad_norms(
         # Other members have other parameters, whose norms nothing here is added to: each DTensor
         # is reduced over its own mesh.
         collectives.check_open(group, "pipeline_group")
-    policy = Measure(norm_type)
+    policy = _policy(Measure, norm_type)
     with on_parameters(given, policy) as session, torch.no_grad():
         usual, plan = usual_norms(session, policy.norm_type), session.plan
         norms = session.clip("pass", None).raw if usual is None else usual
-    singles = norms.float().unbind()
+        singles = norms.float().unbind()
     if plan.norm_dtype is torch.float32:
         return dict(zip(plan.names, singles, strict=True))
     return {
@@ -312,13 +313,16 @@ def _pipeline(
     return process_group
 
 
-def _global_norm(max_norm: float, norm_type: float) -> GlobalNorm:
-    usual = type(max_norm) is float and type(norm_type) is float
-    return (_checked_before if usual else GlobalNorm)(max_norm, norm_type)
+def _policy(kind: Callable[..., P], *numbers: float) -> P:
+    """A policy; the one of an earlier call where it was given the same, checked, numbers."""
+    if any(type(each) is not float for each in numbers):
+        return kind(*numbers)
+    return cast(P, _checked(kind, *numbers))
 
 
-_checked_before = functools.lru_cache(maxsize=64)(GlobalNorm)
-"""Every step has the same threshold, mostly."""
+@functools.lru_cache(maxsize=64)
+def _checked(kind: Callable[..., Policy], *numbers: float) -> Policy:
+    return kind(*numbers)
 
 
 def _mode(error_if_nonfinite: bool) -> str:

@@ -218,6 +218,8 @@ def clamp_(
         tables: what is remembered of them from step to step.
     """
     if all(map(_is_cpu, tensors)) if seen is None else seen.kinds.on_host:
+        if _clamped_again(bounds, seen, tables):
+            return
         limits = bounds if isinstance(bounds, np.ndarray) else np.array(list(map(float, bounds)))
         limits = all_held(limits, list(map(_dtype, tensors)) if seen is None else seen.kinds.dtypes)
         chosen = choosing.choose(tensors, "gradients", tables=tables, seen=seen)
@@ -244,6 +246,25 @@ def clamp_(
         given = bound if isinstance(bound, Tensor) else rounded_bound(bound, tensor.dtype)
         limit = torch.as_tensor(given, dtype=tensor.dtype, device=tensor.device)
         torch.clamp(tensor, min=-limit, max=limit, out=tensor)
+
+
+def _clamped_again(
+    bounds: Sequence[float | Tensor] | Floats, seen: Look | None, tables: PlanTables | None
+) -> bool:
+    """Clamp tensors on the host that are of the kinds of an earlier step, if they are."""
+    if seen is None or tables is None or not isinstance(bounds, np.ndarray):
+        return False
+    table = tables.of_all("gradients", seen.kinds)
+    if table is None:
+        return False
+
+    def held() -> Floats:
+        return host.each_row(table, all_held(bounds, seen.kinds.dtypes))
+
+    rows = tables.remembered("bounds", (seen.kinds, bounds.tobytes()), held)
+    host.clamp_all_(table, seen.places.addresses, rows)
+    torch.autograd.graph.increment_version(seen.owners)
+    return True
 
 
 def zero_(tensors: Sequence[Tensor], flags: Tensor) -> None:

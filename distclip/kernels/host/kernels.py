@@ -74,7 +74,7 @@ def clamped_norms(
         bounds: float64 ``(len(chosen.tensors),)``, as the tensors' dtypes hold them; inf for none.
     """
     table = chosen.table
-    sums = _measured_clamped(chosen, norm_type, _each_row(table, bounds))
+    sums = _measured_clamped(chosen, norm_type, each_row(table, bounds))
     return [_rooted(_of_wholes(each, table, norm_type), norm_type, chosen) for each in sums]
 
 
@@ -104,7 +104,7 @@ def unit_norms(
     """
     table = chosen.table
     if bounds is not None:
-        rows, _ = _measured_clamped(chosen, norm_type, _each_row(table, bounds))
+        rows, _ = _measured_clamped(chosen, norm_type, each_row(table, bounds))
     elif norm_type == 2.0 and not table.has_float64:  # without another pass over many rows
         return _run_measure("roots", chosen, records), []
     else:
@@ -196,7 +196,7 @@ def _rooted(
     return np.sqrt(sums, out=sums), unsure
 
 
-def _each_row(table: Blocks, numbers: Floats) -> Floats:
+def each_row(table: Blocks, numbers: Floats) -> Floats:
     """A number for each row, from those of the tensors; 0 for rows of what is not in the table."""
     each = numbers if table.simple else np.repeat(numbers, table.counts)
     if len(each) == table.rows:
@@ -224,7 +224,12 @@ def scale_all_(table: Blocks, addresses: Integers, coefficient: float) -> None:
 
 def scale_whole_(chosen: Chosen, coefficients: Floats) -> None:
     """Multiply each tensor by its coefficient, float64 ``(len(chosen.tensors),)``."""
-    scale_(chosen, _each_row(chosen.table, coefficients))
+    scale_(chosen, each_row(chosen.table, coefficients))
+
+
+def clamp_all_(table: Blocks, addresses: Integers, rows: Floats) -> None:
+    """Clamp each row of a table to its bound, float64 ``(rows,)``, as its dtype holds it."""
+    _run("clamp", table, addresses, rows.ctypes.data)
 
 
 def clamp_(chosen: Chosen, bounds: Floats) -> None:
@@ -232,4 +237,4 @@ def clamp_(chosen: Chosen, bounds: Floats) -> None:
 
     NaN stays NaN. Tensors whose bound is inf are not touched.
     """
-    _run_on(chosen, "clamp", np.ascontiguousarray(_each_row(chosen.table, bounds)))
+    _run_on(chosen, "clamp", np.ascontiguousarray(each_row(chosen.table, bounds)))
