@@ -12,7 +12,7 @@ from torch import Tensor
 
 from distclip.engine.passes import Pass
 from distclip.layouts.plan import Plan
-from distclip.policies import ClampingPolicy, ParameterInfo, State, UnitPolicy
+from distclip.policies import ParameterInfo, State, UnitPolicy
 from distclip.statistics.encoding import is_far
 from distclip.statistics.overlap import Overlap
 from distclip.statistics.scratch import Scratch
@@ -51,20 +51,20 @@ class Program:
     def is_simple(self) -> bool:
         """Whether norms of whole gradients, of one order, are all that a step measures and sends.
 
-        And its policies do nothing but multiply, on the host. What one step is asked for beside
-        that may make it more.
+        And its policies do nothing but multiply, and clamp before that, on the host. What one step
+        is asked for beside that may make it more.
         """
         (one, *more), plan = self.passes, self.plan
         survey, request = one.survey, one.survey.request
         if more or self.overlap or not survey.is_plain or request.loss:
             return False
-        (order,) = request.orders
         if plan.group is not None and request.reduced:
-            if not survey.in_range or math.isinf(order) or is_far(order):
+            if not survey.in_range or any(math.isinf(p) or is_far(p) for p in request.orders):
                 return False
-        elif not plan.one_to_one or plan.shares is not None:
+        elif request.orders and (not plan.one_to_one or plan.shares is not None):
             return False
-        return not any(isinstance(s.policy, (ClampingPolicy, UnitPolicy)) for s in one.stages)
+        late = any(one.late_clamps.values())
+        return not late and not any(isinstance(each.policy, UnitPolicy) for each in one.stages)
 
     @cached_property
     def has_units(self) -> bool:

@@ -18,7 +18,6 @@ from distclip.engine.walked import Walked
 from distclip.policies.protocol import combine_norms
 from distclip.statistics.measurement import measured_again
 from distclip.statistics.packing import norms_of_all
-from distclip.statistics.survey import Local
 
 
 def straight(program: Program, states: StageStates, terms: Terms) -> Walked:
@@ -31,29 +30,28 @@ def straight(program: Program, states: StageStates, terms: Terms) -> Walked:
     if not (program.is_simple and _are_usual(terms)) or "misplaced" in program.scratch.habits:
         return walk(program, states, terms)
     one = program.passes[0]
-    survey, (order,) = one.survey, one.survey.request.orders
+    survey = one.survey
     fetched = terms.fetched or program.scratch.fetch(program.plan)
-    here = None if fetched is None else measured_again(survey, program.scratch, fetched)
-    if fetched is None or here is None:
+    local = None if fetched is None else measured_again(survey, program.scratch, fetched)
+    if fetched is None or local is None:
         return walk(program, states, terms._replace(fetched=fetched))
     stamp = None if terms.agreed is None else terms.agreed.stamp
-    measurement = norms_of_all(survey, here, stamp)
-    norms = measurement.raw[order]
-    total = combine_norms(norms, order, in_range=survey.in_range)
-    if measurement.read_flags[0] or not math.isfinite(total.item()):
-        local = Local(*fetched, norms={order: here})
+    measurement = norms_of_all(survey, local, stamp)
+    walked, finite = Walked(program, states), True
+    for order, norms in measurement.raw.items():  # one, if any
+        walked.raw, walked.in_range = norms, survey.in_range
+        total = combine_norms(norms, order, in_range=survey.in_range)
+        walked.total_norm, finite = total, math.isfinite(total.item())
+        measurement.total = None if survey.request.bounds else total
+    if measurement.read_flags[0] or not finite:
         return walk(program, states, terms, (local, measurement))
-    measurement.total = total
     if terms.agreed is not None:
         terms.agreed.judge(measurement)
-    walked = Walked(program, states)
-    walked.raw, walked.in_range = norms, survey.in_range
-    walked.total_norm = total
     ledger = Ledger(program, one, measurement)
     for position, stage in enumerate(one.stages):
         walked.states[stage.path] = ledger.run(position, stage, states.get(stage.path, {}))
     walked.absorb(ledger)
-    acting = Acting(program, None, None, ledger, walked.skipped, None)
+    acting = Acting(program, None, local.kept, ledger, walked.skipped, None)
     if not acting.is_idle() and not (terms.fold and terms.fold(acting.factor())):
         acting.on(*fetched, None)
     walked.undo(states, dropped=False)

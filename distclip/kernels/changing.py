@@ -258,10 +258,7 @@ def _clamped_again(
     if table is None:
         return False
 
-    def held() -> Floats:
-        return host.each_row(table, all_held(bounds, seen.kinds.dtypes))
-
-    rows = tables.remembered("bounds", (seen.kinds, bounds.tobytes()), held)
+    rows = host.bounds_of(tables, "gradients", table, bounds, seen.kinds)
     host.clamp_all_(table, seen.places.addresses, rows)
     torch.autograd.graph.increment_version(seen.owners)
     return True

@@ -108,6 +108,17 @@ def norms_again(seen: Look, norm_type: float, *, tables: PlanTables, what: str) 
     return host.norms_of(table, seen.places.addresses, norm_type)
 
 
+def clamped_norms_again(
+    seen: Look, norm_type: float, bounds: Floats, *, tables: PlanTables, what: str
+) -> tuple[Tensor, Tensor] | None:
+    """:func:`clamped_norms`, in the same bits; all else is as of :func:`norms_again`."""
+    table = tables.of_all(what, seen.kinds) if host.measures(norm_type) else None
+    if table is None or table.has_float64:
+        return None
+    rows = host.bounds_of(tables, what, table, bounds, seen.kinds)
+    return host.clamped_norms_of(table, seen.places.addresses, norm_type, rows)
+
+
 def clamped_norms(
     tensors: Sequence[Tensor | None],
     norm_type: float,

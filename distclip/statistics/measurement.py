@@ -67,23 +67,61 @@ def measure_locally(
     return local
 
 
-def measured_again(survey: Survey, scratch: Scratch, fetched: Fetched) -> Tensor | None:
-    """Norms of gradients that are what they were at the step before, float64 ``(pieces,)``.
+def measured_again(survey: Survey, scratch: Scratch, fetched: Fetched) -> Local | None:
+    """:func:`measure_locally`, where gradients are what they were at the step before.
 
-    Of a survey that :attr:`~.Survey.is_plain`; None where something may be unusual. Issues no
-    collective.
+    Of a survey that :attr:`~.Survey.is_plain`; None where something may be unusual.
     """
-    (gradients, seen), (order,) = fetched, survey.request.orders
+    gradients, seen = fetched
     if seen is None or not scratch.has_inspected(gradients):
         return None
     if not soundness.are_usual(survey.plan, seen, changed=not scratch.only_measures):
         return None
-    seen, places = _counted_in(survey, gradients, seen)
-    found = measuring.norms_again(seen, order, tables=scratch.tables, what=_named(survey))
-    if found is None or places is None:
-        return found
-    norms = torch.zeros(len(gradients), dtype=torch.float64)
-    return norms.index_copy_(0, torch.tensor(places, dtype=torch.long), found)
+    local, bounds = Local(gradients, seen), survey.bounds
+    counted, places = _counted_in(survey, gradients, seen)
+    index = None if places is None else torch.tensor(places, dtype=torch.long)
+
+    def of_all(found: Tensor) -> Tensor:
+        """A number for each piece, from those of the gradients that were measured."""
+        if index is None:
+            return found
+        return torch.zeros(len(gradients), dtype=torch.float64).index_copy_(0, index, found)
+
+    tables, what = scratch.tables, _named(survey)
+    for order in survey.request.orders:
+        if bounds is None:
+            found = measuring.norms_again(counted, order, tables=tables, what=what)
+            if found is None:
+                return None
+            local.norms[order] = of_all(found)
+        else:
+            some = bounds if places is None else bounds[list(places)]
+            both = measuring.clamped_norms_again(counted, order, some, tables=tables, what=what)
+            if both is None:
+                return None
+            local.norms[order], local.raw[order] = map(of_all, both)
+            uncounted = survey.counted is not None
+            local.kept = _kept(bounds, local.raw[order], places if uncounted else None)
+    return local
+
+
+def _kept(
+    bounds: npt.NDArray[np.float64], raw: Tensor, counted: Sequence[int] | None
+) -> npt.NDArray[np.bool_]:
+    """Bool ``(pieces,)``: those that their clamp is known to leave as they are.
+
+    Args:
+        bounds: float64 ``(pieces,)``.
+        raw: float64 ``(pieces,)``, norms on the host; 0 where there is no gradient.
+        counted: the pieces that were measured, where there may be a gradient of another.
+    """
+    # No element is larger than a norm of the whole, but for what the norm was rounded by.
+    kept: npt.NDArray[np.bool_] = raw.numpy() <= bounds * (1.0 - 2.0**-40)
+    if counted is not None:
+        others = np.ones(len(kept), bool)
+        others[list(counted)] = False
+        kept[others] = False
+    return kept
 
 
 def _counted_in(
@@ -236,10 +274,8 @@ def _as_clamped(
     if raw is not None and order in request.raw_orders:
         local.raw[order] = raw
     if raw is not None and plan.device.type == "cpu":
-        # No element is larger than a norm of the whole, but for what the norm was rounded by.
-        local.kept = raw.numpy() <= bounds * (1.0 - 2.0**-40)
-        if counted is not local.present:  # there may be a gradient that is not counted here
-            local.kept &= np.array([each is not None for each in counted])
+        all_here = counted is local.present
+        local.kept = _kept(bounds, raw, None if all_here else positions_there(counted))
     return norms
 
 

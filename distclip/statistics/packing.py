@@ -258,34 +258,34 @@ def reduce(
     return _unpacked(survey, local, got, as_maxima=as_maxima, in_range=survey.in_range)
 
 
-def norms_of_all(survey: Survey, norms: Tensor, stamp: Stamp | None) -> Measurement:
+def norms_of_all(survey: Survey, local: Local, stamp: Stamp | None) -> Measurement:
     """:func:`reduce`, in the same bits and with the same collective, of norms and nothing else.
 
     Args:
         survey: that :attr:`~.Survey.is_plain`, of an order whose powers travel by themselves.
-        norms: float64 ``(pieces,)``, 0 where not counted; found without trouble.
+        local: of this rank; without trouble.
         stamp: sent along where something is reduced.
     """
-    plan, (order,) = survey.plan, survey.request.orders
-    flags = plan.flag(False)
+    plan, flags = survey.plan, survey.plan.flag(False)
+    norms, raw = local.norms, local.raw
     if plan.group is not None and survey.request.reduced:
-        encoding = Encoding(order, wide=False)
-        summands = encoding.encode(norms)
-        if plan.rows is not None:
-            empty = norms.new_zeros(len(plan.entries))
-            summands = empty.index_add_(0, plan.rows, summands)
+        summands = [
+            _powers(plan, order, each) for kind in (norms, raw) for order, each in kind.items()
+        ]
         if stamp is not None:
             values = (0.0, *stamp.pair(maximum=False))
             flags = torch.tensor(values, dtype=torch.float64)
-        joined = collectives.all_reduce_sum(torch.cat([summands, flags]), plan.group)
-        count = len(plan.entries)
-        norms, flags = encoding.decode(joined[:count]), joined[count:]
-    by_order: Mapping[float, Tensor] = {order: norms}
+        joined = collectives.all_reduce_sum(torch.cat([*summands, flags]), plan.group)
+        *sums, flags = torch.split(joined, [*map(len, summands), len(flags)])
+        pairs = zip((*norms, *raw), sums, strict=True)
+        roots = [Encoding(order, wide=False).decode(each) for order, each in pairs]
+        norms = dict(zip(norms, roots[: len(norms)], strict=True))
+        raw = dict(zip(raw, roots[len(norms) :], strict=True))
     nothing: Mapping[float, Tensor] = {}
     return Measurement(
-        raw=by_order,
-        clamped=by_order,
-        norms=by_order,
+        raw=raw or norms,
+        clamped=norms,
+        norms=norms,
         weights=nothing,
         units=nothing,
         unit_weights=nothing,
@@ -296,6 +296,14 @@ def norms_of_all(survey: Survey, norms: Tensor, stamp: Stamp | None) -> Measurem
         passengers=None,
         in_range=survey.in_range,
     )
+
+
+def _powers(plan: Plan, order: float, norms: Tensor) -> Tensor:
+    """float64 ``(parameters,)``, from norms of the pieces, which are 0 where not counted."""
+    powers = Encoding(order, wide=False).encode(norms)
+    if plan.rows is None:
+        return powers
+    return powers.new_zeros(len(plan.entries)).index_add_(0, plan.rows, powers)
 
 
 def _kinds(local: Local) -> tuple[tuple[str, Mapping[float, Tensor]], ...]:

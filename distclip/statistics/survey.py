@@ -48,10 +48,15 @@ class Survey:
 
     @cached_property
     def is_plain(self) -> bool:
-        """Whether norms of whole gradients, of one order, are all that is measured; on the host."""
+        """Whether norms of whole gradients, of one order at most, are all that is measured.
+
+        As they are, or as if clamped and as they are; on the host.
+        """
         request = self.request
-        more = request.unit_dims or request.bounds or request.weight_orders or request.exponents
-        return len(request.orders) == 1 and not more and self.plan.device.type == "cpu"
+        if request.unit_dims or request.weight_orders or request.exponents:
+            return False
+        both = not request.bounds or request.raw_orders == request.orders
+        return both and len(request.orders) <= 1 and self.plan.device.type == "cpu"
 
     @cached_property
     def counted(self) -> tuple[int, ...] | None:

@@ -24,6 +24,7 @@ from distclip import (
     policies,
 )
 from distclip.engine import straight
+from distclip.kernels.host.blocks import PART
 from distclip.policies import Policy
 from tests.sharded import Sharded, Whole, mesh_of, shard, whole
 
@@ -37,9 +38,11 @@ POLICIES: dict[str, Policy] = {
     "measure": policies.measure(),
     "each": policies.parameter_norm(10.0),
     "chain": policies.chain(policies.skip_norm(1e5), policies.zclip(), policies.autoclip(50.0)),
+    "clamp": policies.value(3.0),
+    "clamped": policies.chain(policies.value(5.0), policies.value(4.0), policies.global_norm(9.0)),
     "some": policies.by_name({"e*": None, "fc*": policies.global_norm(3.0)}, policies.adagc()),
 }
-STRAIGHT = {"norm", "one", "measure", "each", "chain", "some"}
+STRAIGHT = {"norm", "one", "measure", "each", "chain", "clamp", "clamped", "some"}
 """Those that go this way in a group, too: maxima, and other orders than the loops', do not."""
 
 
@@ -124,6 +127,25 @@ def compare(values: Whole, layout: str, policy: Policy, mode: Any) -> list[int]:
         assert memory(clippers[0]) == memory(clippers[1]), step
     assert walked[1::2] == [1] * STEPS
     return walked[::2]
+
+
+@pytest.mark.parametrize("name", ["norm", "largest", "clamp"])
+def test_tensors_that_are_measured_in_parts(name: str) -> None:
+    shapes = ((PART + 7,), (5,), (2, PART))
+    given = [torch.randn(shape) for shape in shapes]
+    both = [[nn.Parameter(each.clone()) for each in given] for _ in range(2)]
+    clippers = [GradClipper(parameters, POLICIES[name]) for parameters in both]
+    clippers[1]._session.program.__dict__["is_simple"] = False
+    for step in range(4):
+        outcomes = []
+        for parameters, clipper in zip(both, clippers, strict=True):
+            for parameter, gradient in zip(parameters, given, strict=True):
+                parameter.grad = gradient * (1.0 + step)
+            with counting() as walked:
+                outcomes.append(repr(told(clipper.clip_())))
+        assert outcomes[0] == outcomes[1]
+        assert bits(clippers[0]) == bits(clippers[1])
+    assert walked == [1]  # by the second
 
 
 def sharded_model(values: Whole) -> tuple[Sharded, GradClipper]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from distclip.common import exponents
 from distclip.common.rollups import Floats as Floats
+from distclip.kernels.bounds import all_held
 from distclip.kernels.host import compiler, threads
 from distclip.kernels.host.blocks import (
     CLAMPED,
@@ -23,6 +24,7 @@ from distclip.kernels.host.blocks import (
     table_of_segments,
 )
 from distclip.kernels.host.choosing import Chosen, PlanTables
+from distclip.kernels.look import Kinds
 
 LOOPS = {1.0: "magnitudes", 2.0: "squares", math.inf: "largest"}
 """Orders of norms, and the loops that measure them."""
@@ -57,10 +59,31 @@ def norms_of(table: Blocks, addresses: Integers, norm_type: float) -> Tensor:
     """The p-norm of each tensor of a table without float64 numbers; float64 ``(tensors,)``."""
     rows, roots = torch.zeros(table.rows, dtype=torch.float64), norm_type == 2.0 and table.simple
     _run("roots" if roots else LOOPS[norm_type], table, addresses, rows.data_ptr())
-    if table.simple:
-        return rows
-    norms = torch.from_numpy(_of_wholes(rows.numpy(), table, norm_type))
-    return norms.sqrt_() if norm_type == 2.0 else norms
+    return rows if roots else _norms_from(rows, table, norm_type)
+
+
+def clamped_norms_of(
+    table: Blocks, addresses: Integers, norm_type: float, rows: Floats
+) -> tuple[Tensor, Tensor]:
+    """As :func:`norms_of`, as if each row was clamped to its bound in ``rows``; and as it is."""
+    raw = torch.zeros(table.rows, dtype=torch.float64)
+    if math.isinf(norm_type):
+        _run(LOOPS[norm_type], table, addresses, raw.data_ptr())
+        clamped = torch.minimum(raw, torch.from_numpy(rows))
+    else:
+        clamped = torch.from_numpy(rows.copy())
+        both = torch.tensor([clamped.data_ptr(), raw.data_ptr()])
+        _run(LOOPS[norm_type] + CLAMPED, table, addresses, both.data_ptr())
+    return _norms_from(clamped, table, norm_type), _norms_from(raw, table, norm_type)
+
+
+def _norms_from(rows: Tensor, table: Blocks, norm_type: float) -> Tensor:
+    """The norm of each tensor, from the numbers of its rows.
+
+    By numpy's root, which is rounded correctly; torch's is not always.
+    """
+    norms = rows.numpy() if table.simple else _of_wholes(rows.numpy(), table, norm_type)
+    return torch.from_numpy(np.sqrt(norms, out=norms) if norm_type == 2.0 else norms)
 
 
 def clamped_norms(
@@ -225,6 +248,15 @@ def scale_all_(table: Blocks, addresses: Integers, coefficient: float) -> None:
 def scale_whole_(chosen: Chosen, coefficients: Floats) -> None:
     """Multiply each tensor by its coefficient, float64 ``(len(chosen.tensors),)``."""
     scale_(chosen, each_row(chosen.table, coefficients))
+
+
+def bounds_of(tables: PlanTables, what: str, table: Blocks, bounds: Floats, kinds: Kinds) -> Floats:
+    """The bound of each row of ``table``, which is that of ``what``, as its dtype holds it."""
+
+    def held() -> Floats:
+        return each_row(table, all_held(bounds, kinds.dtypes))
+
+    return tables.remembered(f"bounds of {what}", (kinds, bounds.tobytes()), held)
 
 
 def clamp_all_(table: Blocks, addresses: Integers, rows: Floats) -> None:
