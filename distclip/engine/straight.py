@@ -16,7 +16,7 @@ from distclip.engine.program import Program, StageStates
 from distclip.engine.walk import Terms, walk
 from distclip.engine.walked import Walked
 from distclip.policies.protocol import combine_norms
-from distclip.statistics.measurement import measured_again
+from distclip.statistics.again import measured_again
 from distclip.statistics.packing import norms_of_all
 
 

@@ -67,45 +67,7 @@ def measure_locally(
     return local
 
 
-def measured_again(survey: Survey, scratch: Scratch, fetched: Fetched) -> Local | None:
-    """:func:`measure_locally`, where gradients are what they were at the step before.
-
-    Of a survey that :attr:`~.Survey.is_plain`; None where something may be unusual.
-    """
-    gradients, seen = fetched
-    if seen is None or not scratch.has_inspected(gradients):
-        return None
-    if not soundness.are_usual(survey.plan, seen, changed=not scratch.only_measures):
-        return None
-    local, bounds = Local(gradients, seen), survey.bounds
-    counted, places = _counted_in(survey, gradients, seen)
-    index = None if places is None else torch.tensor(places, dtype=torch.long)
-
-    def of_all(found: Tensor) -> Tensor:
-        """A number for each piece, from those of the gradients that were measured."""
-        if index is None:
-            return found
-        return torch.zeros(len(gradients), dtype=torch.float64).index_copy_(0, index, found)
-
-    tables, what = scratch.tables, _named(survey)
-    for order in survey.request.orders:
-        if bounds is None:
-            found = measuring.norms_again(counted, order, tables=tables, what=what)
-            if found is None:
-                return None
-            local.norms[order] = of_all(found)
-        else:
-            some = bounds if places is None else bounds[list(places)]
-            both = measuring.clamped_norms_again(counted, order, some, tables=tables, what=what)
-            if both is None:
-                return None
-            local.norms[order], local.raw[order] = map(of_all, both)
-            uncounted = survey.counted is not None
-            local.kept = _kept(bounds, local.raw[order], places if uncounted else None)
-    return local
-
-
-def _kept(
+def kept_by_clamps(
     bounds: npt.NDArray[np.float64], raw: Tensor, counted: Sequence[int] | None
 ) -> npt.NDArray[np.bool_]:
     """Bool ``(pieces,)``: those that their clamp is known to leave as they are.
@@ -124,7 +86,7 @@ def _kept(
     return kept
 
 
-def _counted_in(
+def counted_in(
     survey: Survey, gradients: OptionalTensors, seen: Look
 ) -> tuple[Look, Sequence[int] | None]:
     """The look at those that are measured as a whole, and counted, of one at all.
@@ -141,7 +103,7 @@ def _counted_in(
     return seen.at(numbers), [here[number] for number in numbers]
 
 
-def _named(survey: Survey) -> str:
+def set_name(survey: Survey) -> str:
     """Which of the sets of tensors in the tables those are that are measured as a whole."""
     return "gradients" if survey.counted is None else "counted gradients"
 
@@ -233,7 +195,7 @@ def _measure_norms(
                 order,
                 device=plan.device,
                 tables=scratch.tables,
-                what=_named(survey),
+                what=set_name(survey),
                 seen=seen,
                 counting=None if local.sparse else counting,
             )
@@ -268,14 +230,14 @@ def _as_clamped(
         device=plan.device,
         raw=order in request.raw_orders,
         tables=scratch.tables,
-        what=_named(survey),
+        what=set_name(survey),
         seen=seen,
     )
     if raw is not None and order in request.raw_orders:
         local.raw[order] = raw
     if raw is not None and plan.device.type == "cpu":
         all_here = counted is local.present
-        local.kept = _kept(bounds, raw, None if all_here else positions_there(counted))
+        local.kept = kept_by_clamps(bounds, raw, None if all_here else positions_there(counted))
     return norms
 
 
@@ -290,7 +252,7 @@ def _counted(
         return present, seen
     places = set(survey.counted)
     counted = [each if place in places else None for place, each in enumerate(present)]
-    return counted, None if seen is None else _counted_in(survey, present, seen)[0]
+    return counted, None if seen is None else counted_in(survey, present, seen)[0]
 
 
 def _exponents(plan: Plan, local: Local, scratch: Scratch, counting: Counting) -> Tensor:
