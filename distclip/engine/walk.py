@@ -21,7 +21,6 @@ from distclip.errors import DistclipError, UnsupportedGradientError
 from distclip.kernels import changing
 from distclip.layouts.fetching import Fetched
 from distclip.options import Looks
-from distclip.policies.decide import rehearse
 from distclip.statistics.alignment import align_alone, align_together, cannot_move
 from distclip.statistics.measurement import measure_locally
 from distclip.statistics.packing import Measurement, reduce
@@ -89,7 +88,6 @@ def walk(
         DistclipError: a gradient that cannot be measured, on every rank, before any changes.
         NonFiniteGradientError: under ``"error"``, on every rank, before any changes.
     """
-    _rehearse(program, states)
     walked = Walked(program, states)
     for one in program.passes:
         going = _Going(one, walked, terms)
@@ -277,15 +275,6 @@ class _Going:
             walked.apply = acting
         elif not acting.is_idle() and not (fold and fold(acting.factor())):
             acting.on(local.present, local.seen, terms.loss_scale)
-
-
-def _rehearse(program: Program, states: StageStates) -> None:
-    """Once: no pass may act before it is known that the policies of later passes are sound."""
-    if len(program.passes) > 1 and "rehearsed" not in program.scratch.habits:
-        for stage in (stage for one in program.passes[1:] for stage in one.stages):
-            infos = [program.parameters[member] for member in stage.members]
-            rehearse(stage.policy, infos, states.get(stage.path, {}), program.plan.device)
-        program.scratch.habits.add("rehearsed")
 
 
 def raise_together(mine: DistclipError | None, anybodys: float | None) -> None:

@@ -20,8 +20,8 @@ class Scratch:
 
     Attributes:
         tables: of the plan's tensors, for the kernels.
-        habits: ``"misplaced"`` where gradients had to be redistributed the last time,
-            ``"rehearsed"`` once the policies of later passes were tried; the same on every rank.
+        habits: ``"misplaced"`` where gradients had to be redistributed the last time; the same on
+            every rank.
         inspected: the places of the pieces whose gradients' memory and shape were looked at.
         only_measures: whether nothing is changed, so that memory may be shared.
         kinds: of what kinds the gradients were when every piece had one.
