@@ -191,8 +191,9 @@ def clip_grads_with_norm_(
     """
     limit = GlobalNorm(max_norm).max_norm
     if isinstance(total_norm, Tensor):
-        total_norm = layouts.whole_values(total_norm)
-    norm = torch.as_tensor(total_norm, dtype=torch.float64).detach()
+        norm = layouts.whole_values(total_norm).detach().double()
+    else:
+        norm = torch.tensor(total_norm, dtype=torch.float64, device="cpu")
     if norm.numel() != 1:
         raise ConfigurationError(
             f"clip_grads_with_norm_: total_norm must be one number, got a tensor of shape "

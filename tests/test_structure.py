@@ -100,3 +100,20 @@ def test_a_name_for_two_things_is_seen() -> None:
     one = 'T = TypeVar("T")\nA: int = 1\n__all__ = []\ndef f(): pass\nclass C:\n    D = 1\n'
     assert defined(ast.parse(one)) == {"A", "f", "C"}
     assert repeated([{"A", "f"}, {"f"}, {"B"}]) == {"f"}
+
+
+CONSTRUCTORS = {"arange", "empty", "full", "ones", "scalar_tensor", "tensor", "zeros"}
+
+
+def test_no_tensor_is_made_on_the_default_device() -> None:
+    """Which may be any (torch.set_default_device): where a number is used is known."""
+    found = [
+        f"{name}:{call.lineno}"
+        for name in SOURCES
+        if not name.startswith(("testing/", "tools/"))
+        for call in ast.walk(parsed(name))
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute)
+        if ast.unparse(call.func.value) == "torch" and call.func.attr in CONSTRUCTORS
+        if not any(keyword.arg == "device" for keyword in call.keywords)
+    ]
+    assert not found

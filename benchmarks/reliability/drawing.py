@@ -78,7 +78,7 @@ def draw(seed: int, number: int) -> Case:
     kind, policy = drawn.policy()
     if f"'clip_value': {BEYOND_FLOAT16}" in str(policy):
         parameters = [_without_float16_inf(each) for each in parameters]
-    # The third is the first that goes straight: distclip/engine/straight.py.
+    # In the third, gradients are what they were before: distclip/statistics/again.py.
     steps = 3 if drawn.remembers or number % 3 == 0 else 1
     dtypes = {p.dtype for p in parameters}
     return Case(

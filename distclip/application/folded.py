@@ -225,7 +225,7 @@ def divisor_of(coefficient: float | Tensor, loss_scale: Tensor | None) -> Tensor
             scale = 1.0 if loss_scale is None else loss_scale.item()
             quotient = scale / coefficient if coefficient else 0.0
             fits = _FLOAT.tiny <= quotient <= _FLOAT.max  # false for NaN
-            return torch.tensor(quotient, dtype=torch.float32) if fits else None
+            return torch.tensor(quotient, dtype=torch.float32, device="cpu") if fits else None
         coefficient = torch.tensor(coefficient, dtype=torch.float64, device=loss_scale.device)
     numerator = torch.ones((), dtype=torch.float64, device=coefficient.device)
     if loss_scale is not None:

@@ -170,7 +170,7 @@ class AttachHandle:
         gradients = {n: _gradients(o) for n, o in self._alive()}
         there = {n for n, found in gradients.items() if any(g is not None for g in found)}
         scaled = (scaled | waiting) & there
-        found_inf = torch.zeros(()) if found_inf is None else found_inf
+        found_inf = torch.zeros((), device="cpu") if found_inf is None else found_inf
         if not scaled or scaled == there:
             scale = _scale_of(scaler, loss_scale) if scaled else None
             return self._clip(scale, found_inf, coming, overflow_drops=True)
@@ -231,7 +231,7 @@ def _is_scaled(scaler: Any, optimizer: Optimizer) -> bool:
 
 
 def _scale_of(scaler: torch.amp.GradScaler, loss_scale: Tensor | None) -> Tensor:
-    return torch.tensor(scaler.get_scale()) if loss_scale is None else loss_scale
+    return torch.tensor(scaler.get_scale(), device="cpu") if loss_scale is None else loss_scale
 
 
 @contextmanager

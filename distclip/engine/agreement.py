@@ -138,7 +138,9 @@ class Agreement:
             self._compare(agreed, reduced.read_flags, reduced.as_maxima)
             return
         # Copied now and read at the next comparison, when it has long been there.
-        flags = torch.empty(3, dtype=torch.float64, pin_memory=self._device.type == "cuda")
+        flags = torch.empty(
+            3, dtype=torch.float64, pin_memory=self._device.type == "cuda", device="cpu"
+        )
         flags.copy_(reduced.flags, non_blocking=True)
         event = torch.Event(self._device)
         event.record()

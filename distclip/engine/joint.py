@@ -43,7 +43,7 @@ def joint_norm(
     with contextlib.ExitStack() as stack:
         trouble: DistclipError | None = None
         entries: tuple[Entry, ...] = ()
-        norms = torch.zeros(0, dtype=torch.float64)
+        norms = torch.zeros(0, dtype=torch.float64, device="cpu")
         try:
             session = stack.enter_context(measuring)
             norms, entries = session.clip("pass", None).raw, session.plan.entries

@@ -341,8 +341,8 @@ class Attendant:
         self._judge(step, norms, found, noted)
 
     def _judge(self, step: int, norms: list[float], again: list[float], noted: Noted) -> None:
-        finite = torch.tensor([norms, again], dtype=torch.float64)
-        joint = torch.tensor([self._joint(norms), self._joint(again)], dtype=torch.float64)
+        finite = torch.tensor([norms, again], dtype=torch.float64, device="cpu")
+        joint = finite.new_tensor([self._joint(norms), self._joint(again)])
         limit = self._policy.tolerance * joint.nan_to_num(0.0, 0.0, 0.0).max()
         differs = ((finite[0] - finite[1]).abs() > limit) | (
             finite[0].isfinite() != finite[1].isfinite()
@@ -369,7 +369,7 @@ class Attendant:
 
     def _joint(self, norms: list[float]) -> float:
         """The joint norm, as the report's ``total_norm``."""
-        each = torch.tensor(norms, dtype=torch.float64)
+        each = torch.tensor(norms, dtype=torch.float64, device="cpu")
         return combine_norms(each, self._session.program.shown).item()
 
     def _factor(self, first: Tensor, again: Tensor) -> float | None:

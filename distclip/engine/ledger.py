@@ -33,17 +33,6 @@ from distclip.policies.decide import actions_of, bound_of
 from distclip.statistics.packing import Measurement
 
 
-@dataclass(frozen=True, slots=True)
-class _Totalled(Statistics):
-    """Statistics of one order whose joint norm ``total``, 0-dim float64, is known already."""
-
-    total: Tensor | None = None
-
-    def total_norm(self, norm_type: float = 2.0) -> Tensor:
-        known = self.total if norm_type in self.gradients else None
-        return Statistics.total_norm(self, norm_type) if known is None else known
-
-
 def _is_one(coefficients: Tensor) -> bool:
     if coefficients.dim() == 0:
         return coefficients.item() == 1.0
@@ -151,17 +140,13 @@ class Ledger:
         needs, norms, weights = stage.needs, self.norms, self.measurement.weights
         gradient_norms = {p: norms[p] for p in needs.gradient_norms}
         weight_norms = {p: weights[p] for p in needs.weight_norms} if needs.weight_norms else {}
-        as_measured = self.total is self.ones
-        in_range = as_measured and self.measurement.in_range
+        in_range = self.total is self.ones and self.measurement.in_range
         loss = self.measurement.loss if needs.loss else None
         infos = self._infos(stage.members)
         if len(infos) < len(self.program.parameters):
             where = self._where(stage.members)
             gradient_norms = {p: each[where] for p, each in gradient_norms.items()}
             weight_norms = {p: each[where] for p, each in weight_norms.items()}
-        elif as_measured and self.measurement.total is not None:
-            total = self.measurement.total
-            return _Totalled(infos, gradient_norms, weight_norms, in_range, loss, total)
         return Statistics(infos, gradient_norms, weight_norms, in_range, loss)
 
     def smallest(self) -> Tensor:

@@ -33,7 +33,7 @@ class Losses:
                 "observe: the loss is a DTensor, which only all ranks together can read; give "
                 "loss.full_tensor()"
             )
-        value = torch.as_tensor(loss).detach()
+        value = (loss if isinstance(loss, Tensor) else torch.tensor(loss, device="cpu")).detach()
         if value.numel() != 1:
             raise ConfigurationError(
                 f"observe: the loss must be one number, got a tensor of shape {list(value.shape)}; "

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,9 +31,8 @@ def flags_of(measurement: Measurement, *, reads: bool) -> Tensor | None:
 
 
 def are_finite(norms: Tensor) -> bool:
-    """Whether all of some norms, which are not negative, are finite; reads the host."""
-    largest = np.maximum.reduce(norms.cpu().numpy(), initial=0.0)  # of which one is NaN: NaN
-    return math.isfinite(largest)
+    """Whether all of some norms are finite, and no larger than float64 holds of their squares."""
+    return math.isfinite(torch.linalg.vector_norm(norms).item())
 
 
 def error_of(

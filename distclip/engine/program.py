@@ -12,8 +12,7 @@ from torch import Tensor
 
 from distclip.engine.passes import Pass
 from distclip.layouts.plan import Plan
-from distclip.policies import ParameterInfo, State, UnitPolicy
-from distclip.statistics.encoding import is_far
+from distclip.policies import ParameterInfo, State
 from distclip.statistics.overlap import Overlap
 from distclip.statistics.scratch import Scratch
 
@@ -51,20 +50,15 @@ class Program:
     def is_simple(self) -> bool:
         """Whether norms of whole gradients, of one order, are all that a step measures and sends.
 
-        And its policies do nothing but multiply, and clamp before that, on the host. What one step
-        is asked for beside that may make it more.
+        On the host, by the compiled loops. What one step is asked for beside that may be more.
         """
         (one, *more), plan = self.passes, self.plan
         survey, request = one.survey, one.survey.request
         if more or self.overlap or not survey.is_plain or request.loss:
             return False
         if plan.group is not None and request.reduced:
-            if not survey.in_range or any(math.isinf(p) or is_far(p) for p in request.orders):
-                return False
-        elif request.orders and (not plan.one_to_one or plan.shares is not None):
-            return False
-        late = any(one.late_clamps.values())
-        return not late and not any(isinstance(each.policy, UnitPolicy) for each in one.stages)
+            return survey.in_range and not any(map(math.isinf, request.orders))
+        return not request.orders or (plan.one_to_one and plan.shares is None)
 
     @cached_property
     def has_units(self) -> bool:

@@ -128,7 +128,7 @@ class ReplicaCheck:
         shape, offsets = self.plan.entries[piece.index].shape, piece.box.offsets
         # None: no gradient, or weights that are a tensor subclass without values. Other than the
         # fingerprint of zeros.
-        nothing = torch.zeros((), dtype=torch.int64)
+        nothing = torch.zeros((), dtype=torch.int64, device="cpu")
         gradient, weights = (
             nothing if tensor is None else box_fingerprint(tensor, shape, offsets)
             for tensor in (present[position], soundness.weight_if_any(piece))

@@ -26,8 +26,7 @@ from distclip.engine.losses import Losses
 from distclip.engine.opening import Opened, open_together
 from distclip.engine.passes import compile_passes, report_order
 from distclip.engine.program import Program, StageStates
-from distclip.engine.straight import straight
-from distclip.engine.walk import Fold, Terms
+from distclip.engine.walk import Fold, Terms, walk
 from distclip.engine.walked import Walked
 from distclip.errors import ConfigurationError, DistclipError
 from distclip.kernels import changing, transfer
@@ -192,7 +191,7 @@ class Session:
         waited = waiting.wait_for(wait)
         with torch.no_grad():
             try:
-                walked = straight(self.program, self.states, terms)
+                walked = walk(self.program, self.states, terms)
             finally:
                 waiting.wait_for(waited)
                 if self.early is not None:

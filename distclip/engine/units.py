@@ -138,5 +138,5 @@ def _are_ones(coefficients: Tensor) -> bool:
 def _smallest(coefficients: Tensor) -> Tensor:
     """0-dim. A coefficient is NaN where a norm is: it counts for nothing among others."""
     if coefficients.device.type == "cpu":  # without another vector of them
-        return torch.tensor(np.fmin.reduce(coefficients.numpy()), dtype=torch.float64)
+        return torch.tensor(np.fmin.reduce(coefficients.numpy()), dtype=torch.float64, device="cpu")
     return torch.nan_to_num(coefficients, nan=1.0).amin()

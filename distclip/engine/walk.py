@@ -21,9 +21,10 @@ from distclip.errors import DistclipError, UnsupportedGradientError
 from distclip.kernels import changing
 from distclip.layouts.fetching import Fetched
 from distclip.options import Looks
+from distclip.statistics.again import measured_again
 from distclip.statistics.alignment import align_alone, align_together, cannot_move
 from distclip.statistics.measurement import measure_locally
-from distclip.statistics.packing import Measurement, reduce
+from distclip.statistics.packing import Measurement, norms_of_all, reduce
 from distclip.statistics.survey import Local, Survey
 
 Fold: TypeAlias = Callable[[float | Tensor | None], bool]
@@ -68,19 +69,13 @@ class Terms(NamedTuple):
 USUAL = Terms()
 
 
-def walk(
-    program: Program,
-    states: StageStates,
-    terms: Terms = USUAL,
-    measured: tuple[Local, Measurement] | None = None,
-) -> Walked:
+def walk(program: Program, states: StageStates, terms: Terms = USUAL) -> Walked:
     """Measure, decide and act once over all the gradients of a plan.
 
     Args:
         program: the compiled policy.
         states: state per stage path; left as it is, the new one is in the result.
         terms: what else is asked for.
-        measured: what the first pass finds, where it has been measured and reduced already.
 
     Raises:
         RankMismatchError: ranks differ in what is agreed; on every rank, before any changes.
@@ -91,7 +86,7 @@ def walk(
     walked = Walked(program, states)
     for one in program.passes:
         going = _Going(one, walked, terms)
-        going.measure(measured if going.first else None)
+        going.measure()
         going.check()
         going.decide(states)
         going.act()
@@ -147,33 +142,48 @@ class _Going:
             request = request.scaled(float(scale))  # a host sync, for this case only
         return self.one.survey.asking(request)
 
-    def measure(self, measured: tuple[Local, Measurement] | None) -> None:
-        """Measure and reduce; a second time where gradients had to be brought into place first.
-
-        Args:
-            measured: what the first time gave, where that has been done.
-        """
-        plan, habits = self.program.plan, self.program.scratch.habits
+    def measure(self) -> None:
+        """Measure and reduce; a second time where gradients had to be brought into place first."""
+        plan, scratch = self.program.plan, self.program.scratch
         fetched = self.terms.fetched if self.first else None
-        if measured is None and self.first and self.together and "misplaced" in habits:
+        if self.first and self.together and "misplaced" in scratch.habits:
             # As at the steps before: then once is enough.
             if not align_together(plan, self.terms.trouble):
-                habits.discard("misplaced")
+                scratch.habits.discard("misplaced")
             fetched = None
+        elif self.first and self._is_usual():
+            fetched = fetched or scratch.fetch(plan)
         while True:
-            if measured is not None:
-                (self.local, self.measurement), measured = measured, None
+            local = self._measured_again(fetched)
+            if local is not None:
+                self.measurement = norms_of_all(self.survey, local, self.stamp)
             else:
-                self.local = local = self._measured_here(fetched)
+                local = self._measured_here(fetched)
                 if self.comparing is not None:
                     troubled = local.trouble is not None
                     self.packed = self.comparing.pack(local.dense(plan), troubled)
                 self.measurement = reduce(self.survey, local, self.packed, self.stamp)
+            self.local = local
             if not self.together or not 0.0 < self.measurement.read_flags[0] < 1.0:
                 return
             align_together(plan)
             fetched = None
-            habits.add("misplaced")
+            scratch.habits.add("misplaced")
+
+    def _is_usual(self) -> bool:
+        """Whether a step of a simple program is asked for nothing but to clip."""
+        terms, as_always = self.terms, self.survey is self.one.survey
+        asked = self.comparing or terms.trouble or terms.loss_scale is not None
+        return self.program.is_simple and as_always and not asked
+
+    def _measured_again(self, fetched: Fetched | None) -> Local | None:
+        """What is found on this rank in a usual step whose gradients are what they were before.
+
+        Whether a rank measures so does not matter to the others: the collective is the same.
+        """
+        if fetched is None or not self._is_usual():
+            return None
+        return measured_again(self.survey, self.program.scratch, fetched)
 
     def _measured_here(self, fetched: Fetched | None) -> Local:
         """What is found, and decided, on this rank alone."""

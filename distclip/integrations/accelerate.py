@@ -195,14 +195,14 @@ class AcceleratorAttachment(Attachment):
         scaling = scaler is not None and scaler.is_enabled()
         if not chosen or not self.accelerator.sync_gradients:
             # Left scaled: more gradients are to come on top of them.
-            scale = torch.tensor(scaler.get_scale()) if scaling else None
+            scale = torch.tensor(scaler.get_scale(), device="cpu") if scaling else None
             return self._clippers.measured(chosen, scale)
         self._unscale(chosen)
         fresh = self._called.fresh(chosen)
         if not fresh:
             return self._called[id(chosen[0])].report.total_norm
         # While a gradient scaler looks for its scale, an overflow is its business and no error.
-        watched = torch.zeros(1) if scaling else None
+        watched = torch.zeros(1, device="cpu") if scaling else None
         clipper = self._clippers.of(fresh)
         self.last_report = report = self._called.clip(
             fresh, lambda: clipper.clip_before_step(found_inf=watched), self._prepared.stepped()

@@ -95,7 +95,8 @@ class Clippers:
         for clipper in self.known.values():
             clipper.observe(loss)
         if not self.known:
-            self._losses.append(torch.as_tensor(loss).detach())
+            value = loss if isinstance(loss, Tensor) else torch.tensor(loss, device="cpu")
+            self._losses.append(value.detach())
 
     def note(self, batch: Any, recompute: Callable[[], object] | None) -> None:
         """See :meth:`distclip.GradClipper.note`."""

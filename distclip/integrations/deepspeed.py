@@ -252,7 +252,7 @@ class EngineAttachment(Attachment):
         dynamic = bool(getattr(self.outer, "dynamic_loss_scale", False))
         self._growth, self._multiplied = None, False  # set within the step
         mode: OnNonfinite = "skip" if dynamic else self.config.on_nonfinite
-        loss_scale = None if scale == 1.0 else torch.tensor(scale)
+        loss_scale = None if scale == 1.0 else torch.tensor(scale, device="cpu")
         report, self._apply = self.clipper.decide(mode, loss_scale)
         self.last_report = report
         # Left to DeepSpeed are an overflow under a dynamic scale, and all of them under "pass".
@@ -284,16 +284,13 @@ class EngineAttachment(Attachment):
         if self._multiplied:
             self._multiplied = False
         elif self._factor is None:
-            self._apply(
-                [
-                    (position, cut.of_owner(owner.grad))
-                    for owner in owners
-                    for position, cut in self._cuts.get(id(owner), ())
-                ]
-            )
+            cuts = [(owner.grad, *cut) for owner in owners for cut in self._cuts.get(id(owner), ())]
+            self._apply([(position, cut.of_owner(whole)) for whole, position, cut in cuts])
         elif isinstance(self._factor, Tensor) or self._factor != 1.0:
             gradients = [owner.grad for owner in owners]
-            factor = torch.as_tensor(self._factor, dtype=torch.float64)
+            given = self._factor
+            device = given.device if isinstance(given, Tensor) else "cpu"
+            factor = torch.as_tensor(given, dtype=torch.float64, device=device)
             changing.scale_(gradients, factor.expand(len(gradients)))
         return self.last_report
 
@@ -323,7 +320,8 @@ class EngineAttachment(Attachment):
         assert self.last_report is not None
         norm = self.last_report.total_norm
         if norm.is_cpu:
-            norm = torch.tensor(1.0 if self._skips or math.isfinite(norm) else float(norm))
+            known = 1.0 if self._skips or math.isfinite(norm) else float(norm)
+            norm = torch.tensor(known, device="cpu")
         else:
             norm = torch.where(torch.isfinite(norm) | self._skips, 1.0, norm)
         return norm.float().to(getattr(self.outer, "device", "cpu"))

@@ -191,7 +191,7 @@ class TrainerAttachment(LightningAttachment):
         states = [scaler._per_optimizer_states.get(id(owner)) for owner in owners]
         if any(state and state["stage"].name != "READY" for state in states):
             return None
-        return torch.tensor(scaler.get_scale())
+        return torch.tensor(scaler.get_scale(), device="cpu")
 
     def _scheduler_step(self, original: Callable[..., Any], scheduler: Any, *args: Any) -> Any:
         """A scheduler that counts steps does not count one that was skipped."""
@@ -279,9 +279,11 @@ class FabricAttachment(LightningAttachment):
         scaler = getattr(precision, "scaler", None)
         if scaler is None:
             return charge.Due()
-        found_inf = torch.zeros(1)  # an overflow is a part of finding the scale, and no error
+        found_inf = torch.zeros(
+            1, device="cpu"
+        )  # an overflow is a part of finding the scale, and no error
         if getattr(optimizer, "_step_supports_amp_scaling", False):  # it unscales as it steps
-            return charge.Due(torch.tensor(scaler.get_scale()), found_inf)
+            return charge.Due(torch.tensor(scaler.get_scale(), device="cpu"), found_inf)
         precision.unscale_gradients(optimizer)
         return charge.Due(found_inf=found_inf)
 

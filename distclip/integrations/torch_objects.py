@@ -114,7 +114,7 @@ class TorchObjects:
                 f"clipped that none of them has unscaled: call scaler.unscale_(optimizer) before "
                 f"clip_grad_norm_, so that it is known whose they are"
             )
-        return True, torch.tensor(scales.pop())
+        return True, torch.tensor(scales.pop(), device="cpu")
 
     def note_step(self, optimizer: Optimizer) -> bool:
         """Note who steps an optimizer, just before its step: whether it is a gradient scaler."""

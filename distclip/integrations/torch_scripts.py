@@ -192,7 +192,7 @@ class TorchScripts:
             charge.replaced_caller(), call, self.config.policy,
         )  # fmt: skip
         if self._has_no_gradient(chosen, call):
-            return torch.zeros(())
+            return torch.zeros((), device="cpu")
         return self._clip_by_hand(chosen, call, norm_type, scaling, scale)
 
     def _clip_by_hand(
@@ -226,7 +226,7 @@ class TorchScripts:
     def _clip(self, chosen: list[Tensor], scale: Tensor | None, scaling: bool) -> ClipReport:
         """Clip, and mark what has been clipped."""
         # While a gradient scaler looks for its scale, an overflow is its business and no error.
-        watched = torch.zeros(1) if scaling else None
+        watched = torch.zeros(1, device="cpu") if scaling else None
         clipper = self._clippers.of(chosen)
         stepped = [p for each in self._objects.optimizers for p in stepped_by(each)]
         self.last_report = report = self._marks.clip(

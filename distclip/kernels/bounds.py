@@ -19,7 +19,7 @@ def rounded_bound(bound: float, dtype: torch.dtype) -> float:
     """
     if bound > torch.finfo(dtype).max:
         return math.inf
-    return float(torch.tensor(bound, dtype=torch.float64).to(dtype))
+    return float(torch.tensor(bound, dtype=torch.float64, device="cpu").to(dtype))
 
 
 def all_held(
@@ -31,7 +31,7 @@ def all_held(
     for dtype in {each for each in dtypes if not each.is_complex} - {torch.float64}:
         rounded = torch.where(found > torch.finfo(dtype).max, math.inf, found.to(dtype).double())
         if len(set(dtypes)) > 1:
-            of_these = torch.tensor([each is dtype for each in dtypes])
+            of_these = torch.tensor([each is dtype for each in dtypes], device="cpu")
             rounded = torch.where(of_these, rounded, found)
         found = rounded
     return found.numpy()

@@ -258,7 +258,7 @@ def _clamped_again(
     if table is None:
         return False
 
-    rows = host.bounds_of(tables, "gradients", table, bounds, seen.kinds)
+    rows = host.bounds_of(tables, "the clamp", table, bounds, seen.kinds)
     host.clamp_all_(table, seen.places.addresses, rows)
     torch.autograd.graph.increment_version(seen.owners)
     return True

@@ -180,7 +180,7 @@ def by_sorting(values: Tensor, size: int) -> Tensor:
 def _columns(dtype: torch.dtype, device: torch.device) -> Tensor:
     """The column that each value of the bits of an exponent counts in; zeros as subnormal."""
     size = _FORMATS[dtype][2]
-    exponents = torch.arange(1 << size) - ((1 << size - 1) - 1)
+    exponents = torch.arange(1 << size, device="cpu") - ((1 << size - 1) - 1)
     columns = exponents.clamp(rows.LOWEST, rows.HIGHEST) - rows.LOWEST + rows.FIRST
     columns[0], columns[-1] = rows.SUBNORMAL, rows.NONFINITE
     return columns.to(device)

@@ -11,7 +11,7 @@ tensor on the host.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import cast
 
 import numpy as np
@@ -23,8 +23,9 @@ from distclip.kernels import plain
 from distclip.kernels.bounds import all_held
 from distclip.kernels.device import norms as device_norms
 from distclip.kernels.exponents import Counting
-from distclip.kernels.host import choosing
+from distclip.kernels.host import choosing, compiler
 from distclip.kernels.host import kernels as host
+from distclip.kernels.host.blocks import KIND_OF, Kind
 from distclip.kernels.host.choosing import Chosen
 from distclip.kernels.host.choosing import PlanTables as PlanTables
 from distclip.kernels.host.kernels import Floats
@@ -89,6 +90,16 @@ def norms(
     return result
 
 
+def has_loops(dtypes: Collection[str], orders: Collection[float]) -> bool:
+    """Whether the compiled loops measure norms of these orders, of host tensors of these dtypes.
+
+    In one reading in any case, which of float64 numbers may not do.
+    """
+    kinds = compiler.compiled_kinds() - {Kind.FLOAT64}
+    known = all(KIND_OF.get(getattr(torch, dtype)) in kinds for dtype in dtypes)
+    return known and all(map(host.measures, orders))
+
+
 def norms_again(seen: Look, norm_type: float, *, tables: PlanTables, what: str) -> Tensor | None:
     """:func:`norms`, in the same bits, of host tensors that are what it measured last.
 
@@ -99,8 +110,8 @@ def norms_again(seen: Look, norm_type: float, *, tables: PlanTables, what: str) 
         what: as for :func:`norms`.
 
     Returns:
-        float64 ``(len(seen.tensors),)``; None where the tensors are others, or not all were
-        measured by the compiled loops.
+        float64 ``(len(seen.tensors),)``; None where the tensors are others, not all were measured
+        by the compiled loops, or one is float64, which may take a second reading.
     """
     table = tables.of_all(what, seen.kinds) if host.measures(norm_type) else None
     if table is None or table.has_float64:

@@ -46,7 +46,9 @@ class HostCopy:
     def __init__(self, numbers: Tensor, previous: HostCopy | None = None) -> None:
         if previous is None:
             pinned = numbers.device.type in _WITH_EVENTS
-            self._there = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=pinned)
+            self._there = torch.empty(
+                numbers.shape, dtype=numbers.dtype, pin_memory=pinned, device="cpu"
+            )
         else:
             self._there = previous._there
         self._there.copy_(numbers, non_blocking=has_events(numbers.device))

@@ -187,6 +187,7 @@ def _shared(plan: Plan, present: Sequence[Tensor | None]) -> DistclipError | Non
 
     Of what has no gaps: views that are interleaved share a storage and no element.
     """
+    plan.apart_from_weights.clear()
     ranges: list[tuple[int, int, str]] = []
     for place, (piece, gradient) in enumerate(zip(plan.pieces, present, strict=True)):
         if gradient is None or isinstance(

@@ -271,7 +271,7 @@ class LaProp(Optimizer):
             increment_version(sharded)
 
 
-_ONE = torch.tensor(1.0)
+_ONE = torch.tensor(1.0, device="cpu")
 
 
 def _local(tensor: Tensor) -> Tensor:

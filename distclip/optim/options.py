@@ -42,7 +42,10 @@ def checked_options(where: str, options: dict[str, Any]) -> dict[str, Any]:
         result["lr"] = checks.checked(where, "lr", lr, _Finite)
     result["betas"] = _betas(where, options["betas"])
     result["eps"] = checks.checked(where, "eps", options["eps"], checks.Positive)
-    if torch.tensor(result["eps"], dtype=torch.float32) < torch.finfo(torch.float32).tiny:
+    if (
+        torch.tensor(result["eps"], dtype=torch.float32, device="cpu")
+        < torch.finfo(torch.float32).tiny
+    ):
         raise ConfigurationError(
             f"{where}: eps must be at least 1.2e-38, the smallest normal float32, got "
             f"{options['eps']!r}: below it a zero gradient may give 0 / 0"

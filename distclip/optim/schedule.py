@@ -38,7 +38,11 @@ def learning_rate(
     on_host = not isinstance(updates, Tensor)
     if on_host and warmup <= updates and schedule == "const":
         return lr
-    count = torch.as_tensor(updates, dtype=torch.float64)
+    count = (
+        torch.tensor(updates, dtype=torch.float64, device="cpu")
+        if not isinstance(updates, Tensor)
+        else updates.double()
+    )
     base = lr.to(count.device, torch.float64) if isinstance(lr, Tensor) else lr
     rate = base + torch.zeros_like(count)
     if schedule != "const":

@@ -66,8 +66,12 @@ class AdaGC(ScalingPolicy):
 
     def init(self, parameters: Sequence[ParameterInfo]) -> State:
         # 0 is "not set yet": no norm that counts is 0.
-        unset = torch.zeros(len(parameters), dtype=torch.float64)
-        return {"gamma": unset, "first": unset.clone(), "steps": torch.zeros((), dtype=torch.int64)}
+        unset = torch.zeros(len(parameters), dtype=torch.float64, device="cpu")
+        return {
+            "gamma": unset,
+            "first": unset.clone(),
+            "steps": torch.zeros((), dtype=torch.int64, device="cpu"),
+        }
 
     def update(self, statistics: Statistics, state: State) -> tuple[Sequence[Action], State]:
         norms, total = statistics.gradient_norms(2.0), statistics.total_norm(2.0)

@@ -62,10 +62,10 @@ class AutoClip(ScalingPolicy):
 
     def init(self, parameters: Sequence[ParameterInfo]) -> State:
         if self.window is None:
-            return {"counts": torch.zeros(_history.BINS, dtype=torch.int64)}
+            return {"counts": torch.zeros(_history.BINS, dtype=torch.int64, device="cpu")}
         return {
-            "norms": torch.zeros(self.window, dtype=torch.float64),
-            "seen": torch.zeros((), dtype=torch.int64),
+            "norms": torch.zeros(self.window, dtype=torch.float64, device="cpu"),
+            "seen": torch.zeros((), dtype=torch.int64, device="cpu"),
         }
 
     def update(self, statistics: Statistics, state: State) -> tuple[Sequence[Action], State]:

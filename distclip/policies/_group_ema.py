@@ -99,8 +99,8 @@ class GroupEMA(ScalingPolicy):
 
     def init(self, parameters: Sequence[ParameterInfo]) -> State:
         return {
-            "ema": torch.zeros(len(parameters), dtype=torch.float64),
-            "steps": torch.zeros((), dtype=torch.int64),
+            "ema": torch.zeros(len(parameters), dtype=torch.float64, device="cpu"),
+            "steps": torch.zeros((), dtype=torch.int64, device="cpu"),
         }
 
     def update(self, statistics: Statistics, state: State) -> tuple[Sequence[Action], State]:

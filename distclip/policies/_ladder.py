@@ -131,7 +131,7 @@ class Ladder(ScalingPolicy):
                 inner = _initial(prefix.removesuffix("."), policy, parameters)
                 state |= {prefix + key: value for key, value in inner.items()}
         for key in (*self.rungs, "seen", "rung", "calm", "ago"):
-            state[key] = torch.zeros((), dtype=torch.int64)
+            state[key] = torch.zeros((), dtype=torch.int64, device="cpu")
         return state
 
     def update(self, statistics: Statistics, state: State) -> tuple[Sequence[Action], State]:

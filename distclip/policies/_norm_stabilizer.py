@@ -62,7 +62,7 @@ class NormStabilizer(ScalingPolicy):
         return Needs.of(gradients=[2.0])
 
     def init(self, parameters: Sequence[ParameterInfo]) -> State:
-        none = torch.zeros(len(parameters), dtype=torch.float64)
+        none = torch.zeros(len(parameters), dtype=torch.float64, device="cpu")
         return {"mean": none, "root": none.clone(), "seen": none.long()}
 
     def update(self, statistics: Statistics, state: State) -> tuple[Sequence[Action], State]:

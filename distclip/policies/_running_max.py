@@ -46,7 +46,7 @@ class RunningMax(ClampingPolicy):
         return Needs.of(gradients=[math.inf])
 
     def init(self, parameters: Sequence[ParameterInfo]) -> State:
-        none = torch.zeros(len(parameters), dtype=torch.float64)
+        none = torch.zeros(len(parameters), dtype=torch.float64, device="cpu")
         return {"mean": none, "seen": none.long()}
 
     def update_bound(self, statistics: Statistics, state: State) -> tuple[Tensor, State]:

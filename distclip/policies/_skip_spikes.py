@@ -93,8 +93,8 @@ class SkipSpikes(ScalingPolicy):
         return Needs(gradient_norms=frozenset((2.0,)), loss=self.loss)
 
     def init(self, parameters: Sequence[ParameterInfo]) -> State:
-        ring = torch.zeros(self.window, dtype=torch.float64)
-        none = torch.zeros((), dtype=torch.int64)
+        ring = torch.zeros(self.window, dtype=torch.float64, device="cpu")
+        none = torch.zeros((), dtype=torch.int64, device="cpu")
         state = {"norms": ring, "seen": none, "series": none.clone()}
         if self.loss:
             state |= {"losses": ring.clone(), "losses_seen": none.clone()}

@@ -73,7 +73,7 @@ class ZClip(ScalingPolicy):
         return Needs.of(gradients=[2.0])
 
     def init(self, parameters: Sequence[ParameterInfo]) -> State:
-        zero = torch.zeros((), dtype=torch.float64)
+        zero = torch.zeros((), dtype=torch.float64, device="cpu")
         return {"mean": zero, "deviation": zero.clone(), "seen": zero.long()}
 
     def update(self, statistics: Statistics, state: State) -> tuple[Sequence[Action], State]:

@@ -30,13 +30,13 @@ def norm_coefficient(norms: Tensor, max_norm: float) -> Tensor:
     if norms.dim() == 0 and norms.dtype is torch.float64 and _is_here(norms):
         # The same bits, sooner: of four operations on one number the calls are what takes time.
         coefficient = 1.0 / (norms.item() + TORCH_EPS) * max_norm
-        return torch.scalar_tensor(min(coefficient, 1.0), dtype=norms.dtype)
+        return torch.scalar_tensor(min(coefficient, 1.0), dtype=norms.dtype, device=norms.device)
     return (norms + TORCH_EPS).reciprocal_().mul_(max_norm).clamp_(max=1.0)
 
 
 def _is_here(number: Tensor) -> bool:
-    """Whether to read it is no wait for a device, nor a look at what has no value yet."""
-    return number.is_cpu and type(number) is torch.Tensor
+    """Whether it can be read: without a wait for a device, and without cutting a graph."""
+    return number.is_cpu and type(number) is torch.Tensor and not number.requires_grad
 
 
 def joint_coefficient(norms: Tensor, norm_type: float, max_norm: float) -> Tensor:

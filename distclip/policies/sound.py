@@ -179,7 +179,13 @@ def likely_meant(given: object) -> str:
     if isinstance(given, Policy):
         return "; a policy itself goes to GradClipper(model, policy)"
     if isinstance(given, type) and issubclass(given, Policy):
-        return f"; make one of the class: {given.__name__}(...)"
+        ours = registered().get(getattr(given, "name", "")) is given
+        form = (
+            f"write policies.{given.name}(...)"
+            if ours
+            else f"make one of the class: {given.__name__}(...)"
+        )
+        return f"; {form}"
     if hasattr(given, "named_parameters"):
         return (
             "; the model comes first in GradClipper(model, policy), and second in "

@@ -18,20 +18,20 @@ def measured_again(survey: Survey, scratch: Scratch, fetched: Fetched) -> Local 
 
     Of a survey that :attr:`~.Survey.is_plain`; None where something may be unusual.
     """
-    gradients, seen = fetched
+    (gradients, seen), plan = fetched, survey.plan
     if seen is None or not scratch.has_inspected(gradients):
         return None
-    if not soundness.are_usual(survey.plan, seen, changed=not scratch.only_measures):
+    if not soundness.are_usual(plan, seen, changed=not scratch.only_measures):
         return None
     local, bounds = Local(gradients, seen), survey.bounds
     counted, places = counted_in(survey, gradients, seen)
-    index = None if places is None else torch.tensor(places, dtype=torch.long)
+    index = None if places is None else torch.tensor(places, dtype=torch.long, device=plan.device)
 
     def of_all(found: Tensor) -> Tensor:
         """A number for each piece, from those of the gradients that were measured."""
         if index is None:
             return found
-        return torch.zeros(len(gradients), dtype=torch.float64).index_copy_(0, index, found)
+        return found.new_zeros(len(gradients)).index_copy_(0, index, found)
 
     tables, what = scratch.tables, set_name(survey)
     for order in survey.request.orders:

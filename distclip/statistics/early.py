@@ -110,11 +110,16 @@ def _places(offsets: Sequence[int], numels: Sequence[int], device: torch.device)
     """Where the samples lie, counted from the first gradient; int32, half of what int64 takes."""
     start = min(offsets)
     parts = [
-        torch.arange(offset - start, offset - start + numel, max(1, min(SPACING, numel // SAMPLES)))
+        torch.arange(
+            offset - start,
+            offset - start + numel,
+            max(1, min(SPACING, numel // SAMPLES)),
+            device="cpu",
+        )
         for offset, numel in zip(offsets, numels, strict=True)
         if numel
     ]
-    places = torch.cat(parts) if parts else torch.zeros(0)
+    places = torch.cat(parts) if parts else torch.zeros(0, device="cpu")
     return places.to(device, torch.int32 if not parts or places[-1] < 2**31 else torch.int64)
 
 

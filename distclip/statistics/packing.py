@@ -47,7 +47,6 @@ class Measurement:
         in_range: whether powers of the norms stay in float64's range.
         loss: 0-dim, mean of the losses that ranks gave, NaN for none; None where not asked for.
         exponents: ``(parameters, columns)`` counts of elements; None where not asked for.
-        total: 0-dim, the joint norm of all where it is known and there are norms of one order.
     """
 
     raw: Mapping[float, Tensor]
@@ -64,7 +63,6 @@ class Measurement:
     in_range: bool
     loss: Tensor | None = None
     exponents: Tensor | None = None
-    total: Tensor | None = None
 
     @cached_property
     def read_flags(self) -> list[float]:
@@ -274,7 +272,7 @@ def norms_of_all(survey: Survey, local: Local, stamp: Stamp | None) -> Measureme
         ]
         if stamp is not None:
             values = (0.0, *stamp.pair(maximum=False))
-            flags = torch.tensor(values, dtype=torch.float64)
+            flags = _float64(plan.device, values)
         joined = collectives.all_reduce_sum(torch.cat([*summands, flags]), plan.group)
         *sums, flags = torch.split(joined, [*map(len, summands), len(flags)])
         pairs = zip((*norms, *raw), sums, strict=True)

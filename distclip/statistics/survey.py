@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from distclip.errors import DistclipError
+from distclip.kernels import measuring
 from distclip.kernels.look import Look
 from distclip.kernels.plain import is_wide
 from distclip.layouts import sparse
@@ -50,13 +51,15 @@ class Survey:
     def is_plain(self) -> bool:
         """Whether norms of whole gradients, of one order at most, are all that is measured.
 
-        As they are, or as if clamped and as they are; on the host.
+        As they are, or as if clamped and as they are; on the host, by the compiled loops.
         """
-        request = self.request
+        request, plan = self.request, self.plan
+        if plan.device.type != "cpu" or not measuring.has_loops(plan.dtypes, request.orders):
+            return False
         if request.unit_dims or request.weight_orders or request.exponents:
             return False
         both = not request.bounds or request.raw_orders == request.orders
-        return both and len(request.orders) <= 1 and self.plan.device.type == "cpu"
+        return both and len(request.orders) <= 1
 
     @cached_property
     def counted(self) -> tuple[int, ...] | None:

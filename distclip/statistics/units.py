@@ -66,7 +66,7 @@ class Segments:
             )
         raised = flags.numpy()
         found = [float(np.count_nonzero(raised[span])) for span in self.spans]
-        return torch.tensor(found, dtype=torch.float64)
+        return torch.tensor(found, dtype=torch.float64, device="cpu")
 
 
 class UnitPart(NamedTuple):
@@ -198,8 +198,8 @@ class UnitTable:
         self.places = to_device(np.concatenate(found), plan.device)
         self.shares: Tensor | None = None
         if any(piece.share != 1.0 for piece in cut):
-            shares = torch.tensor([piece.share for piece in cut], dtype=torch.float64)
-            counts = torch.tensor(self.local.counts[self.decided :])
+            shares = torch.tensor([piece.share for piece in cut], dtype=torch.float64, device="cpu")
+            counts = torch.tensor(self.local.counts[self.decided :], device="cpu")
             self.shares = shares.repeat_interleave(counts).to(plan.device)
 
     def of(self, values: Sequence[Each]) -> Sequence[Each]:

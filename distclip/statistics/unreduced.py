@@ -109,7 +109,9 @@ class Unreduced:
             rows = torch.tensor([row for row, _ in found], dtype=torch.long, device=self._device)
             result[0].index_add_(0, rows, torch.stack([square for _, square in found]))
         measured = {row: n for row, n in self._copies.items() if row not in self.unmeasured}
-        result[1] = torch.tensor([measured.get(row, 0.0) for row in range(self._number)])
+        result[1] = torch.tensor(
+            [measured.get(row, 0.0) for row in range(self._number)], device="cpu"
+        )
         return result
 
     def note(self, row: int, gradient: Tensor) -> None:

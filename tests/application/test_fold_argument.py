@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from distclip import ClipReport, GradClipper, policies
-from distclip.kernels import changing
+from distclip.engine.acting import Acting
 
 
 class FusedAdam(torch.optim.Optimizer):
@@ -58,13 +58,13 @@ def backward(model: nn.Module, factor: float = 1.0) -> Tensor:
 def scaled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many tensors distclip has multiplied itself."""
     found: list[int] = []
-    scale_ = changing.scale_
+    on = Acting.on
 
-    def counted(tensors: Any, *args: Any, **options: Any) -> None:
-        found.append(len(tensors))
-        scale_(tensors, *args, **options)
+    def counted(self: Acting, gradients: Any, *args: Any) -> None:
+        found.append(len(gradients))
+        on(self, gradients, *args)
 
-    monkeypatch.setattr(changing, "scale_", counted)
+    monkeypatch.setattr(Acting, "on", counted)
     return found
 
 

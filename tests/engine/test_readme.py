@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from distclip import GradClipper, policies
-from distclip.engine import ledger, straight, walk
+from distclip.engine import ledger, session, walk
 from distclip.kernels import changing
 from tests.sharded import mesh_of
 
@@ -76,7 +76,7 @@ def test_a_step_calls_the_six_functions_in_this_order(monkeypatch: pytest.Monkey
         monkeypatch.setattr(owner, attribute, noting)
 
     note(GradClipper, "clip_", "GradClipper.clip_")
-    note(straight, "walk", "walk")
+    note(session, "walk", "walk")
     note(walk, "measure_locally", "measure_locally")
     note(walk, "reduce", "reduce")
     note(ledger.Ledger, "run", "Ledger.run")

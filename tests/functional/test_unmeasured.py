@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import distclip
-from distclip.engine import straight
+from distclip.engine import session
 from distclip.errors import UnsupportedGradientError
 from distclip.kernels.host import compiler
 from distclip.layouts import plan
@@ -42,13 +42,13 @@ def check(call: str, gradient: Tensor, before: Tensor) -> None:
 def walks_of(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """One entry for each walk from now on."""
     taken: list[str] = []
-    walk = straight.walk
+    walk = session.walk
 
     def counting(*args: object, **more: object) -> object:
         taken.append("walk")
         return walk(*args, **more)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(straight, "walk", counting)
+    monkeypatch.setattr(session, "walk", counting)
     return taken
 
 

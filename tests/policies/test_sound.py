@@ -177,7 +177,7 @@ def test_policies_side_by_side_are_a_mapping(made_of: Any, given: Any) -> None:
 @pytest.mark.parametrize(
     ("given", "mend"),
     [
-        (policies.AGC, r"make one of the class: AGC\(\.\.\.\)"),
+        (policies.AGC, r"write policies.agc\(\.\.\.\)"),
         (policies.measure(), r"a policy itself goes to GradClipper\(model, policy\)"),
         (nn.Linear(2, 2), r"the model comes first .*from_config\(configuration, model\)"),
     ],

@@ -28,6 +28,8 @@ from distclip.kernels.look import Kinds
 
 LOOPS = {1.0: "magnitudes", 2.0: "squares", math.inf: "largest"}
 """Orders of norms, and the loops that measure them."""
+HOST = torch.device("cpu")
+"""Where loops write, whatever device the caller has made the default."""
 LEAST, MOST = 1e-280, 1e300
 """Sums of squares of float64 numbers between these have lost nothing to underflow or overflow."""
 
@@ -57,7 +59,8 @@ def norms(
 
 def norms_of(table: Blocks, addresses: Integers, norm_type: float) -> Tensor:
     """The p-norm of each tensor of a table without float64 numbers; float64 ``(tensors,)``."""
-    rows, roots = torch.zeros(table.rows, dtype=torch.float64), norm_type == 2.0 and table.simple
+    rows = torch.zeros(table.rows, dtype=torch.float64, device=HOST)
+    roots = norm_type == 2.0 and table.simple
     _run("roots" if roots else LOOPS[norm_type], table, addresses, rows.data_ptr())
     return rows if roots else _norms_from(rows, table, norm_type)
 
@@ -66,13 +69,13 @@ def clamped_norms_of(
     table: Blocks, addresses: Integers, norm_type: float, rows: Floats
 ) -> tuple[Tensor, Tensor]:
     """As :func:`norms_of`, as if each row was clamped to its bound in ``rows``; and as it is."""
-    raw = torch.zeros(table.rows, dtype=torch.float64)
+    raw = torch.zeros(table.rows, dtype=torch.float64, device=HOST)
     if math.isinf(norm_type):
         _run(LOOPS[norm_type], table, addresses, raw.data_ptr())
         clamped = torch.minimum(raw, torch.from_numpy(rows))
     else:
         clamped = torch.from_numpy(rows.copy())
-        both = torch.tensor([clamped.data_ptr(), raw.data_ptr()])
+        both = torch.tensor([clamped.data_ptr(), raw.data_ptr()], device=HOST)
         _run(LOOPS[norm_type] + CLAMPED, table, addresses, both.data_ptr())
     return _norms_from(clamped, table, norm_type), _norms_from(raw, table, norm_type)
 
@@ -241,7 +244,7 @@ def scale_(chosen: Chosen, coefficients: Floats) -> None:
 
 def scale_all_(table: Blocks, addresses: Integers, coefficient: float) -> None:
     """Multiply all tensors of a table by one number."""
-    rows = torch.full((table.rows,), coefficient, dtype=torch.float64)
+    rows = torch.full((table.rows,), coefficient, dtype=torch.float64, device=HOST)
     _run("scale", table, addresses, rows.data_ptr())
 
 
@@ -251,7 +254,7 @@ def scale_whole_(chosen: Chosen, coefficients: Floats) -> None:
 
 
 def bounds_of(tables: PlanTables, what: str, table: Blocks, bounds: Floats, kinds: Kinds) -> Floats:
-    """The bound of each row of ``table``, which is that of ``what``, as its dtype holds it."""
+    """The bound of each row of a table, as its dtype holds it; remembered as that of ``what``."""
 
     def held() -> Floats:
         return each_row(table, all_held(bounds, kinds.dtypes))

@@ -1,4 +1,4 @@
-"""Steps that are like the one before: what the straight way gives is what the walk gives."""
+"""Gradients that are what they were at the step before are measured with fewer questions."""
 
 import contextlib
 import math
@@ -21,9 +21,11 @@ from distclip import (
     RankMismatchError,
     UnsupportedGradientError,
     clip_grad_norm_,
+    clip_grad_value_,
+    grad_norms,
     policies,
 )
-from distclip.engine import straight
+from distclip.engine import walk
 from distclip.kernels.host.blocks import PART
 from distclip.policies import Policy
 from tests.sharded import Sharded, Whole, mesh_of, shard, whole
@@ -42,20 +44,20 @@ POLICIES: dict[str, Policy] = {
     "clamped": policies.chain(policies.value(5.0), policies.value(4.0), policies.global_norm(9.0)),
     "some": policies.by_name({"e*": None, "fc*": policies.global_norm(3.0)}, policies.adagc()),
 }
-STRAIGHT = {"norm", "one", "measure", "each", "chain", "clamp", "clamped", "some"}
+AGAIN = {"norm", "one", "measure", "each", "chain", "clamp", "clamped", "some"}
 """Those that go this way in a group, too: maxima, and other orders than the loops', do not."""
 
 
 @contextlib.contextmanager
 def counting() -> Iterator[list[int]]:
-    """Counts the steps that are walked, also those that the straight way leaves to the walk."""
-    counted, walk = [0], straight.walk
+    """Counts the measurements that ask all questions."""
+    counted, measure = [0], walk.measure_locally
 
-    def counting_walk(*args: Any, **kwargs: Any) -> Any:
+    def counting_measure(*args: Any, **kwargs: Any) -> Any:
         counted[0] += 1
-        return walk(*args, **kwargs)
+        return measure(*args, **kwargs)
 
-    with mock.patch.object(straight, "walk", counting_walk):
+    with mock.patch.object(walk, "measure_locally", counting_measure):
         yield counted
 
 
@@ -95,23 +97,22 @@ def memory(clipper: GradClipper) -> str:
     ("kind", "mode"),
     [("float32", "error"), ("mixed", "skip"), ("mixed", "zero"), ("float32", "pass")],
 )
-def test_it_gives_what_the_walk_gives(kind: str, mode: str) -> None:
+def test_it_gives_what_measuring_anew_gives(kind: str, mode: str) -> None:
     """Reports, gradients and memory, to the last bit, at every step of a run."""
     world = dist.get_world_size() if dist.is_initialized() else 1
     for layout in LAYOUTS[world]:
         for name, policy in POLICIES.items():
-            walked = compare(whole(kind), layout, policy, mode)
-            goes = name in STRAIGHT if layout != "plain" else name != "cube"
-            assert (sum(walked) <= 7) == goes, (layout, name, walked)
-            assert walked[9] == walked[11] == 1, (layout, name, walked)
+            anew = compare(whole(kind), layout, policy, mode)
+            goes = name in AGAIN if layout != "plain" else name != "cube"
+            assert (sum(anew) <= 7) == goes, (layout, name, anew)
 
 
 def compare(values: Whole, layout: str, policy: Policy, mode: Any) -> list[int]:
-    """How often each step of a run was walked by a clipper that may go straight."""
+    """How often each step of a run was measured anew by a clipper that may do without."""
     models = shard(layout, values), shard(layout, values)
     clippers = [GradClipper(model.named(), policy, on_nonfinite=mode) for model in models]
     clippers[1]._session.program.__dict__["is_simple"] = False
-    walked = []
+    anew = []
     for step in range(STEPS):
         outcomes: list[object] = []
         for model, clipper in zip(models, clippers, strict=True):
@@ -121,12 +122,12 @@ def compare(values: Whole, layout: str, policy: Policy, mode: Any) -> list[int]:
                     outcomes.append(told(clipper.clip_()))
                 except NonFiniteGradientError as error:
                     outcomes.append(str(error))
-            walked += counted
+            anew += counted
         assert repr(outcomes[0]) == repr(outcomes[1]), step
         assert bits(clippers[0]) == bits(clippers[1]), step
         assert memory(clippers[0]) == memory(clippers[1]), step
-    assert walked[1::2] == [1] * STEPS
-    return walked[::2]
+    assert anew[1::2] == [1] * STEPS
+    return anew[::2]
 
 
 @pytest.mark.parametrize("name", ["norm", "largest", "clamp"])
@@ -141,22 +142,22 @@ def test_tensors_that_are_measured_in_parts(name: str) -> None:
         for parameters, clipper in zip(both, clippers, strict=True):
             for parameter, gradient in zip(parameters, given, strict=True):
                 parameter.grad = gradient * (1.0 + step)
-            with counting() as walked:
+            with counting() as anew:
                 outcomes.append(repr(told(clipper.clip_())))
         assert outcomes[0] == outcomes[1]
         assert bits(clippers[0]) == bits(clippers[1])
-    assert walked == [1]  # by the second
+    assert anew == [1]  # by the second
 
 
 def sharded_model(values: Whole) -> tuple[Sharded, GradClipper]:
-    """After steps that were alike, so that the next one goes the straight way."""
+    """After steps that were alike, so that the next one is measured with fewer questions."""
     model = shard("fsdp2", values)
     clipper = GradClipper(model.named(), policies.global_norm(30.0))
     for step in range(3):
         model.set_gradients(scripted(values, step))
-        with counting() as walked:
+        with counting() as anew:
             clipper.clip_()
-    assert walked == [0]
+    assert anew == [0]
     model.set_gradients(scripted(values, 3))
     return model, clipper
 
@@ -202,43 +203,43 @@ def one_to_another(parameter: Any) -> None:
         (one_to_another, UnsupportedGradientError),
     ],
 )
-def test_a_rank_with_an_unusual_gradient_walks_while_the_others_go_straight(
+def test_a_rank_measures_an_unusual_gradient_anew_while_the_others_do_not(
     odd: Callable[[Any], None], error: type[DistclipError] | None
 ) -> None:
-    """All issue the same collectives, raise together, and go straight again afterwards."""
+    """All issue the same collectives, and raise together."""
     values = whole()
     model, clipper = sharded_model(values)
     if is_odd():
         odd(model.parameters["fc.weight"])
     before = bits(clipper)
-    with counting() as walked:
+    with counting() as anew:
         if error is None:
             norm = clipper.clip_().total_norm
         else:
             with pytest.raises(error):
                 clipper.clip_()
             assert bits(clipper) == before
-    assert walked == [1 if error or is_odd() else 0]
+    assert anew == [1 if is_odd() and odd is not of_nan else 0]
     if error is None:
         given = [g for g in scripted(values, 3).values() if g is not None]
         expected = math.sqrt(sum(float(g.double().square().sum()) for g in given))
         assert norm.item() == pytest.approx(expected, rel=1e-6)
     for step in (3, 4):  # the odd rank looks once more whether all is usual
         model.set_gradients(scripted(values, step))
-        with counting() as walked:
+        with counting() as anew:
             clipper.clip_()
-    assert walked == [0]
+    assert anew == [0]
 
 
 @pytest.mark.ranks(2)
-def test_ranks_that_no_longer_agree_hear_of_it_on_the_straight_way() -> None:
+def test_ranks_that_no_longer_agree_hear_of_it() -> None:
     _, clipper = sharded_model(whole())
     if is_odd():
         clipper._session.step += 1
     before = bits(clipper)
-    with counting() as walked, pytest.raises(RankMismatchError, match="step"):
+    with counting() as anew, pytest.raises(RankMismatchError, match="step"):
         clipper.clip_()
-    assert walked == [0]
+    assert anew == [0]
     assert bits(clipper) == before
 
 
@@ -253,10 +254,10 @@ def test_ranks_move_gradients_together_though_only_one_has_any_to_move() -> None
         placement = Replicate() if is_odd() else Partial()
         given = torch.full((3,), float(step))
         weight.grad = DTensor.from_local(given, mesh, [placement], run_check=False)
-        with counting() as walked:
+        with counting() as anew:
             report = clipper.clip_()
         assert report.total_norm.item() == pytest.approx(step * math.sqrt(6), rel=1e-6)
-        assert walked == [1] or step == 0
+        assert anew == [1] or step == 0
 
 
 @pytest.mark.ranks(2)
@@ -266,10 +267,10 @@ def test_parameters_that_come_later_are_refused_on_all_ranks() -> None:
     clipper = GradClipper(module, policies.global_norm(1.0))
 
     def step() -> list[int]:
-        with counting() as walked:
+        with counting() as anew:
             module(torch.ones(5, 3)).sum().backward()
             clipper.clip_()
-        return walked
+        return anew
 
     assert [step() for _ in range(4)][-1] == [0]
     if is_odd():
@@ -279,7 +280,7 @@ def test_parameters_that_come_later_are_refused_on_all_ranks() -> None:
 
 
 def test_losses_scales_and_looks_are_not_left_out() -> None:
-    """What a step is asked for beside its policy is done, after steps that went straight."""
+    """What a step is asked for beside its policy is done, after steps that asked for no more."""
     parameter = nn.Parameter(torch.ones(4))
     pairs = [("weight", parameter)]
 
@@ -305,21 +306,21 @@ def test_losses_scales_and_looks_are_not_left_out() -> None:
     assert parameter.grad.norm().item() == pytest.approx(1.0, rel=1e-5)
 
 
-def test_a_function_goes_straight_and_finds_what_has_changed() -> None:
+def test_a_function_finds_what_has_changed() -> None:
     parameters = [nn.Parameter(torch.ones(n)) for n in (3, 5)]
     for step in range(6):
         for parameter in parameters:
             parameter.grad = torch.full_like(parameter, float(step))
         if step == 4:
             parameters[1].grad = parameters[0].grad.new_zeros(10)[::2] + step  # type: ignore[union-attr]
-        with counting() as walked:
+        with counting() as anew:
             norm = clip_grad_norm_(parameters, 1e6)
         assert norm.item() == pytest.approx(step * math.sqrt(8), rel=1e-6)
-        assert walked[0] == 0 or step < 3
+        assert anew[0] == 0 or step < 3
     parameters[0].grad = parameters[0].data
-    with counting() as walked, pytest.raises(UnsupportedGradientError, match="share memory"):
+    with counting() as anew, pytest.raises(UnsupportedGradientError, match="share memory"):
         clip_grad_norm_(parameters, 1e6)
-    assert walked == [1]
+    assert anew == [1]
 
 
 def test_a_gradient_that_is_new_is_looked_at_closely_though_another_like_it_was_there() -> None:
@@ -327,11 +328,69 @@ def test_a_gradient_that_is_new_is_looked_at_closely_though_another_like_it_was_
     clipper = GradClipper(pairs, policies.global_norm(1.0))
     for _ in range(4):
         pairs[1][1].grad = torch.ones(4)
-        with counting() as walked:
+        with counting() as anew:
             clipper.clip_()
-    assert walked == [0]
+    assert anew == [0]
     first = pairs[0][1]
     first.grad, pairs[1][1].grad = torch.ones(4), None
     first.grad.resize_(2, 2)
     with pytest.raises(UnsupportedGradientError, match="'first' has the shape"):
         clipper.clip_()
+
+
+@pytest.mark.parametrize("name", [*POLICIES, "rows"])
+def test_the_default_device_is_not_where_numbers_are(name: str) -> None:
+    """As under torch.set_default_device("cuda"), with gradients on the host."""
+    policy = policies.agc(1e-3) if name == "rows" else POLICIES[name]
+    both = [[nn.Parameter(torch.ones(3, 4) * n) for n in (1.0, 2.0)] for _ in range(2)]
+    clippers = [GradClipper(list(zip("ab", each, strict=True)), policy) for each in both]
+    for step in range(4):
+        outcomes = []
+        for parameters, clipper in zip(both, clippers, strict=True):
+            for parameter in parameters:
+                parameter.grad = torch.full((3, 4), 5.0 + step)
+            with torch.device("meta" if clipper is clippers[1] and step else "cpu"):
+                report = clipper.clip_()
+            outcomes.append(repr(told(report)))
+        assert outcomes[0] == outcomes[1], step
+        assert bits(clippers[0]) == bits(clippers[1])
+
+
+def test_functions_leave_the_default_device_alone() -> None:
+    parameter = nn.Parameter(torch.ones(4))
+    for _ in range(4):
+        parameter.grad = torch.full((4,), 3.0)
+        with torch.device("meta"):
+            assert clip_grad_norm_([parameter], 1.0).item() == 6.0
+            clip_grad_value_([parameter], 0.25)
+            assert grad_norms([("weight", parameter)])["weight"].item() == 0.5
+        assert parameter.grad.tolist() == [0.25] * 4
+
+
+def test_weights_that_came_to_lie_where_a_gradient_was_are_not_clipped() -> None:
+    """Though in between a step was refused, whose look at where weights lie counts from then on."""
+    first, second = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    clipper = GradClipper([("first", first), ("second", second)], policies.global_norm(1.0))
+    for parameter in (first, second):
+        parameter.grad = torch.ones(3)
+    for _ in range(4):
+        clipper.clip_()
+    usual = second.grad
+    assert first.grad is not None
+    first.data, second.grad = first.grad.data, torch.ones(6)[::2]
+    for gradient in (second.grad, usual):
+        second.grad = gradient
+        with pytest.raises(UnsupportedGradientError, match="share memory"):
+            clipper.clip_()
+
+
+def test_what_is_not_measured_for_the_report_stays_unknown() -> None:
+    """The norms that a policy of other parameters reads are of another order than the report's."""
+    policy = policies.by_name({"other": policies.global_norm(1.0, 1.0)}, policies.global_norm(1.0))
+    parameter = nn.Parameter(torch.ones(4))
+    clipper = GradClipper([("weight", parameter)], policy, norms=False, on_nonfinite="pass")
+    found = set()
+    for _ in range(4):
+        parameter.grad = torch.ones(4)
+        found.add(repr(told(clipper.clip_())))
+    assert len(found) == 1
