@@ -89,9 +89,10 @@ def kept_by_clamps(
 def counted_in(
     survey: Survey, gradients: OptionalTensors, seen: Look
 ) -> tuple[Look, Sequence[int] | None]:
-    """The look at those that are measured as a whole, and counted, of one at all.
+    """The gradients that are measured as a whole and counted by this rank, out of a look at all.
 
-    And their places among all gradients; None where those are all.
+    Returns:
+        The look at those that are there; and their places among all, None where they are all.
     """
     here = positions_there(gradients) if len(seen.tensors) < len(gradients) else None
     if survey.counted is None:
@@ -246,7 +247,7 @@ def _counted(
 ) -> tuple[OptionalTensors, Look | None]:
     """The gradients that are measured as a whole and counted by this rank; None for all others.
 
-    And what a look at those that are there has found, from that at all.
+    And the look at those that are there, out of the look at all.
     """
     if survey.counted is None:
         return present, seen
