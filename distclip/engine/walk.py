@@ -151,7 +151,7 @@ class _Going:
             if not align_together(plan, self.terms.trouble):
                 scratch.habits.discard("misplaced")
             fetched = None
-        elif self.first and self._is_usual():
+        elif self._is_usual():
             fetched = fetched or scratch.fetch(plan)
         while True:
             local = self._measured_again(fetched)
