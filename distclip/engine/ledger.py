@@ -18,6 +18,7 @@ from distclip.engine.passes import Pass
 from distclip.engine.program import Program
 from distclip.engine.units import decide
 from distclip.kernels import plain
+from distclip.kernels.bounds import bounds_held
 from distclip.kernels.transfer import to_device
 from distclip.policies import (
     ClampingPolicy,
@@ -240,14 +241,8 @@ class Ledger:
         else:
             bounds = dict(zip(late, limits.unbind(), strict=True))
         # Norms are capped at what elements are clamped to: the bound as their dtypes hold it.
-        named = [self.program.plan.entries[member].dtype for member in late]
-        for name in {*named} - {"float64"}:
-            dtype = getattr(torch, name)
-            held = torch.where(limits > torch.finfo(dtype).max, math.inf, limits.to(dtype).double())
-            if len({*named}) > 1:
-                theirs = to_device([each == name for each in named], self.ones.device)
-                held = torch.where(theirs.bool(), held, limits)
-            limits = held
+        names = [self.program.plan.entries[member].dtype for member in late]
+        limits = bounds_held(limits, [getattr(torch, name) for name in names])
         if largest is not None:
             exceeds = ~(largest[where] <= limits)
             self.late_clamped = self.late_clamped.clone()

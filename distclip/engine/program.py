@@ -48,17 +48,11 @@ class Program:
 
     @cached_property
     def is_simple(self) -> bool:
-        """Whether norms of whole gradients, of one order, are all that a step measures and sends.
+        """Whether a step measures norms of whole gradients and nothing else, once, on the host.
 
-        On the host, by the compiled loops. What one step is asked for beside that may be more.
+        What one step is asked for beside its policy may be more.
         """
-        (one, *more), plan = self.passes, self.plan
-        survey, request = one.survey, one.survey.request
-        if more or self.overlap or not survey.is_plain or request.loss:
-            return False
-        if plan.group is not None and request.reduced:
-            return survey.in_range and not any(map(math.isinf, request.orders))
-        return not request.orders or (plan.one_to_one and plan.shares is None)
+        return len(self.passes) == 1 and self.passes[0].survey.is_plain and self.overlap is None
 
     @cached_property
     def has_units(self) -> bool:

@@ -7,7 +7,7 @@ from torch import Tensor
 from distclip.engine.session import Session
 from distclip.kernels import measuring
 from distclip.kernels.look import Look
-from distclip.layouts import soundness
+from distclip.statistics.again import usual_look
 
 
 def usual_gradients(session: Session) -> Look | None:
@@ -21,11 +21,7 @@ def usual_gradients(session: Session) -> Look | None:
     if plan.group is not None and session.program.passes[0].survey.request.reduced:
         return None
     fetched = session.fetched = session.fetched or scratch.fetch(plan)
-    if fetched is None:
-        return None
-    if not scratch.has_inspected(fetched.gradients):
-        return None
-    *_, seen = soundness.inspect(plan, fetched.gradients, fetched.seen, first=False)
+    seen = None if fetched is None else usual_look(plan, scratch, fetched)
     if seen is not None:
         scratch.learn(seen, len(plan.pieces))
     return seen

@@ -24,7 +24,7 @@ from distclip.options import Looks
 from distclip.statistics.again import measured_again
 from distclip.statistics.alignment import align_alone, align_together, cannot_move
 from distclip.statistics.measurement import measure_locally
-from distclip.statistics.packing import Measurement, norms_of_all, reduce
+from distclip.statistics.packing import Measurement, reduce
 from distclip.statistics.survey import Local, Survey
 
 Fold: TypeAlias = Callable[[float | Tensor | None], bool]
@@ -154,16 +154,11 @@ class _Going:
         elif self._is_usual():
             fetched = fetched or scratch.fetch(plan)
         while True:
-            local = self._measured_again(fetched)
-            if local is not None:
-                self.measurement = norms_of_all(self.survey, local, self.stamp)
-            else:
-                local = self._measured_here(fetched)
-                if self.comparing is not None:
-                    troubled = local.trouble is not None
-                    self.packed = self.comparing.pack(local.dense(plan), troubled)
-                self.measurement = reduce(self.survey, local, self.packed, self.stamp)
-            self.local = local
+            self.local = local = self._measured_again(fetched) or self._measured_here(fetched)
+            if self.comparing is not None:
+                troubled = local.trouble is not None
+                self.packed = self.comparing.pack(local.dense(plan), troubled)
+            self.measurement = reduce(self.survey, local, self.packed, self.stamp)
             if not self.together or not 0.0 < self.measurement.read_flags[0] < 1.0:
                 return
             align_together(plan)
@@ -177,10 +172,7 @@ class _Going:
         return self.program.is_simple and as_always and not asked
 
     def _measured_again(self, fetched: Fetched | None) -> Local | None:
-        """What is found on this rank in a usual step whose gradients are what they were before.
-
-        Whether a rank measures so does not matter to the others: the collective is the same.
-        """
+        """What is found on this rank in a usual step whose gradients are what they were before."""
         if fetched is None or not self._is_usual():
             return None
         return measured_again(self.survey, self.program.scratch, fetched)

@@ -9,6 +9,9 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
+
+from distclip.kernels.transfer import to_device
 
 
 @functools.lru_cache(maxsize=256)
@@ -22,16 +25,24 @@ def rounded_bound(bound: float, dtype: torch.dtype) -> float:
     return float(torch.tensor(bound, dtype=torch.float64, device="cpu").to(dtype))
 
 
+def bounds_held(bounds: Tensor, dtypes: Sequence[torch.dtype]) -> Tensor:
+    """The bound of each of some tensors, float64, as its dtype holds it; inf for none.
+
+    Reads nothing on the host.
+    """
+    # Complex numbers have no order to be clamped by: none of them has a bound.
+    for dtype in {each for each in dtypes if not each.is_complex} - {torch.float64}:
+        most = torch.finfo(dtype).max
+        rounded = torch.where(bounds > most, math.inf, bounds.to(dtype).double())
+        if len(set(dtypes)) > 1:
+            theirs = to_device([each is dtype for each in dtypes], bounds.device)
+            rounded = torch.where(theirs.bool(), rounded, bounds)
+        bounds = rounded
+    return bounds
+
+
 def all_held(
     bounds: npt.NDArray[np.float64], dtypes: Sequence[torch.dtype]
 ) -> npt.NDArray[np.float64]:
-    """The bound of each of some tensors, float64, as its dtype holds it; inf for none."""
-    found = torch.from_numpy(bounds)
-    # Complex numbers have no order to be clamped by: none of them has a bound.
-    for dtype in {each for each in dtypes if not each.is_complex} - {torch.float64}:
-        rounded = torch.where(found > torch.finfo(dtype).max, math.inf, found.to(dtype).double())
-        if len(set(dtypes)) > 1:
-            of_these = torch.tensor([each is dtype for each in dtypes], device="cpu")
-            rounded = torch.where(of_these, rounded, found)
-        found = rounded
-    return found.numpy()
+    """As :func:`bounds_held`, of numbers on the host."""
+    return bounds_held(torch.from_numpy(bounds), dtypes).numpy()

@@ -85,7 +85,6 @@ class Places:
     kinds: Kinds
     addresses: npt.NDArray[np.int64]
     row_major: bool
-    _some: dict[tuple[int, ...], Places] = field(default_factory=dict)
 
     @cached_property
     def apart(self) -> bool:
@@ -99,16 +98,11 @@ class Places:
         return not lost and not bool((ends[:-1] > starts[1:]).any())
 
     def at(self, positions: tuple[int, ...]) -> Places:
-        """Of some of the tensors; made once. Of all of them, this itself."""
-        known = self._some.get(positions)
-        if known is None:
-            known, kinds = self, self.kinds.at(positions)
-            if kinds is not self.kinds:
-                known = Places(kinds, self.addresses[list(positions)], self.row_major)
-            if len(self._some) >= PARTS_KEPT:
-                self._some.clear()
-            self._some[positions] = known
-        return known
+        """The places of some of the tensors; of all of them, this itself."""
+        kinds = self.kinds.at(positions)
+        if kinds is self.kinds:
+            return self
+        return Places(kinds, self.addresses[list(positions)], self.row_major)
 
     def or_again(self, now: Places) -> Places:
         """What a later step finds, or as much of what was found before as is the same.

@@ -6,11 +6,22 @@ import torch
 from torch import Tensor
 
 from distclip.kernels import measuring
+from distclip.kernels.look import Look
 from distclip.layouts import soundness
 from distclip.layouts.fetching import Fetched
+from distclip.layouts.plan import Plan
 from distclip.statistics.measurement import counted_in, kept_by_clamps, set_name
 from distclip.statistics.scratch import Scratch
 from distclip.statistics.survey import Local, Survey
+
+
+def usual_look(plan: Plan, scratch: Scratch, fetched: Fetched) -> Look | None:
+    """The look at gradients; None where one may be unusual, or was not looked at closely before."""
+    gradients, seen = fetched
+    if seen is None or not scratch.has_inspected(gradients):
+        return None
+    usual = soundness.are_usual(plan, seen, changed=not scratch.only_measures)
+    return seen if usual else None
 
 
 def measured_again(survey: Survey, scratch: Scratch, fetched: Fetched) -> Local | None:
@@ -18,10 +29,8 @@ def measured_again(survey: Survey, scratch: Scratch, fetched: Fetched) -> Local 
 
     Of a survey that :attr:`~.Survey.is_plain`; None where something may be unusual.
     """
-    (gradients, seen), plan = fetched, survey.plan
-    if seen is None or not scratch.has_inspected(gradients):
-        return None
-    if not soundness.are_usual(plan, seen, changed=not scratch.only_measures):
+    (gradients, _), plan, seen = fetched, survey.plan, usual_look(survey.plan, scratch, fetched)
+    if seen is None:
         return None
     local, bounds = Local(gradients, seen), survey.bounds
     counted, places = counted_in(survey, gradients, seen)

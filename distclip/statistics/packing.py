@@ -237,6 +237,8 @@ def reduce(
     """
     plan, request = survey.plan, survey.request
     group = plan.group if request.reduced else None
+    if group is None and survey.is_plain and plan.one_to_one and plan.shares is None:
+        return _alone(survey, local)
     wide = survey.wide
     packet = Packet(group, wide=wide)
     _add_norms(packet, survey, local)
@@ -256,52 +258,23 @@ def reduce(
     return _unpacked(survey, local, got, as_maxima=as_maxima, in_range=survey.in_range)
 
 
-def norms_of_all(survey: Survey, local: Local, stamp: Stamp | None) -> Measurement:
-    """:func:`reduce`, in the same bits and with the same collective, of norms and nothing else.
-
-    Args:
-        survey: that :attr:`~.Survey.is_plain`, of an order whose powers travel by themselves.
-        local: of this rank; without trouble.
-        stamp: sent along where something is reduced.
-    """
-    plan, flags = survey.plan, survey.plan.flag(False)
-    norms, raw = local.norms, local.raw
-    if plan.group is not None and survey.request.reduced:
-        summands = [
-            _powers(plan, order, each) for kind in (norms, raw) for order, each in kind.items()
-        ]
-        if stamp is not None:
-            values = (0.0, *stamp.pair(maximum=False))
-            flags = _float64(plan.device, values)
-        joined = collectives.all_reduce_sum(torch.cat([*summands, flags]), plan.group)
-        *sums, flags = torch.split(joined, [*map(len, summands), len(flags)])
-        pairs = zip((*norms, *raw), sums, strict=True)
-        roots = [Encoding(order, wide=False).decode(each) for order, each in pairs]
-        norms = dict(zip(norms, roots[: len(norms)], strict=True))
-        raw = dict(zip(raw, roots[len(norms) :], strict=True))
+def _alone(survey: Survey, local: Local) -> Measurement:
+    """What :func:`reduce` gives for norms of wholes that nobody else has a part in."""
     nothing: Mapping[float, Tensor] = {}
     return Measurement(
-        raw=raw or norms,
-        clamped=norms,
-        norms=norms,
+        raw=local.raw or local.norms,
+        clamped=local.norms,
+        norms=local.norms,
         weights=nothing,
         units=nothing,
         unit_weights=nothing,
         clipped=None,
         smallest=None,
-        flags=flags,
+        flags=_flags(survey.plan, local, None, as_maxima=False),
         as_maxima=False,
         passengers=None,
         in_range=survey.in_range,
     )
-
-
-def _powers(plan: Plan, order: float, norms: Tensor) -> Tensor:
-    """float64 ``(parameters,)``, from norms of the pieces, which are 0 where not counted."""
-    powers = Encoding(order, wide=False).encode(norms)
-    if plan.rows is None:
-        return powers
-    return powers.new_zeros(len(plan.entries)).index_add_(0, plan.rows, powers)
 
 
 def _kinds(local: Local) -> tuple[tuple[str, Mapping[float, Tensor]], ...]:

@@ -56,7 +56,7 @@ class Survey:
         request, plan = self.request, self.plan
         if plan.device.type != "cpu" or not measuring.has_loops(plan.dtypes, request.orders):
             return False
-        if request.unit_dims or request.weight_orders or request.exponents:
+        if request.unit_dims or request.weight_orders or request.exponents or request.loss:
             return False
         both = not request.bounds or request.raw_orders == request.orders
         return both and len(request.orders) <= 1

@@ -203,7 +203,8 @@ def test_what_a_policy_may_leave_out() -> None:
     for policy in (scaling(needs=Needs())(), clamping(bound=1.0)(), unit(threshold=1)()):
         module = nn.Linear(3, 2)
         module(torch.ones(1, 3)).sum().backward()
-        GradClipper(module, policy).clip_()
+        report = GradClipper(module, policy).clip_()
+        assert not report.skipped, policy
 
 
 class Plain(policies.ScalingPolicy):
