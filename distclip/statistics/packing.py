@@ -237,7 +237,7 @@ def reduce(
     """
     plan, request = survey.plan, survey.request
     group = plan.group if request.reduced else None
-    if group is None and survey.is_plain and plan.one_to_one and plan.shares is None:
+    if group is None and survey.is_plain and plan.one_to_one:
         return _alone(survey, local)
     wide = survey.wide
     packet = Packet(group, wide=wide)

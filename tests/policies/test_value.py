@@ -12,6 +12,7 @@ from torch import nn
 
 import distclip
 from distclip import policies
+from distclip.kernels.bounds import bounds_held
 from distclip.kernels.host import blocks, compiler, kernels
 from tests.policies.golden import assert_golden, clip, parameters
 from tests.sharded import shard, whole
@@ -190,3 +191,10 @@ def test_the_largest_element_after_a_late_clamp_is_the_bound_as_its_dtype_holds_
             dist.all_reduce(largest, dist.ReduceOp.MAX)
         rounding = 2.0**-8 if label == "before a norm" else 1e-6  # then products are rounded
         assert report.clipped_norm.item() == pytest.approx(largest.item(), rel=rounding), label
+
+
+def test_each_bound_is_what_its_dtype_holds() -> None:
+    dtypes = [torch.bfloat16, torch.float32, torch.float16, torch.float64, torch.float16]
+    found = bounds_held(torch.tensor([0.3, 0.3, 0.3, 0.3, 1e6], dtype=torch.float64), dtypes)
+    singles = [torch.tensor(0.3).to(dtype).double().item() for dtype in dtypes[:3]]
+    assert found.tolist() == [*singles, 0.3, math.inf]
